@@ -1,0 +1,201 @@
+"""The process that starts one Ray node and answers for its end. Run as ``python -m cluster.control.ray_guardian``.
+
+Ray's processes outlive ``ray start``, change their session, and start others. The guardian is their *subreaper*
+(``prctl(2)``): whatever they leave behind becomes its child, so it knows exactly what was started and never has to
+search by name. It stops all of it when its standard input closes, which the kernel sees to even if the process
+that holds the other end is killed. Torch-free and Ray-free.
+
+Standard output carries one JSON object a line: ``{"address": …}`` or ``{"error": …}`` once, later ``{"stopped": …}``.
+"""
+
+import ctypes
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from cluster.control.ray_settings import NodePaths
+
+PR_SET_CHILD_SUBREAPER = 36
+START_TIMEOUT_S = 90.0
+RAYLET_GRACE_S = 3.0
+OTHERS_GRACE_S = 3.0
+KILL_GRACE_S = 10.0
+POLL_S = 0.02
+LOG_TAIL_BYTES = 2000
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class ParentGone(Exception):
+    """Standard input closed or a signal asked for the end: stop what was started."""
+
+
+def become_subreaper() -> None:
+    """Make every orphaned descendant a child of this process.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def say(message: dict[str, object]) -> None:
+    """Tell the parent, if it still listens."""
+    try:
+        print(json.dumps(message), flush=True)
+    except BrokenPipeError:
+        # The parent is gone; the end of our input will say so too. Nobody is left to tell.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def descendants() -> list[psutil.Process]:
+    """Every living process that we or our descendants started."""
+    alive = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return alive
+
+
+def reap() -> None:
+    """Collect orphans that have ended, so that they do not stay as zombies."""
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+
+
+def signal_all(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def wait_gone(names: frozenset[str] | None, grace_s: float) -> bool:
+    """Wait until no descendant (of these names; None: at all) is alive. Returns whether that came true in time."""
+    deadline = time.monotonic() + grace_s
+    while True:
+        reap()
+        left = descendants()
+        if not any(names is None or process_name(process) in names for process in left):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+
+
+def process_name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def stop_all() -> list[str]:
+    """End every descendant: raylets first (they end their workers), then the rest, then by force.
+
+    Returns:
+        the names of those that had to be killed.
+    """
+    raylets = frozenset({"raylet"})
+    signal_all([process for process in descendants() if process_name(process) in raylets], signal.SIGTERM)
+    wait_gone(raylets, RAYLET_GRACE_S)
+    signal_all(descendants(), signal.SIGTERM)
+    if wait_gone(None, OTHERS_GRACE_S):
+        return []
+    killed = []
+    deadline = time.monotonic() + KILL_GRACE_S
+    # A dying process may just have started another: kill until nobody is left.
+    while (left := descendants()) and time.monotonic() < deadline:
+        killed += [process_name(process) for process in left]
+        signal_all(left, signal.SIGKILL)
+        wait_gone(None, 0.5)
+    return killed
+
+
+def remove_files(paths: NodePaths) -> None:
+    """Remove the node's directory and the shared-memory files named after it."""
+    shutil.rmtree(paths.root, ignore_errors=True)
+    for leftover in SHARED_MEMORY.glob(f"{paths.root.name}*"):
+        leftover.unlink(missing_ok=True)
+
+
+def wait_for_end(timeout_s: float | None) -> bool:
+    """Wait for the end of standard input. Returns whether it has come; False after ``timeout_s`` seconds."""
+    readable, _, _ = select.select([sys.stdin], [], [], timeout_s)
+    return bool(readable) and os.read(sys.stdin.fileno(), 4096) == b""
+
+
+def start_node(command: list[str], paths: NodePaths) -> str:
+    """Run ``ray start`` and return the cluster's address, host:port.
+
+    Raises:
+        RuntimeError: Ray did not start; the message holds the end of what it printed.
+        ParentGone: nobody waits for it any more.
+    """
+    with paths.log.open("wb") as log:
+        starter = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=paths.root)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while starter.poll() is None:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ray start took longer than {START_TIMEOUT_S:.0f} s: {log_tail(paths.log)}")
+        if wait_for_end(POLL_S):
+            raise ParentGone
+    if starter.returncode != 0:
+        raise RuntimeError(f"ray start ended with {starter.returncode}: {log_tail(paths.log)}")
+    return paths.address.read_text().strip()
+
+
+def log_tail(log: Path) -> str:
+    text = log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
+    return " | ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def end_on_signal(number: int, frame: object) -> None:
+    raise ParentGone
+
+
+def main(arguments: list[str]) -> int:
+    """``ray_guardian ROOT COMMAND…``: start, stay until told, stop, remove ROOT. Returns 1 where Ray did not start."""
+    paths = NodePaths(Path(arguments[0]))
+    become_subreaper()
+    signal.signal(signal.SIGTERM, end_on_signal)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # An interval lets the idle loop collect orphans; nothing else waits for it.
+    failed = False
+    try:
+        say({"address": start_node(arguments[1:], paths)})
+        while not wait_for_end(1.0):
+            reap()
+    except ParentGone:
+        pass
+    except (RuntimeError, OSError) as error:
+        failed = True
+        say({"error": str(error)})
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    started_s = time.monotonic()
+    killed = stop_all()
+    remove_files(paths)
+    say({"stopped": True, "seconds": round(time.monotonic() - started_s, 3), "killed": killed})
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,167 @@
+"""The environment, paths and commands of every Ray node that Remuda starts. Pure: no Ray, no process, no clock.
+
+Three promises are kept here and nowhere else:
+
+* **Nothing leaves the machine.** A Ray head asks the clouds' metadata addresses who it runs on, whatever
+  ``RAY_USAGE_STATS_ENABLED`` says, unless it finds ``~/ray_bootstrap_config.yaml`` and a cloud provider in it
+  (``ray/_common/usage/usage_lib.py``, ``get_cluster_config_to_report``). So a head gets a HOME of its own with that
+  file; ``ray_start_hook`` gives the user's HOME back to the raylet and with it to every worker.
+* **Nothing strange gets in.** Token authentication is on; a local node listens on 127.0.0.1 only; ``RAY_*`` settings
+  of the user's shell, made for some other cluster, are not inherited.
+* **It is small and quick.** No dashboard, autoscaler monitor, log monitor or Ray Client server, a small object store,
+  and no worker processes started ahead of need.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_CPU_SLOTS = 8
+
+# Ray never carries a token of ours; 75 MiB is the least that Ray accepts.
+OBJECT_STORE_MEMORY_BYTES = 80 * 1024 * 1024
+
+# sun_path of a Unix socket holds 107 bytes and the end mark. Below the node's directory Ray makes
+# session_YYYY-MM-DD_HH-MM-SS_microseconds_pid/sockets/plasma_store, at most 66 bytes with a 7-digit pid.
+MAX_SOCKET_PATH_BYTES = 107
+RAY_SOCKET_SUFFIX_BYTES = 1 + 45 + len("/sockets/plasma_store")
+MAX_ROOT_BYTES = MAX_SOCKET_PATH_BYTES - RAY_SOCKET_SUFFIX_BYTES
+
+USER_HOME_VARIABLE = "REMUDA_USER_HOME"
+
+_SHUT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_USAGE_STATS_PROMPT_ENABLED": "0",
+    # Port 9 of the loopback: should a report ever be sent, it goes nowhere.
+    "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
+}
+_SMALL = {
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_num_prestart_python_workers": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_metrics_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
+    "OMP_NUM_THREADS": "1",
+}
+# Ray's defaults see a silent host after a minute. For one host they do not matter; among several they do.
+_QUICK_TO_NOTICE = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+BOOTSTRAP_CONFIG_NAME = "ray_bootstrap_config.yaml"
+BOOTSTRAP_CONFIG = "provider:\n  type: local\n"
+
+
+@dataclass(frozen=True)
+class NodePaths:
+    """Where one Ray node that we started keeps its files. Everything lies under ``root`` (mode 0700)."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        length = len(str(self.root).encode())
+        if length > MAX_ROOT_BYTES:
+            raise ValueError(
+                f"the directory {self.root} has {length} bytes; Ray's socket paths leave at most {MAX_ROOT_BYTES}"
+            )
+
+    @property
+    def home(self) -> Path:
+        """HOME of the processes that must find ``ray_bootstrap_config.yaml``."""
+        return self.root / "home"
+
+    @property
+    def token(self) -> Path:
+        """The cluster's authentication token (mode 0600)."""
+        return self.root / "token"
+
+    @property
+    def log(self) -> Path:
+        """What ``ray start`` printed."""
+        return self.root / "start.log"
+
+    @property
+    def address(self) -> Path:
+        """Ray writes host:port of the cluster here once the node is up."""
+        return self.root / "ray_current_cluster"
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """One Ray node to start.
+
+    Attributes:
+        node_ip: the address other nodes and the ranks use for it.
+        cpu_slots: Ray's CPU resource: how many CPU ranks (one thread each) may run here.
+        head_address: host:port of the cluster to join; None starts a head.
+        num_gpus: None lets Ray count the GPUs.
+        several_hosts: notice a silent host in seconds, as a cluster over several hosts needs it.
+    """
+
+    node_ip: str = LOOPBACK
+    cpu_slots: int = DEFAULT_CPU_SLOTS
+    head_address: str | None = None
+    num_gpus: int | None = None
+    several_hosts: bool = False
+
+
+def authentication_environment(token_file: Path) -> dict[str, str]:
+    """Variables with which a process joins a cluster that has token authentication."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+
+
+def driver_environment(token_file: Path) -> dict[str, str]:
+    """Variables that a process sets for itself before it connects to a node we started."""
+    return {**_SHUT, **_SMALL, **authentication_environment(token_file)}
+
+
+def node_environment(
+    base: Mapping[str, str], spec: NodeSpec, paths: NodePaths, token_file: Path, package_root: Path
+) -> dict[str, str]:
+    """The whole environment in which one Ray node is started.
+
+    Args:
+        base: the caller's environment; its ``RAY_*`` variables are left out.
+        token_file: the cluster's token (``paths.token`` on its head).
+        package_root: the directory that holds the ``cluster`` package, so that every Ray process finds the hook
+            and every worker the code of its actor.
+    """
+    environment = {name: value for name, value in base.items() if not name.startswith("RAY_")}
+    environment |= _SHUT | _SMALL | authentication_environment(token_file)
+    if spec.several_hosts:
+        environment |= _QUICK_TO_NOTICE
+    search_path = [str(package_root), *filter(None, [base.get("PYTHONPATH")])]
+    environment |= {
+        "HOME": str(paths.home),
+        USER_HOME_VARIABLE: base.get("HOME", "/"),
+        "RAY_START_HOOK": "cluster.control.ray_start_hook.adjust",
+        "PYTHONPATH": ":".join(search_path),
+        "RAY_TMPDIR": str(paths.root),
+    }
+    return environment
+
+
+def start_command(spec: NodeSpec, paths: NodePaths, python: str = sys.executable) -> list[str]:
+    """The ``ray start`` command of one node. It returns once the node is up; its processes stay."""
+    command = [
+        python, "-m", "ray.scripts.scripts", "start",
+        f"--node-ip-address={spec.node_ip}",
+        f"--temp-dir={paths.root}",
+        f"--num-cpus={spec.cpu_slots}",
+        f"--object-store-memory={OBJECT_STORE_MEMORY_BYTES}",
+        "--include-log-monitor=False",
+        "--disable-usage-stats",
+    ]  # fmt: skip
+    if spec.num_gpus is not None:
+        command.append(f"--num-gpus={spec.num_gpus}")
+    if spec.head_address is None:
+        command += ["--head", "--port=0", "--include-dashboard=False", "--no-monitor"]
+    else:
+        command.append(f"--address={spec.head_address}")
+    return command

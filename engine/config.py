@@ -1,0 +1,109 @@
+"""Small frozen configurations; each component gets only its own. Nothing is written into them after construction."""
+
+import enum
+from dataclasses import dataclass
+
+from engine.errors import InvalidOption, LayoutError
+
+
+class Dtype(enum.StrEnum):
+    """Formats that a model's activations, and its unquantized weights, are held in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+    @property
+    def num_bytes(self) -> int:
+        return {Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2}[self]
+
+
+class LoadFormat(enum.StrEnum):
+    """Where weights come from."""
+
+    SAFETENSORS = "safetensors"
+    DUMMY = "dummy"
+    """Random values of the right shapes; for sizing. Reads no weights."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees of parallelism. A gang has pp × dp × tp ranks; ep divides dp × tp (docs/architecture.md).
+
+    ``ep`` ranks share out each layer's experts; what remains of dp × tp splits the experts' matrices.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "dp", "ep"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if (self.dp * self.tp) % self.ep:
+            raise LayoutError(
+                f"ep must divide dp × tp: ep={self.ep} does not divide {self.dp} × {self.tp} = {self.dp * self.tp}"
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        return self.pp * self.dp * self.tp
+
+    @property
+    def expert_tp(self) -> int:
+        """Over how many ranks one expert's matrices are split."""
+        return self.dp * self.tp // self.ep
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The KV cache. ``num_blocks`` is known only after memory was profiled."""
+
+    block_size: int = 16
+    """Tokens per block."""
+    num_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise InvalidOption(f"block size must be at least 1 token, not {self.block_size}")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Bounds of one step and of the queue before it."""
+
+    max_num_seqs: int = 64
+    """Most requests that run at once."""
+    max_num_batched_tokens: int = 2048
+    """Most tokens in one step, over all its requests."""
+    max_model_len: int = 2048
+    """Most tokens of one request, prompt and output together."""
+    max_num_waiting: int = 1024
+    """Most requests that wait; beyond it ``add`` raises Overloaded."""
+    depth: int = 1
+    """Plans in flight at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_num_waiting", "depth"):
+            if getattr(self, name) < 1:
+                raise InvalidOption(f"{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidOption(
+                f"max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least max-num-seqs "
+                f"({self.max_num_seqs}), for every running request needs one token a step"
+            )
+
+
+@dataclass(frozen=True)
+class KvGroupConfig:
+    """Layers that share one block table. All groups of a model have equally many layers, so one pool of blocks of one
+    size serves them all: a block holds ``block_size`` tokens' keys and values of the ``len(layers)`` layers of whichever
+    group it was given to.
+
+    ``chunk_size``: None for full attention; else a token sees only those of its own chunk of that many positions
+    (Llama 4's chunked attention), and blocks wholly before the chunk of the next token are freed.
+    """
+
+    layers: tuple[int, ...]
+    chunk_size: int | None = None

@@ -1,0 +1,190 @@
+"""The step protocol's messages between a gang's leader and its ranks (docs/step_protocol.md).
+
+MessagePack through msgspec, arrays instead of maps: both sides are one build. No tensors travel here. A newer writer
+may append fields (with defaults); fields are never reordered.
+"""
+
+import msgspec
+
+from engine.request import SamplingParams, TopLogprobs
+
+NULL_BLOCK = 0
+"""Block id 0 is never handed out: it pads block tables and stands where a chunked layer's block was freed."""
+NO_STEP = -1
+
+
+class NewRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A request that the ranks do not know yet, in full.
+
+    ``token_ids``: prompt, then tokens generated before (preemption or failover). ``slot``: the number by which plans
+    name it from now on, until a plan lists it in ``removed``; 0 ≤ slot < max_num_seqs.
+    """
+
+    slot: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+
+
+class ScheduledRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One request's share of a step: the tokens at positions start … start + num_tokens − 1 are computed.
+
+    Their ids are what the rank knows of the slot's history, extended by ``token_ids`` (values that the rank did not
+    know; they end at the last scheduled position), or, where ``input_step`` is not NO_STEP, by what the rank itself
+    sampled for this slot in that step (asynchronous scheduling: the leader does not know it yet).
+    ``new_block_ids[g]`` are appended to the slot's block table of KV group g before the step.
+    ``sample``: a next token is wanted after the last position (false for all but a prompt's last chunk).
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    token_ids: list[int]
+    new_block_ids: list[list[int]]
+    sample: bool
+    input_step: int = NO_STEP
+
+
+class BatchPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One dp group's part of a step. Empty lists for an idle group. ``removed`` takes effect first, then ``new``."""
+
+    removed: list[int]
+    new: list[NewRequest]
+    scheduled: list[ScheduledRequest]
+    block_copies: list[tuple[int, int]] = []
+    """(source, destination) block ids, copied before the step."""
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="plan"):
+    """One forward pass of the whole gang. ``batches[d]`` belongs to dp group d. Steps of an epoch count from 0."""
+
+    epoch: int
+    step: int
+    batches: list[BatchPlan]
+
+
+class InitCache(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="init_cache"):
+    """Sent once per epoch when all ranks have loaded: allocate this many blocks, warm up, then answer Ready."""
+
+    epoch: int
+    num_blocks: int
+    max_model_len: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="shutdown"):
+    """The rank leaves its loop and exits with status 0."""
+
+    reason: str
+
+
+ToRank = StepPlan | InitCache | Shutdown
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """``slot``'s next token. ``logprobs`` where the request asked."""
+
+    slot: int
+    token_id: int
+    logprobs: TopLogprobs | None = None
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Of a slot's prompt tokens at positions ``start`` and after: that of token p is predicted from those before p."""
+
+    slot: int
+    start: int
+    logprobs: list[TopLogprobs]
+
+
+class SlotError(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One request could not be computed (for example NaN logits); the rest of the step is good."""
+
+    slot: int
+    message: str
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="result"):
+    """A rank's answer to a plan, one per rank and plan, in order of steps.
+
+    Only the sampling rank of each dp group (tp rank 0 of the last stage) fills the lists.
+    """
+
+    epoch: int
+    step: int
+    rank: int
+    sampled: list[SampledToken] = []
+    prompt_logprobs: list[PromptLogprobs] = []
+    errors: list[SlotError] = []
+    duration_us: int = 0
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="hello"):
+    """First message of a rank on its channel."""
+
+    epoch: int
+    rank: int
+    pid: int
+    host: str
+    device: str
+
+
+class LoadProgress(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="progress"):
+    """``phase``: import, rendezvous, load, profile, warm_up. Bytes count the rank's own shard, in ``load`` only."""
+
+    rank: int
+    phase: str
+    num_bytes_done: int = 0
+    num_bytes_total: int = 0
+
+
+class Loaded(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="loaded"):
+    """Weights are in memory and a step of the largest size was profiled.
+
+    ``kv_bytes_available``: bytes that this rank can give to KV blocks. ``block_bytes``: bytes of one block on this rank.
+    ``phase_seconds``: seconds by phase.
+    """
+
+    rank: int
+    weight_bytes: int
+    kv_bytes_available: int
+    block_bytes: int
+    phase_seconds: dict[str, float]
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="ready"):
+    """The cache is allocated and warm-up is over."""
+
+    rank: int
+    phase_seconds: dict[str, float]
+
+
+class RankError(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="error"):
+    """The rank cannot go on and exits. ``kind`` is the class name in the error tree; ``detail`` a traceback for logs."""
+
+    epoch: int
+    step: int
+    rank: int
+    kind: str
+    message: str
+    detail: str
+
+
+FromRank = Hello | LoadProgress | Loaded | Ready | StepResult | RankError
+
+_encoder = msgspec.msgpack.Encoder()
+_to_rank = msgspec.msgpack.Decoder(ToRank)
+_from_rank = msgspec.msgpack.Decoder(FromRank)
+
+
+def encode(message: ToRank | FromRank) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_rank(data: bytes | memoryview) -> ToRank:
+    """Raises msgspec.DecodeError where the bytes are not a message to a rank."""
+    return _to_rank.decode(data)
+
+
+def decode_from_rank(data: bytes | memoryview) -> FromRank:
+    """Raises msgspec.DecodeError where the bytes are not a message from a rank."""
+    return _from_rank.decode(data)

@@ -1,0 +1,128 @@
+"""What a caller asks of the engine: one sequence to continue.
+
+A client's request with n choices becomes n of these, alike but for ``choice`` (and so for their random numbers).
+"""
+
+import enum
+
+import msgspec
+
+from engine.errors import InvalidRequest
+
+MAX_LOGPROBS = 20
+"""Most alternatives per position that a client may ask for (OpenAI's own bound)."""
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended. Exactly one per sequence."""
+
+    STOP = "stop"
+    """An end-of-sequence or stop token, or (seen by the front end) a stop string."""
+    LENGTH = "length"
+    """``max_tokens`` or the context's end."""
+    ABORT = "abort"
+    """Cancelled by its caller, or its deadline passed."""
+    ERROR = "error"
+    """The engine could not go on with it."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How the next tokens are chosen. The wire form is an array: new fields go to the end, with defaults.
+
+    ``seed`` is always set: where a client names none, admission draws one, so that a stream can be resumed anywhere.
+    ``stop_token_ids`` holds all ids that end the sequence, the model's own end tokens included unless the client said
+    ``ignore_eos``. ``logprobs`` is None for none, else the number of alternatives (0: the sampled token's alone).
+    """
+
+    max_tokens: int
+    seed: int = 0
+    choice: int = 0
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def validate(self, vocab_size: int) -> None:
+        """Raises InvalidRequest, naming the field, where a value is outside its range."""
+        _check_range("max_tokens", self.max_tokens, 1, None)
+        _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_range("seed", self.seed, -(2**63), 2**63 - 1)
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_k", self.top_k, 0, None)
+        _check_range("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise InvalidRequest("top_p must be above 0 and at most 1, not 0; use temperature=0 for greedy", "top_p")
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 1e-3, 100.0)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                _check_range(name, count, 0, MAX_LOGPROBS)
+        for token_id, bias in self.logit_bias.items():
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequest(
+                    f"logit_bias names token {token_id}; this model's tokens are 0 to {vocab_size - 1}", "logit_bias"
+                )
+            _check_range("logit_bias", bias, -100.0, 100.0)
+
+
+def _check_range(name: str, value: float, low: float | None, high: float | None) -> None:
+    """NaN fails every comparison, so it is refused as well."""
+    if (low is None or value >= low) and (high is None or value <= high):
+        return
+    bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+    raise InvalidRequest(f"{name} must be {bounds}, not {value}", name)
+
+
+class Request(msgspec.Struct, frozen=True, gc=False):
+    """One sequence to continue.
+
+    ``request_id`` is unique among the live requests of an engine. ``token_ids`` is the prompt followed by what has
+    been generated already (after a failover); the first ``num_prompt_tokens`` of it are the prompt.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    priority: int = 0
+    """Lower goes first."""
+
+
+class TopLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Log-probabilities (natural) at one position, before temperature and truncation, after penalties and bias.
+
+    ``logprob`` and ``rank`` (1 = most likely) are the chosen token's; the lists are the most likely tokens, best first.
+    """
+
+    logprob: float
+    rank: int
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+class Output(msgspec.Struct, frozen=True, gc=False):
+    """What one step gave one request: zero or more tokens, and the end if it is the last.
+
+    ``prompt_logprobs`` are appended chunk by chunk while the prompt is prefilled; the entry of the first prompt token
+    is None. ``num_cached_tokens`` counts prompt tokens served from the prefix cache.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    logprobs: list[TopLogprobs] | None = None
+    prompt_logprobs: list[TopLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
