@@ -30,6 +30,7 @@ RAY_SOCKET_SUFFIX_BYTES = 1 + 45 + len("/sockets/plasma_store")
 MAX_ROOT_BYTES = MAX_SOCKET_PATH_BYTES - RAY_SOCKET_SUFFIX_BYTES
 
 USER_HOME_VARIABLE = "REMUDA_USER_HOME"
+NODE_IP_VARIABLE = "REMUDA_NODE_IP"
 
 _SHUT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -45,6 +46,8 @@ _SMALL = {
     "RAY_metrics_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
     "OMP_NUM_THREADS": "1",
+    # Any free port: the default is the same for every head of a host.
+    "DASHBOARD_METRIC_PORT": "0",
 }
 # Ray's defaults see a silent host after a minute. For one host they do not matter; among several they do.
 _QUICK_TO_NOTICE = {
@@ -140,6 +143,7 @@ def node_environment(
     environment |= {
         "HOME": str(paths.home),
         USER_HOME_VARIABLE: base.get("HOME", "/"),
+        NODE_IP_VARIABLE: spec.node_ip,
         "RAY_START_HOOK": "cluster.control.ray_start_hook.adjust",
         "PYTHONPATH": ":".join(search_path),
         "RAY_TMPDIR": str(paths.root),
@@ -156,12 +160,13 @@ def start_command(spec: NodeSpec, paths: NodePaths, python: str = sys.executable
         f"--num-cpus={spec.cpu_slots}",
         f"--object-store-memory={OBJECT_STORE_MEMORY_BYTES}",
         "--include-log-monitor=False",
+        "--dashboard-agent-listen-port=0",
         "--disable-usage-stats",
     ]  # fmt: skip
     if spec.num_gpus is not None:
         command.append(f"--num-gpus={spec.num_gpus}")
     if spec.head_address is None:
-        command += ["--head", "--port=0", "--include-dashboard=False", "--no-monitor"]
+        command += ["--head", "--port=0", "--include-dashboard=False", "--dashboard-port=0", "--no-monitor"]
     else:
         command.append(f"--address={spec.head_address}")
     return command

@@ -3,20 +3,24 @@
 import os
 from typing import Protocol
 
-from cluster.control.ray_settings import USER_HOME_VARIABLE
+from cluster.control.ray_settings import NODE_IP_VARIABLE, USER_HOME_VARIABLE
 
 
 class RayParams(Protocol):
-    """The two fields of ``ray._private.parameter.RayParams`` that we set."""
+    """The fields of ``ray._private.parameter.RayParams`` that we set."""
 
+    node_ip_address: str
     ray_client_server_port: int | None
     env_vars: dict[str, str] | None
 
 
 def adjust(params: RayParams, is_head: bool) -> None:
-    """Give the raylet, and with it every worker, the user's HOME back, and start no Ray Client server.
+    """Keep the node's address, give its workers the user's HOME back, and start no Ray Client server.
 
-    Only ``ray start`` itself and the process that would ask a cloud for its name keep the private HOME.
+    * ``ray start`` replaces 127.0.0.1 by an address that the whole network can reach, and listens there.
+    * Only ``ray start`` itself and the process that would ask a cloud for its name keep the private HOME; the raylet
+      and with it every worker get the user's.
     """
+    params.node_ip_address = os.environ[NODE_IP_VARIABLE]
     params.env_vars = {**(params.env_vars or {}), "HOME": os.environ[USER_HOME_VARIABLE]}
     params.ray_client_server_port = None

@@ -1,0 +1,44 @@
+"""Plain values that the serving side's packages share."""
+
+import enum
+from dataclasses import dataclass, field
+
+
+class ReplicaState(enum.StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """One rank as ``remuda status`` shows it."""
+
+    rank: int
+    pid: int
+    host: str
+    device: str
+    state: str
+
+
+@dataclass(frozen=True)
+class ReplicaInfo:
+    """What a leader says of itself. ``address`` is host:port of its gRPC server; the gauges are of that moment."""
+
+    id: str
+    model: str
+    state: ReplicaState
+    address: str
+    incarnation: int
+    max_model_len: int
+    max_num_seqs: int
+    block_size: int
+    num_blocks: int
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_steps: int = 0
+    ranks: tuple[RankInfo, ...] = ()
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    error: str = ""
