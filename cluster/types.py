@@ -42,3 +42,5 @@ class ReplicaInfo:
     ranks: tuple[RankInfo, ...] = ()
     phase_seconds: dict[str, float] = field(default_factory=dict)
     error: str = ""
+    progress_age_s: float = 0.0
+    """While there is work: seconds since a step last finished. 0 when idle."""
