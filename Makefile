@@ -1,0 +1,72 @@
+# Every target makes what it needs: `make demo` and `make test` work on a fresh clone with Python >= 3.11, make and a C++ compiler.
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
+# More arguments for the command of a target, as in `make test ARGS='-k router'`.
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-full lint type fmt protos bench bench-models clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.stamp-install  ## make .venv with everything that the other targets need
+
+demo: setup  ## start Ray, serve remuda-tiny with tp=2 ep=2, stream an answer over gRPC and one over HTTP, clean up
+	$(PY) bench/demo.py $(ARGS)
+
+serve: setup  ## serve remuda-tiny, or ARGS='MODEL --tp 2 ...'
+	$(VENV)/bin/remuda serve $(ARGS)
+
+test: setup  ## the whole test run: linters, types, import contracts, unit, integration
+	$(PY) -m pytest $(ARGS)
+
+test-full: setup  ## the same with the heavy tests
+	$(PY) -m pytest -m '' $(ARGS)
+
+lint: setup  ## ruff, formatting and import contracts
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/lint-imports
+
+type: setup  ## mypy --strict
+	$(VENV)/bin/mypy
+
+fmt: setup  ## let ruff sort imports, mend what it can and format
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+protos: setup  ## generate cluster/rpc/generated from protos/
+	$(PY) protos/generate.py
+
+bench: setup  ## ratios of our host path to a reference measured in the same run, printed and written as JSON
+	$(PY) -m bench.run $(ARGS)
+
+bench-models: setup  ## build the benchmark checkpoints in REMUDA_BENCH_CACHE, or only ARGS='dense-1b'
+	$(PY) bench/make_models.py $(ARGS)
+
+clean:  ## remove the environment, caches and outputs
+	rm -rf $(VENV) build dist out .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find cluster engine protos tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is made once; it is brought up to date whenever what it should hold changes.
+$(VENV)/.stamp-venv:
+	@for python in python3.11 python3.12 python3; do \
+	  if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "Remuda needs Python 3.11 or 3.12: none of python3.11, python3.12, python3 on PATH is one. Install it and run make again." >&2; exit 1; \
+	fi; \
+	if ! $$found -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+	  echo "$$found cannot make virtual environments: on Debian and Ubuntu install $$($$found -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])') and run make again." >&2; exit 1; \
+	fi; \
+	[ -x $(PY) ] || $$found -m venv $(VENV)
+	@touch $@
+
+# torch comes first and alone, so that everything after it finds the build that this machine's pip prefers (CPU or CUDA).
+$(VENV)/.stamp-install: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (torch first; a few minutes on a fresh machine)"
+	$(PIP_INSTALL) torch -c constraints.txt
+	$(PIP_INSTALL) -e '.[test]' -c constraints.txt
+	@touch $@
