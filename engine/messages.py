@@ -32,7 +32,7 @@ class ScheduledRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     Their ids are what the rank knows of the slot's history, extended by ``token_ids`` (values that the rank did not
     know; they end at the last scheduled position), or, where ``input_step`` is not NO_STEP, by what the rank itself
     sampled for this slot in that step (asynchronous scheduling: the leader does not know it yet).
-    ``new_block_ids[g]`` are appended to the slot's block table of KV group g before the step.
+    ``new_block_ids[g]`` are appended to the slot's block table of KV group g before the step (empty: none anywhere).
     ``sample``: a next token is wanted after the last position (false for all but a prompt's last chunk).
     """
 
