@@ -1,0 +1,125 @@
+"""What ``remuda serve`` can be told. A flag wins over the environment (``REMUDA_*``), which wins over the file."""
+
+import enum
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+from engine.errors import InvalidOption
+
+EMBEDDED_MODEL = "remuda-tiny"
+DEFAULT_TARGET = "127.0.0.1:50051"
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+class Device(enum.StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def parse_bytes(text: str | int) -> int:
+    """``512MiB``, ``2g``, ``1000`` → bytes. Raises InvalidOption."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    if match is None:
+        raise InvalidOption(f"{text!r} is not a size; write bytes, or a number with KiB, MiB or GiB, as in 512MiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _bytes_field(value: Any) -> Any:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
+def _length_field(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if str(value).isdecimal() and int(value) > 0:
+        return int(value)
+    raise ValueError("write auto or a number of tokens")
+
+
+Degree = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class ServeConfig(BaseSettings):
+    """All options of ``remuda serve``, validated each by itself. What depends on the model is checked later."""
+
+    model_config = SettingsConfigDict(env_prefix="REMUDA_", extra="forbid", frozen=True)
+
+    model: str = EMBEDDED_MODEL
+    tensor_parallel_size: Degree = 1
+    pipeline_parallel_size: Degree = 1
+    data_parallel_size: Degree = 1
+    expert_parallel_size: Degree = 1
+    replicas: Degree = 1
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    grpc_port: Port = 50051
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Device = Device.AUTO
+    max_model_len: Annotated[Literal["auto"] | int, BeforeValidator(_length_field)] = "auto"
+    max_num_seqs: Degree | None = None
+    max_num_batched_tokens: Degree | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    kv_cache_memory: Annotated[int, BeforeValidator(_bytes_field), Field(gt=0)] = 512 * 2**20
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    revision: str | None = None
+    quantization: str | None = None
+    served_model_name: str | None = None
+    api_key_file: Path | None = None
+    address: str | None = None
+    cpu_slots: Degree = 8
+    deterministic: bool = False
+    request_timeout: Seconds = 600.0
+    queue_timeout: Seconds = 60.0
+    first_token_timeout: Seconds = 120.0
+    drain_timeout: Seconds = 30.0
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then the file (none unless ``load_serve_config`` names one)."""
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+    @property
+    def name(self) -> str:
+        """The name under which clients ask for the model."""
+        return self.served_model_name or Path(self.model).name or self.model
+
+
+def load_serve_config(flags: Mapping[str, Any], file: Path | None = None) -> ServeConfig:
+    """Merge flags (None: not given), environment and file. Raises InvalidOption with one line that names the option."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    if file is not None and not file.is_file():
+        raise InvalidOption(f"--config {file}: there is no such file")
+
+    class ConfigOfFile(ServeConfig):
+        model_config = SettingsConfigDict(yaml_file=file)
+
+    try:
+        return ConfigOfFile(**given)
+    except ValidationError as error:
+        raise InvalidOption(_one_line(error)) from error
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    option = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "configuration"
+    if first["type"] == "extra_forbidden":
+        return f"{option[2:].replace('-', '_')} is not an option; see remuda serve --help"
+    return f"{option}: {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}"

@@ -1,0 +1,106 @@
+"""What the control process (it starts Ray and the gangs) tells the process that started it: JSON lines over a pipe."""
+
+import msgspec
+
+
+class ReplicaPlan(msgspec.Struct, frozen=True):
+    """Everything that a replica's processes must know; the same for all replicas of a model."""
+
+    model: str
+    revision: str | None
+    served_name: str
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    data_parallel_size: int
+    expert_parallel_size: int
+    dtype: str
+    device: str
+    load_format: str
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    gpu_memory_utilization: float
+    kv_cache_memory_bytes: int
+
+    @property
+    def num_ranks(self) -> int:
+        return self.pipeline_parallel_size * self.data_parallel_size * self.tensor_parallel_size
+
+
+class LaunchConfig(msgspec.Struct, frozen=True):
+    """The control process's whole configuration. ``address`` None: start a private Ray on this host."""
+
+    replica: ReplicaPlan
+    num_replicas: int
+    address: str | None
+    cpu_slots: int
+    secret: str
+    """Shared by the front end and the leaders; the leaders refuse a stream without it."""
+
+
+class PhaseStarted(msgspec.Struct, frozen=True, tag="phase"):
+    """Start-up entered ``phase`` (of ``replica``, where it is one replica's)."""
+
+    phase: str
+    replica: str = ""
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """Bytes of weights read so far, summed over the replica's ranks."""
+
+    replica: str
+    num_bytes_done: int
+    num_bytes_total: int
+
+
+class RankPlaced(msgspec.Struct, frozen=True, tag="rank"):
+    replica: str
+    rank: int
+    pid: int
+    host: str
+    device: str
+
+
+class ReplicaReady(msgspec.Struct, frozen=True, tag="ready"):
+    replica: str
+    address: str
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    phase_seconds: dict[str, float]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """Start-up failed, or a replica broke later. ``kind`` is the class in the error tree, ``detail`` is for the log."""
+
+    kind: str
+    message: str
+    replica: str = ""
+    detail: str = ""
+
+
+class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
+    """All that was started has been stopped."""
+
+
+Event = PhaseStarted | Loading | RankPlaced | ReplicaReady | Failed | Stopped
+
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+_config_decoder = msgspec.json.Decoder(LaunchConfig)
+
+
+def encode_event(event: Event) -> bytes:
+    return _encoder.encode(event) + b"\n"
+
+
+def decode_event(line: bytes) -> Event:
+    return _decoder.decode(line)
+
+
+def encode_config(config: LaunchConfig) -> bytes:
+    return _encoder.encode(config) + b"\n"
+
+
+def decode_config(line: bytes) -> LaunchConfig:
+    return _config_decoder.decode(line)

@@ -1,0 +1,113 @@
+"""From what the user typed (a directory, a hub id, the embedded model) to a checkpoint's directory on this host."""
+
+import importlib.resources
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+from filelock import FileLock
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from cluster.config import EMBEDDED_MODEL
+from engine.errors import CheckpointError
+
+_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What is served, the same on every host. ``revision`` is a full commit hash for a hub id, None otherwise."""
+
+    model: str
+    revision: str | None = None
+
+    def directory(self) -> Path:
+        """The checkpoint's directory on this host, downloaded first where it is a hub id (resumable; one process per
+        host downloads, others wait). Raises CheckpointError."""
+        if self.model == EMBEDDED_MODEL:
+            return Path(str(importlib.resources.files("engine"))) / "assets" / EMBEDDED_MODEL
+        if self.revision is None:
+            return _local_directory(self.model)
+        return _download(self.model, self.revision)
+
+
+def resolve(model: str, revision: str | None) -> ModelSource:
+    """Decide what ``model`` names and pin a hub id to a commit. Raises CheckpointError with the remedy."""
+    if model == EMBEDDED_MODEL and not Path(model).is_dir():
+        return ModelSource(model)
+    if Path(model).exists() or not _HUB_ID.fullmatch(model):
+        _local_directory(model)
+        return ModelSource(str(Path(model).resolve()))
+    return ModelSource(model, _pin(model, revision or constants.DEFAULT_REVISION))
+
+
+def _local_directory(model: str) -> Path:
+    path = Path(model)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{model} is not a directory on {os.uname().nodename}; give a directory in Hugging Face form, "
+            f"a hub id as in organisation/name, or {EMBEDDED_MODEL}"
+        )
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{model} has no config.json, so it is not a checkpoint in Hugging Face form")
+    return path.resolve()
+
+
+def _pin(repo_id: str, revision: str) -> str:
+    if _COMMIT.fullmatch(revision):
+        return revision
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            try:
+                return str(HfApi().model_info(repo_id, revision=revision).sha)
+            except httpx2.TransportError:
+                pass  # The hub cannot be reached: what this host has of that revision will do.
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_FILES, local_files_only=True)).name
+    except _HUB_ERRORS as error:
+        raise _as_checkpoint_error(repo_id, revision, error) from error
+
+
+def _download(repo_id: str, revision: str) -> Path:
+    lock_dir = Path(constants.HF_HUB_CACHE)
+    lock_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock_dir / f".remuda-{repo_id.replace('/', '--')}-{revision}.lock"):
+            return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_FILES))
+    except _HUB_ERRORS as error:
+        raise _as_checkpoint_error(repo_id, revision, error) from error
+
+
+_HUB_ERRORS = (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    httpx2.HTTPError,
+    OSError,
+)
+
+
+def _as_checkpoint_error(repo_id: str, revision: str, error: Exception) -> CheckpointError:
+    if isinstance(error, GatedRepoError):
+        return CheckpointError(f"{repo_id} is gated: accept its terms on the hub and set HF_TOKEN")
+    if isinstance(error, RevisionNotFoundError):
+        return CheckpointError(f"{repo_id} has no revision {revision}; leave --revision out for the newest")
+    if isinstance(error, RepositoryNotFoundError):
+        return CheckpointError(f"the hub has no model {repo_id}, or it is private and HF_TOKEN is missing or wrong")
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        return CheckpointError(f"{repo_id} at {revision} is not in this host's cache and {why}; give a local directory")
+    return CheckpointError(f"{repo_id} cannot be had from the hub: {error}")
