@@ -26,3 +26,6 @@ class ForwardBatch:
     block_tables: tuple[torch.Tensor, ...]
     slot_mapping: tuple[torch.Tensor, ...]
     logits_rows: torch.Tensor
+    prompt_lens: tuple[int, ...] = ()
+    """B Python ints, length of each request's prompt (its first ``num_prompt_tokens``, whatever was generated since).
+    Read by dynamic NTK rotary embedding alone, whose frequencies depend on it; may be left out for other models."""

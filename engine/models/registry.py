@@ -1,0 +1,52 @@
+"""Which class computes which architecture. Classes are imported only when they are built."""
+
+import importlib
+from typing import Protocol
+
+import torch
+
+from engine.attention.backend import KvCacheView, StepAttention
+from engine.batch import ForwardBatch
+from engine.config import Dtype
+from engine.dtypes import torch_dtype
+from engine.layers.parameter import ParameterBuilder, TensorSlice
+from engine.model_config import ModelConfig, validate_layout
+from engine.parallel.mesh import Mesh
+
+MODELS = {
+    "LlamaForCausalLM": "engine.models.llama:LlamaModel",
+    "Llama4ForCausalLM": "engine.models.llama4:Llama4Model",
+    "Llama4ForConditionalGeneration": "engine.models.llama4:Llama4Model",
+}
+"""Architecture, as config.json names it, to "module:class"."""
+
+
+class Model(Protocol):
+    """One rank's share of a decoder-only language model."""
+
+    config: ModelConfig
+    slices: tuple[TensorSlice, ...]
+    """What the loader must read, and where to."""
+
+    def forward(self, batch: ForwardBatch, kv_cache: KvCacheView, attention: StepAttention) -> torch.Tensor:
+        """Final, normalised hidden states [T, hidden_size] of the step's tokens, the same on all tp ranks."""
+        ...
+
+    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:
+        """Logits [R, vocab_size] float32 of hidden states [R, hidden_size], on tp rank 0; None on the others.
+
+        All tp ranks must call it with the same rows.
+        """
+        ...
+
+
+def build_model(config: ModelConfig, mesh: Mesh, dtype: Dtype, device: torch.device) -> Model:
+    """The share of the rank that ``mesh`` stands for, with uninitialised parameters (none at all on the meta device).
+
+    Raises LayoutError where the model cannot be divided so.
+    """
+    validate_layout(config, mesh.config)
+    module, _, name = MODELS[config.architecture].partition(":")
+    model_class = getattr(importlib.import_module(module), name)
+    model: Model = model_class(config, ParameterBuilder(mesh, torch_dtype(dtype), device, config.tensor_prefix))
+    return model
