@@ -140,8 +140,8 @@ class LoadProgress(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="
 class Loaded(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="loaded"):
     """Weights are in memory and a step of the largest size was profiled.
 
-    ``kv_bytes_available``: bytes that this rank can give to KV blocks. ``block_bytes``: bytes of one block on this rank.
-    ``phase_seconds``: seconds by phase.
+    ``kv_bytes_available``: bytes that this rank can give to KV blocks. ``block_bytes``: bytes of one block on this
+    rank. ``phase_seconds``: seconds by phase.
     """
 
     rank: int
@@ -159,7 +159,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="ready")
 
 
 class RankError(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="error"):
-    """The rank cannot go on and exits. ``kind`` is the class name in the error tree; ``detail`` a traceback for logs."""
+    """The rank cannot go on and exits. ``kind``: the class name in the error tree. ``detail``: a traceback for logs."""
 
     epoch: int
     step: int

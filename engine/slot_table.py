@@ -96,7 +96,9 @@ class SlotTable:
         if plan.step != self._next_step:
             raise ProtocolViolation(f"plan of step {plan.step} where step {self._next_step} was due")
         if self._dp_group >= len(plan.batches):
-            raise ProtocolViolation(f"step {plan.step} has {len(plan.batches)} batches, none for group {self._dp_group}")
+            raise ProtocolViolation(
+                f"step {plan.step} has {len(plan.batches)} batches, none for dp group {self._dp_group}"
+            )
         self._next_step += 1
         batch = plan.batches[self._dp_group]
         self._remove(plan.step, batch)
@@ -159,7 +161,7 @@ class SlotTable:
         end = share.start + share.num_tokens
         if share.start != state.num_computed or share.num_tokens < 1:
             raise ProtocolViolation(
-                f"step {step}, slot {share.slot}: positions {share.start} to {end - 1} where {state.num_computed} is due"
+                f"step {step}, slot {share.slot}: positions {share.start} to {end - 1}, but {state.num_computed} is due"
             )
         self._extend_history(step, share, state, end)
         if share.sample != (end == len(state.token_ids)):

@@ -1,0 +1,23 @@
+"""The seam between deciding a step and computing it."""
+
+from concurrent.futures import Future
+from typing import Protocol
+
+from engine.messages import StepPlan, StepResult
+
+
+class Executor(Protocol):
+    """Carries plans to the ranks of one gang, in one epoch, and brings their results back."""
+
+    def submit(self, plan: StepPlan) -> "Future[list[StepResult]]":
+        """Sends a plan on its way and returns at once.
+
+        Plans are computed in the order in which they were submitted, and their futures end in that order too. A future
+        ends when *every* rank has answered: with one result per dp group, in the groups' order (the answer of the
+        group's sampling rank), or with RankFailure or ProtocolViolation, after which no later future succeeds.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends the ranks' loops and frees what this object holds. Futures that have not ended raise RankFailure."""
+        ...

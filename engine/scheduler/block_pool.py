@@ -1,0 +1,89 @@
+"""The blocks of a KV cache: who may have one, and when it may be given to somebody else."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from engine.messages import NO_STEP, NULL_BLOCK
+
+
+class BlockPool:
+    """Hands out block ids 1 … num_blocks − 1 (0 is NULL_BLOCK) and counts references to them.
+
+    All KV groups draw from one pool. A released block is *deferred* until the last plan that names it has returned:
+    ranks may still be reading or writing it. Only then is its reference dropped, and only without references is it free.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))
+        self._num_references = [0] * max(num_blocks, 1)
+        self._deferred: dict[int, list[int]] = {}
+        self._num_deferred = 0
+        self._last_returned = NO_STEP
+        self.num_usable = len(self._free)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_deferred(self) -> int:
+        """References that are dropped as soon as plans in flight return."""
+        return self._num_deferred
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Takes blocks that nobody else holds. The caller has looked at ``num_free``."""
+        assert 0 <= num_blocks <= len(self._free), f"{num_blocks} blocks wanted, {len(self._free)} free"
+        if num_blocks == 0:
+            return []
+        block_ids = self._free[: -num_blocks - 1 : -1]
+        del self._free[-num_blocks:]
+        for block_id in block_ids:
+            self._num_references[block_id] = 1
+        return block_ids
+
+    def share(self, block_ids: Iterable[int]) -> None:
+        """Adds one reference to each of these blocks, which somebody holds already."""
+        for block_id in block_ids:
+            assert self._num_references[block_id] > 0, f"block {block_id} is free and cannot be shared"
+            self._num_references[block_id] += 1
+
+    def release(self, block_ids: list[int], last_step: int) -> None:
+        """Gives up one reference to each block, once ``last_step``, the last plan that names them, has returned."""
+        if last_step > self._last_returned:
+            self._deferred.setdefault(last_step, []).extend(block_ids)
+            self._num_deferred += len(block_ids)
+            return
+        self._drop(block_ids)
+
+    def step_returned(self, step: int) -> None:
+        """Every rank has answered plan ``step``. Plans return in order, so all before it have returned as well."""
+        assert step == self._last_returned + 1, f"step {step} returned after step {self._last_returned}"
+        self._last_returned = step
+        block_ids = self._deferred.pop(step, None)
+        if block_ids is not None:
+            self._num_deferred -= len(block_ids)
+            self._drop(block_ids)
+
+    def _drop(self, block_ids: list[int]) -> None:
+        for block_id in block_ids:
+            self._num_references[block_id] -= 1
+            assert self._num_references[block_id] >= 0, f"block {block_id} was released twice"
+            if self._num_references[block_id] == 0:
+                self._free.append(block_id)
+
+    def check_integrity(self, held: Iterable[int]) -> None:
+        """Asserts that ``held`` (ids in all block tables) and the deferred ids are exactly what is not free."""
+        expected = Counter(held)
+        for block_ids in self._deferred.values():
+            expected.update(block_ids)
+        assert NULL_BLOCK not in expected, "NULL_BLOCK has an owner"
+        assert len(self._free) == len(set(self._free)), "a block is free twice"
+        assert len(self._free) + len(expected) == self.num_usable, (
+            f"{len(self._free)} free and {len(expected)} used blocks of {self.num_usable}"
+        )
+        for block_id, num_references in enumerate(self._num_references):
+            assert num_references == expected[block_id], (
+                f"block {block_id} has {num_references} references and {expected[block_id]} owners"
+            )
+        assert self._num_deferred == sum(map(len, self._deferred.values())), "deferred blocks are miscounted"
+        assert all(step > self._last_returned for step in self._deferred), "a step returned without its blocks"

@@ -1,0 +1,63 @@
+"""What the leader knows of a live request."""
+
+from dataclasses import dataclass, field
+
+from engine.messages import NO_STEP
+from engine.request import Request, SamplingParams
+
+NO_SLOT = -1
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """A live request: waiting (no slot, no blocks) or running (both).
+
+    ``token_ids``: prompt and all generated tokens whose values are known here. ``num_pending`` more were scheduled to
+    be sampled by plans still in flight. ``num_computed``: positions whose keys and values some plan computes, plans in
+    flight included. If anything is pending, all but the last pending token has been scheduled.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    priority: int
+    arrival: int
+    """Counts requests in order of ``add``; never changes, so a preempted request goes before all later ones."""
+    max_num_tokens: int
+    """Prompt and ``max_tokens`` together."""
+    dp_group: int = 0
+
+    slot: int = NO_SLOT
+    num_computed: int = 0
+    num_pending: int = 0
+    num_sent: int = 0
+    """Leading tokens that the ranks know, by value or because they sampled them."""
+    sample_step: int = NO_STEP
+    """The last plan that samples for this request."""
+    last_step: int = NO_STEP
+    """The last plan that names this request."""
+    block_tables: list[list[int]] = field(default_factory=list)
+    """One per KV group, all equally long; NULL_BLOCK where a chunked group's block was given back."""
+    num_unseen_blocks: list[int] = field(default_factory=list)
+    """Per KV group: leading blocks that were given back."""
+    num_block_tokens: int = 0
+    """Positions that the block tables reach."""
+    unseen_at: int = 0
+    """The next position whose scheduling lets a chunked group give blocks back."""
+    num_prompt_logprobs: int = 0
+    """Prompt positions whose log-probabilities went out already; preemption does not send them again."""
+    finished: bool = False
+
+    @classmethod
+    def of(cls, request: Request, arrival: int, dp_group: int) -> "RequestState":
+        return cls(
+            request_id=request.request_id,
+            token_ids=list(request.token_ids),
+            num_prompt_tokens=request.num_prompt_tokens,
+            sampling=request.sampling,
+            priority=request.priority,
+            arrival=arrival,
+            max_num_tokens=request.num_prompt_tokens + request.sampling.max_tokens,
+            dp_group=dp_group,
+        )
