@@ -1,0 +1,65 @@
+"""Changes to logits that come before temperature: penalties, then logit_bias, then the ban on early stop tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.executor.sampling_row import SamplingRow
+from engine.request import SamplingParams
+
+
+def adjust_logits(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    """In place on ``logits`` [R, vocab] float32; row r belongs to ``rows[r]``. Rows without such options stay as is."""
+    penalized = [r for r, row in enumerate(rows) if _has_penalties(row.params)]
+    if penalized:
+        _apply_penalties(logits, rows, penalized)
+    biased = [(r, token_id, bias) for r, row in enumerate(rows) for token_id, bias in row.params.logit_bias.items()]
+    if biased:
+        row_ids, token_ids, biases = zip(*biased, strict=True)
+        logits[list(row_ids), list(token_ids)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+    banned = [
+        (r, token_id)
+        for r, row in enumerate(rows)
+        if row.num_output_tokens < row.params.min_tokens
+        for token_id in row.params.stop_token_ids
+        if token_id < logits.shape[1]
+    ]
+    if banned:
+        row_ids, token_ids = zip(*banned, strict=True)
+        logits[list(row_ids), list(token_ids)] = float("-inf")
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _apply_penalties(logits: torch.Tensor, rows: Sequence[SamplingRow], penalized: list[int]) -> None:
+    """Repetition (Keskar et al. 2019, CTRL, §4.1): a token seen in prompt or output has its logit divided by the
+    penalty where positive, multiplied where not. Frequency and presence (OpenAI): of output tokens only, the count and
+    one are subtracted. Only the tokens that occur are touched, so the cost follows the history, not the vocabulary."""
+    parts = [_seen_tokens(rows[r]) for r in penalized]
+    sizes = [len(token_ids) for token_ids, _ in parts]
+    row_ids = torch.tensor(np.repeat(penalized, sizes), device=logits.device)
+    token_ids = torch.from_numpy(np.concatenate([token_ids for token_ids, _ in parts])).to(logits.device)
+    counts = torch.from_numpy(np.concatenate([counts for _, counts in parts])).to(logits)
+
+    def spread(values: list[float]) -> torch.Tensor:
+        return torch.tensor(np.repeat(values, sizes), dtype=logits.dtype, device=logits.device)
+
+    params = [rows[r].params for r in penalized]
+    repetition = spread([p.repetition_penalty for p in params])
+    values = logits[row_ids, token_ids]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= spread([p.frequency_penalty for p in params]) * counts
+    values -= spread([p.presence_penalty for p in params]) * (counts > 0)
+    logits[row_ids, token_ids] = values
+
+
+def _seen_tokens(row: SamplingRow) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Distinct ids in prompt and output, and how often each is in the output (0: in the prompt only)."""
+    history = np.asarray(row.token_ids, dtype=np.int64)
+    distinct, inverse = np.unique(history, return_inverse=True)
+    counts = np.bincount(inverse[row.num_prompt_tokens :], minlength=len(distinct))
+    return distinct, counts.astype(np.int64)

@@ -1,0 +1,24 @@
+"""What the sampler has to know of one row of logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """``token_ids``: everything before the token to be sampled, prompt first. The new one's position is its length."""
+
+    slot: int
+    params: SamplingParams
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+
+    @property
+    def position(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
