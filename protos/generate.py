@@ -83,7 +83,9 @@ def main() -> int:
     changed = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if check:
         for name in changed:
-            print(f"{TARGET_DIR.relative_to(PROTO_DIR.parent) / name} differs from what protos/ gives; run 'make protos'")
+            print(
+                f"{TARGET_DIR.relative_to(PROTO_DIR.parent) / name} differs from what protos/ gives; run 'make protos'"
+            )
         return 1 if changed else 0
     for name in changed:
         path = TARGET_DIR / name

@@ -158,7 +158,8 @@ Global___AbortRequest: _TypeAlias = AbortRequest  # noqa: Y015
 class LeaderFrame(_message.Message):
     """What one step gave. `incarnation` names the leader's life, `sequence` counts its frames from 0 on this stream.
     Frame 0 comes at once, empty: the stream is attached.
-    Entry i says that request streams[i] got num_tokens[i] of the concatenated token_ids.
+    Entry i says that request streams[i] got num_tokens[i] of the concatenated token_ids. A stream is listed once a frame
+    at most; one that only finishes is listed with 0 tokens.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -296,6 +297,21 @@ class GetInfoRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetInfoRequest: _TypeAlias = GetInfoRequest  # noqa: Y015
+
+@_typing.final
+class DrainReplicaRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainReplicaRequest: _TypeAlias = DrainReplicaRequest  # noqa: Y015
 
 @_typing.final
 class ReplicaInfo(_message.Message):

@@ -45,6 +45,11 @@ class ReplicaStub:
                 request_serializer=remuda_dot_v1_dot_replica__pb2.GetInfoRequest.SerializeToString,
                 response_deserializer=remuda_dot_v1_dot_replica__pb2.ReplicaInfo.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/remuda.v1.Replica/Drain',
+                request_serializer=remuda_dot_v1_dot_replica__pb2.DrainReplicaRequest.SerializeToString,
+                response_deserializer=remuda_dot_v1_dot_replica__pb2.ReplicaInfo.FromString,
+                _registered_method=True)
 
 
 class ReplicaServicer:
@@ -65,6 +70,13 @@ class ReplicaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Refuses new requests from now on; what runs may finish. Answers at once; follow it with GetInfo.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReplicaServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +88,11 @@ def add_ReplicaServicer_to_server(servicer, server):
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
                     request_deserializer=remuda_dot_v1_dot_replica__pb2.GetInfoRequest.FromString,
+                    response_serializer=remuda_dot_v1_dot_replica__pb2.ReplicaInfo.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=remuda_dot_v1_dot_replica__pb2.DrainReplicaRequest.FromString,
                     response_serializer=remuda_dot_v1_dot_replica__pb2.ReplicaInfo.SerializeToString,
             ),
     }
@@ -133,6 +150,33 @@ class Replica:
             target,
             '/remuda.v1.Replica/GetInfo',
             remuda_dot_v1_dot_replica__pb2.GetInfoRequest.SerializeToString,
+            remuda_dot_v1_dot_replica__pb2.ReplicaInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/remuda.v1.Replica/Drain',
+            remuda_dot_v1_dot_replica__pb2.DrainReplicaRequest.SerializeToString,
             remuda_dot_v1_dot_replica__pb2.ReplicaInfo.FromString,
             options,
             channel_credentials,

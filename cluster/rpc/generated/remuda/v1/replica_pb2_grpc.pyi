@@ -38,6 +38,8 @@ class ReplicaStub:
     When it breaks, the leader aborts what came over it.
     """
     GetInfo: _grpc.UnaryUnaryMultiCallable[_replica_pb2.GetInfoRequest, _replica_pb2.ReplicaInfo]
+    Drain: _grpc.UnaryUnaryMultiCallable[_replica_pb2.DrainReplicaRequest, _replica_pb2.ReplicaInfo]
+    """Refuses new requests from now on; what runs may finish. Answers at once; follow it with GetInfo."""
 
 @_typing.type_check_only
 class ReplicaAsyncStub(ReplicaStub):
@@ -49,6 +51,8 @@ class ReplicaAsyncStub(ReplicaStub):
     When it breaks, the leader aborts what came over it.
     """
     GetInfo: _aio.UnaryUnaryMultiCallable[_replica_pb2.GetInfoRequest, _replica_pb2.ReplicaInfo]  # type: ignore[assignment]
+    Drain: _aio.UnaryUnaryMultiCallable[_replica_pb2.DrainReplicaRequest, _replica_pb2.ReplicaInfo]  # type: ignore[assignment]
+    """Refuses new requests from now on; what runs may finish. Answers at once; follow it with GetInfo."""
 
 class ReplicaServicer(metaclass=_abc_1.ABCMeta):
     """Between front ends and a replica's leader. Not for clients."""
@@ -69,5 +73,13 @@ class ReplicaServicer(metaclass=_abc_1.ABCMeta):
         request: _replica_pb2.GetInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replica_pb2.ReplicaInfo, _abc.Awaitable[_replica_pb2.ReplicaInfo]]: ...
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _replica_pb2.DrainReplicaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replica_pb2.ReplicaInfo, _abc.Awaitable[_replica_pb2.ReplicaInfo]]:
+        """Refuses new requests from now on; what runs may finish. Answers at once; follow it with GetInfo."""
 
 def add_ReplicaServicer_to_server(servicer: ReplicaServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

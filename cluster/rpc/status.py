@@ -1,0 +1,121 @@
+"""The error tree on the wire, both ways.
+
+A gRPC status carries the message; its trailing metadata carries what the status code alone cannot:
+
+    remuda-error-kind     the class in the error tree
+    remuda-error-code     the OpenAI error code
+    remuda-error-param    the bad field, percent-encoded (metadata is ASCII)
+    remuda-retry-after-s  seconds
+
+The same fields travel in a StreamFinish, so that one request of a multiplexed stream can fail alone.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
+from urllib.parse import quote, unquote
+
+import grpc
+
+from cluster.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    ModelNotFound,
+    Unauthenticated,
+    Unavailable,
+    mapping_of,
+)
+from engine.errors import EngineFailure, InvalidRequest, Overloaded, RemudaError
+
+KIND_KEY = "remuda-error-kind"
+CODE_KEY = "remuda-error-code"
+PARAM_KEY = "remuda-error-param"
+RETRY_AFTER_KEY = "remuda-retry-after-s"
+
+MAX_MESSAGE_CHARS = 2_000
+"""Longer messages are cut: a status travels in HTTP/2 headers, which are bounded to 8 KiB by default."""
+
+
+@dataclass(frozen=True)
+class ErrorFields:
+    """What the wire says of one error."""
+
+    kind: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+def fields_of(error: BaseException) -> ErrorFields:
+    """Not of our tree is a defect of ours: its text stays in the log, for it may hold what is not the caller's."""
+    if not isinstance(error, RemudaError):
+        return ErrorFields(kind=EngineFailure.__name__, message="internal error; the server's log has the details")
+    param = error.param if isinstance(error, InvalidRequest) else None
+    retry_after_s = error.retry_after_s if isinstance(error, Overloaded | Unavailable) else None
+    return ErrorFields(type(error).__name__, str(error)[:MAX_MESSAGE_CHARS], param, retry_after_s)
+
+
+def error_of(fields: ErrorFields) -> RemudaError:
+    """The error that the other side meant. A class that this version does not know becomes an EngineFailure."""
+    kind = next((known for known in _subclasses(RemudaError) if known.__name__ == fields.kind), EngineFailure)
+    if issubclass(kind, InvalidRequest):
+        return kind(fields.message, fields.param)
+    if issubclass(kind, Overloaded | Unavailable) and fields.retry_after_s is not None:
+        return kind(fields.message, fields.retry_after_s)
+    return kind(fields.message)
+
+
+def _subclasses(kind: type[RemudaError]) -> Iterator[type[RemudaError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _subclasses(child)
+
+
+def trailing_metadata(error: BaseException) -> tuple[tuple[str, str], ...]:
+    fields = fields_of(error)
+    pairs = [(KIND_KEY, fields.kind), (CODE_KEY, mapping_of(error).code)]
+    if fields.param is not None:
+        pairs.append((PARAM_KEY, quote(fields.param)))
+    if fields.retry_after_s is not None:
+        pairs.append((RETRY_AFTER_KEY, f"{fields.retry_after_s:g}"))
+    return tuple(pairs)
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:
+    """Ends the call with the error's status. Raises, as gRPC's own abort does; nothing after it runs."""
+    await context.abort(mapping_of(error).grpc_status, fields_of(error).message, trailing_metadata(error))
+    raise AssertionError("gRPC's abort returned")
+
+
+_CLASS_BY_STATUS: dict[grpc.StatusCode, type[RemudaError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: ModelNotFound,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+}
+
+
+def error_from_rpc(error: grpc.RpcError) -> RemudaError:
+    """The error tree's view of a failed call: by the metadata, else (gRPC itself failed it) by the status code.
+
+    Takes what calls of grpc and of grpc.aio raise.
+    """
+    pairs = cast(Iterable[tuple[str, str | bytes]], error.trailing_metadata() or ())
+    metadata = {key: value for key, value in pairs if isinstance(value, str)}
+    message = error.details() or error.code().name
+    kind = metadata.get(KIND_KEY)
+    if kind is None:
+        kind = _CLASS_BY_STATUS.get(error.code(), EngineFailure).__name__
+    param = metadata.get(PARAM_KEY)
+    retry_after_s = metadata.get(RETRY_AFTER_KEY)
+    return error_of(
+        ErrorFields(
+            kind=kind,
+            message=message,
+            param=None if param is None else unquote(param),
+            retry_after_s=None if retry_after_s is None else float(retry_after_s),
+        )
+    )
