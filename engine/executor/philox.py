@@ -42,4 +42,5 @@ def uniforms(seeds: list[int], choices: list[int], positions: list[int]) -> npt.
     key = np.stack((seed & _LOW, seed >> _BITS))
     words = philox4x32(counter, key)
     bits = ((words[0] >> np.uint64(5)) << np.uint64(26)) | (words[1] >> np.uint64(6))
-    return np.multiply(bits, 2.0**-53, dtype=np.float64)
+    numbers: npt.NDArray[np.float64] = bits.astype(np.float64) * 2.0**-53
+    return numbers
