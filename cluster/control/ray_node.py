@@ -24,7 +24,7 @@ from cluster.control.ray_settings import (
     node_environment,
     start_command,
 )
-from cluster.errors import RayUnavailable
+from cluster.errors import StartFailed
 
 STOP_TIMEOUT_S = 30.0
 SHORT_TEMPORARY_DIRECTORY = "/tmp"
@@ -61,7 +61,7 @@ class RayNode:
             command_prefix: put before the guardian's command, for example ``ip netns exec NAME``.
 
         Raises:
-            RayUnavailable: Ray did not start; the message holds the reason that Ray printed.
+            StartFailed: Ray did not start; the message holds the reason that Ray printed.
         """
         started_s = time.monotonic()
         paths = make_directory()
@@ -82,7 +82,7 @@ class RayNode:
         try:
             answer = node._read(START_TIMEOUT_S + STOP_TIMEOUT_S)
             if "address" not in answer:
-                raise RayUnavailable(f"Ray did not start: {answer.get('error', 'its guardian ended without a word')}")
+                raise StartFailed(f"Ray did not start: {answer.get('error', 'its guardian ended without a word')}")
         except BaseException:
             node.close()
             raise
@@ -111,7 +111,7 @@ class RayNode:
         except subprocess.TimeoutExpired:
             guardian.kill()
             guardian.wait()
-            raise RayUnavailable(
+            raise StartFailed(
                 f"Ray's guardian {guardian.pid} did not stop its node within {STOP_TIMEOUT_S:.0f} s and was killed; "
                 f"look for processes that use {self.paths.root}"
             ) from None

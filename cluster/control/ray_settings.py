@@ -156,6 +156,7 @@ def start_command(spec: NodeSpec, paths: NodePaths, python: str = sys.executable
     command = [
         python, "-m", "ray.scripts.scripts", "start",
         f"--node-ip-address={spec.node_ip}",
+        f"--node-name={spec.node_ip}",
         f"--temp-dir={paths.root}",
         f"--num-cpus={spec.cpu_slots}",
         f"--object-store-memory={OBJECT_STORE_MEMORY_BYTES}",
