@@ -9,8 +9,8 @@ from engine.messages import NO_STEP, NULL_BLOCK
 class BlockPool:
     """Hands out block ids 1 … num_blocks − 1 (0 is NULL_BLOCK) and counts references to them.
 
-    All KV groups draw from one pool. A released block is *deferred* until the last plan that names it has returned:
-    ranks may still be reading or writing it. Only then is its reference dropped, and only without references is it free.
+    All KV groups draw from one pool. A released block is *deferred* until the last plan that names it has returned, for
+    ranks may still be reading or writing it. Then its reference is dropped; a block without references is free.
     """
 
     def __init__(self, num_blocks: int) -> None:

@@ -46,7 +46,8 @@ class RequestState:
     unseen_at: int = 0
     """The next position whose scheduling lets a chunked group give blocks back."""
     num_prompt_logprobs: int = 0
-    """Prompt positions whose log-probabilities went out already; preemption does not send them again."""
+    """Prompt positions whose log-probabilities went out already, all of them where none were asked for. Preemption
+    does not send them again."""
     finished: bool = False
 
     @classmethod
@@ -60,4 +61,14 @@ class RequestState:
             arrival=arrival,
             max_num_tokens=request.num_prompt_tokens + request.sampling.max_tokens,
             dp_group=dp_group,
+            num_prompt_logprobs=request.num_prompt_tokens if request.sampling.prompt_logprobs is None else 0,
         )
+
+    def restart(self) -> None:
+        """A new epoch: the ranks and the cache know nothing of this request; its known tokens stay."""
+        self.slot = NO_SLOT
+        self.num_computed = self.num_pending = self.num_sent = 0
+        self.sample_step = self.last_step = NO_STEP
+        self.block_tables = []
+        self.num_unseen_blocks = []
+        self.num_block_tokens = 0

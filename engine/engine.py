@@ -1,0 +1,241 @@
+"""One replica's engine: requests in, outputs out, one step at a time. Knows neither tensors nor threads.
+
+The leader's loop calls ``step`` as long as ``has_work``; ``add`` and ``abort`` come between two steps, from the same
+thread. ``engine.scheduler`` decides who is computed in a step, ``engine.executor`` has it computed.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
+from engine.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, Overloaded, ProtocolViolation
+from engine.executor.executor import Executor
+from engine.messages import StepPlan, StepResult
+from engine.request import FinishReason, Output, Request
+from engine.scheduler.policy import FirstComeFirstServed, Policy
+from engine.scheduler.request_state import RequestState
+from engine.scheduler.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Over all dp groups. ``num_steps`` and ``num_preemptions`` count from the engine's start, over all epochs."""
+
+    num_running: int
+    num_waiting: int
+    num_in_flight: int
+    num_blocks: int
+    num_blocks_used: int
+    num_steps: int
+    num_preemptions: int
+
+    @property
+    def kv_usage(self) -> float:
+        """Used share of the KV blocks, 0 to 1."""
+        return self.num_blocks_used / self.num_blocks if self.num_blocks else 0.0
+
+
+class Engine:
+    """Schedules requests over the dp groups of one gang and hands out what they produce.
+
+    Args:
+        executor: computes plans, in the epoch named by ``epoch``.
+        kv_groups: the model's KV groups.
+        vocab_size: token ids are 0 … vocab_size − 1.
+        scheduler_config: bounds; each dp group has ``max_num_seqs`` slots and ``max_num_batched_tokens`` of its own.
+        cache_config: ``num_blocks`` blocks (block 0 included) in each dp group.
+        num_dp_groups: batches of a plan.
+        epoch: of the gang; every change goes through ``reset``.
+        input_references: see Scheduler.
+        policy: makes one policy per dp group.
+    """
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        kv_groups: Sequence[KvGroupConfig],
+        vocab_size: int,
+        scheduler_config: SchedulerConfig,
+        cache_config: CacheConfig,
+        num_dp_groups: int = 1,
+        epoch: int = 0,
+        input_references: bool = True,
+        policy: Callable[[], Policy] = FirstComeFirstServed,
+    ) -> None:
+        self._kv_groups = tuple(kv_groups)
+        self._vocab_size = vocab_size
+        self._config = scheduler_config
+        self._num_dp_groups = num_dp_groups
+        self._input_references = input_references
+        self._policy = policy
+        self._states: dict[str, RequestState] = {}
+        self._outputs: list[Output] = []
+        self._num_arrivals = 0
+        self._num_steps_before = 0  # of earlier epochs
+        self._num_preemptions_before = 0
+        self._broken = False
+        self._begin_epoch(epoch, executor, cache_config)
+
+    def step(self) -> list[Output]:
+        """Schedule → submit → update. Blocks until the oldest plan in flight has returned, and no longer.
+
+        Raises what the executor raised (RankFailure, ProtocolViolation); then only ``reset`` helps.
+        """
+        if self._broken:
+            raise EngineFailure("a step failed before; the gang must form anew and the engine be reset")
+        self._broken = True  # until this step has come to its end
+        while len(self._in_flight) < self._config.depth and (plan := self._schedule()) is not None:
+            self._in_flight.append((plan, self._executor.submit(plan)))
+        if self._in_flight:
+            plan, future = self._in_flight.popleft()
+            self._update(plan, future.result())
+        else:
+            assert self._outputs or not self._states, "requests are waiting, and nothing is in flight to wait for"
+        self._broken = False
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _schedule(self) -> StepPlan | None:
+        step = self._next_step
+        batches = [scheduler.schedule(step) for scheduler in self._schedulers]
+        if all(batch is None for batch in batches):
+            return None
+        self._next_step += 1
+        return StepPlan(
+            self._epoch,
+            step,
+            [
+                scheduler.schedule_idle(step) if batch is None else batch
+                for scheduler, batch in zip(self._schedulers, batches, strict=True)
+            ],
+        )
+
+    def _update(self, plan: StepPlan, results: list[StepResult]) -> None:
+        if [(result.epoch, result.step) for result in results] != [(plan.epoch, plan.step)] * self._num_dp_groups:
+            raise ProtocolViolation(
+                f"epoch {plan.epoch}, step {plan.step} was answered by (epoch, step) "
+                f"{[(result.epoch, result.step) for result in results]} for {self._num_dp_groups} dp groups"
+            )
+        for scheduler, result in zip(self._schedulers, results, strict=True):
+            outputs = scheduler.update(result)
+            self._outputs += outputs
+            for output in outputs:
+                if output.finish_reason is not None:
+                    del self._states[output.request_id]
+
+    def add(self, request: Request) -> None:
+        """Queues a request; its outputs come from later steps and end with exactly one finish reason.
+
+        Raises InvalidRequest, ContextLengthExceeded or Overloaded, and then has done nothing.
+        """
+        self._validate(request)
+        loads = [scheduler.num_running + scheduler.num_waiting for scheduler in self._schedulers]
+        state = RequestState.of(request, self._num_arrivals, loads.index(min(loads)))
+        scheduler = self._schedulers[state.dp_group]
+        if not scheduler.fits(state):
+            raise ContextLengthExceeded(
+                f"prompt ({request.num_prompt_tokens} tokens) and max_tokens ({request.sampling.max_tokens}) need more "
+                f"than the {scheduler.num_blocks} KV blocks that there are; shorten one of them",
+                "max_tokens",
+            )
+        num_waiting = sum(scheduler.num_waiting for scheduler in self._schedulers)
+        if num_waiting >= self._config.max_num_waiting:
+            raise Overloaded(f"{num_waiting} requests are waiting, at most {self._config.max_num_waiting} may")
+        self._num_arrivals += 1
+        self._states[request.request_id] = state
+        scheduler.add(state)
+
+    def _validate(self, request: Request) -> None:
+        sampling, num_prompt_tokens = request.sampling, request.num_prompt_tokens
+        sampling.validate(self._vocab_size)
+        if request.request_id in self._states:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use", "request_id")
+        if not 0 < num_prompt_tokens <= len(request.token_ids):
+            raise InvalidRequest(
+                f"the prompt must be at least 1 token and not more than the {len(request.token_ids)} given, "
+                f"not {num_prompt_tokens}",
+                "prompt",
+            )
+        if not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocab_size:
+            raise InvalidRequest(f"token ids of this model are 0 to {self._vocab_size - 1}", "prompt")
+        if num_prompt_tokens + sampling.max_tokens > self._config.max_model_len:
+            raise ContextLengthExceeded(
+                f"prompt ({num_prompt_tokens} tokens) and max_tokens ({sampling.max_tokens}) are together longer than "
+                f"the {self._config.max_model_len} tokens that this model is served with; shorten one of them",
+                "max_tokens",
+            )
+        if len(request.token_ids) >= num_prompt_tokens + sampling.max_tokens:
+            raise InvalidRequest(f"max_tokens ({sampling.max_tokens}) tokens are generated already", "max_tokens")
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request; the next step's outputs say so. False: no such request (it may just have ended)."""
+        state = self._states.pop(request_id, None)
+        if state is None:
+            return False
+        self._schedulers[state.dp_group].abort(state)
+        self._outputs.append(Output(request_id, [], FinishReason.ABORT))
+        return True
+
+    def reset(self, epoch: int, *, executor: Executor | None = None, cache_config: CacheConfig | None = None) -> None:
+        """The gang has re-formed: plans in flight are forgotten, every request waits again with the tokens it has.
+
+        ``cache_config``: where the new gang's cache has another size. A request that no longer fits ends with ERROR.
+        """
+        assert epoch > self._epoch, f"epoch {epoch} does not follow {self._epoch}"
+        self._num_steps_before += self._next_step
+        self._num_preemptions_before += sum(scheduler.num_preemptions for scheduler in self._schedulers)
+        self._begin_epoch(epoch, executor or self._executor, cache_config or self._cache_config)
+        for state in list(self._states.values()):
+            scheduler = self._schedulers[state.dp_group]
+            state.restart()
+            if scheduler.fits(state):
+                scheduler.add(state)
+            else:
+                del self._states[state.request_id]
+                message = f"the cache has shrunk to {scheduler.num_blocks} KV blocks, too few for this request"
+                self._outputs.append(Output(state.request_id, [], FinishReason.ERROR, error=message))
+
+    def _begin_epoch(self, epoch: int, executor: Executor, cache_config: CacheConfig) -> None:
+        self._epoch = epoch
+        self._executor = executor
+        self._cache_config = cache_config
+        self._next_step = 0
+        self._broken = False
+        self._in_flight: deque[tuple[StepPlan, Future[list[StepResult]]]] = deque()
+        self._schedulers = [
+            Scheduler(
+                self._config,
+                cache_config,
+                self._kv_groups,
+                policy=self._policy(),
+                input_references=self._input_references,
+            )
+            for _ in range(self._num_dp_groups)
+        ]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do or to hand out."""
+        return bool(self._states or self._in_flight or self._outputs)
+
+    def stats(self) -> EngineStats:
+        schedulers = self._schedulers
+        return EngineStats(
+            num_running=sum(scheduler.num_running for scheduler in schedulers),
+            num_waiting=sum(scheduler.num_waiting for scheduler in schedulers),
+            num_in_flight=len(self._in_flight),
+            num_blocks=sum(scheduler.num_blocks for scheduler in schedulers),
+            num_blocks_used=sum(scheduler.num_blocks_used for scheduler in schedulers),
+            num_steps=self._num_steps_before + self._next_step,
+            num_preemptions=self._num_preemptions_before + sum(scheduler.num_preemptions for scheduler in schedulers),
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts what must hold between two calls (tests call it after each)."""
+        for scheduler in self._schedulers:
+            scheduler.check_integrity()
+        num_held = sum(scheduler.num_running + scheduler.num_waiting for scheduler in self._schedulers)
+        assert num_held == len(self._states), f"{num_held} requests are scheduled and {len(self._states)} are live"

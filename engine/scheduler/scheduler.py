@@ -1,0 +1,304 @@
+"""Decides what one dp group computes in the next step, and takes in what it computed.
+
+A step is so many tokens for each request; prefill and decode are not told apart. A request that decodes has one token
+to compute, a prompt has many, and gets as many as the step's budget and the free blocks allow (chunked prefill).
+Running requests come first, each gets at least one token; then waiting ones are admitted in the policy's order. When
+blocks run out the policy names a victim, which gives all its blocks back and is computed again later (recomputation).
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
+from engine.messages import NO_STEP, BatchPlan, NewRequest, SampledToken, ScheduledRequest, StepResult
+from engine.request import FinishReason, Output, TopLogprobs
+from engine.scheduler.block_pool import BlockPool
+from engine.scheduler.block_tables import BlockTables
+from engine.scheduler.policy import FirstComeFirstServed, Policy
+from engine.scheduler.request_state import NO_SLOT, RequestState
+from engine.scheduler.step_in_flight import StepInFlight
+
+
+class Scheduler:
+    """The requests and the blocks of one dp group, in one epoch. Calls come from one thread.
+
+    Args:
+        input_references: whether a plan may refer to a token that a plan in flight will sample (asynchronous
+            scheduling). Without, a decoding request is in one plan in flight at most (pipeline micro-batches).
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheConfig,
+        kv_groups: Sequence[KvGroupConfig],
+        *,
+        policy: Policy | None = None,
+        input_references: bool = True,
+    ) -> None:
+        self._config = config
+        self._policy = policy or FirstComeFirstServed()
+        self._input_references = input_references
+        self._pool = BlockPool(cache.num_blocks)
+        self._tables = BlockTables(self._pool, kv_groups, cache.block_size)
+        self._waiting: list[RequestState] = []
+        self._running: list[RequestState] = []  # in the policy's order
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._removed: list[int] = []  # slots that the ranks must be told are free
+        self._in_flight: deque[StepInFlight] = deque()
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_blocks(self) -> int:
+        return self._pool.num_usable
+
+    @property
+    def num_blocks_used(self) -> int:
+        return self._pool.num_usable - self._pool.num_free
+
+    def fits(self, state: RequestState) -> bool:
+        """Whether the whole cache could hold this request to its end. The last token is never computed."""
+        return self._tables.num_needed(state.max_num_tokens - 1) <= self._pool.num_usable
+
+    def add(self, state: RequestState) -> None:
+        assert self.fits(state), f"request {state.request_id} can never fit"
+        self._waiting.append(state)
+
+    def abort(self, state: RequestState) -> None:
+        """No later plan names this request; what plans in flight compute for it is discarded."""
+        self._finish(state)
+        self._forget_finished()
+
+    # ---- schedule -------------------------------------------------------------------------------------------------
+
+    def schedule(self, step: int) -> BatchPlan | None:
+        """The batch of plan ``step``, or None where nothing can be computed until a plan in flight returns."""
+        batch = BatchPlan(removed=[], new=[], scheduled=[])
+        flight = StepInFlight(step)
+        budget, short_of_blocks = self._schedule_running(batch, flight)
+        if not short_of_blocks and self._waiting and budget > 0:
+            self._admit(batch, flight, budget)
+        if not batch.scheduled:
+            return None
+        self._commit(batch, flight)
+        return batch
+
+    def schedule_idle(self, step: int) -> BatchPlan:
+        """An empty batch, for a step in which only other dp groups have work."""
+        batch = BatchPlan(removed=[], new=[], scheduled=[])
+        self._commit(batch, StepInFlight(step))
+        return batch
+
+    def _commit(self, batch: BatchPlan, flight: StepInFlight) -> None:
+        batch.removed.extend(self._removed)
+        self._removed.clear()
+        self._in_flight.append(flight)
+
+    def _schedule_running(self, batch: BatchPlan, flight: StepInFlight) -> tuple[int, bool]:
+        """Returns what is left of the token budget, and whether some request had to go without blocks."""
+        budget = self._config.max_num_batched_tokens
+        short_of_blocks = False
+        index = 0
+        while index < len(self._running):
+            state = self._running[index]
+            num_tokens = self._num_schedulable(state)
+            if num_tokens > 1:  # a prompt leaves one token to each request after it
+                num_tokens = min(num_tokens, budget - (len(self._running) - index - 1))
+            if num_tokens > 0 and state.num_computed + num_tokens > state.num_block_tokens:
+                room = self._tables.room(state)
+                if room < num_tokens:
+                    short_of_blocks = True
+                    num_tokens = min(num_tokens, room or self._make_room(index))
+            if num_tokens > 0:
+                self._share(state, num_tokens, batch, flight)
+                budget -= num_tokens
+            if state.slot != NO_SLOT:  # else it was itself the victim, and the next has moved up
+                index += 1
+        return budget, short_of_blocks
+
+    def _num_schedulable(self, state: RequestState) -> int:
+        if state.num_pending and not self._input_references:
+            return 0
+        num_tokens = len(state.token_ids) + state.num_pending
+        return num_tokens - state.num_computed if num_tokens < state.max_num_tokens else 0
+
+    def _make_room(self, index: int) -> int:
+        """How many tokens the request at ``index`` has room for, after preempting from those not yet scheduled.
+
+        0: it waits for blocks that plans in flight still name, or was itself preempted.
+        """
+        state = self._running[index]
+        num_groups = len(state.block_tables)
+        while (room := self._tables.room(state)) <= 0:
+            if self._pool.num_free + self._pool.num_deferred >= num_groups:
+                return 0
+            victim = self._policy.victim(self._running[index:])
+            self._preempt(victim)
+            if victim is state:
+                return 0
+        return room
+
+    def _preempt(self, victim: RequestState) -> None:
+        """Back to the queue with all its tokens. A token still being sampled for it is waited for, not lost."""
+        self.num_preemptions += 1
+        self._running.remove(victim)
+        self._leave_slot(victim)
+        self._waiting.append(victim)
+
+    def _admit(self, batch: BatchPlan, flight: StepInFlight, budget: int) -> None:
+        """Admits in the policy's order, and nobody past one that does not fit, so that nobody starves.
+
+        A request is admitted when all its known tokens fit beside what running prompts still need, with one block
+        left for each running request, so that it is not preempted again at once.
+        """
+        num_reserved = len(self._running) + sum(
+            self._tables.num_missing(state) for state in self._running if state.num_computed < len(state.token_ids)
+        )
+        for state in self._policy.order(self._waiting):
+            if budget <= 0 or not self._free_slots or state.num_pending:
+                break
+            if self._tables.num_needed(len(state.token_ids)) + num_reserved > self._pool.num_free:
+                break
+            self._enter_slot(state)
+            batch.new.append(NewRequest(state.slot, state.token_ids.copy(), state.num_prompt_tokens, state.sampling))
+            num_tokens = min(len(state.token_ids), budget, self._tables.room(state))
+            self._share(state, num_tokens, batch, flight)
+            budget -= num_tokens
+            num_reserved += 1 + self._tables.num_missing(state)
+        if batch.new:
+            self._waiting = [state for state in self._waiting if state.slot == NO_SLOT]
+            self._running = self._policy.order(self._running)
+
+    def _share(self, state: RequestState, num_tokens: int, batch: BatchPlan, flight: StepInFlight) -> None:
+        """Puts the next ``num_tokens`` of a request into the batch. The blocks for them are there."""
+        start = state.num_computed
+        end = start + num_tokens
+        new_block_ids = self._tables.extend(state, end) if end > state.num_block_tokens else []
+        token_ids: list[int] = []
+        input_step = NO_STEP
+        if end > state.num_sent:
+            if state.num_pending:
+                input_step = state.sample_step
+            else:
+                token_ids = state.token_ids[state.num_sent : end]
+            state.num_sent = end
+        sample = end == len(state.token_ids) + state.num_pending
+        batch.scheduled.append(
+            ScheduledRequest(state.slot, start, num_tokens, token_ids, new_block_ids, sample, input_step)
+        )
+        state.num_computed = end
+        state.last_step = flight.step
+        if sample:
+            state.num_pending += 1
+            state.sample_step = flight.step
+            flight.sampling[state.slot] = state
+            if state.num_prompt_logprobs < state.num_prompt_tokens:
+                flight.prompts_ending.append((state.slot, state))
+        else:
+            flight.prefilling[state.slot] = state
+        if end >= state.unseen_at:
+            self._tables.release_unseen(state, end)
+
+    # ---- update ---------------------------------------------------------------------------------------------------
+
+    def update(self, result: StepResult) -> list[Output]:
+        """Takes in the result of the oldest plan in flight. At most one Output per request.
+
+        Raises ProtocolViolation where the result is not what that plan asked for.
+        """
+        flight = self._in_flight.popleft()
+        flight.check_slots(result)
+        prompt_logprobs = flight.new_prompt_logprobs(result)
+        # From here on nothing raises: what was taken in is always given out.
+        self._pool.step_returned(result.step)
+        outputs: list[Output] = []
+        for error in result.errors:
+            failed = flight.sampling.pop(error.slot, None) or flight.prefilling.pop(error.slot)
+            if not failed.finished:
+                self._finish(failed)
+                outputs.append(Output(failed.request_id, [], FinishReason.ERROR, error=error.message))
+        for sampled in result.sampled:
+            state = flight.sampling[sampled.slot]
+            if not state.finished:
+                outputs.append(self._accept(state, sampled, prompt_logprobs.get(sampled.slot)))
+        for slot, logprobs in prompt_logprobs.items():
+            prefilling = flight.prefilling.get(slot)
+            if prefilling is not None and not prefilling.finished:
+                prefilling.num_prompt_logprobs += len(logprobs)
+                outputs.append(Output(prefilling.request_id, [], prompt_logprobs=logprobs))
+        if any(output.finish_reason is not None for output in outputs):
+            self._forget_finished()
+        return outputs
+
+    def _accept(
+        self, state: RequestState, sampled: SampledToken, prompt_logprobs: list[TopLogprobs | None] | None
+    ) -> Output:
+        """Appends a sampled token. One that stops is in the output too: the front end leaves it out of the text."""
+        token_id = sampled.token_id
+        sampling = state.sampling
+        state.token_ids.append(token_id)
+        state.num_pending -= 1
+        reason = None
+        stop_token_id = None
+        if token_id in sampling.stop_token_ids and len(state.token_ids) - state.num_prompt_tokens > sampling.min_tokens:
+            reason = FinishReason.STOP
+            stop_token_id = token_id
+        elif len(state.token_ids) >= state.max_num_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            self._finish(state)
+        if prompt_logprobs is not None:
+            state.num_prompt_logprobs += len(prompt_logprobs)
+        logprobs = None if sampled.logprobs is None else [sampled.logprobs]
+        return Output(state.request_id, [token_id], reason, stop_token_id, logprobs, prompt_logprobs)
+
+    # ---- slots ----------------------------------------------------------------------------------------------------
+
+    def _enter_slot(self, state: RequestState) -> None:
+        state.slot = self._free_slots.pop()
+        state.num_sent = len(state.token_ids)
+        self._tables.open(state)
+        self._running.append(state)
+
+    def _leave_slot(self, state: RequestState) -> None:
+        self._tables.release_all(state)
+        self._free_slots.append(state.slot)
+        self._removed.append(state.slot)
+        state.slot = NO_SLOT
+        state.num_computed = 0
+
+    def _finish(self, state: RequestState) -> None:
+        assert not state.finished, f"request {state.request_id} ended twice"
+        state.finished = True
+        if state.slot != NO_SLOT:
+            self._leave_slot(state)
+
+    def _forget_finished(self) -> None:
+        self._running = [state for state in self._running if not state.finished]
+        self._waiting = [state for state in self._waiting if not state.finished]
+
+    def check_integrity(self) -> None:
+        """Asserts what must hold between any two calls."""
+        held = [
+            block_id
+            for state in self._running
+            for table, num_unseen in zip(state.block_tables, state.num_unseen_blocks, strict=True)
+            for block_id in table[num_unseen:]
+        ]
+        self._pool.check_integrity(held)
+        slots = self._free_slots + [state.slot for state in self._running]
+        assert sorted(slots) == list(range(self._config.max_num_seqs)), "a slot was lost or given away twice"
+        assert len(self._removed) == len(set(self._removed)), "a slot is removed twice"
+        for state in self._waiting + self._running:
+            assert not state.finished, f"request {state.request_id} ended and is still held"
+            assert len(state.token_ids) + state.num_pending <= state.max_num_tokens, "tokens beyond max_tokens"
+        assert all(state.slot == NO_SLOT and not state.block_tables for state in self._waiting), "waiting with blocks"
+        assert self._running == self._policy.order(self._running), "running requests are out of order"

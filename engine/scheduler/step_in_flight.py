@@ -1,0 +1,68 @@
+"""What the leader remembers of a plan until its result returns, and what it demands of that result."""
+
+from dataclasses import dataclass, field
+
+from engine.errors import ProtocolViolation
+from engine.messages import StepResult
+from engine.request import TopLogprobs
+from engine.scheduler.request_state import RequestState
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    """Who had which slot when a plan was made; slots may have changed hands when its result returns."""
+
+    step: int
+    sampling: dict[int, RequestState] = field(default_factory=dict)
+    """Slot to request, where a next token is expected."""
+    prefilling: dict[int, RequestState] = field(default_factory=dict)
+    """Slot to request, where a prompt has more chunks to come."""
+    prompts_ending: list[tuple[int, RequestState]] = field(default_factory=list)
+    """(Slot, request) whose prompt's log-probabilities must be complete with this step."""
+
+    def check_slots(self, result: StepResult) -> None:
+        """Raises ProtocolViolation unless every slot to be sampled has one token or error, and no other has any."""
+        assert self.step == result.step, f"result of step {result.step} where {self.step} is the oldest in flight"
+        failed = [error.slot for error in result.errors]
+        answered = [sampled.slot for sampled in result.sampled]
+        answered += [slot for slot in failed if slot not in self.prefilling]
+        if len(answered) != len(self.sampling) or set(answered) != self.sampling.keys() or len(failed) > len({*failed}):
+            raise ProtocolViolation(
+                f"step {self.step}: tokens or errors of slots {sorted(answered)} where slots {sorted(self.sampling)} "
+                "were to be sampled"
+            )
+
+    def new_prompt_logprobs(self, result: StepResult) -> dict[int, list[TopLogprobs | None]]:
+        """By slot, what was not sent before. Position 0 has None, for nothing predicts it.
+
+        Raises ProtocolViolation where some are missing.
+        """
+        new: dict[int, list[TopLogprobs | None]] = {}
+        for entry in result.prompt_logprobs:
+            state = self.sampling.get(entry.slot) or self.prefilling.get(entry.slot)
+            if state is None or entry.start < 1 or entry.slot in new:
+                raise ProtocolViolation(f"step {self.step}: unexpected log-probabilities of slot {entry.slot}")
+            is_first = entry.start == 1
+            logprobs: list[TopLogprobs | None] = [None, *entry.logprobs] if is_first else list(entry.logprobs)
+            num_known = state.num_prompt_logprobs - (0 if is_first else entry.start)
+            if num_known < 0 and not state.finished:
+                raise ProtocolViolation(
+                    f"step {self.step}, request {state.request_id}: log-probabilities from position {entry.start}, "
+                    f"but only {state.num_prompt_logprobs} came before"
+                )
+            if num_known < len(logprobs):
+                new[entry.slot] = logprobs[num_known:]
+        if self.prompts_ending:
+            self._complete(new, {error.slot for error in result.errors})
+        return new
+
+    def _complete(self, new: dict[int, list[TopLogprobs | None]], failed: set[int]) -> None:
+        for slot, state in self.prompts_ending:
+            if state.num_prompt_tokens == 1 and state.num_prompt_logprobs == 0:
+                new[slot] = [None]
+            num_missing = state.num_prompt_tokens - state.num_prompt_logprobs - len(new.get(slot, ()))
+            if num_missing and not state.finished and slot not in failed:
+                raise ProtocolViolation(
+                    f"step {self.step}, request {state.request_id}: {num_missing} of the prompt's log-probabilities "
+                    "are missing"
+                )
