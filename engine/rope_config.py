@@ -58,9 +58,7 @@ def parse_rope(hf: Mapping[str, Any], head_dim: int, default_theta: float, inter
     values.update(hf.get("rope_parameters") or {})
     name = values.get("rope_type") or values.get("type") or "default"
     if name not in list(RopeType):
-        raise CheckpointError(
-            f"config.json asks for rotary embedding {name!r}; served are {', '.join(RopeType)}"
-        )
+        raise CheckpointError(f"config.json asks for rotary embedding {name!r}; served are {', '.join(RopeType)}")
     partial = values.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise CheckpointError(f"config.json asks for partial_rotary_factor {partial}; only 1.0 is served")

@@ -4,7 +4,7 @@ Layers make their parameters through a ParameterBuilder, which notes for each wh
 goes where. On the meta device nothing is allocated, and the same notes serve the byte ledger.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -74,9 +74,7 @@ class ParameterBuilder:
 
     def empty(self, *shape: int) -> torch.nn.Parameter:
         """An uninitialised parameter; ``fill`` says what it is loaded from."""
-        return torch.nn.Parameter(
-            torch.empty(*shape, dtype=self.dtype, device=self.device), requires_grad=False
-        )
+        return torch.nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device), requires_grad=False)
 
     def fill(self, destination: torch.Tensor, name: str, shape: tuple[int, ...], start: tuple[int, ...]) -> None:
         """Note that ``destination`` is the rectangle at ``start`` of checkpoint tensor ``prefix + name``."""
@@ -91,5 +89,5 @@ class ParameterBuilder:
         return parameter
 
 
-def total_bytes(slices: Iterator[TensorSlice] | list[TensorSlice]) -> int:
+def total_bytes(slices: Iterable[TensorSlice]) -> int:
     return sum(piece.num_bytes for piece in slices)

@@ -1,0 +1,65 @@
+"""Self-attention: projections, rotation, norms and query scaling around the attention backend. T tokens."""
+
+import torch
+from torch import nn
+
+from engine.attention.backend import KvCacheView, StepAttention
+from engine.layers.linear import ColumnParallelLinear, ColumnPart, RowParallelLinear
+from engine.layers.norm import rms_normalize
+from engine.layers.parameter import ParameterBuilder, Split
+from engine.layers.rotary import Rotation
+from engine.model_config import ModelConfig, TemperatureConfig
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, its heads divided over the tensor-parallel ranks. ``layer``: its index in the model."""
+
+    def __init__(self, build: ParameterBuilder, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self._layer = layer
+        self._head_dim = config.head_dim
+        self._eps = config.rms_norm_eps
+        self._use_rope = config.layers[layer].use_rope
+        self._qk_norm = config.layers[layer].qk_norm
+        self._temperature = config.layers[layer].temperature
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        kv_split = _kv_split(build.tp, config.num_kv_heads)
+        parts = [
+            ColumnPart("q_proj", query_size, build.tp),
+            ColumnPart("k_proj", kv_size, kv_split),
+            ColumnPart("v_proj", kv_size, kv_split),
+        ]
+        self.qkv = ColumnParallelLinear(build, config.hidden_size, parts, config.attention_bias)
+        self.output = RowParallelLinear(build, "o_proj", query_size, config.hidden_size, config.attention_bias)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        rotation: Rotation,
+        kv_cache: KvCacheView,
+        attention: StepAttention,
+    ) -> torch.Tensor:
+        """[T, hidden_size] to [T, hidden_size], the same on all ranks. ``positions``: [T] int64."""
+        parts = self.qkv.forward(hidden).split(self.qkv.local_sizes, dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self._head_dim)) for part in parts)
+        if self._use_rope:
+            query, key = rotation.apply(query), rotation.apply(key)
+        if self._qk_norm:
+            query, key = rms_normalize(query, self._eps), rms_normalize(key, self._eps)
+        if self._temperature:
+            query = (query * query_scales(self._temperature, positions)[:, None, None]).to(query.dtype)
+        attended = attention.forward(self._layer, query, key, value, kv_cache)
+        return self.output.forward(attended.flatten(1))
+
+
+def query_scales(config: TemperatureConfig, positions: torch.Tensor) -> torch.Tensor:
+    """Llama 4's attention temperature at ``positions`` [T]: float32 factors [T] on the queries."""
+    return torch.log1p(torch.floor((positions.float() + 1.0) / config.floor)) * config.scale + 1.0
+
+
+def _kv_split(tp: Split, num_kv_heads: int) -> Split:
+    """Where there are more ranks than KV heads, neighbouring ranks hold the same one."""
+    if tp.degree <= num_kv_heads:
+        return tp
+    return Split(num_kv_heads, tp.index // (tp.degree // num_kv_heads))

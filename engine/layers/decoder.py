@@ -1,0 +1,88 @@
+"""The frame that all Llama-class models share: embedding, decoder layers, final norm, output head. T tokens."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from engine.attention.backend import KvCacheView, StepAttention
+from engine.batch import ForwardBatch
+from engine.layers.attention import Attention
+from engine.layers.embedding import VocabEmbedding
+from engine.layers.norm import RmsNorm
+from engine.layers.parameter import ParameterBuilder
+from engine.layers.rotary import RotaryEmbedding, Rotation
+from engine.model_config import ModelConfig
+
+
+class FeedForward(Protocol):
+    """A dense layer or a mixture of experts."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, hidden_size] to [T, hidden_size], the same on all ranks."""
+        ...
+
+
+FeedForwardFactory = Callable[[ParameterBuilder, ModelConfig, int], FeedForward]
+"""Makes the feed-forward part of a layer from the layer's builder, the model's configuration and the layer's index."""
+
+
+class DecoderLayer(nn.Module):
+    """x += attention(norm(x)); x += feed_forward(norm(x))."""
+
+    def __init__(
+        self, build: ParameterBuilder, config: ModelConfig, layer: int, make_feed_forward: FeedForwardFactory
+    ) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.attention_norm = RmsNorm(build, "input_layernorm", size, eps)
+        self.attention = Attention(build.at("self_attn"), config, layer)
+        self.feed_forward_norm = RmsNorm(build, "post_attention_layernorm", size, eps)
+        self.feed_forward = make_feed_forward(build, config, layer)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        rotation: Rotation,
+        kv_cache: KvCacheView,
+        attention: StepAttention,
+    ) -> torch.Tensor:
+        """[T, hidden_size] to [T, hidden_size]."""
+        normed = self.attention_norm.forward(hidden)
+        hidden = hidden + self.attention.forward(normed, positions, rotation, kv_cache, attention)
+        return hidden + self.feed_forward.forward(self.feed_forward_norm.forward(hidden))
+
+
+class DecoderModel(nn.Module):
+    """A whole model; what differs between architectures is how a layer's feed-forward part is made."""
+
+    def __init__(self, config: ModelConfig, build: ParameterBuilder, make_feed_forward: FeedForwardFactory) -> None:
+        super().__init__()
+        self.config = config
+        body = build.at("model")
+        self.embedding = VocabEmbedding(body, "embed_tokens", config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(body.at(f"layers.{layer}"), config, layer, make_feed_forward)
+            for layer in range(config.num_layers)
+        )
+        self.norm = RmsNorm(body, "norm", config.hidden_size, config.rms_norm_eps)
+        self.head = self.embedding
+        if not config.tie_word_embeddings:
+            self.head = VocabEmbedding(build, "lm_head", config.vocab_size, config.hidden_size)
+        self._rotary = RotaryEmbedding(config.rope, build.device)
+        self.slices = tuple(build.slices)
+
+    def forward(self, batch: ForwardBatch, kv_cache: KvCacheView, attention: StepAttention) -> torch.Tensor:
+        """Final, normalised hidden states [T, hidden_size], the same on all tp ranks."""
+        rotation = self._rotary.rotation(batch)
+        hidden = self.embedding.forward(batch.token_ids)
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            hidden = layer.forward(hidden, batch.positions, rotation, kv_cache, attention)
+        return self.norm.forward(hidden)
+
+    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:
+        """[R, hidden_size] to [R, vocab_size] float32 on tp rank 0, None elsewhere; to be called on all tp ranks."""
+        return self.head.logits(hidden_rows)

@@ -1,0 +1,25 @@
+"""Root-mean-square norms (arXiv 1910.07467). Statistics are taken in float32 whatever the input's format."""
+
+import torch
+from torch import nn
+
+from engine.layers.parameter import ParameterBuilder
+
+
+def rms_normalize(hidden: torch.Tensor, eps: float) -> torch.Tensor:
+    """Divide each row of [..., n] by its root mean square; no weights."""
+    wide = hidden.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
+
+
+class RmsNorm(nn.Module):
+    """RMS norm with a weight per channel, held in full by every rank."""
+
+    def __init__(self, build: ParameterBuilder, name: str, size: int, eps: float) -> None:
+        super().__init__()
+        self._eps = eps
+        self.weight = build.whole(f"{name}.weight", size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, size] to [T, size]."""
+        return rms_normalize(hidden, self._eps) * self.weight

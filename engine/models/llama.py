@@ -1,0 +1,18 @@
+"""Llama 1, 2 and 3.x text models, and others of the same architecture ("LlamaForCausalLM")."""
+
+from engine.layers.decoder import DecoderModel
+from engine.layers.feed_forward import GatedFeedForward
+from engine.layers.parameter import ParameterBuilder
+from engine.model_config import ModelConfig
+
+
+class LlamaModel(DecoderModel):
+    """Dense: every layer has one gated feed-forward part."""
+
+    def __init__(self, config: ModelConfig, build: ParameterBuilder) -> None:
+        super().__init__(config, build, _feed_forward)
+
+
+def _feed_forward(build: ParameterBuilder, config: ModelConfig, layer: int) -> GatedFeedForward:
+    width = config.layers[layer].intermediate_size
+    return GatedFeedForward(build.at("mlp"), config.hidden_size, width, config.mlp_bias)
