@@ -51,9 +51,7 @@ class RayNode:
         self.start_s = 0.0
 
     @classmethod
-    def start(
-        cls, spec: NodeSpec, *, token_file: Path | None = None, command_prefix: Sequence[str] = ()
-    ) -> "RayNode":
+    def start(cls, spec: NodeSpec, *, token_file: Path | None = None, command_prefix: Sequence[str] = ()) -> "RayNode":
         """Start a node and wait until it is up.
 
         Args:

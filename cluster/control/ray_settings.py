@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.errors import InvalidOption
+
 LOOPBACK = "127.0.0.1"
 DEFAULT_CPU_SLOTS = 8
 
@@ -48,6 +50,10 @@ _SMALL = {
     "OMP_NUM_THREADS": "1",
     # Any free port: the default is the same for every head of a host.
     "DASHBOARD_METRIC_PORT": "0",
+}
+_BRIEF = {
+    # Tries of a driver to connect: a Ray that answers does so at the first.
+    "RAY_gcs_server_port_wait_time_s": "3",
 }
 # Ray's defaults see a silent host after a minute. For one host they do not matter; among several they do.
 _QUICK_TO_NOTICE = {
@@ -121,7 +127,31 @@ def authentication_environment(token_file: Path) -> dict[str, str]:
 
 def driver_environment(token_file: Path) -> dict[str, str]:
     """Variables that a process sets for itself before it connects to a node we started."""
-    return {**_SHUT, **_SMALL, **authentication_environment(token_file)}
+    return {**_SHUT, **_SMALL, **_BRIEF, **authentication_environment(token_file)}
+
+
+def joining_environment(base: Mapping[str, str]) -> dict[str, str]:
+    """Variables that a process sets for itself before it joins a Ray that it did not start.
+
+    Ray looks for a token only in token mode, and an explicit address does not switch that on; a token that is there
+    is meant to be used.
+    """
+    default_token = Path(base.get("HOME", "/")) / ".ray" / "auth_token"
+    has_token = "RAY_AUTH_TOKEN" in base or "RAY_AUTH_TOKEN_PATH" in base or default_token.is_file()
+    mode = base.get("RAY_AUTH_MODE") or ("token" if has_token else "disabled")
+    return {**_SHUT, **_BRIEF, "RAY_AUTH_MODE": mode}
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """``HOST:PORT`` of a running Ray, as the user wrote it.
+
+    Raises:
+        InvalidOption: it is something else.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InvalidOption(f"--address {address}: write HOST:PORT of a running Ray, for example 10.0.0.1:6379")
+    return host, int(port)
 
 
 def node_environment(

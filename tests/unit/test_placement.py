@@ -1,0 +1,108 @@
+"""Placement of ranks on hosts: every promise of its docstring, on random clusters and on small ones by hand."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from cluster.control.placement import HostInfo, place_gangs
+from engine.config import ParallelConfig
+from engine.errors import LayoutError
+
+
+def cluster_of(*num_slots: int) -> list[HostInfo]:
+    return [HostInfo(f"node{index}", f"10.0.0.{index + 1}", slots) for index, slots in enumerate(num_slots)]
+
+
+def names(gang: list[HostInfo]) -> str:
+    """``001`` for two ranks on the first host and one on the second."""
+    return "".join(host.node_id.removeprefix("node") for host in gang)
+
+
+@pytest.mark.parametrize(
+    ("slots", "parallel", "expected"),
+    [
+        ((8,), ParallelConfig(tp=2), "00"),
+        ((2, 8, 8), ParallelConfig(tp=4), "1111"),
+        # Equal hosts: the first of the list, which is the driver's own.
+        ((4, 4), ParallelConfig(tp=2), "00"),
+        # No host holds the gang, two hold a group each.
+        ((2, 2, 2), ParallelConfig(tp=2, dp=2), "0011"),
+        # The emptiest first, so two hosts suffice.
+        ((2, 4, 4), ParallelConfig(tp=2, dp=4), "11112222"),
+        # A group is cut only where no host can take it whole any more.
+        ((1, 1, 1), ParallelConfig(tp=3), "012"),
+        ((3, 3, 2), ParallelConfig(tp=2, pp=4), "00112201"),
+        ((1, 3, 2), ParallelConfig(tp=4), "1112"),
+    ],
+)
+def test_small_clusters(slots: tuple[int, ...], parallel: ParallelConfig, expected: str) -> None:
+    (gang,) = place_gangs(parallel, cluster_of(*slots), on_gpus=False)
+    assert names(gang) == expected
+
+
+def test_replicas_do_not_share_slots() -> None:
+    gangs = place_gangs(ParallelConfig(tp=2), cluster_of(3, 4), on_gpus=False, num_gangs=3)
+    assert [names(gang) for gang in gangs] == ["00", "11", "11"]
+
+
+def test_gpus_and_cpu_slots_are_counted_apart() -> None:
+    hosts = [HostInfo("node0", "10.0.0.1", 8, num_gpus=0), HostInfo("node1", "10.0.0.2", 8, num_gpus=2)]
+    (gang,) = place_gangs(ParallelConfig(tp=2), hosts, on_gpus=True)
+    assert names(gang) == "11"
+
+
+def test_the_refusal_counts_slots_and_names_the_remedy() -> None:
+    hosts = [HostInfo("node0", "10.0.0.1", 4, used_cpu_slots=1), HostInfo("node1", "10.0.0.2", 4)]
+    with pytest.raises(LayoutError) as refusal:
+        place_gangs(ParallelConfig(tp=4, dp=2), hosts, on_gpus=False)
+    assert str(refusal.value) == (
+        "pp 1 × dp 2 × tp 4 needs 8 CPU slots, but only 7 of 8 are free (10.0.0.1: 3, 10.0.0.2: 4); "
+        "raise --cpu-slots, add hosts or lower the degrees"
+    )
+    with pytest.raises(LayoutError, match=r"^3 replicas × .*needs 6 GPUs, but only 0 of 0 are free"):
+        place_gangs(ParallelConfig(tp=2), hosts, on_gpus=True, num_gangs=3)
+    with pytest.raises(LayoutError, match="there are no hosts"):
+        place_gangs(ParallelConfig(), [], on_gpus=False)
+
+
+hosts_strategy = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=6).map(
+    lambda pairs: [
+        HostInfo(f"node{index}", f"10.0.0.{index + 1}", total, used_cpu_slots=min(used, total))
+        for index, (total, used) in enumerate(pairs)
+    ]
+)
+parallel_strategy = st.builds(
+    ParallelConfig, tp=st.sampled_from([1, 2, 3, 4, 8]), pp=st.integers(1, 3), dp=st.integers(1, 3)
+)
+
+
+@given(hosts=hosts_strategy, parallel=parallel_strategy, num_gangs=st.integers(1, 3))
+def test_placed_exactly_when_there_is_room(hosts: list[HostInfo], parallel: ParallelConfig, num_gangs: int) -> None:
+    free = {host.node_id: host.num_free(on_gpus=False) for host in hosts}
+    if parallel.num_ranks * num_gangs > sum(free.values()):
+        with pytest.raises(LayoutError):
+            place_gangs(parallel, hosts, on_gpus=False, num_gangs=num_gangs)
+        return
+    gangs = place_gangs(parallel, hosts, on_gpus=False, num_gangs=num_gangs)
+    assert [len(gang) for gang in gangs] == [parallel.num_ranks] * num_gangs
+    used = Counter(host.node_id for gang in gangs for host in gang)
+    assert all(used[name] <= free[name] for name in used), "a slot was given out twice"
+    assert gangs == place_gangs(parallel, hosts, on_gpus=False, num_gangs=num_gangs)
+
+
+@given(hosts=hosts_strategy, parallel=parallel_strategy)
+def test_spread_only_when_needed(hosts: list[HostInfo], parallel: ParallelConfig) -> None:
+    free = {host.node_id: host.num_free(on_gpus=False) for host in hosts}
+    assume(parallel.num_ranks <= sum(free.values()))
+    (gang,) = place_gangs(parallel, hosts, on_gpus=False)
+    if max(free.values()) >= parallel.num_ranks:
+        assert len(set(gang)) == 1
+    groups = [gang[start : start + parallel.tp] for start in range(0, len(gang), parallel.tp)]
+    # As many groups are whole as the hosts can hold whole, and the whole ones come first.
+    num_whole = min(len(groups), sum(slots // parallel.tp for slots in free.values()))
+    assert [len(set(group)) == 1 for group in groups] == [index < num_whole for index in range(len(groups))]
+    for group in groups:
+        # A cut group is still a run for each of its hosts.
+        assert len(set(group)) == 1 + sum(left != right for left, right in zip(group, group[1:], strict=False))
