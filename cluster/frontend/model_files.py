@@ -1,0 +1,106 @@
+"""What the front end reads of a checkpoint: small JSON files, never weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError
+
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Facts of one checkpoint.
+
+    ``vocab_size`` is the model's (config.json), which can be larger than the tokenizer's. ``eos_ids`` end a sequence.
+    ``named_tokens`` are what templates know as ``bos_token`` and so on. ``sampling_defaults`` come from
+    generation_config.json and hold only what stands there.
+    """
+
+    path: Path
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    named_tokens: Mapping[str, str]
+    chat_template: str | None
+    sampling_defaults: Mapping[str, float]
+
+
+def read_model_files(path: Path) -> ModelFiles:
+    """Raises CheckpointError where a file is missing or is not what it should be."""
+    config = _read_object(path / "config.json", required=True)
+    generation = _read_object(path / "generation_config.json")
+    tokenizer = _read_object(path / "tokenizer_config.json")
+    text_config = config.get("text_config") or config
+    vocab_size = text_config.get("vocab_size")
+    if not isinstance(vocab_size, int):
+        raise CheckpointError(f"{path / 'config.json'} has no vocab_size")
+    eos_source = generation if generation.get("eos_token_id") is not None else text_config
+    if eos_source.get("eos_token_id") is None:
+        eos_source = config
+    return ModelFiles(
+        path=path,
+        vocab_size=vocab_size,
+        eos_ids=_ids(eos_source.get("eos_token_id")),
+        named_tokens=_named_tokens(path, tokenizer),
+        chat_template=_chat_template(path, tokenizer),
+        sampling_defaults=_sampling_defaults(generation),
+    )
+
+
+def _read_object(path: Path, required: bool = False) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise CheckpointError(f"{path} is missing; a model directory in Hugging Face form has it")
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _named_tokens(path: Path, tokenizer: Mapping[str, Any]) -> dict[str, str]:
+    """tokenizer_config.json's, else (older checkpoints) special_tokens_map.json's."""
+    merged = _read_object(path / "special_tokens_map.json") | {
+        key: value for key, value in tokenizer.items() if value is not None
+    }
+    named: dict[str, str] = {}
+    for key in _NAMED_TOKENS:
+        value = merged.get(key)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            named[key] = value
+    return named
+
+
+def _chat_template(path: Path, tokenizer: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja goes before the entry in tokenizer_config.json, as in transformers."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = tokenizer.get("chat_template")
+    if isinstance(template, list):
+        by_name = {entry["name"]: entry["template"] for entry in template}
+        return by_name.get("default")
+    return template
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float]:
+    """A model that says ``do_sample: false`` is meant to be greedy."""
+    defaults = {key: generation[key] for key in _SAMPLING_DEFAULTS if generation.get(key) is not None}
+    if generation.get("do_sample") is False:
+        defaults = {"temperature": 0.0} | {key: defaults[key] for key in defaults if key == "repetition_penalty"}
+    return defaults

@@ -1,0 +1,158 @@
+"""Text to token ids and back, with a checkpoint's own tokenizer.json and chat template.
+
+What a user wrote is text, also where it looks like a control token (``<|eot_id|>``): only a chat template, token ids,
+or a caller who asks for it can put control tokens into a prompt. To that end a second tokenizer is made in which every
+control token bears a name that nobody can guess. Plain text is encoded with it; in a rendered template the control
+tokens that the template wrote are renamed and those in the messages are not. So the whole text is still encoded at
+once, exactly as the original would, and no piece of text loses its neighbours.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from cluster.frontend.chat_template import ChatTemplate
+from cluster.frontend.detokenizer import decode_text
+from cluster.frontend.model_files import ModelFiles
+from cluster.frontend.token_bytes import TokenBytes
+from engine.errors import CheckpointError, InvalidRequest
+
+# Unicode noncharacters: they stand in no text that was meant as such.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+
+
+class Tokenizer:
+    """One checkpoint's tokenizer. Threads may share it; encoding releases the interpreter lock.
+
+    Args:
+        files: where tokenizer.json and the template are.
+
+    Raises:
+        CheckpointError: tokenizer.json is missing, broken or of an unsupported kind.
+    """
+
+    def __init__(self, files: ModelFiles) -> None:
+        path = files.path / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; Remuda needs a fast tokenizer's tokenizer.json")
+        try:
+            text = path.read_text(encoding="utf-8")
+            definition = json.loads(text)
+            self._original = _load(text)
+        except Exception as error:  # tokenizers raises no narrower class
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        special = {entry["content"]: entry["id"] for entry in definition["added_tokens"] if entry["special"]}
+        self._nonce = secrets.token_hex(8)
+        # The longest first, so that the pattern prefers it.
+        self._special = sorted(special, key=len, reverse=True)
+        names = {content: f"{_CLOSE}{self._nonce}.{index}{_OPEN}" for index, content in enumerate(self._special)}
+        self._quotes = {content: f"{_OPEN}{self._nonce}.{index}{_CLOSE}" for index, content in enumerate(self._special)}
+        self._names = names
+        self._plain = _load(json.dumps(_renamed(definition, names)))
+        self._id_of_renamed = {
+            renamed_id: special[content]
+            for content, name in names.items()
+            if (renamed_id := self._plain.token_to_id(name)) is not None and renamed_id != special[content]
+        }
+        self._special_pattern = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+        self._quoted_pattern = re.compile(f"{_OPEN}{self._nonce}\\.([0-9]+){_CLOSE}")
+        self._prefix, self._suffix = _added_around(self._original)
+        self.special_ids = frozenset(special.values())
+        vocabulary = {id_: token for token, id_ in self._original.get_vocab(with_added_tokens=True).items()}
+        self.bytes = TokenBytes(vocabulary, self.special_ids, definition.get("decoder") or {})
+        self._longest_token_bytes = self.bytes.longest
+        self._template = ChatTemplate(files.chat_template, files.named_tokens) if files.chat_template else None
+
+    def encode(self, text: str, add_special_tokens: bool = True, parse_special_tokens: bool = False) -> list[int]:
+        """The ids of a text. ``add_special_tokens`` puts around it what the tokenizer puts around every text (a BOS,
+        mostly); ``parse_special_tokens`` takes control tokens in the text for what they look like.
+        """
+        if parse_special_tokens:
+            ids: list[int] = self._original.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self._encode_plain(text)
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """The prompt of a conversation. A template writes its BOS itself, hence ``add_special_tokens`` is off.
+
+        Raises:
+            InvalidRequest: there is no template, or it refuses the messages.
+        """
+        if self._template is None:
+            raise InvalidRequest(
+                "this model has no chat template; use /v1/completions, or a checkpoint with chat_template.jinja",
+                "messages",
+            )
+        rendered = self._template.render(self._quote(messages), add_generation_prompt, self._quote(variables or {}))
+        named = self._special_pattern.sub(lambda found: self._names[found[0]], rendered)
+        unquoted = self._quoted_pattern.sub(lambda found: self._special[int(found[1])], named)
+        return self.encode(unquoted, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], with_special: bool = False) -> str:
+        """A whole text. ``with_special`` shows control tokens."""
+        return decode_text(self.bytes, token_ids, with_special)
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as tokenizer.json writes it."""
+        return [self._original.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def fewest_tokens(self, text: str) -> int:
+        """A bound that needs no encoding: no tokenizer gives fewer tokens for this text."""
+        return len(text) // self._longest_token_bytes
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        if not self._id_of_renamed:
+            return ids
+        return [self._id_of_renamed.get(token_id, token_id) for token_id in ids]
+
+    def _quote(self, value: Any) -> Any:
+        """The value with every control token in its strings replaced by a sign that survives the template."""
+        if isinstance(value, str):
+            return self._special_pattern.sub(lambda found: self._quotes[found[0]], value)
+        if isinstance(value, Mapping):
+            return {key: self._quote(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._quote(entry) for entry in value]
+        return value
+
+
+def _load(text: str) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _added_around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after every text."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    full = tokenizer.encode("a", add_special_tokens=True).ids
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    raise CheckpointError("tokenizer.json's post-processor changes the text's own tokens, which is not supported")
+
+
+def _renamed(definition: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """tokenizer.json with its control tokens renamed, and no post-processor (which would name them)."""
+    added = [
+        {**entry, "content": names.get(entry["content"], entry["content"])} for entry in definition["added_tokens"]
+    ]
+    model = dict(definition["model"])
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {names.get(token, token): token_id for token, token_id in model["vocab"].items()}
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return {**definition, "added_tokens": added, "model": model, "post_processor": None}
