@@ -1,0 +1,197 @@
+"""Drives a model through its paged KV cache without the engine: blocks in random order, whole or chunked prefill.
+
+The pool starts full of NaN, and what is freed becomes NaN again, so a read of what a token must not see shows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from engine.attention.backend import KvCacheView
+from engine.attention.registry import attention_backend
+from engine.batch import ForwardBatch
+from engine.config import Dtype, ParallelConfig
+from engine.dtypes import torch_dtype
+from engine.messages import NULL_BLOCK
+from engine.model_config import ModelConfig, kv_groups, num_local_kv_heads
+from engine.models.registry import Model, build_model
+from engine.parallel.distributed import init_distributed
+from engine.parallel.mesh import Mesh
+from engine.weights.loader import load_weights
+from tests.support.rank_pool import RankContext
+
+BLOCK_SIZE = 4
+
+
+@dataclass
+class Stream:
+    """One request: its tokens, how many of them are in the cache, and its block tables by group."""
+
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed: int = 0
+    tables: list[list[int]] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+
+class ModelDriver:
+    """A pool, and steps over some of its sequences."""
+
+    def __init__(self, model: Model, mesh: Mesh, dtype: torch.dtype, num_blocks: int = 256, seed: int = 0) -> None:
+        self.model, self.mesh = model, mesh
+        self.groups = kv_groups(model.config)
+        self.backend = attention_backend()
+        heads = num_local_kv_heads(model.config, mesh.config)
+        shape = (num_blocks, BLOCK_SIZE, heads, model.config.head_dim)
+        slots = range(len(self.groups[0].layers))
+        self.keys = tuple(torch.full(shape, torch.nan, dtype=dtype) for _ in slots)
+        self.values = tuple(torch.full(shape, torch.nan, dtype=dtype) for _ in slots)
+        for cache in (*self.keys, *self.values):
+            cache[NULL_BLOCK] = 0
+        order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(seed)) + 1
+        self.free_blocks: list[int] = order.tolist()
+
+    def add(self, token_ids: Sequence[int]) -> Stream:
+        return Stream(list(token_ids), len(token_ids), tables=[[] for _ in self.groups])
+
+    def step(self, work: list[tuple[Stream, int]]) -> None:
+        """Compute the next ``n`` tokens of each sequence; all their logits are kept."""
+        for sequence, count in work:
+            self._allocate(sequence, sequence.num_computed + count)
+        batch = self._batch(work)
+        plan = self.backend.plan(batch, self.groups, BLOCK_SIZE)
+        hidden = self.model.forward(batch, KvCacheView(self.keys, self.values), plan)
+        logits = self.model.logits(hidden[batch.logits_rows])
+        row = 0
+        for sequence, count in work:
+            if logits is not None:
+                sequence.logits.append(logits[row : row + count])
+            row += count
+            sequence.num_computed += count
+            self._free_invisible(sequence)
+
+    def append_greedy(self, sequences: list[Stream]) -> None:
+        """Append the most likely token to each; rank 0 chooses for all."""
+        chosen = torch.zeros(len(sequences), dtype=torch.int64)
+        if self.mesh.tp.rank == 0:
+            chosen = torch.stack([sequence.logits[-1][-1].argmax() for sequence in sequences])
+        for sequence, token_id in zip(sequences, self.mesh.tp.broadcast(chosen).tolist(), strict=True):
+            sequence.token_ids.append(token_id)
+
+    def release(self, sequence: Stream) -> None:
+        for table in sequence.tables:
+            self._give_back([block for block in table if block != NULL_BLOCK])
+
+    def _allocate(self, sequence: Stream, num_tokens: int) -> None:
+        for table in sequence.tables:
+            while len(table) * BLOCK_SIZE < num_tokens:
+                table.append(self.free_blocks.pop())
+
+    def _free_invisible(self, sequence: Stream) -> None:
+        for group, table in zip(self.groups, sequence.tables, strict=True):
+            if group.chunk_size is None:
+                continue
+            first = sequence.num_computed // group.chunk_size * group.chunk_size // BLOCK_SIZE
+            gone = [block for block in table[:first] if block != NULL_BLOCK]
+            table[: min(first, len(table))] = [NULL_BLOCK] * min(first, len(table))
+            self._give_back(gone)
+
+    def _give_back(self, blocks: list[int]) -> None:
+        for cache in (*self.keys, *self.values):
+            cache[blocks] = torch.nan
+        self.free_blocks = blocks + self.free_blocks
+
+    def _batch(self, work: list[tuple[Stream, int]]) -> ForwardBatch:
+        positions = [torch.arange(s.num_computed, s.num_computed + n) for s, n in work]
+        token_ids = [torch.tensor(s.token_ids)[p] for (s, _), p in zip(work, positions, strict=True)]
+        tables, mappings = [], []
+        for g in range(len(self.groups)):
+            width = max(len(s.tables[g]) for s, _ in work)
+            rows = [s.tables[g] + [NULL_BLOCK] * (width - len(s.tables[g])) for s, _ in work]
+            table = torch.tensor(rows)
+            tables.append(table)
+            mappings.append(
+                torch.cat([table[i][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for i, p in enumerate(positions)])
+            )
+        total = sum(n for _, n in work)
+        return ForwardBatch(
+            token_ids=torch.cat(token_ids),
+            positions=torch.cat(positions),
+            query_lens=tuple(n for _, n in work),
+            kv_lens=tuple(s.num_computed + n for s, n in work),
+            block_tables=tuple(tables),
+            slot_mapping=tuple(mappings),
+            logits_rows=torch.arange(total),
+            prompt_lens=tuple(s.num_prompt_tokens for s, _ in work),
+        )
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Prompt and greedy tokens, and the logits [len(token_ids) - 1, vocab_size] at every position but the last."""
+
+    token_ids: list[int]
+    logits: np.ndarray
+
+
+def generate_alone(driver: ModelDriver, prompts: list[list[int]], num_new: int) -> list[Generated]:
+    """One sequence after the other, each prompt in one step."""
+    results = []
+    for prompt in prompts:
+        sequence = driver.add(prompt)
+        driver.step([(sequence, len(prompt))])
+        driver.append_greedy([sequence])
+        for _ in range(num_new - 1):
+            driver.step([(sequence, 1)])
+            driver.append_greedy([sequence])
+        driver.release(sequence)
+        results.append(sequence)
+    return [_generated(driver, sequence) for sequence in results]
+
+
+def generate_together(driver: ModelDriver, prompts: list[list[int]], num_new: int, chunk: int) -> list[Generated]:
+    """All at once, prompts in chunks of ``chunk`` tokens while others decode; one joins in every step."""
+    waiting, live, done = [driver.add(prompt) for prompt in prompts], [], []
+    order = list(waiting)
+    while waiting or live:
+        if waiting:
+            live.append(waiting.pop(0))
+        driver.step([(s, min(chunk, len(s.token_ids) - s.num_computed)) for s in live])
+        ready = [s for s in live if s.num_computed == len(s.token_ids)]
+        if ready:
+            driver.append_greedy(ready)
+        for s in [s for s in ready if len(s.token_ids) == s.num_prompt_tokens + num_new]:
+            live.remove(s)
+            done.append(s)
+            driver.release(s)
+    return [_generated(driver, sequence) for sequence in order]
+
+
+def _generated(driver: ModelDriver, sequence: Stream) -> Generated:
+    has_logits = driver.mesh.tp.rank == 0
+    logits = torch.cat(sequence.logits).numpy() if has_logits else np.empty(0, np.float32)
+    return Generated(sequence.token_ids, logits)
+
+
+def run_model(
+    config: ModelConfig, directory: str, mesh: Mesh, dtype: Dtype, prompts: list[list[int]], num_new: int
+) -> dict[str, list[Generated]]:
+    """Load a checkpoint and generate both ways."""
+    model = build_model(config, mesh, dtype, torch.device("cpu"))
+    load_weights(model, directory)
+    driver = ModelDriver(model, mesh, torch_dtype(dtype))
+    return {
+        "alone": generate_alone(driver, prompts, num_new),
+        "together": generate_together(driver, prompts, num_new, chunk=7),
+    }
+
+
+def run_rank(
+    context: RankContext, directory: str, tp: int, ep: int, dtype: Dtype, prompts: list[list[int]], num_new: int
+) -> dict[str, list[Generated]]:
+    """``run_model`` as one rank of a gang; for ``run_ranks``."""
+    parallel = ParallelConfig(tp=tp, ep=ep)
+    mesh = init_distributed(parallel, context.rank, context.store, torch.device("cpu"), timeout_s=30.0)
+    return run_model(ModelConfig.from_directory(directory), directory, mesh, dtype, prompts, num_new)

@@ -1,0 +1,116 @@
+"""Runs a function on several ranks, each a process of its own, and brings back what they returned.
+
+Ranks are forked from multiprocessing's fork server, a process with one thread that has imported torch and the engine
+once, so that starting four of them takes about a tenth of a second whatever the test process itself has loaded.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_PRELOAD = [
+    "torch",
+    "numpy",
+    "engine.attention.reference",
+    "engine.models.llama",
+    "engine.models.llama4",
+    "engine.parallel.distributed",
+    "engine.weights.loader",
+    "tests.support.rank_pool",
+]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(_PRELOAD)
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a rank is told: its number, how many there are, and a store through which they can meet."""
+
+    rank: int
+    num_ranks: int
+    store: dist.Store
+
+
+class RankError(AssertionError):
+    """A rank raised, died or did not answer in time; the message holds its traceback."""
+
+
+def run_ranks(
+    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 60.0, allow_errors: bool = False
+) -> list[Any]:
+    """Call ``function(RankContext, *args)`` on every rank and return the results in order of ranks.
+
+    ``function`` and everything that it takes and returns must be picklable. With ``allow_errors`` the exception of a
+    rank that raised (or a RankError, if it died) stands in its place; otherwise the first one fails the test at once.
+    """
+    with tempfile.TemporaryDirectory(prefix="remuda-ranks-") as directory:
+        store_path = str(Path(directory) / "store")
+        processes, pipes = [], []
+        try:
+            for rank in range(num_ranks):
+                receiver, sender = _context.Pipe(duplex=False)
+                process = _context.Process(
+                    target=_rank_main, args=(sender, function, rank, num_ranks, store_path, args), daemon=True
+                )
+                process.start()
+                sender.close()
+                processes.append(process)
+                pipes.append(receiver)
+            return _collect(pipes, time.monotonic() + timeout_s, allow_errors)
+        finally:
+            for process in processes:
+                if allow_errors or process.exitcode is None:
+                    process.join(0.2)
+                process.kill()
+                process.join()
+            for pipe in pipes:
+                pipe.close()
+
+
+def _collect(pipes: list[Connection], deadline: float, allow_errors: bool) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+        ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankError(f"ranks {sorted(waiting.values())} did not answer in time")
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = waiting[pipe]
+            try:
+                result, error, details = pipe.recv()
+            except EOFError:
+                result, error, details = None, RankError(f"rank {rank} died"), f"rank {rank} died"
+            if error is not None and not allow_errors:
+                raise RankError(f"rank {rank}: {details}")
+            results[rank] = result if error is None else error
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank_main(
+    sender: Connection,
+    function: Callable[..., Any],
+    rank: int,
+    num_ranks: int,
+    store_path: str,
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        result = function(RankContext(rank, num_ranks, dist.FileStore(store_path, num_ranks)), *args)
+    except Exception as error:
+        sender.send((None, error, traceback.format_exc()))
+    else:
+        sender.send((result, None, ""))
+    finally:
+        sender.close()
