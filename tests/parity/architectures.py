@@ -63,7 +63,7 @@ CONFIGS: Mapping[str, transformers.PretrainedConfig] = {
     "linear": transformers.LlamaConfig(**_LLAMA | _rope("linear", factor=4.0)),
     "dynamic": transformers.LlamaConfig(**_LLAMA | _rope("dynamic", factor=4.0) | {"max_position_embeddings": 16}),
     "yarn": transformers.LlamaConfig(
-        **_LLAMA | _rope("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=4.0)
+        **_LLAMA | _rope("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=1.5, beta_slow=0.1)
     ),
     "llama4-scout": transformers.Llama4TextConfig(**_LLAMA4 | _SCOUT | {"interleave_moe_layer_step": 1}),
     "llama4-maverick": transformers.Llama4TextConfig(

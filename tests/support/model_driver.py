@@ -195,3 +195,14 @@ def run_rank(
     parallel = ParallelConfig(tp=tp, ep=ep)
     mesh = init_distributed(parallel, context.rank, context.store, torch.device("cpu"), timeout_s=30.0)
     return run_model(ModelConfig.from_directory(directory), directory, mesh, dtype, prompts, num_new)
+
+
+def forced_logits(driver: ModelDriver, generated: Generated, num_prompt: int, chunk: int = 7) -> np.ndarray:
+    """Logits [len(token_ids) - 1, vocab_size] of a given text: its prompt in chunks, then token by token. One rank."""
+    stream = driver.add(generated.token_ids[:num_prompt])
+    while stream.num_computed < num_prompt:
+        driver.step([(stream, min(chunk, num_prompt - stream.num_computed))])
+    for token_id in generated.token_ids[num_prompt:-1]:
+        stream.token_ids.append(token_id)
+        driver.step([(stream, 1)])
+    return np.asarray(torch.cat(stream.logits).numpy())

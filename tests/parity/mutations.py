@@ -1,0 +1,170 @@
+"""Behaviours that implementers get wrong, each with a way to get it wrong on purpose.
+
+A mutation changes the model's configuration or replaces one function; ``test_mutations`` asserts that parity with
+transformers is lost. The order of rotation and query/key norm is missing here: the norm has no weights and a rotation
+keeps lengths, so no test could tell.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+import engine.attention.reference as reference_attention
+import engine.layers.attention as attention_layer
+import engine.layers.feed_forward as feed_forward_layer
+import engine.layers.moe as moe_layer
+import engine.layers.rotary as rotary
+from engine.batch import ForwardBatch
+from engine.layers.activation import silu_and_multiply
+from engine.model_config import LayerConfig, ModelConfig, TemperatureConfig
+from engine.parallel.token_dispatch import DispatchHandle, ReplicatedDispatch
+
+ConfigChange = Callable[[ModelConfig], ModelConfig]
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``behaviour``: what is switched off, and so the test's name. ``is_refused``: the changed model needs tensors, or
+    shapes, that the checkpoint does not have, so it is noticed before anything is computed."""
+
+    behaviour: str
+    architecture: str
+    change: ConfigChange = lambda config: config
+    patch: Patch = lambda monkeypatch: None
+    is_refused: bool = False
+
+
+def layers(change: Callable[[int, LayerConfig], LayerConfig]) -> ConfigChange:
+    return lambda config: replace(config, layers=tuple(change(i, layer) for i, layer in enumerate(config.layers)))
+
+
+def rope(**values: Any) -> ConfigChange:
+    return lambda config: replace(config, rope=replace(config.rope, **values))
+
+
+def attribute(owner: Any, name: str, value: Any) -> Patch:
+    return lambda monkeypatch: monkeypatch.setattr(owner, name, value)
+
+
+def shifted_moe_layers(config: ModelConfig) -> ModelConfig:
+    """Mixtures at 0, step, … instead of step - 1, 2 · step - 1, …"""
+    moe = config.layers[1].moe
+    return layers(lambda i, layer: replace(layer, moe=moe if i % 2 == 0 else None))(config)
+
+
+def dense_as_wide_as_experts(config: ModelConfig) -> ModelConfig:
+    moe = config.layers[1].moe
+    assert moe is not None
+    width = moe.intermediate_size
+    return layers(lambda i, layer: replace(layer, intermediate_size=width))(config)
+
+
+class OutputScaledDispatch(ReplicatedDispatch):
+    """Multiplies the experts' outputs by the scores, as most other mixtures do."""
+
+    def dispatch(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor
+    ) -> tuple[torch.Tensor, list[int], DispatchHandle]:
+        self._scores = scores
+        return super().dispatch(hidden, expert_ids, torch.ones_like(scores))
+
+    def combine(self, outputs: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        return super().combine(outputs * self._scores[handle.token_rows], handle)
+
+
+def softmax_router(router: moe_layer.SigmoidRouter, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scores, expert_ids = torch.softmax(hidden @ router.weight.T, dim=-1).topk(1, dim=-1)
+    return expert_ids, scores
+
+
+def renormalizing_router(router: moe_layer.SigmoidRouter, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    expert_ids = (hidden @ router.weight.T).argmax(-1, keepdim=True)
+    return expert_ids, torch.ones_like(expert_ids, dtype=hidden.dtype)
+
+
+def no_shared_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        feed_forward_layer.GatedFeedForward, "forward_partial", lambda self, hidden: torch.zeros_like(hidden)
+    )
+
+
+def sliding_window(position: int, chunk_size: int | None) -> int:
+    return max(0, position - chunk_size + 1) if chunk_size else 0
+
+
+def position_only_lengths(batch: ForwardBatch) -> torch.Tensor:
+    return (batch.positions + 1)[:, None].float()
+
+
+def scales_without_floor(config: TemperatureConfig, positions: torch.Tensor) -> torch.Tensor:
+    return torch.log1p((positions.float() + 1.0) / config.floor) * config.scale + 1.0
+
+
+def scales_from_zero(config: TemperatureConfig, positions: torch.Tensor) -> torch.Tensor:
+    return torch.log1p(torch.floor(positions.float() / config.floor)) * config.scale + 1.0
+
+
+def swapped_gate(gate_and_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return silu_and_multiply(torch.cat((up, gate), dim=-1))
+
+
+SCOUT, MAVERICK = "llama4-scout", "llama4-maverick"
+TUNING = TemperatureConfig(floor=8.0, scale=1.0)
+
+MUTATIONS = [
+    Mutation("mixtures at step-1, 2·step-1", MAVERICK, shifted_moe_layers, is_refused=True),
+    Mutation("dense layers are intermediate_size_mlp wide", MAVERICK, dense_as_wide_as_experts, is_refused=True),
+    Mutation("sigmoid routing", SCOUT, patch=attribute(moe_layer.SigmoidRouter, "forward", softmax_router)),
+    Mutation(
+        "scores not renormalised", SCOUT, patch=attribute(moe_layer.SigmoidRouter, "forward", renormalizing_router)
+    ),
+    Mutation(
+        "score multiplies the input", SCOUT, patch=attribute(moe_layer, "ReplicatedDispatch", OutputScaledDispatch)
+    ),
+    Mutation("shared expert", SCOUT, patch=no_shared_expert),
+    Mutation("gate before up in experts", SCOUT, patch=attribute(moe_layer, "silu_and_multiply", swapped_gate)),
+    Mutation("NoPE layers", SCOUT, layers(lambda i, layer: replace(layer, use_rope=True))),
+    Mutation("NoPE where (i+1) % 4 == 0", SCOUT, layers(lambda i, layer: replace(layer, use_rope=i % 4 != 0))),
+    Mutation("full attention in NoPE layers", SCOUT, layers(lambda i, layer: replace(layer, chunk_size=8))),
+    Mutation("chunked attention", SCOUT, layers(lambda i, layer: replace(layer, chunk_size=None))),
+    Mutation("chunk size", SCOUT, layers(lambda i, layer: replace(layer, chunk_size=layer.chunk_size and 16))),
+    Mutation(
+        "chunks, no sliding window", SCOUT, patch=attribute(reference_attention, "_first_visible", sliding_window)
+    ),
+    Mutation("QK norm", SCOUT, layers(lambda i, layer: replace(layer, qk_norm=False))),
+    Mutation("QK norm off where the config says so", MAVERICK, layers(lambda i, layer: replace(layer, qk_norm=True))),
+    Mutation("QK norm in RoPE layers only", SCOUT, layers(lambda i, layer: replace(layer, qk_norm=True))),
+    Mutation("temperature", SCOUT, layers(lambda i, layer: replace(layer, temperature=None))),
+    Mutation("temperature in NoPE layers only", SCOUT, layers(lambda i, layer: replace(layer, temperature=TUNING))),
+    Mutation("temperature's floor", SCOUT, patch=attribute(attention_layer, "query_scales", scales_without_floor)),
+    Mutation("temperature of position + 1", SCOUT, patch=attribute(attention_layer, "query_scales", scales_from_zero)),
+    Mutation("Llama 4 rotates adjacent pairs", MAVERICK, rope(interleaved=False)),
+    Mutation("Llama rotates halves", "llama2", rope(interleaved=True)),
+    Mutation("llama3 scaling", "llama3.1", rope(kind=rotary.RopeType.DEFAULT)),
+    Mutation("llama3 scaling without a middle band", SCOUT, rope(kind=rotary.RopeType.DEFAULT)),
+    Mutation("llama3 scaling's middle band", "llama3.1", rope(low_freq_factor=4.0)),
+    Mutation("factor from the config", "llama3.1", rope(factor=32.0)),
+    Mutation("original context from the config", "llama3.1", rope(original_max_positions=128)),
+    Mutation("theta from the config", MAVERICK, rope(theta=500000.0)),
+    Mutation("linear scaling", "linear", rope(factor=1.0)),
+    Mutation("dynamic NTK", "dynamic", rope(kind=rotary.RopeType.DEFAULT)),
+    Mutation(
+        "dynamic NTK by prompt length", "dynamic", patch=attribute(rotary, "_context_lengths", position_only_lengths)
+    ),
+    Mutation("YaRN", "yarn", rope(kind=rotary.RopeType.LINEAR)),
+    Mutation("YaRN's attention factor", "yarn", rope(attention_factor=1.0)),
+    Mutation("YaRN's ramp begins at beta_fast", "yarn", rope(beta_fast=32.0)),
+    Mutation("YaRN's ramp ends at beta_slow", "yarn", rope(beta_slow=1.0)),
+    Mutation("YaRN's ramp has whole bounds", "yarn", rope(truncate=False)),
+    Mutation("tied embeddings", "llama3.1", lambda config: replace(config, tie_word_embeddings=False), is_refused=True),
+    Mutation("untied output head", "llama2", lambda config: replace(config, tie_word_embeddings=True)),
+    Mutation("attention bias", "biases", lambda config: replace(config, attention_bias=False)),
+    Mutation("feed-forward bias", "biases", lambda config: replace(config, mlp_bias=False)),
+    Mutation("RMS epsilon", "llama2", lambda config: replace(config, rms_norm_eps=1e-2)),
+    Mutation("no norm of Llama's queries", "llama2", layers(lambda i, layer: replace(layer, qk_norm=True))),
+]
