@@ -1,0 +1,106 @@
+"""The replicas of one served model, as the backend of the front end: a client per leader, a table that is kept fresh,
+and the router that chooses."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
+
+from cluster.errors import Unavailable
+from cluster.replica.client import ReplicaClient
+from cluster.router.query import RoutingQuery
+from cluster.router.replica_table import ReplicaTable
+from cluster.router.router import least_load_router
+from cluster.types import ReplicaInfo, ReplicaState
+from engine.errors import InvalidRequest, RemudaError
+from engine.request import Output, Request
+
+REFRESH_INTERVAL_S = 0.5
+
+
+class Fleet:
+    """Implements cluster.frontend.backend.Backend.
+
+    Args:
+        clients: replica id → client of its leader.
+        on_all_lost: called once, when every replica has failed or cannot be reached any more.
+    """
+
+    def __init__(self, clients: Mapping[str, ReplicaClient], on_all_lost: Callable[[], None] = lambda: None) -> None:
+        self._clients = dict(clients)
+        self._on_all_lost = on_all_lost
+        self._table = ReplicaTable()
+        self._router = least_load_router(self._table)
+        self._refresher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Connect to every leader. Raises Unavailable where one does not answer."""
+        await asyncio.gather(*(client.connect() for client in self._clients.values()))
+        await self._refresh()
+        self._refresher = asyncio.create_task(self._keep_fresh())
+
+    async def close(self) -> None:
+        """Live streams end with Unavailable."""
+        if self._refresher is not None:
+            self._refresher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._refresher
+        await asyncio.gather(*(client.close() for client in self._clients.values()))
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """As cluster.frontend.backend.Backend says. A replica that turns out to be unreachable before the first output
+        is passed over for another one."""
+        tried: frozenset[str] = frozenset()
+        while True:
+            replica_id = self._router.route(RoutingQuery(request.token_ids, tried))
+            has_begun = False
+            try:
+                async with contextlib.aclosing(self._clients[replica_id].generate(request)) as outputs:
+                    async for output in outputs:
+                        has_begun = True
+                        yield output
+                return
+            except Unavailable:
+                if has_begun or len(tried) + 1 >= len(self._clients):
+                    raise
+                tried |= {replica_id}
+
+    def replicas(self) -> Sequence[ReplicaInfo]:
+        """A replica that cannot be reached shows as failed."""
+        return [
+            view.info if view.is_connected else replace(view.info, state=ReplicaState.FAILED, error="not reachable")
+            for view in self._table.views()
+        ]
+
+    async def refresh(self) -> Sequence[ReplicaInfo]:
+        """Ask every leader now, then as ``replicas``."""
+        await self._refresh()
+        return self.replicas()
+
+    async def drain(self, replica: str) -> None:
+        if replica not in self._clients:
+            raise InvalidRequest(f"there is no replica {replica!r}; there are {', '.join(self._clients)}", "replica")
+        self._table.update(await self._clients[replica].drain())
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_INTERVAL_S)
+            await self._refresh()
+            if all(info.state is ReplicaState.FAILED for info in self.replicas()):
+                self._on_all_lost()
+                return
+
+    async def _refresh(self) -> None:
+        await asyncio.gather(*(self._ask(replica_id, client) for replica_id, client in self._clients.items()))
+
+    async def _ask(self, replica_id: str, client: ReplicaClient) -> None:
+        try:
+            info = await client.info()
+        except RemudaError:
+            # The client logs why; for routing it is enough to know that nothing can go there.
+            self._table.disconnect(replica_id)
+            return
+        if client.is_connected:
+            self._table.update(replace(info, id=replica_id))
+        else:
+            self._table.disconnect(replica_id)
