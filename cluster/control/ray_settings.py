@@ -25,10 +25,9 @@ DEFAULT_CPU_SLOTS = 8
 # Ray never carries a token of ours; 75 MiB is the least that Ray accepts.
 OBJECT_STORE_MEMORY_BYTES = 80 * 1024 * 1024
 
-# sun_path of a Unix socket holds 107 bytes and the end mark. Below the node's directory Ray makes
-# session_YYYY-MM-DD_HH-MM-SS_microseconds_pid/sockets/plasma_store, at most 66 bytes with a 7-digit pid.
+# sun_path of a Unix socket holds 107 bytes and the end mark. The longest that Ray makes is below.
 MAX_SOCKET_PATH_BYTES = 107
-RAY_SOCKET_SUFFIX_BYTES = 1 + 45 + len("/sockets/plasma_store")
+RAY_SOCKET_SUFFIX_BYTES = len("/r/session_YYYY-MM-DD_HH-MM-SS_uuuuuu_ppppppp/sockets/plasma_store")
 MAX_ROOT_BYTES = MAX_SOCKET_PATH_BYTES - RAY_SOCKET_SUFFIX_BYTES
 
 USER_HOME_VARIABLE = "REMUDA_USER_HOME"
@@ -86,6 +85,11 @@ class NodePaths:
         return self.root / "home"
 
     @property
+    def temporary(self) -> Path:
+        """Ray's own directory. Ray makes it writable for everybody (mode 0777), so it must not be ``root``."""
+        return self.root / "r"
+
+    @property
     def token(self) -> Path:
         """The cluster's authentication token (mode 0600)."""
         return self.root / "token"
@@ -98,7 +102,7 @@ class NodePaths:
     @property
     def address(self) -> Path:
         """Ray writes host:port of the cluster here once the node is up."""
-        return self.root / "ray_current_cluster"
+        return self.temporary / "ray_current_cluster"
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def node_environment(
         NODE_IP_VARIABLE: spec.node_ip,
         "RAY_START_HOOK": "cluster.control.ray_start_hook.adjust",
         "PYTHONPATH": ":".join(search_path),
-        "RAY_TMPDIR": str(paths.root),
+        "RAY_TMPDIR": str(paths.temporary),
     }
     return environment
 
@@ -187,12 +191,14 @@ def start_command(spec: NodeSpec, paths: NodePaths, python: str = sys.executable
         python, "-m", "ray.scripts.scripts", "start",
         f"--node-ip-address={spec.node_ip}",
         f"--node-name={spec.node_ip}",
-        f"--temp-dir={paths.root}",
+        f"--temp-dir={paths.temporary}",
         f"--num-cpus={spec.cpu_slots}",
         f"--object-store-memory={OBJECT_STORE_MEMORY_BYTES}",
         "--include-log-monitor=False",
         "--dashboard-agent-listen-port=0",
         "--disable-usage-stats",
+        "--log-style=record",
+        "--log-color=false",
     ]  # fmt: skip
     if spec.num_gpus is not None:
         command.append(f"--num-gpus={spec.num_gpus}")

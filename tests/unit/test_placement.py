@@ -1,5 +1,6 @@
 """Placement of ranks on hosts: every promise of its docstring, on random clusters and on small ones by hand."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -105,4 +106,4 @@ def test_spread_only_when_needed(hosts: list[HostInfo], parallel: ParallelConfig
     assert [len(set(group)) == 1 for group in groups] == [index < num_whole for index in range(len(groups))]
     for group in groups:
         # A cut group is still a run for each of its hosts.
-        assert len(set(group)) == 1 + sum(left != right for left, right in zip(group, group[1:], strict=False))
+        assert len(set(group)) == 1 + sum(left != right for left, right in itertools.pairwise(group))
