@@ -10,7 +10,7 @@ A gRPC status carries the message; its trailing metadata carries what the status
 The same fields travel in a StreamFinish, so that one request of a multiplexed stream can fail alone.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 from urllib.parse import quote, unquote
@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote
 import grpc
 
 from cluster.errors import (
+    ERROR_TABLE,
     Cancelled,
     DeadlineExceeded,
     ModelNotFound,
@@ -36,6 +37,9 @@ MAX_MESSAGE_CHARS = 2_000
 """Longer messages are cut: a status travels in HTTP/2 headers, which are bounded to 8 KiB by default."""
 
 
+_CLASS_BY_NAME = {kind.__name__: kind for kind in ERROR_TABLE}
+
+
 @dataclass(frozen=True)
 class ErrorFields:
     """What the wire says of one error."""
@@ -52,23 +56,19 @@ def fields_of(error: BaseException) -> ErrorFields:
         return ErrorFields(kind=EngineFailure.__name__, message="internal error; the server's log has the details")
     param = error.param if isinstance(error, InvalidRequest) else None
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded | Unavailable) else None
-    return ErrorFields(type(error).__name__, str(error)[:MAX_MESSAGE_CHARS], param, retry_after_s)
+    # A class that only one module knows (NoReplica) travels as the nearest one of the table, which all know.
+    kind = next(kind for kind in type(error).__mro__ if kind in ERROR_TABLE)
+    return ErrorFields(kind.__name__, str(error)[:MAX_MESSAGE_CHARS], param, retry_after_s)
 
 
 def error_of(fields: ErrorFields) -> RemudaError:
     """The error that the other side meant. A class that this version does not know becomes an EngineFailure."""
-    kind = next((known for known in _subclasses(RemudaError) if known.__name__ == fields.kind), EngineFailure)
+    kind = _CLASS_BY_NAME.get(fields.kind, EngineFailure)
     if issubclass(kind, InvalidRequest):
         return kind(fields.message, fields.param)
     if issubclass(kind, Overloaded | Unavailable) and fields.retry_after_s is not None:
         return kind(fields.message, fields.retry_after_s)
     return kind(fields.message)
-
-
-def _subclasses(kind: type[RemudaError]) -> Iterator[type[RemudaError]]:
-    yield kind
-    for child in kind.__subclasses__():
-        yield from _subclasses(child)
 
 
 def trailing_metadata(error: BaseException) -> tuple[tuple[str, str], ...]:

@@ -1,0 +1,79 @@
+"""An engine without scheduler and model: each step gives every request its next token, which anyone can predict."""
+
+import threading
+
+from engine.engine import EngineStats
+from engine.errors import InvalidRequest
+from engine.request import FinishReason, Output, Request
+
+
+def token_at(request: Request, index: int) -> int:
+    """Token number ``index`` (from 0) of the answer to ``request``."""
+    return (sum(request.token_ids[:8]) * 31 + len(request.token_ids) + index * 7 + request.sampling.seed) % 50_000
+
+
+def answer(request: Request) -> list[int]:
+    return [token_at(request, index) for index in range(request.sampling.max_tokens)]
+
+
+class ScriptedEngine:
+    """Follows engine.engine.Engine's contract.
+
+    ``gate``: steps wait while it is clear. ``fails_with``: the next step raises it. ``refuses``: request id → what
+    ``add`` raises. ``tokens_per_step``: as if a step computed several.
+    """
+
+    def __init__(self, tokens_per_step: int = 1) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.fails_with: BaseException | None = None
+        self.refuses: dict[str, BaseException] = {}
+        self.aborted: list[str] = []
+        self.num_steps = 0
+        self._tokens_per_step = tokens_per_step
+        self._live: dict[str, tuple[Request, int]] = {}
+        self._outputs: list[Output] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live or self._outputs)
+
+    def add(self, request: Request) -> None:
+        if (error := self.refuses.get(request.request_id)) is not None:
+            raise error
+        if not request.token_ids:
+            raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
+        self._live[request.request_id] = (request, 0)
+
+    def abort(self, request_id: str) -> bool:
+        if self._live.pop(request_id, None) is None:
+            return False
+        self.aborted.append(request_id)
+        self._outputs.append(Output(request_id, [], FinishReason.ABORT))
+        return True
+
+    def step(self) -> list[Output]:
+        self.entered.set()
+        self.gate.wait()
+        self.num_steps += 1
+        if self.fails_with is not None:
+            raise self.fails_with
+        outputs, self._outputs = self._outputs, []
+        for request_id, (request, start) in list(self._live.items()):
+            end = min(start + self._tokens_per_step, request.sampling.max_tokens)
+            tokens = [token_at(request, index) for index in range(start, end)]
+            if end == request.sampling.max_tokens:
+                del self._live[request_id]
+                outputs.append(Output(request_id, tokens, FinishReason.LENGTH))
+            else:
+                self._live[request_id] = (request, end)
+                outputs.append(Output(request_id, tokens))
+        return outputs
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(len(self._live), 0, 0, 100, min(len(self._live), 100), self.num_steps, 0)
