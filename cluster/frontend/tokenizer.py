@@ -107,9 +107,9 @@ class Tokenizer:
         """Each token as tokenizer.json writes it."""
         return [self._original.id_to_token(token_id) or "" for token_id in token_ids]
 
-    def fewest_tokens(self, text: str) -> int:
-        """A bound that needs no encoding: no tokenizer gives fewer tokens for this text."""
-        return len(text) // self._longest_token_bytes
+    def fewest_tokens(self, num_chars: int) -> int:
+        """A bound that needs no encoding: no text of so many characters has fewer tokens."""
+        return num_chars // self._longest_token_bytes
 
     def _encode_plain(self, text: str) -> list[int]:
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids

@@ -16,11 +16,13 @@ CORPUS = [
 LLAMA3_TEMPLATE = (
     "{%- set date = strftime_now('%d %b %Y') if false else '26 Jul 2024' %}"
     "{{- bos_token }}{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
 LLAMA4_TEMPLATE = (
-    "{{- bos_token }}\n{%- for message in messages %}\n    {{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}"
+    "{{- bos_token }}\n{%- for message in messages %}\n"
+    "    {{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}"
     "\n    {%- if message['content'] is string %}\n        {{- message['content'] }}\n    {%- else %}"
     "\n        {%- for part in message['content'] %}{{- part['text'] }}{%- endfor %}\n    {%- endif %}"
     "\n    {{- '<|eot|>' }}\n{%- endfor %}\n{%- if add_generation_prompt %}\n"
@@ -67,7 +69,7 @@ def byte_level(path: Path, template: str = LLAMA3_TEMPLATE) -> Path:
 
 
 def sentencepiece(path: Path, template: str = LLAMA2_TEMPLATE) -> Path:
-    """In the manner of Llama 2: control tokens and byte tokens inside the BPE vocabulary, a space put before the text."""
+    """In the manner of Llama 2: control tokens and byte tokens in the BPE vocabulary, a space put before the text."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]

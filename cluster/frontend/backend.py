@@ -1,0 +1,24 @@
+"""What produces tokens, as the front end sees it. In production the router over the replicas; in tests a script."""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from cluster.types import ReplicaInfo
+from engine.request import Output, Request
+
+
+class Backend(Protocol):
+    def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """The outputs of one sequence, the last one with a finish reason. Closing the generator aborts the sequence.
+
+        Raises, at the first output or at any later one: errors of the tree (Overloaded, Unavailable, RankFailure, …).
+        """
+        ...
+
+    def replicas(self) -> Sequence[ReplicaInfo]:
+        """What each replica last said of itself. Does not wait."""
+        ...
+
+    async def drain(self, replica: str) -> None:
+        """Give this replica no more work. Raises InvalidRequest where there is none of that name."""
+        ...

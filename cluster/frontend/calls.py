@@ -1,0 +1,163 @@
+"""What clients ask for and what they get, the same for HTTP and gRPC."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.request import FinishReason, TopLogprobs
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
+MAX_CHOICES = 128
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """Text. Control tokens in it are text unless ``parse_special_tokens``."""
+
+    text: str
+    add_special_tokens: bool = True
+    parse_special_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """Token ids, taken as they are."""
+
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """Messages for the checkpoint's chat template; ``content`` of each is a string."""
+
+    messages: Sequence[Mapping[str, Any]]
+    add_generation_prompt: bool = True
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    add_special_tokens: bool = False
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a client wants tokens to be chosen. None is the model's or the server's default."""
+
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TimeLimits:
+    """Seconds from a request's arrival; None is no limit."""
+
+    total_s: float | None = None
+    """Until the whole answer is there."""
+    queue_s: float | None = None
+    """Until the engine begins with it: its first output, which may hold no token yet."""
+    first_token_s: float | None = None
+
+    def within(self, bounds: "TimeLimits") -> "TimeLimits":
+        """The tighter of both, each by itself."""
+        return TimeLimits(
+            _tighter(self.total_s, bounds.total_s),
+            _tighter(self.queue_s, bounds.queue_s),
+            _tighter(self.first_token_s, bounds.first_token_s),
+        )
+
+
+def _tighter(one: float | None, other: float | None) -> float | None:
+    return min((value for value in (one, other) if value is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One client's request: every prompt gets ``n`` choices, numbered prompt by prompt.
+
+    ``default_max_tokens`` holds where the options name no ``max_tokens``, as far as the context has room for it;
+    None is the rest of the context. With ``echo``, ``max_tokens`` may be 0: the prompt is scored, nothing generated.
+    """
+
+    request_id: str
+    prompts: Sequence[Prompt]
+    model: str = ""
+    options: SamplingOptions = SamplingOptions()
+    n: int = 1
+    stop: Sequence[str] = ()
+    echo: bool = False
+    limits: TimeLimits = TimeLimits()
+    default_max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The request was found good and admitted. First event of every stream."""
+
+    model: str
+    prompt_token_ids: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """The prompt, before the first delta of each choice, where the call asked for it.
+
+    ``logprobs`` (None unless asked for) has one entry per prompt token, the first one None. ``text_offsets`` says at
+    which character of ``text`` each token begins.
+    """
+
+    choice: int
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[TopLogprobs | None] | None
+    text_offsets: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More of one choice. ``text`` never ends inside a character; a token whose text is still held back comes later.
+
+    ``position`` is the first token's, ``text_offsets`` each token's first character, both within the choice.
+    """
+
+    choice: int
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[TopLogprobs] | None
+    position: int
+    text_offsets: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of one choice, exactly once. ``stop_token_id`` is set where an end or stop token ended it."""
+
+    choice: int
+    reason: FinishReason
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Last event of a stream. Prompts count once, whatever ``n``."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int
+
+
+Event = Started | Echo | Delta | Finished | Usage

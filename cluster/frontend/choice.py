@@ -1,0 +1,155 @@
+"""One choice: the engine's outputs → text, held back where it must be, in deltas as large as what has arrived."""
+
+from collections.abc import Sequence
+
+from cluster.frontend.calls import Delta, Echo, Finished
+from cluster.frontend.detokenizer import Detokenizer
+from cluster.frontend.stop_strings import StopStrings
+from engine.request import FinishReason, Output, TopLogprobs
+
+
+class EchoedPrompt:
+    """The prompt as the first part of a choice's text.
+
+    Args:
+        text: what is shown.
+        token_ids: all of the prompt's.
+        text_offsets: where each begins in ``text``.
+        waits_for_logprobs: whether the engine was asked for the prompt's log-probabilities.
+    """
+
+    def __init__(
+        self, text: str, token_ids: Sequence[int], text_offsets: Sequence[int], waits_for_logprobs: bool
+    ) -> None:
+        self.text = text
+        self.token_ids = token_ids
+        self.text_offsets = text_offsets
+        self.waits_for_logprobs = waits_for_logprobs
+
+
+class Choice:
+    """Args:
+    index: the choice's number in the client's request.
+    detokenizer: set up with the prompt as its context.
+    stops: strings that end the text.
+    min_tokens: stop strings are looked for only after so many tokens.
+    wants_logprobs: whether the engine gives log-probabilities of generated tokens.
+    echo: the prompt, where it is shown.
+    scores_only: what the engine generates is thrown away (``max_tokens`` 0).
+    """
+
+    def __init__(
+        self,
+        index: int,
+        detokenizer: Detokenizer,
+        stops: StopStrings,
+        min_tokens: int = 0,
+        wants_logprobs: bool = False,
+        echo: EchoedPrompt | None = None,
+        scores_only: bool = False,
+    ) -> None:
+        self.index = index
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.finished: Finished | None = None
+        self.last_token_s: float | None = None
+        """When the last token came, for whoever measures."""
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._min_tokens = min_tokens
+        self._echo = echo
+        self._scores_only = scores_only
+        self._prompt_logprobs: list[TopLogprobs | None] = []
+        self._text: list[str] = []
+        self._num_chars = 0
+        """Decoded, shown or not."""
+        self._num_shown = 0
+        self._token_ids: list[int] = []
+        self._offsets: list[int] = []
+        self._ends: list[int] = []
+        """Of each token not given away yet: one past its last character."""
+        self._logprobs: list[TopLogprobs] | None = [] if wants_logprobs else None
+        self._position = 0
+
+    def feed(self, output: Output) -> None:
+        """Take one output; ``finished`` is set when it was the last one, or when a stop string is complete."""
+        assert self.finished is None, "an output after the end"
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        if output.prompt_logprobs:
+            self._prompt_logprobs += output.prompt_logprobs
+        if self._scores_only:
+            if output.token_ids or output.finish_reason is not None:
+                self.finished = Finished(self.index, FinishReason.LENGTH)
+            return
+        last = len(output.token_ids) - 1
+        for index, token_id in enumerate(output.token_ids):
+            is_silent = index == last and output.stop_token_id is not None
+            self._add_token(token_id, is_silent)
+            if self._logprobs is not None and output.logprobs:
+                self._logprobs.append(output.logprobs[index])
+            if self._stops.matched is not None:
+                self.finished = Finished(self.index, FinishReason.STOP, stop_string=self._stops.matched)
+                return
+        if output.finish_reason is not None:
+            self._finish(output.finish_reason, output.stop_token_id)
+
+    def _add_token(self, token_id: int, is_silent: bool) -> None:
+        """A silent token ends the sequence: it counts, and its text is not part of the answer."""
+        text = "" if is_silent else self._detokenizer.feed(token_id)
+        self.num_tokens += 1
+        self._token_ids.append(token_id)
+        self._offsets.append(self._num_chars)
+        self._num_chars += len(text)
+        self._ends.append(self._num_chars + self._detokenizer.is_inside_character)
+        if text:
+            self._show(text if self.num_tokens <= self._min_tokens else self._stops.feed(text))
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._text.append(text)
+            self._num_shown += len(text)
+
+    def _finish(self, reason: FinishReason, stop_token_id: int | None) -> None:
+        if tail := self._detokenizer.finish():
+            self._show(self._stops.feed(tail))
+        if self._stops.matched is not None:
+            self.finished = Finished(self.index, FinishReason.STOP, stop_string=self._stops.matched)
+            return
+        self._show(self._stops.finish())
+        self.finished = Finished(self.index, reason, stop_token_id=stop_token_id)
+
+    def take_echo(self) -> Echo | None:
+        """The prompt, once, as soon as it is complete."""
+        echo = self._echo
+        if echo is None:
+            return None
+        is_scored = len(self._prompt_logprobs) >= len(echo.token_ids)
+        if echo.waits_for_logprobs and not is_scored and not self._token_ids and self.finished is None:
+            return None
+        self._echo = None
+        logprobs = self._prompt_logprobs if echo.waits_for_logprobs else None
+        return Echo(self.index, echo.text, echo.token_ids, logprobs, echo.text_offsets)
+
+    def take_delta(self) -> Delta | None:
+        """Everything since the last call that can be shown."""
+        num_ready = len(self._ends)
+        if self.finished is None:
+            while num_ready and self._ends[num_ready - 1] > self._num_shown:
+                num_ready -= 1
+        if not num_ready and not self._text:
+            return None
+        logprobs = None
+        if self._logprobs is not None:
+            logprobs, self._logprobs = self._logprobs[:num_ready], self._logprobs[num_ready:]
+        delta = Delta(
+            self.index,
+            "".join(self._text),
+            self._token_ids[:num_ready],
+            logprobs,
+            self._position,
+            self._offsets[:num_ready],
+        )
+        self._position += num_ready
+        self._text.clear()
+        del self._token_ids[:num_ready], self._offsets[:num_ready], self._ends[:num_ready]
+        return delta

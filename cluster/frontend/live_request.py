@@ -1,0 +1,146 @@
+"""One admitted request: its choices' streams are read side by side, until all ended, one failed, or time is up."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+
+from cluster.errors import DeadlineExceeded, Unavailable
+from cluster.frontend.backend import Backend
+from cluster.frontend.calls import Delta, Echo, Event, Finished, TimeLimits
+from cluster.frontend.choice import Choice
+from cluster.frontend.clock import Clock, Timer
+from cluster.frontend.metrics import Metrics
+from engine.errors import EngineFailure, RemudaError
+from engine.request import FinishReason, Output, Request
+
+_log = logging.getLogger(__name__)
+
+
+class LiveRequest:
+    """Args:
+    requests: one per choice.
+    choices: in the same order.
+    backend: where the requests go.
+    limits: counted from ``arrived_s``.
+    clock: for them and for the latencies.
+    arrived_s: when the client's request came.
+    metrics: gets the latencies.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        choices: Sequence[Choice],
+        backend: Backend,
+        limits: TimeLimits,
+        clock: Clock,
+        arrived_s: float,
+        metrics: Metrics,
+    ) -> None:
+        self._requests = requests
+        self._choices = choices
+        self._backend = backend
+        self._limits = limits
+        self._clock = clock
+        self._arrived_s = arrived_s
+        self._metrics = metrics
+        self._wake = asyncio.Event()
+        self._changed: dict[int, Choice] = {}
+        self._error: BaseException | None = None
+        self._timers: dict[str, Timer] = {}
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Echo, Delta and Finished of all choices, as they come; what arrived together is one Delta.
+
+        Leaving it, at the end or before, stops all work of this request.
+
+        Raises:
+            DeadlineExceeded: a limit has passed.
+            RemudaError: a choice failed; the others are stopped.
+        """
+        self._arm("total", self._limits.total_s, "was not finished within")
+        self._arm("queue", self._limits.queue_s, "did not begin to run within")
+        self._arm("first token", self._limits.first_token_s, "had no token within")
+        tasks = [
+            asyncio.create_task(self._pump(request, choice))
+            for request, choice in zip(self._requests, self._choices, strict=True)
+        ]
+        num_open = len(tasks)
+        try:
+            while num_open:
+                await self._wake.wait()
+                self._wake.clear()
+                changed, self._changed = self._changed, {}
+                for choice in changed.values():
+                    for event in _news(choice):
+                        yield event
+                        num_open -= isinstance(event, Finished)
+                if self._error is not None:
+                    raise self._error
+        finally:
+            for timer in self._timers.values():
+                timer.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _arm(self, name: str, limit_s: float | None, what: str) -> None:
+        if limit_s is not None:
+            message = f"the request {what} {limit_s:g} s ({name} deadline)"
+            self._timers[name] = self._clock.call_at(
+                self._arrived_s + limit_s, lambda: self._fail(DeadlineExceeded(message))
+            )
+
+    def _disarm(self, name: str) -> None:
+        if (timer := self._timers.pop(name, None)) is not None:
+            timer.cancel()
+
+    def _fail(self, error: BaseException) -> None:
+        """The first error is the request's."""
+        if self._error is None:
+            self._error = error
+        self._wake.set()
+
+    async def _pump(self, request: Request, choice: Choice) -> None:
+        try:
+            async with aclosing(self._backend.generate(request)) as outputs:
+                async for output in outputs:
+                    self._take(output, choice)
+                    if choice.finished is not None:
+                        return
+            raise EngineFailure("the replica's stream ended before the request did")
+        except RemudaError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001  a defect of ours: the client gets an answer, the log the rest
+            _log.exception("request %s failed in our own code", request.request_id)
+            self._fail(error)
+
+    def _take(self, output: Output, choice: Choice) -> None:
+        self._disarm("queue")
+        if output.finish_reason is FinishReason.ERROR:
+            raise EngineFailure(output.error or "the engine could not go on with this request")
+        if output.finish_reason is FinishReason.ABORT:
+            raise Unavailable("the replica stopped this request; try again")
+        now_s = self._clock.now_s()
+        if output.token_ids:
+            self._disarm("first token")
+            if choice.last_token_s is None:
+                self._metrics.first_token(now_s - self._arrived_s)
+            else:
+                self._metrics.next_tokens(now_s - choice.last_token_s, len(output.token_ids))
+            choice.last_token_s = now_s
+        choice.feed(output)
+        self._changed[choice.index] = choice
+        self._wake.set()
+
+
+def _news(choice: Choice) -> Iterator[Echo | Delta | Finished]:
+    echo = choice.take_echo()
+    if echo is not None:
+        yield echo
+    delta = choice.take_delta()
+    if delta is not None:
+        yield delta
+    if choice.finished is not None:
+        yield choice.finished

@@ -1,0 +1,198 @@
+"""The one path of every request, under HTTP and gRPC alike: check → encode → admit → run → events."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import msgspec
+
+from cluster.errors import ModelNotFound, Unavailable
+from cluster.frontend.admission import Admission
+from cluster.frontend.backend import Backend
+from cluster.frontend.calls import Call, Event, Prompt, Started, TextPrompt, TimeLimits, Usage
+from cluster.frontend.choice import Choice, EchoedPrompt
+from cluster.frontend.clock import Clock
+from cluster.frontend.detokenizer import Detokenizer
+from cluster.frontend.encoding import PromptEncoder
+from cluster.frontend.live_request import LiveRequest
+from cluster.frontend.metrics import Metrics
+from cluster.frontend.model_files import ModelFiles
+from cluster.frontend.sampling import build_sampling, check_call, check_token_ids, max_tokens_of
+from cluster.frontend.stop_strings import StopStrings
+from cluster.types import ReplicaState
+from engine.errors import RemudaError
+from engine.request import Request, SamplingParams
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One prompt, ready to run."""
+
+    prompt: Prompt
+    token_ids: list[int]
+    sampling: SamplingParams
+
+
+def draw_seed() -> int:
+    """A seed for a request that names none."""
+    return secrets.randbits(63)
+
+
+class Service:
+    """Args:
+    name: the model, as clients ask for it.
+    files: its small files.
+    encoder: its tokenizer, on threads.
+    backend: the replicas.
+    admission: the bound on live work.
+    metrics: counters and latencies.
+    clock: for deadlines and latencies.
+    limits: bounds of every request's own.
+    draw_seed: seeds for requests that name none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        files: ModelFiles,
+        encoder: PromptEncoder,
+        backend: Backend,
+        admission: Admission,
+        metrics: Metrics,
+        clock: Clock,
+        limits: TimeLimits = TimeLimits(),
+        draw_seed: Callable[[], int] = draw_seed,
+    ) -> None:
+        self.name = name
+        self.created_unix_s = int(time.time())
+        self.encoder = encoder
+        self.tokenizer = encoder.tokenizer
+        self.backend = backend
+        self.admission = admission
+        self._files = files
+        self._metrics = metrics
+        self._clock = clock
+        self._limits = limits
+        self._draw_seed = draw_seed
+
+    def check_model(self, model: str) -> None:
+        """Raises ModelNotFound unless this model is served; the empty name is the only one there is."""
+        if model not in ("", self.name):
+            raise ModelNotFound(f"the model {model!r} does not exist here; this server has {self.name!r}")
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of one request that every ready replica can hold. Raises Unavailable while none is ready."""
+        lengths = [info.max_model_len for info in self.backend.replicas() if info.state is ReplicaState.READY]
+        if not lengths:
+            raise Unavailable("no replica is ready; try again shortly")
+        return min(lengths)
+
+    async def tokenize(self, prompt: Prompt, model: str = "") -> list[int]:
+        """Raises ModelNotFound, InvalidRequest."""
+        self.check_model(model)
+        if isinstance(prompt, TextPrompt) and not prompt.text and not prompt.add_special_tokens:
+            return []
+        return await self.encoder.encode(prompt)
+
+    def detokenize(self, token_ids: Sequence[int], model: str = "") -> str:
+        """The text of a whole sequence, control tokens shown. Raises ModelNotFound, InvalidRequest."""
+        self.check_model(model)
+        check_token_ids(token_ids, self.encoder.vocab_size, "tokens")
+        return self.tokenizer.decode(token_ids, with_special=True)
+
+    async def generate(self, call: Call) -> AsyncGenerator[Event, None]:
+        """Started, then every choice's events, then Usage. Ends once: with Usage, by raising, or by being closed.
+
+        Closing it (or cancelling the task that reads it) stops the request's work.
+
+        Raises:
+            RemudaError: everything in the tables of engine.errors and cluster.errors that a request can meet.
+        """
+        arrived_s = self._clock.now_s()
+        outcome = "cancelled"
+        try:
+            async with aclosing(self._events(call, arrived_s)) as events:
+                async for event in events:
+                    if isinstance(event, Usage):
+                        outcome = "completed"
+                    yield event
+        except RemudaError as error:
+            outcome = type(error).__name__
+            raise
+        except Exception:
+            outcome = "internal"
+            raise
+        finally:
+            self._metrics.ended(outcome, self._clock.now_s() - arrived_s)
+
+    async def _events(self, call: Call, arrived_s: float) -> AsyncGenerator[Event, None]:
+        self.check_model(call.model)
+        check_call(call)
+        with self.admission.admitted(len(call.prompts) * call.n):
+            planned = [await self._plan(prompt, call) for prompt in call.prompts]
+            requests: list[Request] = []
+            choices: list[Choice] = []
+            for plan in planned:
+                for number in range(call.n):
+                    index = len(choices)
+                    sampling = msgspec.structs.replace(plan.sampling, choice=number)
+                    requests.append(
+                        Request(f"{call.request_id}.{index}", plan.token_ids, len(plan.token_ids), sampling)
+                    )
+                    choices.append(self._choice(index, plan, call))
+            yield Started(self.name, [plan.token_ids for plan in planned])
+            limits = call.limits.within(self._limits)
+            live = LiveRequest(requests, choices, self.backend, limits, self._clock, arrived_s, self._metrics)
+            async with aclosing(live.events()) as events:
+                async for event in events:
+                    yield event
+            usage = Usage(
+                num_prompt_tokens=sum(len(plan.token_ids) for plan in planned),
+                num_completion_tokens=sum(choice.num_tokens for choice in choices),
+                num_cached_tokens=sum(choice.num_cached_tokens for choice in choices[:: call.n]),
+            )
+            self._metrics.used(usage, [choice.finished.reason for choice in choices if choice.finished])
+            yield usage
+
+    async def _plan(self, prompt: Prompt, call: Call) -> _Planned:
+        max_model_len = self.max_model_len
+        token_ids = await self.encoder.encode(prompt, max_model_len)
+        options = call.options
+        sampling = build_sampling(
+            options,
+            max_tokens_of(call, len(token_ids), max_model_len),
+            self._draw_seed() if options.seed is None else options.seed,
+            self._files.eos_ids,
+            self._files.sampling_defaults,
+            self.encoder.vocab_size,
+        )
+        return _Planned(prompt, token_ids, sampling)
+
+    def _choice(self, index: int, plan: _Planned, call: Call) -> Choice:
+        return Choice(
+            index,
+            Detokenizer(self.tokenizer.bytes, plan.token_ids),
+            StopStrings(call.stop),
+            min_tokens=plan.sampling.min_tokens,
+            wants_logprobs=plan.sampling.logprobs is not None,
+            echo=self._echo(plan) if call.echo else None,
+            scores_only=call.options.max_tokens == 0,
+        )
+
+    def _echo(self, plan: _Planned) -> EchoedPrompt:
+        """A text comes back as it was written; ids, as the text that they stand for."""
+        table = self.tokenizer.bytes
+        detokenizer = Detokenizer(table)
+        offsets: list[int] = []
+        decoded = ""
+        for token_id in plan.token_ids:
+            offsets.append(len(decoded))
+            decoded += detokenizer.feed(token_id)
+        if table.strips_leading_space and decoded.startswith(" "):
+            decoded = decoded[1:]
+            offsets = [max(offset - 1, 0) for offset in offsets]
+        text = plan.prompt.text if isinstance(plan.prompt, TextPrompt) else decoded
+        return EchoedPrompt(text, plan.token_ids, offsets, plan.sampling.prompt_logprobs is not None)

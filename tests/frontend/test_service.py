@@ -1,0 +1,422 @@
+"""The path under both APIs, against scripted backends and with a clock that the test moves."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import Cancelled, DeadlineExceeded, Draining, ModelNotFound, Unavailable
+from cluster.frontend.admission import Admission
+from cluster.frontend.calls import (
+    Call,
+    ChatPrompt,
+    Delta,
+    Echo,
+    Event,
+    Finished,
+    SamplingOptions,
+    Started,
+    TextPrompt,
+    TimeLimits,
+    TokenPrompt,
+    Usage,
+)
+from cluster.frontend.encoding import PromptEncoder
+from cluster.frontend.metrics import Metrics
+from cluster.frontend.model_files import read_model_files
+from cluster.frontend.service import Service
+from cluster.frontend.tokenizer import Tokenizer
+from cluster.types import ReplicaState
+from engine.errors import (
+    ContextLengthExceeded,
+    EngineFailure,
+    InvalidRequest,
+    Overloaded,
+    RankFailure,
+    RemudaError,
+)
+from engine.request import FinishReason, Output, Request
+from tests.frontend.scripted import FakeClock, Gate, ScriptedBackend, replica_info, says
+
+Build = Callable[..., tuple[Service, ScriptedBackend, FakeClock]]
+
+
+@pytest.fixture
+def build(model_paths: dict[str, Path], tiny: Tokenizer) -> Any:
+    encoders: list[PromptEncoder] = []
+
+    def make(
+        script: Any, max_live: int = 8, limits: TimeLimits = TimeLimits()
+    ) -> tuple[Service, ScriptedBackend, FakeClock]:
+        backend = ScriptedBackend(script)
+        files = read_model_files(model_paths["tiny"])
+        encoder = PromptEncoder(tiny, files.vocab_size)
+        encoders.append(encoder)
+        clock = FakeClock()
+        seeds = itertools.count(1000)
+        service = Service(
+            "m",
+            files,
+            encoder,
+            backend,
+            Admission(max_live),
+            Metrics("m", backend.replicas),
+            clock,
+            limits,
+            draw_seed=lambda: next(seeds),
+        )
+        return service, backend, clock
+
+    yield make
+    for encoder in encoders:
+        encoder.close()
+
+
+def call(prompt: Any = None, **changes: Any) -> Call:
+    prompts = changes.pop("prompts", [prompt or TextPrompt("Hello there")])
+    return Call(request_id="q", prompts=prompts, **changes)
+
+
+async def events_of(service: Service, request: Call) -> list[Event]:
+    return [event async for event in service.generate(request)]
+
+
+def text_of(events: list[Event], choice: int = 0) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta | Echo) and event.choice == choice)
+
+
+async def test_one_choice_from_start_to_usage(build: Build, tiny: Tokenizer) -> None:
+    ids = tiny.encode(" General Kenobi", add_special_tokens=False)
+    service, backend, clock = build(says(ids, stop_token_id=2036, num_cached_tokens=2))
+    events = await events_of(service, call())
+    assert isinstance(events[0], Started)
+    assert events[0].prompt_token_ids == [backend.requests[0].token_ids]
+    assert text_of(events) == " General Kenobi"
+    assert events[-2] == Finished(0, FinishReason.STOP, None, 2036)
+    assert events[-1] == Usage(len(backend.requests[0].token_ids), len(ids) + 1, 2)
+    assert sum(isinstance(event, Finished) for event in events) == 1
+    assert backend.live == set()
+    assert clock.num_armed == 0
+    assert service.admission.num_requests == 0
+
+
+async def test_n_choices_are_requests_that_differ_in_choice_only(build: Build) -> None:
+    service, backend, _ = build(says([300, 301], stop_token_id=2036))
+    events = await events_of(service, call(n=3))
+    assert [request.request_id for request in backend.requests] == ["q.0", "q.1", "q.2"]
+    assert [request.sampling.choice for request in backend.requests] == [0, 1, 2]
+    assert {request.sampling.seed for request in backend.requests} == {1000}
+    assert {tuple(request.token_ids) for request in backend.requests} == {tuple(backend.requests[0].token_ids)}
+    assert sorted(event.choice for event in events if isinstance(event, Finished)) == [0, 1, 2]
+    usage = events[-1]
+    assert isinstance(usage, Usage)
+    assert usage.num_prompt_tokens == len(backend.requests[0].token_ids)
+    assert usage.num_completion_tokens == 9
+
+
+async def test_several_prompts_number_their_choices_prompt_by_prompt(build: Build) -> None:
+    service, backend, _ = build(says([300]))
+    prompts = [TextPrompt("a"), TokenPrompt([7, 8, 9])]
+    events = await events_of(service, call(prompts=prompts, n=2))
+    assert [request.sampling.choice for request in backend.requests] == [0, 1, 0, 1]
+    assert [request.sampling.seed for request in backend.requests] == [1000, 1000, 1001, 1001]
+    assert backend.requests[2].token_ids == [7, 8, 9]
+    assert sorted(event.choice for event in events if isinstance(event, Finished)) == [0, 1, 2, 3]
+    usage = events[-1]
+    assert isinstance(usage, Usage)
+    assert usage.num_prompt_tokens == len(backend.requests[0].token_ids) + 3
+
+
+async def test_defaults_come_from_the_checkpoint(build: Build, model_paths: dict[str, Path]) -> None:
+    files = read_model_files(model_paths["tiny"])
+    service, backend, _ = build(says([300]))
+    await events_of(service, call())
+    sampling = backend.requests[0].sampling
+    assert sampling.temperature == files.sampling_defaults["temperature"]
+    assert sampling.top_p == files.sampling_defaults["top_p"]
+    assert sampling.stop_token_ids == files.eos_ids
+    assert sampling.max_tokens == 512 - len(backend.requests[0].token_ids)
+    options = SamplingOptions(temperature=0.0, top_k=-1, ignore_eos=True, stop_token_ids=[5], seed=-3, max_tokens=4)
+    await events_of(service, call(options=options))
+    sampling = backend.requests[1].sampling
+    assert (sampling.temperature, sampling.top_k, sampling.seed, sampling.max_tokens) == (0.0, 0, -3, 4)
+    assert sampling.stop_token_ids == (5,)
+
+
+async def test_what_arrives_together_is_one_delta(build: Build) -> None:
+    service, _, _ = build(says([300, 301, 302, 303], sizes=[4]))
+    events = await events_of(service, call())
+    assert [event.token_ids for event in events if isinstance(event, Delta)] == [[300, 301, 302, 303]]
+
+
+async def test_a_stop_string_stops_the_engine_too(build: Build, tiny: Tokenizer) -> None:
+    ids = tiny.encode(" one two three four", add_special_tokens=False)
+    gate = Gate(before=ids)
+    service, backend, _ = build(gate)
+    events = await events_of(service, call(stop=["two"]))
+    assert text_of(events) == " one "
+    assert events[-2] == Finished(0, FinishReason.STOP, stop_string="two")
+    assert backend.aborted == ["q.0"]
+
+
+async def test_echo_gives_the_prompt_first(build: Build) -> None:
+    service, _, _ = build(says([300]))
+    events = await events_of(service, call(echo=True))
+    assert [type(event) for event in events] == [Started, Echo, Delta, Finished, Usage]
+    assert text_of(events).startswith("Hello there")
+
+
+async def test_scoring_generates_nothing(build: Build) -> None:
+    service, backend, _ = build(says([300, 301]))
+    options = SamplingOptions(max_tokens=0, logprobs=1, prompt_logprobs=1)
+    events = await events_of(service, call(TokenPrompt([11, 12, 13]), options=options, echo=True))
+    echo = next(event for event in events if isinstance(event, Echo))
+    assert echo.logprobs is not None
+    assert [entry and entry.logprob for entry in echo.logprobs] == [None, -0.012, -0.013]
+    assert not any(isinstance(event, Delta) for event in events)
+    assert events[-2] == Finished(0, FinishReason.LENGTH)
+    assert events[-1] == Usage(3, 0, 0)
+    assert backend.requests[0].sampling.max_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "param"),
+    [
+        ({"model": "other"}, ModelNotFound, None),
+        ({"prompts": []}, InvalidRequest, "prompt"),
+        ({"prompt": TokenPrompt([])}, InvalidRequest, "prompt"),
+        ({"prompt": TextPrompt("", add_special_tokens=False)}, InvalidRequest, "prompt"),
+        ({"prompt": TokenPrompt([1, 2048])}, InvalidRequest, "prompt"),
+        ({"prompt": TokenPrompt([-1])}, InvalidRequest, "prompt"),
+        ({"prompt": TokenPrompt([5] * 512)}, ContextLengthExceeded, "prompt"),
+        ({"prompt": TextPrompt("word " * 600)}, ContextLengthExceeded, "prompt"),
+        ({"prompt": TextPrompt("x" * 10_000_000)}, ContextLengthExceeded, "prompt"),
+        (
+            {"prompt": TokenPrompt([5] * 500), "options": SamplingOptions(max_tokens=13)},
+            ContextLengthExceeded,
+            "prompt",
+        ),
+        ({"prompt": ChatPrompt([{"role": "user", "content": [{"type": "x"}]}])}, InvalidRequest, "messages"),
+        ({"n": 0}, InvalidRequest, "n"),
+        ({"n": 129}, InvalidRequest, "n"),
+        ({"n": 9}, InvalidRequest, "n"),
+        ({"stop": ["x"] * 17}, InvalidRequest, "stop"),
+        ({"stop": [""]}, InvalidRequest, "stop"),
+        ({"options": SamplingOptions(max_tokens=0)}, InvalidRequest, "max_tokens"),
+        ({"options": SamplingOptions(max_tokens=-1)}, InvalidRequest, "max_tokens"),
+        ({"options": SamplingOptions(temperature=-0.1)}, InvalidRequest, "temperature"),
+        ({"options": SamplingOptions(temperature=float("nan"))}, InvalidRequest, "temperature"),
+        ({"options": SamplingOptions(top_p=1.1)}, InvalidRequest, "top_p"),
+        ({"options": SamplingOptions(logprobs=21)}, InvalidRequest, "logprobs"),
+        ({"options": SamplingOptions(logit_bias={2048: 1.0})}, InvalidRequest, "logit_bias"),
+        ({"options": SamplingOptions(stop_token_ids=[2048])}, InvalidRequest, "stop_token_ids"),
+        ({"options": SamplingOptions(min_tokens=5, max_tokens=4)}, InvalidRequest, "min_tokens"),
+        ({"options": SamplingOptions(seed=2**63)}, InvalidRequest, "seed"),
+        ({"limits": TimeLimits(total_s=0.0)}, InvalidRequest, "timeout_s"),
+    ],
+)
+async def test_bad_requests_are_refused_before_any_work(
+    changes: dict[str, Any], error: type[RemudaError], param: str | None, build: Build
+) -> None:
+    service, backend, _ = build(says([300]))
+    with pytest.raises(error) as caught:
+        await events_of(service, call(changes.pop("prompt", None), **changes))
+    assert getattr(caught.value, "param", None) == param
+    assert type(caught.value) is error
+    assert backend.requests == []
+    assert service.admission.num_requests == 0
+
+
+async def test_too_long_names_both_numbers(build: Build) -> None:
+    service, _, _ = build(says([300]))
+    with pytest.raises(ContextLengthExceeded, match=r"512 tokens, but 513 were requested \(500 in the prompt, 13 in"):
+        await events_of(service, call(TokenPrompt([5] * 500), options=SamplingOptions(max_tokens=13)))
+    with pytest.raises(ContextLengthExceeded, match="512 tokens, but the prompt alone has 600"):
+        await events_of(service, call(TokenPrompt([5] * 600)))
+
+
+async def test_default_max_tokens_gives_way_to_a_long_prompt(build: Build) -> None:
+    service, backend, _ = build(says([300]))
+    await events_of(service, call(TokenPrompt([5] * 500), default_max_tokens=16))
+    await events_of(service, call(TokenPrompt([5] * 400), default_max_tokens=16))
+    assert [request.sampling.max_tokens for request in backend.requests] == [12, 16]
+
+
+async def test_a_full_server_says_so_and_recovers(build: Build) -> None:
+    gate = Gate(after=[300])
+    service, backend, _ = build(gate, max_live=2)
+    first = asyncio.create_task(events_of(service, call(n=2)))
+    await backend.until(lambda: len(backend.live) == 2)
+    with pytest.raises(Overloaded):
+        await events_of(service, Call(request_id="q2", prompts=[TextPrompt("a")]))
+    gate.opened.set()
+    await first
+    assert isinstance((await events_of(service, call()))[-1], Usage)
+
+
+async def test_a_draining_server_finishes_what_it_has(build: Build) -> None:
+    gate = Gate(after=[300])
+    service, backend, _ = build(gate)
+    running = asyncio.create_task(events_of(service, call()))
+    await backend.until(lambda: bool(backend.live))
+    service.admission.close()
+    with pytest.raises(Draining):
+        await events_of(service, Call(request_id="q2", prompts=[TextPrompt("a")]))
+    gate.opened.set()
+    assert isinstance((await running)[-1], Usage)
+    await asyncio.wait_for(service.admission.wait_idle(), 5)
+
+
+async def test_no_ready_replica_is_unavailable(build: Build) -> None:
+    service, backend, _ = build(says([300]))
+    backend.infos = [replica_info(ReplicaState.STARTING)]
+    with pytest.raises(Unavailable):
+        await events_of(service, call())
+
+
+@pytest.mark.parametrize("num_events", [1, 2, 3])
+async def test_leaving_stops_all_choices(num_events: int, build: Build) -> None:
+    service, backend, clock = build(Gate(before=[300, 301]), limits=TimeLimits(60, 60, 60))
+    async with aclosing(service.generate(call(n=3))) as events:
+        for _ in range(num_events):
+            await anext(events)
+    assert backend.live == set()
+    assert len(backend.aborted) == len(backend.requests)
+    assert clock.num_armed == 0
+    assert service.admission.num_requests == 0
+
+
+async def test_cancelling_the_reader_stops_all_choices(build: Build) -> None:
+    service, backend, _ = build(Gate(before=[300]))
+    reader = asyncio.create_task(events_of(service, call(n=2)))
+    await backend.until(lambda: len(backend.live) == 2)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert backend.live == set()
+    assert sorted(backend.aborted) == ["q.0", "q.1"]
+
+
+async def test_one_failed_choice_ends_the_request_and_the_others(build: Build) -> None:
+    async def script(request: Request) -> AsyncGenerator[Output, None]:
+        yield Output(request.request_id, [300])
+        if request.sampling.choice == 1:
+            raise RankFailure("rank 3 died", 3)
+        await asyncio.Event().wait()
+
+    service, backend, _ = build(script)
+    with pytest.raises(RankFailure):
+        await events_of(service, call(n=3))
+    assert backend.live == set()
+
+
+@pytest.mark.parametrize(("reason", "error"), [(FinishReason.ERROR, EngineFailure), (FinishReason.ABORT, Unavailable)])
+async def test_an_end_that_is_no_answer_is_an_error(
+    reason: FinishReason, error: type[RemudaError], build: Build
+) -> None:
+    async def script(request: Request) -> AsyncGenerator[Output, None]:
+        yield Output(request.request_id, [], reason, error="out of luck")
+
+    service, _, _ = build(script)
+    with pytest.raises(error):
+        await events_of(service, call())
+
+
+async def test_a_stream_that_just_ends_is_an_error(build: Build) -> None:
+    async def script(request: Request) -> AsyncGenerator[Output, None]:
+        yield Output(request.request_id, [300])
+
+    service, _, _ = build(script)
+    with pytest.raises(EngineFailure, match="ended before"):
+        await events_of(service, call())
+
+
+async def collect(service: Service, request: Call) -> tuple[list[Event], BaseException | None]:
+    events: list[Event] = []
+    try:
+        async for event in service.generate(request):
+            events.append(event)
+    except (RemudaError, Cancelled) as error:
+        return events, error
+    return events, None
+
+
+@pytest.mark.parametrize(
+    ("limits", "before", "name"),
+    [
+        (TimeLimits(queue_s=5), [], "queue"),
+        (TimeLimits(first_token_s=5), [], "first token"),
+        (TimeLimits(total_s=5), [], "total"),
+        (TimeLimits(total_s=5), [300, 301], "total"),
+    ],
+)
+@pytest.mark.parametrize("by_server", [False, True])
+async def test_deadlines(limits: TimeLimits, before: list[int], name: str, by_server: bool, build: Build) -> None:
+    service, backend, clock = build(Gate(before=before), limits=limits if by_server else TimeLimits())
+    request = call() if by_server else call(limits=limits)
+    running = asyncio.create_task(collect(service, request))
+    await backend.until(lambda: bool(backend.live))
+    clock.advance(4.9)
+    await asyncio.sleep(0)
+    assert not running.done()
+    clock.advance(0.2)
+    events, error = await asyncio.wait_for(running, 5)
+    assert isinstance(error, DeadlineExceeded)
+    assert f"{name} deadline" in str(error)
+    assert sum(len(event.token_ids) for event in events if isinstance(event, Delta)) == len(before)
+    assert backend.live == set()
+
+
+async def test_an_output_ends_the_queue_deadline_and_a_token_the_first_token_deadline(build: Build) -> None:
+    steps: asyncio.Queue[Output] = asyncio.Queue()
+
+    async def script(request: Request) -> AsyncGenerator[Output, None]:
+        while True:
+            output = await steps.get()
+            yield output
+            steps.task_done()
+
+    service, backend, clock = build(script, limits=TimeLimits(queue_s=5, first_token_s=10))
+    running = asyncio.create_task(collect(service, call()))
+    await backend.until(lambda: bool(backend.live))
+    steps.put_nowait(Output("q.0", []))
+    await steps.join()
+    clock.advance(6)
+    steps.put_nowait(Output("q.0", [300]))
+    await steps.join()
+    clock.advance(600)
+    steps.put_nowait(Output("q.0", [301], FinishReason.LENGTH))
+    events, error = await running
+    assert error is None
+    assert isinstance(events[-1], Usage)
+
+
+async def test_a_client_cannot_stretch_the_servers_limits() -> None:
+    bounds = TimeLimits(total_s=5, first_token_s=None)
+    assert TimeLimits(total_s=50, first_token_s=3).within(bounds) == TimeLimits(5, None, 3)
+
+
+async def test_a_long_prompt_does_not_stall_a_short_one(build: Build, tiny: Tokenizer) -> None:
+    service, backend, _ = build(says([300]))
+    backend.infos = [replica_info(max_model_len=10_000_000)]
+    long_text = "The quick brown fox jumps over the lazy dog. " * 60_000
+    long = asyncio.create_task(service.tokenize(TextPrompt(long_text)))
+    await asyncio.sleep(0)
+    for _ in range(3):
+        await asyncio.wait_for(service.tokenize(TextPrompt("short")), 5)
+    assert not long.done(), "the long text was too short for this test"
+    assert len(await long) > 100_000
+
+
+async def test_tokenize_and_detokenize_are_inverse(build: Build) -> None:
+    service, _, _ = build(says([300]))
+    ids = await service.tokenize(TextPrompt("Hello, wörld 🙂"))
+    assert service.detokenize(ids) == "<|begin_of_text|>Hello, wörld 🙂"
+    with pytest.raises(InvalidRequest):
+        service.detokenize([2048])
+    with pytest.raises(ModelNotFound):
+        await service.tokenize(TextPrompt("x"), "other")
