@@ -1,0 +1,251 @@
+"""The real engine over simulated ranks, with 1 to 4 plans in flight, results as late as can be and gangs that die.
+
+Whatever is added, aborted, preempted or begun anew: every block holds what each plan in flight reads from it, every
+request ends exactly once, nothing is left over, and the tokens are those of a request that runs alone.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
+from engine.engine import Engine
+from engine.errors import ContextLengthExceeded, EngineFailure, Overloaded, RankFailure
+from engine.request import FinishReason, Output, Request, SamplingParams, TopLogprobs
+from tests.support.simulated_gang import SimulatedGang, sequential_tokens
+
+VOCAB_SIZE = 7
+MAX_MODEL_LEN = 28
+FULL = KvGroupConfig((0,))
+KV_GROUPS = (
+    (FULL,),
+    (FULL, KvGroupConfig((1,), chunk_size=4)),
+    (KvGroupConfig((0,), chunk_size=3), FULL),
+    (KvGroupConfig((0,), chunk_size=6),),
+    (FULL, FULL, KvGroupConfig((2,), chunk_size=8)),
+)
+
+requests = st.tuples(
+    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=16),
+    st.builds(
+        lambda max_tokens, min_tokens, stop, logprobs: SamplingParams(
+            max_tokens, min_tokens=min(min_tokens, max_tokens), stop_token_ids=tuple(stop), prompt_logprobs=logprobs
+        ),
+        st.integers(1, 12),
+        st.integers(0, 4),
+        st.sets(st.integers(0, VOCAB_SIZE - 1), max_size=2),
+        st.sampled_from([None, None, 0]),
+    ),
+    st.integers(-1, 1),
+    st.integers(0, 3),
+)
+"""Prompt, sampling, priority, and how many of the tokens given were generated before (after a failover)."""
+
+
+@dataclass
+class Record:
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TopLogprobs | None] = field(default_factory=list)
+    finish: Output | None = None
+    aborted: bool = False
+
+
+class StepProtocolMachine(RuleBasedStateMachine):
+    depth: ClassVar[int] = 1
+    input_references: ClassVar[bool] = True
+
+    @initialize(
+        kv_groups=st.sampled_from(KV_GROUPS),
+        block_size=st.integers(1, 4),
+        num_blocks=st.integers(8, 40),
+        max_num_seqs=st.integers(1, 5),
+        extra_budget=st.integers(0, 10),
+        num_dp_groups=st.sampled_from([1, 1, 2]),
+    )
+    def begin(
+        self,
+        kv_groups: tuple[KvGroupConfig, ...],
+        block_size: int,
+        num_blocks: int,
+        max_num_seqs: int,
+        extra_budget: int,
+        num_dp_groups: int,
+    ) -> None:
+        self.config = SchedulerConfig(max_num_seqs, max_num_seqs + extra_budget, MAX_MODEL_LEN, 12, self.depth)
+        self.cache = CacheConfig(block_size, num_blocks)
+        self.kv_groups = kv_groups
+        self.num_dp_groups = num_dp_groups
+        self.epoch = 0
+        self.fails_at: set[tuple[int, int]] = set()
+        self.records: dict[str, Record] = {}
+        self.gang = self.new_gang()
+        self.engine = Engine(
+            executor=self.gang,
+            kv_groups=kv_groups,
+            vocab_size=VOCAB_SIZE,
+            scheduler_config=self.config,
+            cache_config=self.cache,
+            num_dp_groups=num_dp_groups,
+            input_references=self.input_references,
+        )
+
+    def new_gang(self) -> SimulatedGang:
+        return SimulatedGang(
+            num_slots=self.config.max_num_seqs,
+            kv_groups=self.kv_groups,
+            block_size=self.cache.block_size,
+            num_blocks=self.cache.num_blocks,
+            vocab_size=VOCAB_SIZE,
+            depth=self.depth,
+            epoch=self.epoch,
+            num_dp_groups=self.num_dp_groups,
+            fails_at=self.fails_at,
+        )
+
+    def live(self) -> list[str]:
+        return [request_id for request_id, record in self.records.items() if record.finish is None]
+
+    @rule(parts=requests, poisoned=st.sampled_from([False] * 9 + [True]))
+    def add(self, parts: tuple[list[int], SamplingParams, int, int], poisoned: bool) -> None:
+        token_ids, sampling, priority, num_generated = parts
+        number = len(self.records)
+        sampling = SamplingParams(*(number if name == "seed" else getattr(sampling, name) for name in FIELDS))
+        num_prompt_tokens = max(1, len(token_ids) - min(num_generated, sampling.max_tokens - 1))
+        request = Request(f"request-{number}", token_ids, num_prompt_tokens, sampling, priority)
+        try:
+            self.engine.add(request)
+        except (ContextLengthExceeded, Overloaded):
+            return
+        self.records[request.request_id] = Record(request)
+        if poisoned:
+            self.fails_at.add((number, len(token_ids)))
+        self.engine.check_integrity()
+
+    @rule(num_steps=st.integers(1, 6))
+    def step(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.take(self.engine.step())
+            self.engine.check_integrity()
+            self.check_budgets()
+
+    @precondition(lambda self: self.live())
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(self.live()))
+        if self.records[request_id].aborted:
+            assert not self.engine.abort(request_id)
+        assert self.engine.abort(request_id) != self.records[request_id].aborted
+        self.records[request_id].aborted = True
+        self.engine.check_integrity()
+
+    @precondition(lambda self: self.live())
+    @rule()
+    def gang_dies(self) -> None:
+        self.gang.close()
+        try:
+            self.take(self.engine.step())
+            died = False
+        except RankFailure:
+            died = True
+        if died:
+            with pytest.raises(EngineFailure, match="reset"):
+                self.engine.step()
+        self.epoch += 1
+        self.gang = self.new_gang()
+        self.engine.reset(self.epoch, executor=self.gang)
+        self.engine.check_integrity()
+
+    def take(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            record = self.records[output.request_id]
+            assert record.finish is None, f"{output.request_id} went on after its end"
+            record.token_ids += output.token_ids
+            record.prompt_logprobs += output.prompt_logprobs or []
+            if output.finish_reason is not None:
+                record.finish = output
+                self.check_end(record)
+
+    def check_budgets(self) -> None:
+        for plan in self.gang.plans:
+            for batch in plan.batches:
+                assert sum(share.num_tokens for share in batch.scheduled) <= self.config.max_num_batched_tokens
+                assert len(batch.scheduled) <= self.config.max_num_seqs
+        self.gang.plans.clear()
+
+    def check_end(self, record: Record) -> None:
+        request, finish = record.request, record.finish
+        assert finish is not None
+        sampling = request.sampling
+        expected = sequential_tokens(sampling, request.token_ids, request.num_prompt_tokens, VOCAB_SIZE)
+        assert record.token_ids == expected[: len(record.token_ids)], "the tokens depend on what else was computed"
+        if record.aborted:
+            assert finish.finish_reason == FinishReason.ABORT and not finish.token_ids
+        elif finish.finish_reason == FinishReason.ERROR:
+            assert sampling.seed in {seed for seed, _ in self.fails_at}
+            assert finish.error == f"position {len(request.token_ids)} is not a number"
+        else:
+            assert record.token_ids == expected
+            assert all((sampling.seed, p) not in self.fails_at for p in range(len(request.token_ids + expected) - 1))
+            stopped = finish.finish_reason == FinishReason.STOP
+            assert stopped == (
+                expected[-1] in sampling.stop_token_ids
+                and len(request.token_ids) + len(expected) - request.num_prompt_tokens > sampling.min_tokens
+            )
+            assert finish.stop_token_id == (expected[-1] if stopped else None)
+            if sampling.prompt_logprobs is not None:
+                entries = [entry and entry.logprob for entry in record.prompt_logprobs]
+                assert entries == [None] + [-float(p) for p in range(1, request.num_prompt_tokens)]
+        if sampling.prompt_logprobs is None:
+            assert not record.prompt_logprobs
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        # No request needs more steps than it has tokens, even if all run one after another and are begun anew often.
+        for _ in range(4 * MAX_MODEL_LEN * (len(self.records) + 1) * self.depth):
+            if not self.engine.has_work:
+                break
+            self.take(self.engine.step())
+        assert not self.engine.has_work, "requests starve"
+        assert not self.live(), "a request has no end"
+        self.engine.check_integrity()
+        stats = self.engine.stats()
+        assert (stats.num_blocks_used, stats.num_running, stats.num_waiting, stats.num_in_flight) == (0, 0, 0, 0)
+
+
+FIELDS = SamplingParams.__struct_fields__
+
+
+def machine(depth: int, input_references: bool, examples: int) -> type:
+    name = f"Depth{depth}{'' if input_references else 'WithoutReferences'}"
+    case = type(name, (StepProtocolMachine,), {"depth": depth, "input_references": input_references}).TestCase
+    case.settings = settings(max_examples=examples, stateful_step_count=30)
+    return case
+
+
+TestDepth1 = machine(1, True, 40)
+TestDepth2 = machine(2, True, 40)
+TestDepth3 = machine(3, True, 30)
+TestDepth4 = machine(4, True, 40)
+TestDepth3WithoutReferences = machine(3, False, 30)
+
+
+@pytest.mark.full
+class TestManyExamplesDepth1(machine(1, True, 2000)): ...
+
+
+@pytest.mark.full
+class TestManyExamplesDepth2(machine(2, True, 2000)): ...
+
+
+@pytest.mark.full
+class TestManyExamplesDepth3(machine(3, False, 2000)): ...
+
+
+@pytest.mark.full
+class TestManyExamplesDepth4(machine(4, True, 2000)): ...

@@ -1,0 +1,245 @@
+"""A gang without a model: ranks that follow the step protocol and watch over every byte of a pretended KV cache.
+
+Plans take effect on a rank's memory as early as they can (when submitted) and end as late as they can (when somebody
+waits for their result); every read is checked at both ends. So a block that is given away while a plan in flight still
+names it is caught, as is a block freed too early, a gap, and a table that points to somebody else's tokens.
+"""
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from engine.config import KvGroupConfig
+from engine.errors import RankFailure
+from engine.messages import (
+    NULL_BLOCK,
+    PromptLogprobs,
+    SampledToken,
+    SlotError,
+    StepPlan,
+    StepResult,
+    decode_from_rank,
+    decode_to_rank,
+    encode,
+)
+from engine.request import SamplingParams, TopLogprobs
+from engine.slot_table import ScheduledSlot, SlotTable
+
+
+def next_token(sampling: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int, vocab_size: int) -> int:
+    """The oracle: a token that depends on the seed, the choice and the whole history, and on nothing else."""
+    digest = zlib.crc32(repr((sampling.seed, sampling.choice, tuple(token_ids))).encode())
+    token_id = digest % vocab_size
+    if len(token_ids) - num_prompt_tokens < sampling.min_tokens:
+        while token_id in sampling.stop_token_ids:
+            token_id = (token_id + 1) % vocab_size
+    return token_id
+
+
+def sequential_tokens(
+    sampling: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int, vocab_size: int
+) -> list[int]:
+    """What the request generates, alone and one token at a time."""
+    history = list(token_ids)
+    while len(history) - num_prompt_tokens < sampling.max_tokens:
+        history.append(next_token(sampling, history, num_prompt_tokens, vocab_size))
+        if history[-1] in sampling.stop_token_ids and len(history) - num_prompt_tokens > sampling.min_tokens:
+            break
+    return history[len(token_ids) :]
+
+
+Cell = tuple[int, int, int, int]
+"""KV group, block, offset within the block, and what must be there: a number made of request, position and token."""
+
+
+def _cell_value(seed: int, position: int, token_id: int) -> int:
+    return (seed * 100_003 + position) * 100_003 + token_id
+
+
+@dataclass
+class SimulatedRank:
+    """One rank: its slots, its memory, and what its plans in flight read from there.
+
+    ``records_samples``: whether it learns the tokens that are sampled (all ranks do at depth above 1, the sampling
+    rank always); ``fails_at`` positions of a request (by seed) answer with a SlotError.
+    """
+
+    table: SlotTable
+    kv_groups: Sequence[KvGroupConfig]
+    block_size: int
+    vocab_size: int
+    records_samples: bool
+    fails_at: set[tuple[int, int]] = field(default_factory=set)
+    memory: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    """(block, offset) to (KV group, value): blocks of all groups are of one pool."""
+
+    def compute(self, plan: StepPlan) -> tuple[StepResult, list[Cell]]:
+        """The result of a plan, and all cells that it read."""
+        scheduled = self.table.apply(plan)
+        for share in scheduled:
+            self._write(share)
+        cells = [cell for share in scheduled for cell in self._cells_read(share)]
+        self.check(cells)
+        result = StepResult(plan.epoch, plan.step, rank=0, sampled=[], prompt_logprobs=[], errors=[])
+        for share in scheduled:
+            self._answer(share, plan.step, result)
+        return result, cells
+
+    def check(self, cells: list[Cell]) -> None:
+        for group, block, offset, value in cells:
+            found = self.memory.get((block, offset))
+            assert found == (group, value), f"block {block}, offset {offset}: {found} instead of {(group, value)}"
+
+    def _cell(self, share: ScheduledSlot, group: int, position: int) -> Cell:
+        block = share.state.block_tables[group][position // self.block_size]
+        assert block != NULL_BLOCK, f"slot {share.slot} reads position {position}, whose block was given back"
+        value = _cell_value(share.state.sampling.seed, position, share.state.token_ids[position])
+        return group, block, position % self.block_size, value
+
+    def _write(self, share: ScheduledSlot) -> None:
+        for group in range(len(self.kv_groups)):
+            for position in range(share.start, share.start + share.num_tokens):
+                _, block, offset, value = self._cell(share, group, position)
+                self.memory[block, offset] = (group, value)
+
+    def _cells_read(self, share: ScheduledSlot) -> list[Cell]:
+        cells = []
+        for group, config in enumerate(self.kv_groups):
+            first = 0 if config.chunk_size is None else share.start // config.chunk_size * config.chunk_size
+            cells += [self._cell(share, group, p) for p in range(first, share.start + share.num_tokens)]
+        return cells
+
+    def _answer(self, share: ScheduledSlot, step: int, result: StepResult) -> None:
+        state = share.state
+        end = share.start + share.num_tokens
+        if state.sampling.prompt_logprobs is not None and share.start + 1 < state.num_prompt_tokens:
+            positions = range(share.start + 1, min(end + 1, state.num_prompt_tokens))
+            entries = [TopLogprobs(-float(p), 1, [state.token_ids[p]], [-float(p)]) for p in positions]
+            result.prompt_logprobs.append(PromptLogprobs(share.slot, share.start + 1, entries))
+        failed = any((state.sampling.seed, p) in self.fails_at for p in range(share.start, end))
+        if failed:
+            result.errors.append(SlotError(share.slot, f"position {end - 1} is not a number"))
+        if share.sample:
+            token_id = next_token(state.sampling, state.token_ids, state.num_prompt_tokens, self.vocab_size)
+            if self.records_samples:
+                self.table.record_sample(step, share.slot, token_id)
+            if not failed:
+                result.sampled.append(SampledToken(share.slot, token_id))
+
+
+class LateFuture(Future[list[StepResult]]):
+    """Ends when somebody waits for it, and all before it end first."""
+
+    def __init__(self, finish: Callable[["LateFuture"], None]) -> None:
+        super().__init__()
+        self._finish = finish
+
+    def result(self, timeout: float | None = None) -> list[StepResult]:
+        if not self.done():
+            self._finish(self)
+        return super().result(timeout=0)
+
+
+@dataclass
+class Flight:
+    plan: StepPlan
+    future: LateFuture
+    results: list[StepResult]
+    read: list[tuple[SimulatedRank, list[Cell]]]
+    blocks: list[set[int]]
+    """Per dp group, every block that the plan reads or writes."""
+
+
+class SimulatedGang:
+    """An Executor over ``ranks_per_group`` simulated ranks in each dp group; the first one samples.
+
+    Args:
+        fails_at: (seed, position) pairs whose computation answers with a SlotError.
+        depth: plans that may be in flight.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        kv_groups: Sequence[KvGroupConfig],
+        block_size: int,
+        num_blocks: int,
+        vocab_size: int,
+        depth: int,
+        epoch: int = 0,
+        num_dp_groups: int = 1,
+        ranks_per_group: int = 2,
+        fails_at: set[tuple[int, int]] | None = None,
+    ) -> None:
+        self.depth = depth
+        self.dead = False
+        self.plans: list[StepPlan] = []
+        self._flights: deque[Flight] = deque()
+        self._groups = [
+            [
+                SimulatedRank(
+                    table=SlotTable(
+                        num_slots=num_slots,
+                        kv_groups=kv_groups,
+                        block_size=block_size,
+                        num_blocks=num_blocks,
+                        epoch=epoch,
+                        dp_group=dp_group,
+                    ),
+                    kv_groups=kv_groups,
+                    block_size=block_size,
+                    vocab_size=vocab_size,
+                    records_samples=depth > 1 or index == 0,
+                    fails_at=fails_at if fails_at is not None else set(),
+                )
+                for index in range(ranks_per_group)
+            ]
+            for dp_group in range(num_dp_groups)
+        ]
+
+    def submit(self, plan: StepPlan) -> Future[list[StepResult]]:
+        assert len(self._flights) < self.depth, f"more than {self.depth} plans in flight"
+        message = decode_to_rank(encode(plan))  # what travels is bytes: nothing is shared with the leader
+        assert isinstance(message, StepPlan) and message == plan
+        plan = message
+        self.plans.append(plan)
+        self._check_reuse(plan)
+        results, read, blocks = [], [], []
+        for ranks in self._groups:
+            answers = [rank.compute(plan) for rank in ranks]
+            assert all(cells == answers[0][1] for _, cells in answers), "ranks disagree about what they read"
+            results.append(answers[0][0])
+            read += [(rank, cells) for rank, (_, cells) in zip(ranks, answers, strict=True)]
+            blocks.append({block for _, block, _, _ in answers[0][1]})
+        future = LateFuture(self._finish_up_to)
+        self._flights.append(Flight(plan, future, results, read, blocks))
+        return future
+
+    def _check_reuse(self, plan: StepPlan) -> None:
+        """A block given out by a plan is named by no plan in flight."""
+        for dp_group, batch in enumerate(plan.batches):
+            given = {b for share in batch.scheduled for ids in share.new_block_ids for b in ids}
+            for flight in self._flights:
+                named = given & flight.blocks[dp_group]
+                assert not named, f"step {plan.step} gives out {named}, which step {flight.plan.step} still names"
+
+    def _finish_up_to(self, future: LateFuture) -> None:
+        while not future.done():
+            flight = self._flights.popleft()
+            if self.dead:
+                flight.future.set_exception(RankFailure("a simulated rank died", rank=1))
+                continue
+            for rank, cells in flight.read:
+                rank.check(cells)
+            results = [decode_from_rank(encode(result)) for result in flight.results]
+            flight.future.set_result([result for result in results if isinstance(result, StepResult)])
+
+    def close(self) -> None:
+        self.dead = True
+
+    @property
+    def num_live_slots(self) -> int:
+        return max(rank.table.num_live for ranks in self._groups for rank in ranks)
