@@ -1,0 +1,118 @@
+"""The bed itself: hosts reach each other and nothing else, cables can be pulled, and nothing stays behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import bed
+from tests.hosts.bed import Bed, Host
+
+pytestmark = [pytest.mark.netns, pytest.mark.skipif(bed.why_not() is not None, reason=str(bed.why_not()))]
+
+ROOT = Path(__file__).parents[2]
+SERVER = """
+import socket
+with socket.create_server(("0.0.0.0", 7000)) as server:
+    print("listening", flush=True)
+    while True:
+        connection, peer = server.accept()
+        connection.sendall(peer[0].encode())
+        connection.close()
+"""
+CLIENT = """
+import socket, sys
+print(socket.create_connection((sys.argv[1], 7000), timeout=float(sys.argv[2])).recv(100).decode())
+"""
+
+INTERFACE = """
+import sys
+from cluster.control.interfaces import local_interface_for
+print(local_interface_for(sys.argv[1]))
+"""
+ABANDONED_BED = """
+import time
+from tests.hosts.bed import Bed
+bed = Bed(1)
+print(bed.hosts[0].name, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Bed]:
+    with Bed(3) as made:
+        for host in made.hosts:
+            server = host.popen([sys.executable, "-c", SERVER])
+            assert server.stdout is not None and server.stdout.readline() == "listening\n"
+        yield made
+    assert not set(bed.namespaces()) & {host.name for host in made.hosts}
+
+
+def ask(host: Host, other: Host, timeout_s: float = 5.0) -> "subprocess.CompletedProcess[str]":
+    """Connect from one host to the other's server, which answers with the address it sees."""
+    return host.run([sys.executable, "-c", CLIENT, other.address, str(timeout_s)])
+
+
+def test_every_host_reaches_every_other_under_its_own_address(hosts: Bed) -> None:
+    for host in hosts.hosts:
+        for other in hosts.hosts:
+            answer = ask(host, other)
+            assert answer.stdout.strip() == host.address, answer.stderr
+
+
+def test_no_way_leads_out_of_the_bed(hosts: Bed) -> None:
+    for host in hosts.hosts:
+        assert "default" not in host.run(["ip", "route"]).stdout
+    assert not any(bed.NETWORK in line for line in bed.ip("addr").splitlines()), "the bed's network is outside of it"
+
+
+def test_a_pulled_cable_cuts_one_host_off_until_it_is_put_back(hosts: Bed) -> None:
+    first, second, third = hosts.hosts
+    hosts.cut(second)
+    try:
+        assert ask(first, second, timeout_s=0.5).returncode != 0
+        assert ask(first, third).stdout.strip() == first.address
+    finally:
+        hosts.heal(second)
+    assert ask(first, second).stdout.strip() == first.address
+
+
+def test_local_interface_is_found_inside_a_host(hosts: Bed) -> None:
+    host, other, _ = hosts.hosts
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert host.run([sys.executable, "-c", INTERFACE, host.address], env=env).stdout.strip() == "eth0"
+    assert host.run([sys.executable, "-c", INTERFACE, "127.0.0.1"], env=env).stdout.strip() == "lo"
+    refused = host.run([sys.executable, "-c", INTERFACE, other.address], env=env)
+    assert f"no network interface of this host carries {other.address}" in refused.stderr
+
+
+def test_closing_ends_what_ignores_sigterm_and_what_was_orphaned() -> None:
+    stubborn = "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    orphan = f"{stubborn}if os.fork():\n    os._exit(0)\nprint(os.getpid(), flush=True)\ntime.sleep(600)"
+    with Bed(1) as made:
+        process = made.hosts[0].popen([sys.executable, "-c", orphan])
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        assert pid in made.hosts[0].pids()
+    assert not Path("/proc", str(pid)).exists() or "zombie" in Path("/proc", str(pid), "status").read_text()
+    assert not set(bed.namespaces()) & {host.name for host in made.hosts}
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next_bed() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", ABANDONED_BED], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        name = process.stdout.readline().strip()
+        process.send_signal(signal.SIGKILL)
+    assert name in bed.namespaces()
+    started_s = time.monotonic()
+    with Bed(1):
+        assert name not in bed.namespaces()
+    assert time.monotonic() - started_s < 5

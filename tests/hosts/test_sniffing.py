@@ -1,0 +1,101 @@
+"""Nothing leaves the machine.
+
+In a host whose default routes lead to a sink, first the sniffer proves on deliberate probes that it sees what leaves,
+by every road that software takes: UDP, TCP, a name look-up, IPv6. Then the same host runs Ray as we start it, and
+Remuda, from start to stop, and nothing arrives at the sink.
+
+That silence is made, not natural: without the private HOME of cluster/control/ray_settings.py the same start asks
+169.254.169.254 and a name server (tests/hosts/README.md).
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import bed
+from tests.hosts.bed import Bed, Host
+from tests.hosts.sniffer import Packet, Sniffer
+
+pytestmark = [pytest.mark.netns, pytest.mark.skipif(bed.why_not() is not None, reason=str(bed.why_not()))]
+
+ROOT = Path(__file__).parents[2]
+OUTSIDE = "203.0.113.7"
+OUTSIDE6 = "2001:db8::7"
+PROBE_WAIT_S = 5.0
+
+UDP = "import socket, sys; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'probe', (sys.argv[1], 9))"
+TCP = "import socket, sys; socket.create_connection((sys.argv[1], 80), timeout=0.2)"
+LOOK_UP = "import socket, sys; socket.getaddrinfo(sys.argv[1], 80)"
+RAY = """
+import ray
+from cluster.control.ray_runtime import RayRuntime
+
+@ray.remote(num_cpus=1)
+class Adder:
+    def add(self, left, right):
+        return left + right
+
+with RayRuntime.start_local(2) as runtime:
+    assert ray.get(Adder.remote().add.remote(2, 3)) == 5
+    print("served", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def host_and_sink() -> Iterator[tuple[Host, Host]]:
+    with Bed(1, with_sink=True) as made:
+        assert made.sink is not None
+        yield made.hosts[0], made.sink
+
+
+def environment() -> dict[str, str]:
+    """Nothing in it that would keep a program from calling out, such as a proxy or the hub's offline switch."""
+    quiet = {"HF_HUB_OFFLINE", "http_proxy", "https_proxy", "no_proxy"}
+    kept = {name: value for name, value in os.environ.items() if name.lower() not in {*map(str.lower, quiet)}}
+    return {**kept, "PYTHONPATH": str(ROOT)}
+
+
+def wait_for(sniffer: Sniffer, wanted: Callable[[Packet], bool]) -> Packet:
+    deadline = time.monotonic() + PROBE_WAIT_S
+    while True:
+        for packet in sniffer.packets:
+            if wanted(packet):
+                return packet
+        assert time.monotonic() < deadline, f"the probe was not caught; caught: {[*map(str, sniffer.packets)]}"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("script", "target", "caught"),
+    [
+        (UDP, OUTSIDE, f"udp 10.77.0.1 → {OUTSIDE}:9"),
+        (TCP, OUTSIDE, f"tcp 10.77.0.1 → {OUTSIDE}:80"),
+        (LOOK_UP, "metadata.google.internal", f"udp 10.77.0.1 → {bed.NAME_SERVER}:53 'metadata.google.internal'"),
+        (UDP.replace("AF_INET", "AF_INET6"), OUTSIDE6, f"udp fd77::1 → {OUTSIDE6}:9"),
+        (TCP, "169.254.169.254", "tcp 10.77.0.1 → 169.254.169.254:80"),
+        (UDP, "224.0.0.251", "udp 10.77.0.1 → 224.0.0.251:9"),
+    ],
+    ids=["udp", "tcp", "dns", "ipv6", "cloud metadata", "multicast"],
+)
+def test_the_sniffer_catches_a_deliberate_probe(
+    host_and_sink: tuple[Host, Host], script: str, target: str, caught: str
+) -> None:
+    host, sink = host_and_sink
+    with Sniffer(sink) as sniffer:
+        host.run([sys.executable, "-c", script, target], env=environment())
+        wait_for(sniffer, lambda packet: str(packet) == caught)
+
+
+def test_ray_as_we_start_it_sends_nothing_out(host_and_sink: tuple[Host, Host]) -> None:
+    host, sink = host_and_sink
+    with Sniffer(sink) as sniffer:
+        done = host.run([sys.executable, "-c", RAY], env=environment(), timeout_s=90)
+        assert (done.returncode, done.stdout) == (0, "served\n"), done.stderr
+        # The road to the sink still works: the silence before was not a cut cable.
+        host.run([sys.executable, "-c", UDP, OUTSIDE], env=environment())
+        last = wait_for(sniffer, lambda packet: packet.destination == OUTSIDE)
+        assert [*map(str, sniffer.packets)] == [str(last)]
