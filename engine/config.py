@@ -98,8 +98,8 @@ class SchedulerConfig:
 @dataclass(frozen=True)
 class KvGroupConfig:
     """Layers that share one block table. All groups of a model have equally many layers, so one pool of blocks of one
-    size serves them all: a block holds ``block_size`` tokens' keys and values of the ``len(layers)`` layers of whichever
-    group it was given to.
+    size serves them all: a block holds ``block_size`` tokens' keys and values of the ``len(layers)`` layers of the
+    group that it was given to.
 
     ``chunk_size``: None for full attention; else a token sees only those of its own chunk of that many positions
     (Llama 4's chunked attention), and blocks wholly before the chunk of the next token are freed.

@@ -172,8 +172,8 @@ class RankError(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="err
 FromRank = Hello | LoadProgress | Loaded | Ready | StepResult | RankError
 
 _encoder = msgspec.msgpack.Encoder()
-_to_rank = msgspec.msgpack.Decoder(ToRank)
-_from_rank = msgspec.msgpack.Decoder(FromRank)
+_to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+_from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 
 
 def encode(message: ToRank | FromRank) -> bytes:

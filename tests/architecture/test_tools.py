@@ -48,6 +48,12 @@ def test_import_contracts_hold() -> None:
         ("engine/layers/planted.py", "import grpc", "engine knows no cluster, no Ray, no network API"),
         ("engine/parallel/planted.py", "import engine.executor", "engine layers point downwards"),
         ("cluster/router/planted.py", "import cluster.frontend", "cluster layers point downwards"),
+        ("cluster/replica/planted.py", "import ray", "Ray lives in few files"),
+        (
+            "cluster/frontend/planted.py",
+            "from cluster.rpc.generated.remuda.v1 import common_pb2",
+            "generated protobuf code stays with the ends of gRPC calls",
+        ),
     ],
 )
 def test_contracts_catch_a_planted_violation(module: str, line: str, contract: str, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_what_is_not_served_is_refused_by_name(change: dict[str, Any], message: 
 
 
 def test_broken_or_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no config.json"):  # noqa: RUF043
+    with pytest.raises(CheckpointError, match="no config.json"):
         ModelConfig.from_directory(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
