@@ -1,4 +1,4 @@
-"""The step channel's transports, all held to the same promises, against peers that die, lie or talk nonsense."""
+"""The transports of the step channel: the same promises of all, and what they do about peers that die or lie."""
 
 import contextlib
 import os

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine.errors import ProtocolViolation
 from engine.executor.channel import MAX_FRAME_BYTES
-from engine.executor.frames import FrameKind, FrameReader, frame_head
+from engine.executor.frames import Frame, FrameKind, FrameReader, frame_head
 from engine.executor.plan_ring import PlanRing, PlanRingReader
 from engine.messages import (
     BatchPlan,
@@ -25,7 +25,8 @@ from engine.request import SamplingParams, TopLogprobs
 @given(messages=st.lists(st.binary(max_size=50), max_size=8), cuts=st.lists(st.integers(1, 40), max_size=30))
 def test_frames_survive_any_split(messages: list[bytes], cuts: list[int]) -> None:
     stream = b"".join(frame_head(FrameKind.MESSAGE, len(m), rank=i, position=i * 7) + m for i, m in enumerate(messages))
-    reader, frames, start = FrameReader(), [], 0
+    reader, start = FrameReader(), 0
+    frames: list[Frame] = []
     for cut in [*cuts, len(stream)]:
         frames += reader.feed(stream[start : start + cut])
         start += cut

@@ -1,0 +1,42 @@
+"""From slots to the tensors of a forward pass."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engine.batch import ForwardBatch
+from engine.messages import NULL_BLOCK
+from engine.slot_table import ScheduledSlot
+
+
+def build_batch(
+    scheduled: Sequence[ScheduledSlot], num_groups: int, block_size: int, device: torch.device
+) -> ForwardBatch:
+    """``logits_rows`` are the last rows of the slots that sample, in order. ``scheduled`` must not be empty."""
+    query_lens = tuple(share.num_tokens for share in scheduled)
+    ends = np.cumsum(query_lens)
+    kv_lens = tuple(share.start + share.num_tokens for share in scheduled)
+    positions = np.concatenate([np.arange(end - count, end) for end, count in zip(kv_lens, query_lens, strict=True)])
+    token_ids = [token_id for share in scheduled for token_id in share.token_ids]
+    rows = np.repeat(np.arange(len(scheduled)), query_lens)
+    width = -(-max(kv_lens) // block_size)
+    tables, slot_mapping = [], []
+    for group in range(num_groups):
+        table = np.full((len(scheduled), width), NULL_BLOCK, dtype=np.int64)
+        for row, (share, kv_len) in enumerate(zip(scheduled, kv_lens, strict=True)):
+            num_blocks = -(-kv_len // block_size)
+            table[row, :num_blocks] = share.state.block_tables[group][:num_blocks]
+        tables.append(torch.from_numpy(table).to(device))
+        slots = table[rows, positions // block_size] * block_size + positions % block_size
+        slot_mapping.append(torch.from_numpy(slots).to(device))
+    sampling_rows = [int(end) - 1 for share, end in zip(scheduled, ends, strict=True) if share.sample]
+    return ForwardBatch(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
+        positions=torch.from_numpy(positions.astype(np.int64)).to(device),
+        query_lens=query_lens,
+        kv_lens=kv_lens,
+        block_tables=tuple(tables),
+        slot_mapping=tuple(slot_mapping),
+        logits_rows=torch.tensor(sampling_rows, dtype=torch.int64, device=device),
+    )

@@ -1,0 +1,98 @@
+"""Brings the ranks of one gang from connected to ready."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.config import CacheConfig
+from engine.errors import ProtocolViolation, RankFailure
+from engine.executor.blame import find_culprit
+from engine.executor.cache_size import size_cache
+from engine.executor.channel import LeaderChannel
+from engine.executor.rank_message import decode_message
+from engine.messages import (
+    Hello,
+    InitCache,
+    Loaded,
+    LoadProgress,
+    RankError,
+    Ready,
+    encode,
+)
+from engine.model_config import ModelConfig, kv_groups
+
+StartMessage = Hello | LoadProgress | Loaded | Ready
+OnMessage = Callable[[StartMessage], None]
+"""Called with every message of the start, from the thread that starts."""
+
+
+@dataclass(frozen=True)
+class GangReady:
+    """What the start of a gang found out. Tuples are by rank; ``phase_seconds``: of the slowest rank in each phase."""
+
+    cache: CacheConfig
+    max_model_len: int
+    ranks: tuple[Hello, ...]
+    weight_bytes: tuple[int, ...]
+    phase_seconds: dict[str, float]
+
+
+class GangStart:
+    """One start of one gang."""
+
+    def __init__(
+        self, channel: LeaderChannel, num_ranks: int, epoch: int, stall_timeout_s: float, on_message: OnMessage
+    ) -> None:
+        self._channel = channel
+        self._num_ranks = num_ranks
+        self._epoch = epoch
+        self._stall_timeout_s = stall_timeout_s
+        self._on_message = on_message
+        self._hellos: dict[int, Hello] = {}
+        self._loaded: dict[int, Loaded] = {}
+        self._ready: dict[int, Ready] = {}
+
+    def run(self, model: ModelConfig, block_size: int, max_model_len: int | None) -> GangReady:
+        """Raises what a rank raised, RankFailure, ProtocolViolation or DoesNotFit."""
+        while len(self._loaded) < self._num_ranks:
+            self._take()
+        size = size_cache(
+            list(self._loaded.values()), kv_groups(model), block_size, model.max_position_embeddings, max_model_len
+        )
+        self._channel.send(encode(InitCache(self._epoch, size.num_blocks, size.max_model_len)))
+        while len(self._ready) < self._num_ranks:
+            self._take()
+        ready = [self._ready[rank] for rank in sorted(self._ready)]
+        phases = dict.fromkeys(phase for message in ready for phase in message.phase_seconds)
+        return GangReady(
+            cache=CacheConfig(block_size, size.num_blocks),
+            max_model_len=size.max_model_len,
+            ranks=tuple(self._hellos[rank] for rank in sorted(self._hellos)),
+            weight_bytes=tuple(self._loaded[rank].weight_bytes for rank in sorted(self._loaded)),
+            phase_seconds={phase: max(message.phase_seconds.get(phase, 0.0) for message in ready) for phase in phases},
+        )
+
+    def _take(self) -> None:
+        try:
+            rank, data = self._channel.receive(self._stall_timeout_s)
+        except TimeoutError:
+            awaited = self._ready if len(self._loaded) == self._num_ranks else self._loaded
+            missing = [rank for rank in range(self._num_ranks) if rank not in awaited]
+            raise RankFailure(
+                f"no rank reported anything for {self._stall_timeout_s:g} s of the start; not ready: rank "
+                f"{', '.join(map(str, missing))}",
+                missing[0] if len(missing) == 1 else None,
+            ) from None
+        message = decode_message(data, rank)
+        if isinstance(message, RankError):
+            raise find_culprit(self._channel, message, self._num_ranks)
+        if isinstance(message, Hello):
+            if message.epoch != self._epoch:
+                raise ProtocolViolation(f"rank {rank} is of epoch {message.epoch}, not {self._epoch}")
+            self._hellos[rank] = message
+        elif isinstance(message, Loaded):
+            self._loaded[rank] = message
+        elif isinstance(message, Ready):
+            self._ready[rank] = message
+        elif not isinstance(message, LoadProgress):
+            raise ProtocolViolation(f"rank {rank} answers a plan before any was sent")
+        self._on_message(message)

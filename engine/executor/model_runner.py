@@ -1,0 +1,159 @@
+"""One rank's side of a step: a plan in, a result out."""
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from engine.attention.backend import KvCacheView
+from engine.attention.registry import attention_backend
+from engine.batch import ForwardBatch
+from engine.executor.batch_builder import build_batch
+from engine.executor.kv_cache import copy_blocks
+from engine.executor.logprobs import top_logprobs
+from engine.executor.sampler import SamplerOutput, sample
+from engine.executor.sampling_row import SamplingRow
+from engine.messages import PromptLogprobs, SampledToken, SlotError, StepPlan, StepResult
+from engine.model_config import kv_groups
+from engine.models.registry import Model
+from engine.parallel.mesh import Mesh
+from engine.request import TopLogprobs
+from engine.slot_table import ScheduledSlot, SlotTable
+
+_PROMPT_LOGPROB_ROWS = 128
+"""Rows of logits held at once for prompt log-probabilities, so that memory does not grow with the chunk."""
+
+
+class ModelRunner:
+    """Computes plans in order. Single-threaded.
+
+    Args:
+        depth: plans that may be in flight. Above 1 sampled tokens are shared among the tensor-parallel ranks, for a
+            plan may refer to one that the leader has not seen yet.
+    """
+
+    def __init__(
+        self, model: Model, mesh: Mesh, cache: KvCacheView, slots: SlotTable, *, depth: int, device: torch.device
+    ) -> None:
+        self._model = model
+        self._mesh = mesh
+        self._cache = cache
+        self._slots = slots
+        self._shares_samples = depth > 1
+        self._device = device
+        self._groups = kv_groups(model.config)
+        self._block_size = cache.key_cache[0].shape[1]
+        self._attention = attention_backend()
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Raises ProtocolViolation for a plan that may not come now, RankFailure where another rank is lost."""
+        began = time.perf_counter()
+        scheduled = self._slots.apply(plan)
+        copy_blocks(self._cache, plan.batches[self._mesh.dp_rank].block_copies)
+        result = StepResult(plan.epoch, plan.step, self._mesh.rank)
+        if scheduled:
+            result = self._compute(plan, scheduled)
+        return msgspec.structs.replace(result, duration_us=int((time.perf_counter() - began) * 1e6))
+
+    def _compute(self, plan: StepPlan, scheduled: Sequence[ScheduledSlot]) -> StepResult:
+        try:
+            hidden, logits = self._forward(scheduled)
+            prompt_logprobs = self._prompt_logprobs(hidden, scheduled)
+        except RuntimeError as error:
+            if self._mesh.config.num_ranks > 1 or not is_out_of_memory(error):
+                raise  # other ranks wait in the middle of the same step: only a new epoch helps
+            return self._out_of_memory(plan, scheduled, error)
+        sampling = [share for share in scheduled if share.sample]
+        output = None
+        errors: list[SlotError] = []
+        if logits is not None and sampling:
+            rows = [_sampling_row(share) for share in sampling]
+            try:
+                output = sample(logits, rows)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                errors = [SlotError(share.slot, f"out of memory while sampling: {error}") for share in sampling]
+        if self._shares_samples and sampling:
+            self._share_samples(plan.step, sampling, output)
+        if output is None:
+            return StepResult(plan.epoch, plan.step, self._mesh.rank, [], prompt_logprobs, errors)
+        sampled, errors = _split(sampling, output)
+        return StepResult(plan.epoch, plan.step, self._mesh.rank, sampled, prompt_logprobs, errors)
+
+    def _forward(self, scheduled: Sequence[ScheduledSlot]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states [T, hidden_size] and, on the sampling rank, the sampling slots' logits [R, vocab]."""
+        batch = build_batch(scheduled, len(self._groups), self._block_size, self._device)
+        return self._run_model(batch)
+
+    def _run_model(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attention = self._attention.plan(batch, self._groups, self._block_size)
+        hidden = self._model.forward(batch, self._cache, attention)
+        logits = self._model.logits(hidden[batch.logits_rows]) if len(batch.logits_rows) else None
+        return hidden, logits
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, scheduled: Sequence[ScheduledSlot]) -> list[PromptLogprobs]:
+        """Every rank takes part in the logits; only the sampling rank gets a list."""
+        found: list[PromptLogprobs] = []
+        first_row = 0
+        for share in scheduled:
+            state = share.state
+            last = min(share.start + share.num_tokens + 1, state.num_prompt_tokens)
+            num_top = state.sampling.prompt_logprobs
+            if num_top is not None and last > share.start + 1:
+                targets = state.token_ids[share.start + 1 : last]
+                entries = self._logprobs_of(hidden[first_row : first_row + len(targets)], targets, num_top)
+                if entries:
+                    found.append(PromptLogprobs(share.slot, share.start + 1, entries))
+            first_row += share.num_tokens
+        return found
+
+    def _logprobs_of(self, hidden: torch.Tensor, targets: list[int], num_top: int) -> list[TopLogprobs]:
+        entries: list[TopLogprobs] = []
+        for start in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
+            part = targets[start : start + _PROMPT_LOGPROB_ROWS]
+            logits = self._model.logits(hidden[start : start + len(part)])
+            if logits is not None:
+                entries += top_logprobs(logits, part, [num_top] * len(part))
+        return entries
+
+    def _share_samples(self, step: int, sampling: Sequence[ScheduledSlot], output: SamplerOutput | None) -> None:
+        """A slot that failed gets token 0, so that plans already in flight can still be computed."""
+        token_ids = output.token_ids if output is not None else [0] * len(sampling)
+        tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+        for share, token_id in zip(sampling, self._mesh.tp.broadcast(tokens).tolist(), strict=True):
+            self._slots.record_sample(step, share.slot, token_id)
+
+    def _out_of_memory(self, plan: StepPlan, scheduled: Sequence[ScheduledSlot], error: RuntimeError) -> StepResult:
+        """The requests of this step end; the rank lives on. Only where it is the whole gang."""
+        if self._shares_samples:
+            for share in scheduled:
+                if share.sample:
+                    self._slots.record_sample(plan.step, share.slot, 0)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        errors = [SlotError(share.slot, f"out of memory in step {plan.step}: {error}") for share in scheduled]
+        return StepResult(plan.epoch, plan.step, self._mesh.rank, errors=errors)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for CUDA; for CPU memory only the message tells."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _sampling_row(share: ScheduledSlot) -> SamplingRow:
+    state = share.state
+    return SamplingRow(share.slot, state.sampling, state.token_ids, state.num_prompt_tokens)
+
+
+def _split(sampling: Sequence[ScheduledSlot], output: SamplerOutput) -> tuple[list[SampledToken], list[SlotError]]:
+    sampled, errors = [], []
+    for share, token_id, logprobs, valid in zip(sampling, output.token_ids, output.logprobs, output.valid, strict=True):
+        if valid:
+            sampled.append(SampledToken(share.slot, token_id, logprobs))
+        else:
+            position = share.start + share.num_tokens
+            errors.append(SlotError(share.slot, f"the logits for position {position} are NaN or infinite"))
+    return sampled, errors

@@ -1,0 +1,30 @@
+"""An executor without a model, for measuring what a leader's own work costs."""
+
+from concurrent.futures import Future
+
+from engine.messages import SampledToken, StepPlan, StepResult
+
+
+class NullExecutor:
+    """Answers every plan at once: each request that wants a token gets ``token_id``."""
+
+    def __init__(self, token_id: int = 1) -> None:
+        self._token_id = token_id
+
+    def submit(self, plan: StepPlan) -> "Future[list[StepResult]]":
+        future: Future[list[StepResult]] = Future()
+        future.set_result(
+            [
+                StepResult(
+                    plan.epoch,
+                    plan.step,
+                    group,
+                    [SampledToken(share.slot, self._token_id) for share in batch.scheduled if share.sample],
+                )
+                for group, batch in enumerate(plan.batches)
+            ]
+        )
+        return future
+
+    def close(self) -> None:
+        """Nothing is held."""
