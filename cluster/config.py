@@ -1,6 +1,7 @@
 """What ``remuda serve`` can be told. A flag wins over the environment (``REMUDA_*``), which wins over the file."""
 
 import enum
+import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,3 +124,13 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"{option[2:].replace('-', '_')} is not an option; see remuda serve --help"
     return f"{option}: {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -14,6 +14,7 @@ from cluster.replica.stream_buffer import StreamBuffer
 from cluster.rpc import convert
 from cluster.rpc.channel import open_channel
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
+from cluster.rpc.shared_secret import secret_metadata
 from cluster.rpc.status import error_from_rpc
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.errors import ContextLengthExceeded, Overloaded, ProtocolViolation, RemudaError
@@ -35,6 +36,7 @@ class ReplicaClient:
     Args:
         address: host:port of the leader.
         front_end_id: names this front end in the leader's log.
+        secret: what the leader asks its callers for.
         credentials: for TLS; None speaks plain text.
         max_streams: most requests that may run at once over this client.
         randomness: spreads the times at which several front ends try to attach again.
@@ -44,12 +46,14 @@ class ReplicaClient:
         self,
         address: str,
         front_end_id: str,
+        secret: str = "",
         credentials: grpc.ChannelCredentials | None = None,
         max_streams: int = 4096,
         randomness: random.Random | None = None,
     ) -> None:
         self.address = address
         self._front_end_id = front_end_id
+        self._metadata = secret_metadata(secret)
         self._credentials = credentials
         self._max_streams = max_streams
         self._random = randomness or random.Random()
@@ -114,7 +118,7 @@ class ReplicaClient:
         if self._stub is None:
             raise self._last_error
         try:
-            answer = await self._stub.GetInfo(replica_pb2.GetInfoRequest(), timeout=timeout_s)
+            answer = await self._stub.GetInfo(replica_pb2.GetInfoRequest(), timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
         return self._note(convert.replica_info_from_proto(answer))
@@ -124,7 +128,9 @@ class ReplicaClient:
         if self._stub is None:
             raise self._last_error
         try:
-            answer = await self._stub.Drain(replica_pb2.DrainReplicaRequest(), timeout=timeout_s)
+            answer = await self._stub.Drain(
+                replica_pb2.DrainReplicaRequest(), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
         return self._note(convert.replica_info_from_proto(answer))
@@ -219,7 +225,7 @@ class ReplicaClient:
     async def _attach(self) -> None:
         """Attaches, and serves the stream until it ends."""
         assert self._stub is not None
-        call: _AttachCall = self._stub.Attach()
+        call: _AttachCall = self._stub.Attach(metadata=self._metadata)
         writer: asyncio.Task[None] | None = None
         try:
             hello = replica_pb2.AttachHello(front_end_id=self._front_end_id)

@@ -12,13 +12,14 @@ from typing import Any
 
 import grpc
 
-from cluster.errors import StartFailed, Unavailable
+from cluster.errors import StartFailed, Unauthenticated, Unavailable
 from cluster.replica.attachment import Attachment
 from cluster.replica.engine_loop import EngineLoop, StepOutputs
 from cluster.rpc import convert, status
 from cluster.rpc.channel import SERVER_OPTIONS
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
 from cluster.rpc.health import Health, add_health_and_reflection
+from cluster.rpc.shared_secret import check_secret
 from cluster.types import ReplicaInfo
 from engine.errors import EngineFailure, InvalidRequest, RemudaError
 
@@ -36,6 +37,7 @@ class LeaderServer:
         engine_loop: not started yet.
         info: what does not change while the replica lives; ``address`` is filled in by ``start``.
         bind: host:port to listen at; port 0 takes a free one.
+        secret: what every caller must show; empty: nothing (for tests on one machine).
         credentials: for TLS; None listens in plain text.
         on_failure: called once, in the event loop, when the engine failed for good.
     """
@@ -45,12 +47,14 @@ class LeaderServer:
         engine_loop: EngineLoop,
         info: ReplicaInfo,
         bind: str = "127.0.0.1:0",
+        secret: str = "",
         credentials: grpc.ServerCredentials | None = None,
         on_failure: Callable[[RemudaError], None] | None = None,
     ) -> None:
         self._engine_loop = engine_loop
         self._info = info
         self._bind = bind
+        self._secret = secret
         self._credentials = credentials
         self._on_failure = on_failure
         self._routes: dict[str, tuple[Attachment, int]] = {}
@@ -167,6 +171,13 @@ class LeaderServer:
         attachment, stream = self._routes.pop(request_id)
         del attachment.request_ids[stream]
 
+    async def authenticate(self, context: _Context) -> None:
+        """Ends the call where the caller does not know the secret."""
+        try:
+            check_secret(self._secret, context.invocation_metadata())
+        except Unauthenticated as error:
+            await status.abort(context, error)
+
     # What follows serves one front end's stream.
 
     def attach(self, front_end_id: str) -> Attachment:
@@ -235,6 +246,7 @@ class _ReplicaService(replica_pb2_grpc.ReplicaServicer):
     async def Attach(  # type: ignore[override]
         self, request_iterator: AsyncIterator[replica_pb2.FrontEndFrame], context: _Context
     ) -> None:
+        await self._leader.authenticate(context)
         hello = await anext(request_iterator, None)
         if hello is None or hello.WhichOneof("frame") != "hello":
             await status.abort(context, InvalidRequest("a front end's first frame must be hello", "frame"))
@@ -263,8 +275,10 @@ class _ReplicaService(replica_pb2_grpc.ReplicaServicer):
             attachment.close()
 
     async def GetInfo(self, request: replica_pb2.GetInfoRequest, context: _Context) -> replica_pb2.ReplicaInfo:
+        await self._leader.authenticate(context)
         return convert.replica_info_to_proto(self._leader.info())
 
     async def Drain(self, request: replica_pb2.DrainReplicaRequest, context: _Context) -> replica_pb2.ReplicaInfo:
+        await self._leader.authenticate(context)
         await self._leader.drain()
         return convert.replica_info_to_proto(self._leader.info())

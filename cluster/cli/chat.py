@@ -1,0 +1,44 @@
+"""``remuda chat``: a conversation in the terminal, or one question and its answer."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cluster.cli import options
+from cluster.cli.generate import print_stream
+from cluster.rpc.inference_client import GenerateOptions, InferenceClient
+
+EXAMPLES = 'Example: remuda chat "My name is Zora. What is my name?"'
+
+
+def chat(
+    message: Annotated[str | None, typer.Argument(help="One message; without it a conversation begins.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    target: options.Target = options.DEFAULT,
+    model: options.Model = "",
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = None,
+    api_key_file: options.ApiKeyFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Talk to the model that a running server serves. An empty line or Ctrl-D ends the conversation."""
+    wanted = GenerateOptions(model, max_tokens, temperature, top_p, seed)
+    turns = [("system", system)] if system else []
+    with InferenceClient(target, options.read_api_key(api_key_file)) as client:
+        if message is not None:
+            print_stream(client.chat([*turns, ("user", message)], wanted), as_json)
+            return
+        while question := _ask():
+            turns.append(("user", question))
+            turns.append(("assistant", print_stream(client.chat(turns, wanted), as_json)))
+
+
+def _ask() -> str:
+    prompt = "> " if sys.stdin.isatty() else ""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""

@@ -1,0 +1,53 @@
+"""The ``remuda`` command."""
+
+import sys
+from importlib.metadata import version
+
+import typer
+
+from cluster.cli import chat, drain, generate, serve, status
+from cluster.errors import mapping_of
+from engine.errors import RemudaError
+
+app = typer.Typer(
+    name="remuda",
+    help="Serve large and mixture-of-experts models from many devices on many hosts.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(name="serve", epilog=serve.EXAMPLES)(serve.serve)
+app.command(name="generate", epilog=generate.EXAMPLES)(generate.generate)
+app.command(name="chat", epilog=chat.EXAMPLES)(chat.chat)
+app.command(name="status", epilog=status.EXAMPLES)(status.status)
+app.command(name="drain", epilog=drain.EXAMPLES)(drain.drain)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"remuda {version('remuda')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Options of every command."""
+
+
+def main() -> None:
+    """Entry point: an error of our tree becomes one line on stderr and the exit code of the error table."""
+    try:
+        app()
+    except RemudaError as error:
+        sys.stderr.write(f"remuda: {error}\n")
+        sys.exit(mapping_of(error).exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.config import DEFAULT_TARGET
+from engine.errors import InvalidOption
+
+Target = Annotated[str, typer.Option(help="host:port of the server's gRPC API.", envvar="REMUDA_TARGET")]
+ApiKeyFile = Annotated[
+    Path | None, typer.Option(help="File whose first line is the API key.", envvar="REMUDA_API_KEY_FILE")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the checkpoint's own.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the smallest set with this much probability.")]
+Seed = Annotated[int | None, typer.Option(help="Makes a sampled answer repeatable.")]
+Model = Annotated[str, typer.Option(help="Served model name. Default: the only one.")]
+
+DEFAULT = DEFAULT_TARGET
+
+
+def read_api_key(file: Path | None) -> str | None:
+    """The first line of ``file``. Raises InvalidOption."""
+    if file is None:
+        return None
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n", 1)
+    except OSError as error:
+        raise InvalidOption(f"--api-key-file {file} cannot be read: {error.strerror}") from error
+    if not lines[0].strip():
+        raise InvalidOption(f"--api-key-file {file} has an empty first line")
+    return lines[0].strip()

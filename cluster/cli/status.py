@@ -1,0 +1,76 @@
+"""``remuda status``: the replicas of a server and where their ranks run."""
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.cli import options
+from cluster.rpc.inference_client import InferenceClient, ServerStatus
+
+EXAMPLES = "Example: remuda status --json"
+
+
+def status(
+    target: options.Target = options.DEFAULT,
+    api_key_file: options.ApiKeyFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show what a running server serves, with which replicas, and the state of every rank."""
+    with InferenceClient(target, options.read_api_key(api_key_file)) as client:
+        answer = client.status()
+    if as_json:
+        sys.stdout.write(json.dumps(as_object(answer)) + "\n")
+    else:
+        _print_table(answer)
+
+
+def as_object(answer: ServerStatus) -> dict[str, Any]:
+    """The JSON form; its fields are part of the product's contract."""
+    return {
+        "model": answer.model,
+        "version": answer.version,
+        "draining": answer.draining,
+        "num_live_requests": answer.num_live_requests,
+        "replicas": [
+            {
+                "id": replica.id,
+                "state": replica.state.value,
+                "address": replica.address,
+                "max_model_len": replica.max_model_len,
+                "num_running": replica.num_running,
+                "num_waiting": replica.num_waiting,
+                "kv_cache_usage": replica.kv_cache_usage,
+                "num_steps": replica.num_steps,
+                "error": replica.error,
+                "ranks": [
+                    {"rank": rank.rank, "pid": rank.pid, "host": rank.host, "device": rank.device, "state": rank.state}
+                    for rank in replica.ranks
+                ],
+            }
+            for replica in answer.replicas
+        ],
+    }
+
+
+def _print_table(answer: ServerStatus) -> None:
+    console = Console(highlight=False)
+    draining = ", draining" if answer.draining else ""
+    console.print(f"{answer.model}: {answer.num_live_requests} live requests{draining}")
+    table = Table("replica", "state", "running", "waiting", "KV use", "rank", "host", "device", "pid", "rank state")
+    for replica in answer.replicas:
+        head = (
+            replica.id,
+            replica.state.value,
+            str(replica.num_running),
+            str(replica.num_waiting),
+            f"{replica.kv_cache_usage:.0%}",
+        )
+        for i, rank in enumerate(replica.ranks):
+            left = head if i == 0 else ("",) * len(head)
+            table.add_row(*left, str(rank.rank), rank.host, rank.device, str(rank.pid), rank.state)
+        if not replica.ranks:
+            table.add_row(*head, "", "", "", "", replica.error)
+    console.print(table)

@@ -1,0 +1,124 @@
+"""The control process: starts or joins Ray, places the gangs, supervises them, and undoes all of it.
+
+``python -m cluster.control.launch FD``: configuration as one JSON line on standard input, events as JSON lines to the
+file descriptor FD. Standard input's end is the order to stop.
+"""
+
+import importlib
+import os
+import sys
+import threading
+import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import ModuleType
+from typing import IO, TYPE_CHECKING
+
+import setproctitle
+
+from cluster.control.ray_runtime import RayRuntime
+from cluster.control.replica_placement import place_replicas
+from cluster.replica.events import Event, Failed, LaunchConfig, PhaseStarted, Stopped, decode_config, encode_event
+from engine.errors import RemudaError
+
+if TYPE_CHECKING:
+    from cluster.replica.supervisor import Supervisor
+
+POLL_INTERVAL_S = 0.1
+
+
+class EventWriter:
+    """Events go out as they happen; a reader that is gone does not stop the clean-up."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+
+    def send(self, event: Event) -> None:
+        try:
+            self._stream.write(encode_event(event))
+            self._stream.flush()
+        except BrokenPipeError:
+            pass  # The reader died; standard input has ended too, so the stop is under way.
+
+
+class Launch:
+    """One run of the control process."""
+
+    def __init__(self, config: LaunchConfig, events: EventWriter, stop: threading.Event) -> None:
+        self._config = config
+        self._events = events
+        self._stop = stop
+        self._runtime: RayRuntime | None = None
+        self._supervisors: list[Supervisor] = []
+
+    def run(self) -> None:
+        """Returns when ``stop`` is set or a replica failed; everything is still running then, until ``close``."""
+        with ThreadPoolExecutor(1) as pool:
+            # The supervisor needs torch, whose import takes seconds: it runs while Ray starts.
+            module: Future[ModuleType] = pool.submit(importlib.import_module, "cluster.replica.supervisor")
+            self._events.send(PhaseStarted("ray"))
+            self._runtime = self._start_runtime()
+            supervisor_class = module.result().Supervisor
+        self._events.send(PhaseStarted("placement"))
+        config = self._config
+        placements = place_replicas(config.replica, config.num_replicas, self._runtime.nodes())
+        for index, ranks in enumerate(placements):
+            if self._stop.is_set():
+                return
+            supervisor = supervisor_class(f"r{index}", config.replica, ranks, self._runtime.host, config.secret)
+            self._supervisors.append(supervisor)
+            supervisor.start()
+        self._watch()
+
+    def _start_runtime(self) -> RayRuntime:
+        if self._config.address is None:
+            return RayRuntime.start_local(self._config.cpu_slots)
+        return RayRuntime.join(self._config.address)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(POLL_INTERVAL_S):
+            for supervisor in self._supervisors:
+                for event in supervisor.poll():
+                    self._events.send(event)
+
+    def close(self) -> None:
+        """Stop what was started, in the reverse order; every part is tried even if another fails."""
+        for supervisor in self._supervisors:
+            try:
+                supervisor.stop()
+            except Exception:  # noqa: BLE001  (the rest is stopped all the same)
+                traceback.print_exc()
+        if self._runtime is not None:
+            self._runtime.close()
+
+
+def main() -> int:
+    """Runs until standard input ends. Exit status 0 after a stop that was asked for, 1 after a failure."""
+    setproctitle.setproctitle("remuda: control")
+    events = EventWriter(os.fdopen(int(sys.argv[1]), "wb"))
+    config = decode_config(sys.stdin.buffer.readline())
+    stop = threading.Event()
+    threading.Thread(target=_set_at_end, args=(sys.stdin.buffer, stop), daemon=True).start()
+    launch = Launch(config, events, stop)
+    status = 0
+    try:
+        launch.run()
+    except RemudaError as error:
+        events.send(Failed(type(error).__name__, str(error)))
+        status = 1
+    except Exception as error:  # noqa: BLE001  (whatever it was, it is reported)
+        events.send(Failed("StartFailed", f"{type(error).__name__}: {error}", detail=traceback.format_exc()))
+        status = 1
+    finally:
+        launch.close()
+        events.send(Stopped())
+    return status
+
+
+def _set_at_end(stream: IO[bytes], stop: threading.Event) -> None:
+    while stream.read(4096):
+        pass
+    stop.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Everything that can be refused before any process is started."""
+
+import secrets
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import Device, ServeConfig, is_loopback
+from cluster.replica.events import LaunchConfig, ReplicaPlan
+from cluster.replica.model_source import ModelSource, resolve
+from engine.config import ParallelConfig, SchedulerConfig
+from engine.errors import InvalidOption, LayoutError
+from engine.executor.defaults import default_limits
+from engine.model_config import ModelConfig, validate_layout
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the checks found: the launch, the checkpoint on this host, the model and the device of the ranks."""
+
+    launch: LaunchConfig
+    directory: Path
+    model: ModelConfig
+
+
+def preflight(config: ServeConfig) -> Preflight:
+    """Check options against each other, the checkpoint and this machine.
+
+    Raises InvalidOption, LayoutError, CheckpointError or DoesNotFit; nothing has been started then.
+    """
+    _refuse_what_comes_later(config)
+    parallel = ParallelConfig(
+        tp=config.tensor_parallel_size,
+        pp=config.pipeline_parallel_size,
+        dp=config.data_parallel_size,
+        ep=config.expert_parallel_size,
+    )
+    _check_listeners(config)
+    device = _device(config.device)
+    num_ranks = parallel.num_ranks * config.replicas
+    if config.address is None and device == Device.CPU and num_ranks > config.cpu_slots:
+        raise LayoutError(
+            f"{num_ranks} ranks ({config.replicas} replicas × {parallel.num_ranks}) need more than the "
+            f"{config.cpu_slots} CPU slots of this host; raise --cpu-slots or use fewer ranks"
+        )
+    source = resolve(config.model, config.revision)
+    directory = source.directory()
+    model = ModelConfig.from_directory(directory)
+    validate_layout(model, parallel)
+    return Preflight(_launch_config(config, parallel, device, source, model), directory, model)
+
+
+def _refuse_what_comes_later(config: ServeConfig) -> None:
+    if config.deterministic:
+        raise InvalidOption("--deterministic is not available in this version; leave it out")
+    if config.quantization is not None:
+        raise InvalidOption(f"--quantization {config.quantization} is not available in this version; leave it out")
+
+
+def _check_listeners(config: ServeConfig) -> None:
+    if not is_loopback(config.host) and config.api_key_file is None:
+        raise InvalidOption(
+            f"--host {config.host} can be reached from other machines; give --api-key-file, or use --host 127.0.0.1"
+        )
+    if config.api_key_file is not None and not config.api_key_file.is_file():
+        raise InvalidOption(f"--api-key-file {config.api_key_file}: there is no such file")
+    for option, port in (("--port", config.port), ("--grpc-port", config.grpc_port)):
+        try:
+            family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((config.host, port))
+        except OSError as error:
+            raise InvalidOption(f"{option} {port} on {config.host} cannot be used: {error.strerror}") from error
+
+
+def _device(wanted: Device) -> Device:
+    """Auto means CUDA where the driver's device files are, without importing torch."""
+    has_cuda = Path("/dev/nvidiactl").exists()
+    if wanted == Device.CUDA and not has_cuda:
+        raise InvalidOption("--device cuda: this host has no NVIDIA driver; use --device cpu")
+    if wanted == Device.AUTO:
+        return Device.CUDA if has_cuda else Device.CPU
+    return wanted
+
+
+def _launch_config(
+    config: ServeConfig, parallel: ParallelConfig, device: Device, source: ModelSource, model: ModelConfig
+) -> LaunchConfig:
+    max_model_len = None if config.max_model_len == "auto" else config.max_model_len
+    if max_model_len is not None and max_model_len > model.max_position_embeddings:
+        raise InvalidOption(
+            f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions"
+        )
+    limits = default_limits(device.value)
+    max_num_seqs = config.max_num_seqs or limits.max_num_seqs
+    batched = config.max_num_batched_tokens or max(limits.max_num_batched_tokens, max_num_seqs)
+    SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=batched)
+    plan = ReplicaPlan(
+        model=source.model,
+        revision=source.revision,
+        served_name=config.name,
+        tensor_parallel_size=parallel.tp,
+        pipeline_parallel_size=parallel.pp,
+        data_parallel_size=parallel.dp,
+        expert_parallel_size=parallel.ep,
+        dtype=model.dtype.value if config.dtype == "auto" else config.dtype,
+        device=device.value,
+        load_format=config.load_format,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=batched,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        kv_cache_memory_bytes=config.kv_cache_memory,
+    )
+    return LaunchConfig(
+        replica=plan,
+        num_replicas=config.replicas,
+        address=config.address,
+        cpu_slots=config.cpu_slots,
+        secret=secrets.token_hex(32),
+    )

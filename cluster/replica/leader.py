@@ -1,0 +1,231 @@
+"""A gang's leader: waits for its ranks, then runs the engine loop and the gRPC server. Knows no Ray and no torch."""
+
+import asyncio
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from typing import Self
+
+import msgspec
+import setproctitle
+
+from cluster.errors import StartFailed
+from cluster.replica.engine_loop import EngineLoop
+from cluster.replica.events import (
+    Event,
+    Failed,
+    Loading,
+    PhaseStarted,
+    RankPlaced,
+    ReplicaPlan,
+    ReplicaReady,
+    encode_event,
+)
+from cluster.replica.model_source import ModelSource
+from cluster.replica.rank_plan import GangEndpoints, listen_addresses
+from cluster.replica.server import LeaderServer
+from cluster.types import RankInfo, ReplicaInfo, ReplicaState
+from engine.config import CacheConfig, ParallelConfig, SchedulerConfig
+from engine.engine import Engine
+from engine.errors import RemudaError
+from engine.executor.channel_executor import ChannelExecutor
+from engine.executor.gang_start import GangReady
+from engine.executor.handshake import new_secret
+from engine.executor.socket_hub import SocketHub
+from engine.messages import FromRank, Hello, LoadProgress
+from engine.model_config import ModelConfig, kv_groups
+
+_log = logging.getLogger(__name__)
+
+LEASE_S = 60.0
+"""A leader that nobody polled for so long is an orphan and ends, and its ranks with it."""
+STOP_GRACE_S = 5.0
+_CLOSE_TIMEOUT_S = 10.0
+
+
+class LeaderConfig(msgspec.Struct, frozen=True):
+    """``host``: the leader's address, as its ranks and front ends reach it. ``rank_hosts``: each rank's."""
+
+    replica_id: str
+    plan: ReplicaPlan
+    host: str
+    rank_hosts: list[str]
+    secret: str
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        return msgspec.json.decode(data, type=cls)
+
+
+class Leader:
+    """One life of a leader: ``open``, ``start``, then ``poll`` again and again, then ``stop``."""
+
+    def __init__(self, config: LeaderConfig) -> None:
+        setproctitle.setproctitle(f"remuda: leader {config.replica_id}")
+        self._config = config
+        self._events: deque[Event] = deque()
+        self._bytes_by_rank: dict[int, tuple[int, int]] = {}
+        self._executor: ChannelExecutor | None = None
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._last_poll_s = time.monotonic()
+
+    def open(self) -> GangEndpoints:
+        """Listen for the ranks."""
+        config, plan = self._config, self._config.plan
+        secret = new_secret()
+        addresses = listen_addresses(config.host, config.rank_hosts)
+        hub = SocketHub(range(plan.num_ranks), secret, addresses)
+        self._executor = ChannelExecutor(hub, _parallel(plan))
+        local = next((address for address in hub.addresses if address.startswith("unix:")), "")
+        remote = next((address for address in hub.addresses if address.startswith("tcp:")), "")
+        return GangEndpoints(config.host, local, remote, secret)
+
+    def start(self) -> None:
+        """Everything else happens in threads of its own; ``poll`` reports it."""
+        self._last_poll_s = time.monotonic()
+        self._thread = threading.Thread(target=self._live, name="leader", daemon=True)
+        self._thread.start()
+        threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
+
+    def poll(self) -> bytes:
+        """Encoded events since the last call; renews the lease."""
+        self._last_poll_s = time.monotonic()
+        lines = []
+        while self._events:
+            lines.append(encode_event(self._events.popleft()))
+        return b"".join(lines)
+
+    def stop(self) -> None:
+        """End the ranks and the server. Returns when both have ended."""
+        self._stopping.set()
+        if self._executor is not None:
+            # Also unblocks a start that still waits for ranks.
+            self._executor.close()
+        if self._thread is not None:
+            self._thread.join(_CLOSE_TIMEOUT_S)
+
+    def _live(self) -> None:
+        assert self._executor is not None
+        try:
+            asyncio.run(self._serve(*self._form_gang(self._executor)))
+        except Exception as error:  # noqa: BLE001  (whatever it was, it is reported)
+            if not self._stopping.is_set():
+                self._report(error)
+        finally:
+            self._executor.close()
+
+    def _report(self, error: Exception) -> None:
+        _log.error("the replica ended", exc_info=error)
+        kind = type(error).__name__ if isinstance(error, RemudaError) else StartFailed.__name__
+        self._events.append(Failed(kind, str(error), self._config.replica_id))
+
+    def _form_gang(self, executor: ChannelExecutor) -> tuple[Engine, ReplicaInfo]:
+        plan = self._config.plan
+        model = ModelConfig.from_directory(ModelSource(plan.model, plan.revision).directory())
+        gang = executor.start(
+            model,
+            block_size=CacheConfig().block_size,
+            max_model_len=plan.max_model_len,
+            on_message=self._on_message,
+        )
+        scheduler = SchedulerConfig(
+            max_num_seqs=plan.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            max_model_len=gang.max_model_len,
+        )
+        engine = Engine(
+            executor=executor,
+            kv_groups=kv_groups(model),
+            vocab_size=model.vocab_size,
+            scheduler_config=scheduler,
+            cache_config=gang.cache,
+        )
+        return engine, self._info(gang)
+
+    def _info(self, gang: GangReady) -> ReplicaInfo:
+        return ReplicaInfo(
+            id=self._config.replica_id,
+            model=self._config.plan.served_name,
+            state=ReplicaState.READY,
+            address="",
+            incarnation=secrets.randbits(63),
+            max_model_len=gang.max_model_len,
+            max_num_seqs=self._config.plan.max_num_seqs,
+            block_size=gang.cache.block_size,
+            num_blocks=gang.cache.num_blocks,
+            ranks=tuple(
+                RankInfo(hello.rank, hello.pid, self._host_of(hello), hello.device, "ready") for hello in gang.ranks
+            ),
+            phase_seconds=gang.phase_seconds,
+        )
+
+    def _host_of(self, hello: Hello) -> str:
+        """With the address: several hosts may bear one name."""
+        return f"{hello.host} ({self._config.rank_hosts[hello.rank]})"
+
+    def _on_message(self, message: FromRank) -> None:
+        replica = self._config.replica_id
+        if isinstance(message, Hello):
+            host = self._host_of(message)
+            self._events.append(RankPlaced(replica, message.rank, message.pid, host, message.device))
+        elif isinstance(message, LoadProgress):
+            if message.num_bytes_total:
+                self._bytes_by_rank[message.rank] = (message.num_bytes_done, message.num_bytes_total)
+                done, total = (sum(column) for column in zip(*self._bytes_by_rank.values(), strict=True))
+                self._events.append(Loading(replica, done, total))
+            else:
+                self._events.append(PhaseStarted(message.phase, replica))
+
+    async def _serve(self, engine: Engine, info: ReplicaInfo) -> None:
+        failed = asyncio.Event()
+        failure: list[RemudaError] = []
+
+        def on_failure(error: RemudaError) -> None:
+            failure.append(error)
+            failed.set()
+
+        server = LeaderServer(
+            EngineLoop(engine),
+            info,
+            bind=f"{self._config.host}:0",
+            secret=self._config.secret,
+            on_failure=on_failure,
+        )
+        address = await server.start()
+        self._events.append(
+            ReplicaReady(
+                info.id, address, info.max_model_len, info.num_blocks, info.block_size, dict(info.phase_seconds)
+            )
+        )
+        stop = asyncio.create_task(asyncio.to_thread(self._stopping.wait))
+        fail = asyncio.create_task(failed.wait())
+        await asyncio.wait([stop, fail], return_when=asyncio.FIRST_COMPLETED)
+        if failure:
+            self._report(failure[0])
+            # Front ends learn of it from the server, so it stays until the supervisor says stop.
+            await stop
+        fail.cancel()
+        await server.stop(STOP_GRACE_S)
+
+    def _watch_lease(self) -> None:
+        while not self._stopping.wait(1.0):
+            if time.monotonic() - self._last_poll_s > LEASE_S:
+                _log.error("no supervisor asked for %g s; ending", LEASE_S)
+                self.stop()
+                os._exit(1)
+
+
+def _parallel(plan: ReplicaPlan) -> ParallelConfig:
+    return ParallelConfig(
+        tp=plan.tensor_parallel_size,
+        pp=plan.pipeline_parallel_size,
+        dp=plan.data_parallel_size,
+        ep=plan.expert_parallel_size,
+    )

@@ -1,0 +1,80 @@
+"""Who connects to whom in a gang, and what each rank is told. Pure."""
+
+import secrets
+from collections import defaultdict
+from typing import Self
+
+import msgspec
+
+from cluster.replica.events import ReplicaPlan
+from cluster.replica.placed_rank import PlacedRank
+from engine.config import Dtype, LoadFormat
+from engine.executor.worker_config import RelayConfig, WorkerConfig
+
+
+class GangEndpoints(msgspec.Struct, frozen=True):
+    """Where the leader's step channel listens, as its ranks reach it. ``remote`` is empty where all ranks are local."""
+
+    leader_host: str
+    local: str
+    remote: str
+    secret: str
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        return msgspec.json.decode(data, type=cls)
+
+
+def listen_addresses(leader_host: str, rank_hosts: list[str]) -> list[str]:
+    """What the leader listens at: a Unix socket for ranks of its own host, TCP where there are others."""
+    addresses = []
+    if leader_host in rank_hosts:
+        addresses.append(f"unix:@remuda-{secrets.token_hex(12)}")
+    if any(host != leader_host for host in rank_hosts):
+        addresses.append(f"tcp:{leader_host}:0")
+    return addresses
+
+
+def worker_configs(
+    plan: ReplicaPlan, ranks: list[PlacedRank], endpoints: GangEndpoints, store_host: str, store_port: int
+) -> list[WorkerConfig]:
+    """One per rank, in order. On each host but the leader's, the first rank relays for the others there."""
+    by_host: dict[str, list[int]] = defaultdict(list)
+    for placed in ranks:
+        by_host[placed.host].append(placed.rank)
+    relay_name = secrets.token_hex(12)
+    configs = []
+    for placed in ranks:
+        address, relay = endpoints.local, None
+        if placed.host != endpoints.leader_host:
+            local_ranks = by_host[placed.host]
+            address = f"unix:@remuda-{relay_name}-{local_ranks[0]}"
+            if placed.rank == local_ranks[0]:
+                relay = RelayConfig(endpoints.remote, tuple(local_ranks))
+        configs.append(
+            WorkerConfig(
+                rank=placed.rank,
+                channel_address=address,
+                secret=endpoints.secret,
+                model=plan.model,
+                tp=plan.tensor_parallel_size,
+                pp=plan.pipeline_parallel_size,
+                dp=plan.data_parallel_size,
+                ep=plan.expert_parallel_size,
+                dtype=Dtype(plan.dtype),
+                load_format=LoadFormat(plan.load_format),
+                device=plan.device,
+                relay=relay,
+                store_host=store_host,
+                store_port=store_port,
+                bind_address=placed.host,
+                max_num_seqs=plan.max_num_seqs,
+                max_num_batched_tokens=plan.max_num_batched_tokens,
+                kv_cache_memory_bytes=plan.kv_cache_memory_bytes,
+                gpu_memory_utilization=plan.gpu_memory_utilization,
+            )
+        )
+    return configs

@@ -1,0 +1,146 @@
+"""A blocking client of remuda.v1, for the command line: plain values in and out, errors of our tree."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import grpc
+
+from cluster.errors import Unavailable
+from cluster.rpc.channel import CLIENT_OPTIONS
+from cluster.rpc.convert import replica_info_from_proto
+from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
+from cluster.rpc.status import error_from_rpc
+from cluster.types import ReplicaInfo
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What ``remuda generate`` and ``chat`` let the user choose; None is the server's default."""
+
+    model: str = ""
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """More text of the answer, and the ids of its tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a stream ended."""
+
+    finish_reason: str
+    num_prompt_tokens: int
+    num_completion_tokens: int
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """What ``remuda status`` shows."""
+
+    model: str
+    version: str
+    draining: bool
+    num_live_requests: int
+    replicas: tuple[ReplicaInfo, ...]
+
+
+class InferenceClient:
+    """One connection to a server's gRPC address. A context manager.
+
+    Args:
+        target: host:port.
+        api_key: sent as a bearer token where given.
+        timeout_s: bound of the unary calls.
+    """
+
+    def __init__(self, target: str, api_key: str | None = None, timeout_s: float = 10.0) -> None:
+        self._target = target
+        self._timeout_s = timeout_s
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._channel = grpc.insecure_channel(target, options=CLIENT_OPTIONS)
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
+        self._admin = admin_pb2_grpc.AdminStub(self._channel)
+
+    def __enter__(self) -> "InferenceClient":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._channel.close()
+
+    def generate(self, text: str, options: GenerateOptions) -> Iterator[TextDelta | Summary]:
+        """Stream the continuation of ``text``; the last value is the Summary."""
+        return self._stream(inference_pb2.GenerateRequest(text=text), options)
+
+    def chat(self, messages: list[tuple[str, str]], options: GenerateOptions) -> Iterator[TextDelta | Summary]:
+        """Stream the answer to (role, content) messages; the last value is the Summary."""
+        turns = [inference_pb2.ChatMessage(role=role, content=content) for role, content in messages]
+        return self._stream(inference_pb2.GenerateRequest(chat=inference_pb2.Chat(messages=turns)), options)
+
+    def _stream(
+        self, request: inference_pb2.GenerateRequest, options: GenerateOptions
+    ) -> Iterator[TextDelta | Summary]:
+        request.model = options.model
+        request.stop.extend(options.stop)
+        for name in ("max_tokens", "temperature", "top_p", "seed"):
+            if (value := getattr(options, name)) is not None:
+                setattr(request.sampling, name, value)
+        reason = ""
+        try:
+            call = self._inference.Generate(request, metadata=self._metadata)
+            for response in call:
+                event = response.WhichOneof("event")
+                if event == "delta":
+                    yield TextDelta(response.delta.text, tuple(response.delta.token_ids))
+                elif event == "finished":
+                    reason = common_pb2.FinishReason.Name(response.finished.reason)
+                elif event == "usage":
+                    usage = response.usage
+                    yield Summary(_finish_word(reason), usage.num_prompt_tokens, usage.num_completion_tokens)
+        except grpc.RpcError as error:
+            raise self._explained(error) from error
+
+    def status(self) -> ServerStatus:
+        try:
+            answer = self._admin.GetStatus(
+                admin_pb2.GetStatusRequest(), timeout=self._timeout_s, metadata=self._metadata
+            )
+        except grpc.RpcError as error:
+            raise self._explained(error) from error
+        return ServerStatus(
+            model=answer.model,
+            version=answer.version,
+            draining=answer.draining,
+            num_live_requests=answer.num_live_requests,
+            replicas=tuple(replica_info_from_proto(replica) for replica in answer.replicas),
+        )
+
+    def drain(self, replica: str = "") -> int:
+        """Start draining; returns the number of requests that still run."""
+        try:
+            request = admin_pb2.DrainRequest(replica=replica)
+            answer = self._admin.Drain(request, timeout=self._timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._explained(error) from error
+        return int(answer.num_live_requests)
+
+    def _explained(self, error: grpc.RpcError) -> Exception:
+        known = error_from_rpc(error)
+        if error.code() == grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
+            return Unavailable(f"nothing answers at {self._target}; start it with remuda serve, or give --target")
+        return known
+
+
+def _finish_word(name: str) -> str:
+    return name.removeprefix("FINISH_REASON_").lower()
