@@ -1,0 +1,15 @@
+"""One served cluster for the whole session: remuda-tiny, tp=2 ep=2, through the real command."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.served import Served
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    log: Path = tmp_path_factory.mktemp("served") / "serve.log"
+    with Served(("remuda-tiny", "--tp", "2", "--ep", "2"), log) as server:
+        yield server

@@ -1,0 +1,101 @@
+"""Starting and stopping: what is refused before anything runs, and what is left behind (nothing)."""
+
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from cluster.replica.model_source import resolve
+from tests.support.served import REMUDA, Served, free_port, run_remuda, shared_memory_files, temporary_files
+
+TINY = str(resolve("remuda-tiny", None).directory())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("remuda-tiny", "--tp", "3"), ["tp=3", "8 attention heads"]),
+        (("remuda-tiny", "--tp", "2", "--ep", "3"), ["ep=3", "1 × 2"]),
+        (("remuda-tiny", "--tp", "8", "--ep", "8"), ["ep=8", "4 experts"]),
+        (("remuda-tiny", "--tp", "4", "--cpu-slots", "2"), ["4", "2 CPU slots", "--cpu-slots"]),
+        (("remuda-tiny", "--pp", "2"), ["pp=2"]),
+        (("remuda-tiny", "--host", "0.0.0.0"), ["--api-key-file"]),
+        (("remuda-tiny", "--deterministic"), ["--deterministic"]),
+        (("remuda-tiny", "--max-model-len", "999999"), ["--max-model-len", "999999"]),
+        (("remuda-tiny", "--max-num-seqs", "64", "--max-num-batched-tokens", "8"), ["max-num-batched-tokens"]),
+        (("/nowhere/at/all",), ["/nowhere/at/all", "not a directory"]),
+        (("remuda-tiny", "--dtype", "int3"), ["--dtype", "int3"]),
+    ],
+)
+def test_bad_input_ends_with_status_2_and_one_line(arguments: tuple[str, ...], words: list[str]) -> None:
+    before = temporary_files()
+    started_s = time.monotonic()
+    result = run_remuda("serve", *arguments, "--port", str(free_port()), "--grpc-port", str(free_port()))
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+    assert result.stdout == ""
+    assert time.monotonic() - started_s < 30
+    assert temporary_files() <= before
+
+
+@pytest.fixture
+def broken_checkpoint(tmp_path: Path) -> Path:
+    """remuda-tiny without one of its tensors."""
+    for file in Path(TINY).iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(Path(TINY) / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_a_missing_tensor_is_named_and_nothing_is_left(broken_checkpoint: Path, tmp_path: Path) -> None:
+    before, shared_before = temporary_files(), shared_memory_files()
+    server = Served((str(broken_checkpoint), "--tp", "2"), tmp_path / "serve.log")
+    server.start()
+    assert server.process is not None
+    assert server.process.wait(90) == 2, server.log.read_text()
+    assert "model.layers.1.self_attn.q_proj.weight" in server.log.read_text()
+    assert server.left_processes() == []
+    assert temporary_files() <= before
+    assert shared_memory_files() <= shared_before
+
+
+@pytest.mark.timeout(240)
+def test_stopping_leaves_nothing_behind(tmp_path: Path) -> None:
+    """SIGTERM while it starts, SIGINT when it is ready, SIGKILL of the command itself: each time all is gone."""
+    before, shared_before = temporary_files(), shared_memory_files()
+    starting = Served(("remuda-tiny", "--tp", "2"), tmp_path / "starting.log")
+    starting.start()
+    while "starting Ray" not in starting.log.read_text():
+        time.sleep(0.05)
+    assert starting.stop() == 0, starting.log.read_text()
+    assert starting.left_processes() == []
+
+    with Served(("remuda-tiny", "--tp", "2"), tmp_path / "ready.log") as ready:
+        assert ready.stop(signal.SIGINT) == 0, ready.log.read_text()
+    assert ready.left_processes() == []
+
+    with Served(("remuda-tiny",), tmp_path / "killed.log") as killed:
+        assert killed.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert killed.left_processes(30) == []
+    assert temporary_files() <= before
+    assert shared_memory_files() <= shared_before
+
+
+def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = run_remuda("serve", "--port", port, "--grpc-port", str(free_port()))
+    assert result.returncode == 2
+    assert f"--port {port}" in result.stderr
+
+
+def test_the_command_exists() -> None:
+    assert Path(REMUDA).is_file()
