@@ -17,7 +17,16 @@ import setproctitle
 
 from cluster.control.ray_runtime import RayRuntime
 from cluster.control.replica_placement import place_replicas
-from cluster.replica.events import Event, Failed, LaunchConfig, PhaseStarted, Stopped, decode_config, encode_event
+from cluster.replica.events import (
+    Event,
+    Failed,
+    LaunchConfig,
+    PhaseStarted,
+    ReplicaPlan,
+    Stopped,
+    decode_config,
+    encode_event,
+)
 from engine.errors import RemudaError
 
 if TYPE_CHECKING:
@@ -53,11 +62,10 @@ class Launch:
     def run(self) -> None:
         """Returns when ``stop`` is set or a replica failed; everything is still running then, until ``close``."""
         with ThreadPoolExecutor(1) as pool:
-            # The supervisor needs torch, whose import takes seconds: it runs while Ray starts.
-            module: Future[ModuleType] = pool.submit(importlib.import_module, "cluster.replica.supervisor")
+            prepared: Future[ModuleType] = pool.submit(_prepare, self._config.replica)
             self._events.send(PhaseStarted("ray"))
             self._runtime = self._start_runtime()
-            supervisor_class = module.result().Supervisor
+            supervisor_class = prepared.result().Supervisor
         self._events.send(PhaseStarted("placement"))
         config = self._config
         placements = place_replicas(config.replica, config.num_replicas, self._runtime.nodes())
@@ -89,6 +97,13 @@ class Launch:
                 traceback.print_exc()
         if self._runtime is not None:
             self._runtime.close()
+
+
+def _prepare(plan: ReplicaPlan) -> ModuleType:
+    """While Ray starts: import what needs torch, which takes seconds, and look through the checkpoint's headers."""
+    module = importlib.import_module("cluster.replica.supervisor")
+    module.check_checkpoint(plan)
+    return module
 
 
 def main() -> int:

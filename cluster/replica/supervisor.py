@@ -17,10 +17,14 @@ from cluster.errors import StartFailed
 from cluster.replica.actor import LeaderActor, RankActor
 from cluster.replica.events import Event, Failed, ReplicaPlan, decode_event
 from cluster.replica.leader import LeaderConfig
+from cluster.replica.model_source import ModelSource
 from cluster.replica.placed_rank import PlacedRank
 from cluster.replica.rank_plan import GangEndpoints, worker_configs
 from cluster.replica.rendezvous import Rendezvous
+from engine.config import LoadFormat
 from engine.errors import RemudaError
+from engine.model_config import ModelConfig
+from engine.weights.loader import verify_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +33,13 @@ CALL_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 _SMALL_SHARE = 0.001
 """Of a node's own ``node:IP`` resource: pins a bundle to that host."""
+
+
+def check_checkpoint(plan: ReplicaPlan) -> None:
+    """From the files' headers alone: every tensor of the model is there and has its shape. Raises CheckpointError."""
+    if plan.load_format == LoadFormat.SAFETENSORS:
+        directory = ModelSource(plan.model, plan.revision).directory()
+        verify_checkpoint(directory, ModelConfig.from_directory(directory))
 
 
 class Supervisor:
