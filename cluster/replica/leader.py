@@ -24,6 +24,7 @@ from cluster.replica.events import (
     ReplicaReady,
     encode_event,
 )
+from cluster.replica.heap import settle_heap
 from cluster.replica.model_source import ModelSource
 from cluster.replica.rank_plan import GangEndpoints, listen_addresses
 from cluster.replica.server import LeaderServer
@@ -199,6 +200,7 @@ class Leader:
             on_failure=on_failure,
         )
         address = await server.start()
+        settle_heap()
         self._events.append(
             ReplicaReady(
                 info.id, address, info.max_model_len, info.num_blocks, info.block_size, dict(info.phase_seconds)

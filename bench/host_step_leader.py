@@ -1,0 +1,101 @@
+"""The process that bench/host_step.py measures: a leader over a null executor.
+
+Prints its address, then one JSON line with the CPU that it used per step while all requests ran.
+"""
+
+import argparse
+import asyncio
+import json
+import threading
+import time
+
+from bench.null_executor import NullExecutor
+from cluster.replica.engine_loop import EngineLoop
+from cluster.replica.heap import settle_heap
+from cluster.replica.server import LeaderServer
+from cluster.types import ReplicaInfo, ReplicaState
+from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
+from engine.engine import Engine
+from engine.messages import (
+    BatchPlan,
+    SampledToken,
+    ScheduledRequest,
+    StepPlan,
+    StepResult,
+    decode_from_rank,
+    decode_to_rank,
+    encode,
+)
+
+BLOCK_SIZE = 16
+MAX_TOKENS = 8192
+VOCAB_SIZE = 32_000
+# Llama 4's shape: one group of layers that see everything, one that sees chunks.
+KV_GROUPS = (KvGroupConfig((0,)), KvGroupConfig((1,), chunk_size=4096))
+
+
+def build_engine(num_requests: int, step_s: float) -> Engine:
+    num_blocks = len(KV_GROUPS) * num_requests * (MAX_TOKENS // BLOCK_SIZE + 2) + 1
+    return Engine(
+        executor=NullExecutor(step_s),
+        kv_groups=KV_GROUPS,
+        vocab_size=VOCAB_SIZE,
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=num_requests, max_num_batched_tokens=max(2048, num_requests), max_model_len=MAX_TOKENS
+        ),
+        cache_config=CacheConfig(BLOCK_SIZE, num_blocks),
+    )
+
+
+def reference_step_s(num_requests: int, num_rounds: int = 300) -> float:
+    """CPU seconds to encode and decode a plan and a result of one decoding step: the wire work of one step alone."""
+    shares = [ScheduledRequest(slot, 1000, 1, [7], [[], []], True) for slot in range(num_requests)]
+    plan = StepPlan(0, 123_456, [BatchPlan([], [], shares)])
+    result = StepResult(0, 123_456, 0, [SampledToken(slot, 7) for slot in range(num_requests)])
+    before_s = time.thread_time()
+    for _ in range(num_rounds):
+        decode_to_rank(encode(plan))
+        decode_from_rank(encode(result))
+    return (time.thread_time() - before_s) / num_rounds
+
+
+async def serve(num_requests: int, step_s: float, seconds: float) -> None:
+    engine = build_engine(num_requests, step_s)
+    loop = EngineLoop(engine)
+    info = ReplicaInfo("replica-0", "null", ReplicaState.STARTING, "", 1, MAX_TOKENS, num_requests, BLOCK_SIZE, 0)
+    server = LeaderServer(loop, info)
+    address = await server.start()
+    settle_heap()
+    print(address, flush=True)
+    engine_thread = next(thread for thread in threading.enumerate() if thread.name == "engine-loop")
+    engine_clock = time.pthread_getcpuclockid(engine_thread.ident or 0)
+    while loop.load().num_running < num_requests:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.3)  # the prefill is over and caches are warm
+    reference_before_s = reference_step_s(num_requests)
+    steps, process_s, thread_s = loop.load().num_steps, time.process_time(), time.clock_gettime(engine_clock)
+    await asyncio.sleep(seconds)
+    num_steps = loop.load().num_steps - steps
+    used_s, thread_used_s = time.process_time() - process_s, time.clock_gettime(engine_clock) - thread_s
+    reference_s = (reference_before_s + reference_step_s(num_requests)) / 2
+    figures = {
+        "num_steps": num_steps,
+        "process_us": used_s / num_steps * 1e6,
+        "engine_thread_us": thread_used_s / num_steps * 1e6,
+        "reference_us": reference_s * 1e6,
+    }
+    print(json.dumps(figures), flush=True)
+    await server.stop(grace_s=1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num-requests", type=int, required=True)
+    parser.add_argument("--step-s", type=float, default=0.005)
+    parser.add_argument("--seconds", type=float, default=1.5)
+    arguments = parser.parse_args()
+    asyncio.run(serve(arguments.num_requests, arguments.step_s, arguments.seconds))
+
+
+if __name__ == "__main__":
+    main()
