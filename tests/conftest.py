@@ -22,7 +22,7 @@ from hypothesis import settings
 settings.register_profile("remuda", deadline=None, print_blob=True, derandomize=True)
 settings.register_profile("random", deadline=None, print_blob=True)
 
-LEFT_BEHIND_WAIT_S = 10.0
+LEFT_BEHIND_WAIT_S = 5.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
