@@ -69,6 +69,9 @@ CONFIGS: Mapping[str, transformers.PretrainedConfig] = {
     "llama4-maverick": transformers.Llama4TextConfig(
         **_LLAMA4 | _rope("default") | {"interleave_moe_layer_step": 2, "use_qk_norm": False}
     ),
+    "llama4-top2": transformers.Llama4TextConfig(
+        **_LLAMA4 | _rope("default") | {"num_experts_per_tok": 2, "attention_bias": True}
+    ),
 }
 
 

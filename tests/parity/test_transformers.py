@@ -18,6 +18,7 @@ CASES = [
     *[(name, *layout) for name in ("llama2", "llama3.1") for layout in DENSE_LAYOUTS],
     *[(name, *layout) for name in ("llama4-scout", "llama4-maverick") for layout in MOE_LAYOUTS],
     *[(name, tp, 1) for name in ("biases", "dynamic") for tp in (1, 2)],
+    ("llama4-top2", 2, 2),
     ("linear", 1, 1),
     ("yarn", 1, 1),
 ]

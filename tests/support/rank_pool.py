@@ -50,8 +50,9 @@ def run_ranks(
 ) -> list[Any]:
     """Call ``function(RankContext, *args)`` on every rank and return the results in order of ranks.
 
-    ``function`` and everything that it takes and returns must be picklable. With ``allow_errors`` the exception of a
-    rank that raised (or a RankError, if it died) stands in its place; otherwise the first one fails the test at once.
+    ``function`` and everything that it takes and returns must be picklable; return arrays, not tensors, which torch
+    would leave in the shared memory of a process that is gone. With ``allow_errors`` the exception of a rank that
+    raised (or a RankError, if it died) stands in its place; otherwise the first one fails the test at once.
     """
     with tempfile.TemporaryDirectory(prefix="remuda-ranks-") as directory:
         store_path = str(Path(directory) / "store")

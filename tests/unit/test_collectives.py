@@ -1,0 +1,109 @@
+"""Collectives between real ranks: sums, gathers, broadcasts, and what survivors see when a peer is gone."""
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import ParallelConfig
+from engine.errors import RankFailure
+from engine.parallel.collectives import Collectives, LocalCollectives
+from engine.parallel.distributed import init_distributed
+from tests.support.rank_pool import RankContext, run_ranks
+
+pytestmark = pytest.mark.timeout(90)
+# Below and above the size to which copies are exchanged in full; divisible by the ranks and not.
+SHAPES = [(1,), (3, 5), (7, 64), (512, 256), (257, 257)]
+
+
+def mesh_of(context: RankContext, timeout_s: float = 20.0) -> tuple[int, Collectives]:
+    parallel = ParallelConfig(tp=context.num_ranks)
+    mesh = init_distributed(parallel, context.rank, context.store, torch.device("cpu"), timeout_s)
+    return context.rank, mesh.tp
+
+
+def contribution(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+def all_operations(context: RankContext, dtype: torch.dtype) -> dict[str, Any]:
+    rank, tp = mesh_of(context)
+    assert (tp.rank, tp.size) == (rank, context.num_ranks)
+    sums = [tp.all_reduce(contribution(rank, shape, dtype)) for shape in SHAPES]
+    assert all(result.dtype is dtype for result in sums)
+    transposed = tp.all_reduce(contribution(rank, (6, 4), dtype).T)
+    gathered = tp.gather_last_dim(contribution(rank, (5, 3), dtype))
+    token_ids = tp.broadcast(torch.arange(4) + 100 * rank)
+    return {
+        "sums": [result.double().numpy() for result in sums],
+        "transposed": transposed.double().numpy(),
+        "gathered": None if gathered is None else gathered.double().numpy(),
+        "broadcast": token_ids.tolist(),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_operations(num_ranks: int, dtype: torch.dtype) -> None:
+    results = run_ranks(all_operations, num_ranks, dtype)
+    tolerance = 1e-5 if dtype is torch.float32 else 0.05
+    for i, shape in enumerate(SHAPES):
+        expected = sum(contribution(rank, shape, dtype).double() for rank in range(num_ranks))
+        for result in results:
+            assert np.array_equal(result["sums"][i], results[0]["sums"][i]), "ranks must agree to the bit"
+            np.testing.assert_allclose(result["sums"][i], expected, rtol=tolerance, atol=tolerance)
+    expected = sum(contribution(rank, (6, 4), dtype).T.double() for rank in range(num_ranks))
+    np.testing.assert_allclose(results[-1]["transposed"], expected, rtol=tolerance, atol=tolerance)
+    parts = [contribution(rank, (5, 3), dtype).double() for rank in range(num_ranks)]
+    assert np.array_equal(results[0]["gathered"], np.concatenate(parts, axis=-1))
+    assert all(result["gathered"] is None for result in results[1:])
+    assert all(result["broadcast"] == [0, 1, 2, 3] for result in results)
+
+
+def reduce_without_last_rank(context: RankContext, leave: str, timeout_s: float) -> float:
+    rank, tp = mesh_of(context, timeout_s)
+    tp.all_reduce(torch.ones(8))
+    if rank == context.num_ranks - 1:
+        if leave == "die":
+            os._exit(1)
+        context.store.get("the others have given up")
+        return 0.0
+    start = time.monotonic()
+    try:
+        tp.all_reduce(torch.ones(8))
+    except RankFailure:
+        return time.monotonic() - start
+    finally:
+        if rank == 0:
+            context.store.set("the others have given up", "yes")
+    raise AssertionError("the missing rank was not noticed")
+
+
+def test_a_dead_peer_is_noticed_at_once() -> None:
+    survivor, dead = run_ranks(reduce_without_last_rank, 2, "die", 30.0, allow_errors=True)
+    assert isinstance(dead, AssertionError)
+    assert survivor < 10.0
+
+
+def test_a_silent_peer_is_noticed_after_the_timeout() -> None:
+    waited = run_ranks(reduce_without_last_rank, 2, "hang", 1.5)[0]
+    assert 1.0 < waited < 10.0
+
+
+def meet_alone(context: RankContext) -> None:
+    if context.rank == 0:
+        mesh_of(context, timeout_s=1.5)
+
+
+def test_ranks_that_do_not_meet_in_time() -> None:
+    error, _ = run_ranks(meet_alone, 2, allow_errors=True)
+    assert isinstance(error, RankFailure)
+    assert "did not meet its gang within 1.5 s" in str(error)
+
+
+def test_one_rank_needs_no_group() -> None:
+    mesh = init_distributed(ParallelConfig(), 0, None, torch.device("cpu"))  # type: ignore[arg-type]
+    assert isinstance(mesh.tp, LocalCollectives)
