@@ -15,8 +15,8 @@ from typing import IO, TYPE_CHECKING
 
 import setproctitle
 
+from cluster.control.placement import place_gangs
 from cluster.control.ray_runtime import RayRuntime
-from cluster.control.replica_placement import place_replicas
 from cluster.replica.events import (
     Event,
     Failed,
@@ -27,6 +27,7 @@ from cluster.replica.events import (
     decode_config,
     encode_event,
 )
+from cluster.replica.placed_rank import PlacedRank
 from engine.errors import RemudaError
 
 if TYPE_CHECKING:
@@ -68,10 +69,16 @@ class Launch:
             supervisor_class = prepared.result().Supervisor
         self._events.send(PhaseStarted("placement"))
         config = self._config
-        placements = place_replicas(config.replica, config.num_replicas, self._runtime.nodes())
-        for index, ranks in enumerate(placements):
+        gangs = place_gangs(
+            config.replica.parallel,
+            self._runtime.nodes(),
+            on_gpus=config.replica.device == "cuda",
+            num_gangs=config.num_replicas,
+        )
+        for index, hosts in enumerate(gangs):
             if self._stop.is_set():
                 return
+            ranks = [PlacedRank(rank, host.address) for rank, host in enumerate(hosts)]
             supervisor = supervisor_class(f"r{index}", config.replica, ranks, self._runtime.host, config.secret)
             self._supervisors.append(supervisor)
             supervisor.start()

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from engine.config import ParallelConfig
+
 
 class ReplicaPlan(msgspec.Struct, frozen=True):
     """Everything that a replica's processes must know; the same for all replicas of a model."""
@@ -23,8 +25,13 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     kv_cache_memory_bytes: int
 
     @property
-    def num_ranks(self) -> int:
-        return self.pipeline_parallel_size * self.data_parallel_size * self.tensor_parallel_size
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            tp=self.tensor_parallel_size,
+            pp=self.pipeline_parallel_size,
+            dp=self.data_parallel_size,
+            ep=self.expert_parallel_size,
+        )
 
 
 class LaunchConfig(msgspec.Struct, frozen=True):
