@@ -1,0 +1,67 @@
+"""An engine without scheduler, ranks and model: each step gives every running request one token."""
+
+import asyncio
+import threading
+import time
+
+from engine.engine import EngineStats
+from engine.request import FinishReason, Output, Request
+
+
+class MockEngine:
+    """Follows engine.engine.Engine's contract.
+
+    Args:
+        step_s: a step takes at least that long. 0: the next step begins when the event loop has handled the last one's
+            outputs, so that each step's tokens travel by themselves and the rate is what the path can carry.
+        event_loop: that of the leader's server.
+    """
+
+    def __init__(self, step_s: float, event_loop: asyncio.AbstractEventLoop) -> None:
+        self._step_s = step_s
+        self._event_loop = event_loop
+        self._handled = threading.Event()
+        self._live: dict[str, list[int]] = {}
+        """Request id → [tokens still to give, next token]."""
+        self._ended: list[Output] = []
+        self._num_steps = 0
+        self._due_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live or self._ended)
+
+    def add(self, request: Request) -> None:
+        self._live[request.request_id] = [request.sampling.max_tokens, 0]
+
+    def abort(self, request_id: str) -> bool:
+        if self._live.pop(request_id, None) is None:
+            return False
+        self._ended.append(Output(request_id, [], FinishReason.ABORT))
+        return True
+
+    def step(self) -> list[Output]:
+        self._pace()
+        self._num_steps += 1
+        outputs, self._ended = self._ended, []
+        for request_id, state in self._live.items():
+            left, token_id = state
+            state[0], state[1] = left - 1, token_id + 1
+            outputs.append(Output(request_id, [token_id], FinishReason.LENGTH if left == 1 else None))
+        if any(output.finish_reason is not None for output in outputs):
+            self._live = {request_id: state for request_id, state in self._live.items() if state[0] > 0}
+        return outputs
+
+    def _pace(self) -> None:
+        if self._step_s > 0:
+            now_s = time.monotonic()
+            if self._due_s > now_s:
+                time.sleep(self._due_s - now_s)
+            self._due_s = max(self._due_s, now_s) + self._step_s
+            return
+        self._handled.clear()
+        self._event_loop.call_soon_threadsafe(self._handled.set)
+        self._handled.wait()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(len(self._live), 0, 0, 1, 0, self._num_steps, 0)
