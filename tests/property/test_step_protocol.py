@@ -15,10 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import ContextLengthExceeded, EngineFailure, Overloaded, RankFailure
+from engine.kv_groups import num_blocks_needed
+from engine.messages import NO_STEP
 from engine.request import FinishReason, Output, Request, SamplingParams, TopLogprobs
 from tests.support.simulated_gang import SimulatedGang, sequential_tokens
 
-VOCAB_SIZE = 7
+VOCAB_SIZE = 23
 MAX_MODEL_LEN = 28
 FULL = KvGroupConfig((0,))
 KV_GROUPS = (
@@ -30,20 +32,22 @@ KV_GROUPS = (
 )
 
 requests = st.tuples(
-    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=16),
+    st.integers(1, 18),
     st.builds(
         lambda max_tokens, min_tokens, stop, logprobs: SamplingParams(
             max_tokens, min_tokens=min(min_tokens, max_tokens), stop_token_ids=tuple(stop), prompt_logprobs=logprobs
         ),
-        st.integers(1, 12),
-        st.integers(0, 4),
+        st.integers(1, 14),
+        st.integers(0, 6),
         st.sets(st.integers(0, VOCAB_SIZE - 1), max_size=2),
         st.sampled_from([None, None, 0]),
     ),
     st.integers(-1, 1),
     st.integers(0, 3),
+    st.sampled_from([False] * 9 + [True]),
 )
-"""Prompt, sampling, priority, and how many of the tokens given were generated before (after a failover)."""
+"""Tokens given, sampling, priority, how many of the tokens given were generated before (after a failover), and whether
+the first position after them cannot be computed."""
 
 
 @dataclass
@@ -62,21 +66,22 @@ class StepProtocolMachine(RuleBasedStateMachine):
     @initialize(
         kv_groups=st.sampled_from(KV_GROUPS),
         block_size=st.integers(1, 4),
-        num_blocks=st.integers(8, 40),
-        max_num_seqs=st.integers(1, 5),
-        extra_budget=st.integers(0, 10),
+        num_spare_blocks=st.integers(-4, 10),
+        max_num_seqs=st.integers(1, 6),
+        extra_budget=st.integers(0, 8),
         num_dp_groups=st.sampled_from([1, 1, 2]),
     )
     def begin(
         self,
         kv_groups: tuple[KvGroupConfig, ...],
         block_size: int,
-        num_blocks: int,
+        num_spare_blocks: int,
         max_num_seqs: int,
         extra_budget: int,
         num_dp_groups: int,
     ) -> None:
         self.config = SchedulerConfig(max_num_seqs, max_num_seqs + extra_budget, MAX_MODEL_LEN, 12, self.depth)
+        num_blocks = 1 + num_blocks_needed(kv_groups, MAX_MODEL_LEN, block_size) + num_spare_blocks
         self.cache = CacheConfig(block_size, num_blocks)
         self.kv_groups = kv_groups
         self.num_dp_groups = num_dp_groups
@@ -110,10 +115,17 @@ class StepProtocolMachine(RuleBasedStateMachine):
     def live(self) -> list[str]:
         return [request_id for request_id, record in self.records.items() if record.finish is None]
 
-    @rule(parts=requests, poisoned=st.sampled_from([False] * 9 + [True]))
-    def add(self, parts: tuple[list[int], SamplingParams, int, int], poisoned: bool) -> None:
-        token_ids, sampling, priority, num_generated = parts
+    @rule(batch=st.lists(requests, min_size=1, max_size=6))
+    def add(self, batch: list[tuple[int, SamplingParams, int, int, bool]]) -> None:
+        for parts in batch:
+            self.add_one(*parts)
+        self.engine.check_integrity()
+
+    def add_one(
+        self, num_tokens: int, sampling: SamplingParams, priority: int, num_generated: int, poisoned: bool
+    ) -> None:
         number = len(self.records)
+        token_ids = [(number * 31 + position * 5 + position // 3) % VOCAB_SIZE for position in range(num_tokens)]
         sampling = SamplingParams(*(number if name == "seed" else getattr(sampling, name) for name in FIELDS))
         num_prompt_tokens = max(1, len(token_ids) - min(num_generated, sampling.max_tokens - 1))
         request = Request(f"request-{number}", token_ids, num_prompt_tokens, sampling, priority)
@@ -124,14 +136,13 @@ class StepProtocolMachine(RuleBasedStateMachine):
         self.records[request.request_id] = Record(request)
         if poisoned:
             self.fails_at.add((number, len(token_ids)))
-        self.engine.check_integrity()
 
     @rule(num_steps=st.integers(1, 6))
     def step(self, num_steps: int) -> None:
         for _ in range(num_steps):
             self.take(self.engine.step())
             self.engine.check_integrity()
-            self.check_budgets()
+            self.check_plans()
 
     @precondition(lambda self: self.live())
     @rule(data=st.data())
@@ -170,11 +181,13 @@ class StepProtocolMachine(RuleBasedStateMachine):
                 record.finish = output
                 self.check_end(record)
 
-    def check_budgets(self) -> None:
+    def check_plans(self) -> None:
         for plan in self.gang.plans:
             for batch in plan.batches:
                 assert sum(share.num_tokens for share in batch.scheduled) <= self.config.max_num_batched_tokens
                 assert len(batch.scheduled) <= self.config.max_num_seqs
+                if self.depth == 1 or not self.input_references:
+                    assert all(share.input_step == NO_STEP for share in batch.scheduled)
         self.gang.plans.clear()
 
     def check_end(self, record: Record) -> None:
