@@ -29,7 +29,7 @@ from cluster.replica.model_source import ModelSource
 from cluster.replica.rank_plan import GangEndpoints, listen_addresses
 from cluster.replica.server import LeaderServer
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
-from engine.config import CacheConfig, ParallelConfig, SchedulerConfig
+from engine.config import CacheConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import RemudaError
 from engine.executor.channel_executor import ChannelExecutor
@@ -82,8 +82,8 @@ class Leader:
         config, plan = self._config, self._config.plan
         secret = new_secret()
         addresses = listen_addresses(config.host, config.rank_hosts)
-        hub = SocketHub(range(plan.num_ranks), secret, addresses)
-        self._executor = ChannelExecutor(hub, _parallel(plan))
+        hub = SocketHub(range(plan.parallel.num_ranks), secret, addresses)
+        self._executor = ChannelExecutor(hub, plan.parallel)
         local = next((address for address in hub.addresses if address.startswith("unix:")), "")
         remote = next((address for address in hub.addresses if address.startswith("tcp:")), "")
         return GangEndpoints(config.host, local, remote, secret)
@@ -222,12 +222,3 @@ class Leader:
                 _log.error("no supervisor asked for %g s; ending", LEASE_S)
                 self.stop()
                 os._exit(1)
-
-
-def _parallel(plan: ReplicaPlan) -> ParallelConfig:
-    return ParallelConfig(
-        tp=plan.tensor_parallel_size,
-        pp=plan.pipeline_parallel_size,
-        dp=plan.data_parallel_size,
-        ep=plan.expert_parallel_size,
-    )
