@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import psutil
+import setproctitle
 
 from cluster.control.ray_settings import NodePaths
 
@@ -29,12 +30,23 @@ RAYLET_GRACE_S = 3.0
 OTHERS_GRACE_S = 3.0
 KILL_GRACE_S = 10.0
 POLL_S = 0.02
+IDLE_REAP_S = 1.0
 LOG_TAIL_BYTES = 2000
-SHARED_MEMORY = Path("/dev/shm")
 
 
-class ParentGone(Exception):
-    """Standard input closed or a signal asked for the end: stop what was started."""
+class EndOfDuty:
+    """Knows when to stop: standard input has ended, or SIGTERM came."""
+
+    def __init__(self) -> None:
+        self._signalled, self._wake = os.pipe()
+        signal.signal(signal.SIGTERM, lambda number, frame: os.write(self._wake, b"."))
+        # The terminal's Ctrl-C is for our parent, which then tells us in its own time.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end. Returns whether it has come; False after ``timeout_s`` seconds."""
+        readable, _, _ = select.select([sys.stdin, self._signalled], [], [], timeout_s)
+        return self._signalled in readable or (sys.stdin in readable and os.read(sys.stdin.fileno(), 4096) == b"")
 
 
 def become_subreaper() -> None:
@@ -130,25 +142,11 @@ def stop_all() -> list[str]:
     return killed
 
 
-def remove_files(paths: NodePaths) -> None:
-    """Remove the node's directory and the shared-memory files named after it."""
-    shutil.rmtree(paths.root, ignore_errors=True)
-    for leftover in SHARED_MEMORY.glob(f"{paths.root.name}*"):
-        leftover.unlink(missing_ok=True)
-
-
-def wait_for_end(timeout_s: float | None) -> bool:
-    """Wait for the end of standard input. Returns whether it has come; False after ``timeout_s`` seconds."""
-    readable, _, _ = select.select([sys.stdin], [], [], timeout_s)
-    return bool(readable) and os.read(sys.stdin.fileno(), 4096) == b""
-
-
-def start_node(command: list[str], paths: NodePaths) -> str:
-    """Run ``ray start`` and return the cluster's address, host:port.
+def start_node(command: list[str], paths: NodePaths, end: EndOfDuty) -> str | None:
+    """Run ``ray start`` and return the cluster's address, host:port; None where the end came first.
 
     Raises:
         RuntimeError: Ray did not start; the message holds the end of what it printed.
-        ParentGone: nobody waits for it any more.
     """
     with paths.log.open("wb") as log:
         starter = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=paths.root)
@@ -156,8 +154,8 @@ def start_node(command: list[str], paths: NodePaths) -> str:
     while starter.poll() is None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"ray start took longer than {START_TIMEOUT_S:.0f} s: {log_tail(paths.log)}")
-        if wait_for_end(POLL_S):
-            raise ParentGone
+        if end.wait(POLL_S):
+            return None
     if starter.returncode != 0:
         raise RuntimeError(f"ray start ended with {starter.returncode}: {log_tail(paths.log)}")
     return paths.address.read_text().strip()
@@ -168,33 +166,28 @@ def log_tail(log: Path) -> str:
     return " | ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
-def end_on_signal(number: int, frame: object) -> None:
-    raise ParentGone
-
-
 def main(arguments: list[str]) -> int:
     """``ray_guardian ROOT COMMAND…``: start, stay until told, stop, remove ROOT. Returns 1 where Ray did not start."""
     paths = NodePaths(Path(arguments[0]))
+    setproctitle.setproctitle("remuda: ray guardian")
     become_subreaper()
-    signal.signal(signal.SIGTERM, end_on_signal)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # An interval lets the idle loop collect orphans; nothing else waits for it.
-    failed = False
+    end = EndOfDuty()
+    status = 0
     try:
-        say({"address": start_node(arguments[1:], paths)})
-        while not wait_for_end(1.0):
-            reap()
-    except ParentGone:
-        pass
+        address = start_node(arguments[1:], paths, end)
+        if address is not None:
+            say({"address": address})
+            while not end.wait(IDLE_REAP_S):
+                reap()
     except (RuntimeError, OSError) as error:
-        failed = True
+        status = 1
         say({"error": str(error)})
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    started_s = time.monotonic()
-    killed = stop_all()
-    remove_files(paths)
-    say({"stopped": True, "seconds": round(time.monotonic() - started_s, 3), "killed": killed})
-    return 1 if failed else 0
+    finally:
+        started_s = time.monotonic()
+        killed = stop_all()
+        shutil.rmtree(paths.root, ignore_errors=True)
+        say({"stopped": True, "seconds": round(time.monotonic() - started_s, 3), "killed": killed})
+    return status
 
 
 if __name__ == "__main__":

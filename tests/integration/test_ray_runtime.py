@@ -185,3 +185,11 @@ def test_a_ray_that_cannot_start_says_why_and_leaves_nothing() -> None:
     with pytest.raises(StartFailed, match=r"^Ray did not start: ray start ended with 1: .*negative"):
         RayNode.start(NodeSpec(cpu_slots=-1))
     assert {path.name for path in Path("/tmp").glob("remuda-*")} <= before
+
+
+def test_a_guardian_told_to_end_stops_its_node() -> None:
+    node = RayNode.start(NodeSpec(cpu_slots=1))
+    assert node.pid is not None
+    os.kill(node.pid, signal.SIGTERM)
+    wait_until_gone(node.paths.root)
+    assert node.close() == [], "closing what has ended is harmless; nothing had to be killed"
