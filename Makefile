@@ -53,13 +53,16 @@ clean:  ## remove the environment, caches and outputs
 # The environment is made once; it is brought up to date whenever what it should hold changes.
 $(VENV)/.stamp-venv:
 	@for python in python3.11 python3.12 python3; do \
-	  if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1; then found=$$python; break; fi; \
+	  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1 || continue; \
+	  suitable=$$python; \
+	  if $$python -c 'import ensurepip, venv' >/dev/null 2>&1; then found=$$python; break; fi; \
 	done; \
-	if [ -z "$$found" ]; then \
-	  echo "Remuda needs Python 3.11 or 3.12: none of python3.11, python3.12, python3 on PATH is one. Install it and run make again." >&2; exit 1; \
-	fi; \
-	if ! $$found -c 'import ensurepip, venv' >/dev/null 2>&1; then \
-	  echo "$$found cannot make virtual environments: on Debian and Ubuntu install $$($$found -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])') and run make again." >&2; exit 1; \
+	if [ -z "$$suitable" ]; then \
+	  echo "Remuda needs Python 3.11 or 3.12: none of python3.11, python3.12 and python3 on PATH is one. Install it and run make again." >&2; \
+	  exit 1; \
+	elif [ -z "$$found" ]; then \
+	  echo "$$suitable cannot make virtual environments: install its venv module (Debian and Ubuntu: apt install $$suitable-venv) and run make again." >&2; \
+	  exit 1; \
 	fi; \
 	[ -x $(PY) ] || $$found -m venv $(VENV)
 	@touch $@

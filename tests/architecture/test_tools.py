@@ -34,7 +34,7 @@ def test_types_are_strict_and_clean() -> None:
 
 
 def test_import_contracts_hold() -> None:
-    _expect_clean(_run("lint-imports"))
+    _expect_clean(_run("lint-imports", "--no-logo"))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_contracts_catch_a_planted_violation(module: str, line: str, contract: s
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / module).write_text(line + "\n")
     # The tool is given the copy as its root: the current directory comes first on its path.
-    result = _run("lint-imports", "--no-cache", cwd=tmp_path)
+    result = _run("lint-imports", "--no-logo", "--no-cache", cwd=tmp_path)
     assert result.returncode == 1, result.stdout + result.stderr
     assert f"{contract} BROKEN" in " ".join(result.stdout.split())
 
