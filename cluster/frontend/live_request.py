@@ -89,14 +89,14 @@ class LiveRequest:
         if limit_s is not None:
             message = f"the request {what} {limit_s:g} s ({name} deadline)"
             self._timers[name] = self._clock.call_at(
-                self._arrived_s + limit_s, lambda: self._fail(DeadlineExceeded(message))
+                self._arrived_s + limit_s, lambda: self.fail(DeadlineExceeded(message))
             )
 
     def _disarm(self, name: str) -> None:
         if (timer := self._timers.pop(name, None)) is not None:
             timer.cancel()
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """The first error is the request's."""
         if self._error is None:
             self._error = error
@@ -111,10 +111,10 @@ class LiveRequest:
                         return
             raise EngineFailure("the replica's stream ended before the request did")
         except RemudaError as error:
-            self._fail(error)
+            self.fail(error)
         except Exception as error:  # noqa: BLE001  a defect of ours: the client gets an answer, the log the rest
             _log.exception("request %s failed in our own code", request.request_id)
-            self._fail(error)
+            self.fail(error)
 
     def _take(self, output: Output, choice: Choice) -> None:
         self._disarm("queue")

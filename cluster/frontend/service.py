@@ -76,6 +76,7 @@ class Service:
         self._clock = clock
         self._limits = limits
         self._draw_seed = draw_seed
+        self._live: set[LiveRequest] = set()
 
     def check_model(self, model: str) -> None:
         """Raises ModelNotFound unless this model is served; the empty name is the only one there is."""
@@ -102,6 +103,11 @@ class Service:
         self.check_model(model)
         check_token_ids(token_ids, self.encoder.vocab_size, "tokens")
         return self.tokenizer.decode(token_ids, with_special=True)
+
+    def end_all(self, error: RemudaError) -> None:
+        """Every request that runs ends with this error."""
+        for live in self._live:
+            live.fail(error)
 
     async def generate(self, call: Call) -> AsyncGenerator[Event, None]:
         """Started, then every choice's events, then Usage. Ends once: with Usage, by raising, or by being closed.
@@ -146,9 +152,13 @@ class Service:
             yield Started(self.name, [plan.token_ids for plan in planned])
             limits = call.limits.within(self._limits)
             live = LiveRequest(requests, choices, self.backend, limits, self._clock, arrived_s, self._metrics)
-            async with aclosing(live.events()) as events:
-                async for event in events:
-                    yield event
+            self._live.add(live)
+            try:
+                async with aclosing(live.events()) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                self._live.discard(live)
             usage = Usage(
                 num_prompt_tokens=sum(len(plan.token_ids) for plan in planned),
                 num_completion_tokens=sum(choice.num_tokens for choice in choices),

@@ -1,0 +1,50 @@
+"""remuda.v1.Admin: what ``remuda status`` and ``remuda drain`` talk to."""
+
+from cluster.frontend.auth import ApiKeys
+from cluster.frontend.grpc_service import Context, check_key
+from cluster.frontend.http_errors import log_defect
+from cluster.frontend.service import Service
+from cluster.rpc.convert import replica_info_to_proto
+from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc
+from cluster.rpc.status import abort
+
+
+class AdminServicer(admin_pb2_grpc.AdminServicer):
+    """Args:
+    service: for its replicas and its live requests.
+    keys: who may call.
+    version: of this software.
+    """
+
+    def __init__(self, service: Service, keys: ApiKeys, version: str) -> None:
+        self._service = service
+        self._keys = keys
+        self._version = version
+
+    async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.GetStatusResponse:
+        try:
+            check_key(self._keys, context)
+            service = self._service
+            return admin_pb2.GetStatusResponse(
+                model=service.name,
+                draining=service.admission.is_closed,
+                replicas=[replica_info_to_proto(info) for info in service.backend.replicas()],
+                num_live_requests=service.admission.num_requests,
+                version=self._version,
+            )
+        except Exception as error:  # noqa: BLE001  whatever it is, the client gets a status
+            log_defect(error)
+            await abort(context, error)
+
+    async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
+        """One replica takes no more work; or, with no name, this front end takes none for any."""
+        try:
+            check_key(self._keys, context)
+            if request.replica:
+                await self._service.backend.drain(request.replica)
+            else:
+                self._service.admission.close()
+            return admin_pb2.DrainResponse(num_live_requests=self._service.admission.num_requests)
+        except Exception as error:  # noqa: BLE001  as above
+            log_defect(error)
+            await abort(context, error)

@@ -1,0 +1,206 @@
+"""remuda.v1.Inference for clients: the same service as HTTP, in protobuf."""
+
+import logging
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from cluster.frontend.auth import ApiKeys
+from cluster.frontend.calls import (
+    Call,
+    ChatPrompt,
+    Delta,
+    Echo,
+    Event,
+    Finished,
+    Prompt,
+    SamplingOptions,
+    Started,
+    TextPrompt,
+    TimeLimits,
+    TokenPrompt,
+)
+from cluster.frontend.http_errors import log_defect
+from cluster.frontend.service import Service
+from cluster.rpc.convert import finish_reason_to_proto, logprobs_to_proto
+from cluster.rpc.generated.remuda.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from cluster.rpc.status import abort
+from engine.errors import InvalidRequest
+
+_log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_SCALARS = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "logprobs",
+    "prompt_logprobs",
+)
+
+
+def check_key(keys: ApiKeys, context: Context) -> None:
+    """Raises Unauthenticated."""
+    metadata = dict(context.invocation_metadata() or ())
+    value = metadata.get("authorization")
+    keys.check(value.decode() if isinstance(value, bytes) else value)
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """Args:
+    service: the path of every request.
+    keys: who may call.
+    """
+
+    def __init__(self, service: Service, keys: ApiKeys) -> None:
+        self._service = service
+        self._keys = keys
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        try:
+            check_key(self._keys, context)
+            call = call_of(request, context.time_remaining())
+            async with aclosing(self._responses(call)) as responses:
+                async for response in responses:
+                    yield response
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever it is, the client gets a status
+            log_defect(error)
+            await abort(context, error)
+
+    async def _responses(self, call: Call) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        async with aclosing(self._service.generate(call)) as events:
+            async for event in events:
+                yield response_of(call, event)
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        try:
+            check_key(self._keys, context)
+            token_ids = await self._service.tokenize(_tokenize_prompt(request), request.model)
+            return inference_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=self._service.max_model_len)
+        except Exception as error:  # noqa: BLE001  as above
+            log_defect(error)
+            await abort(context, error)
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        try:
+            check_key(self._keys, context)
+            return inference_pb2.DetokenizeResponse(text=self._service.detokenize(request.token_ids, request.model))
+        except Exception as error:  # noqa: BLE001  as above
+            log_defect(error)
+            await abort(context, error)
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        try:
+            check_key(self._keys, context)
+            service = self._service
+            model = inference_pb2.Model(
+                id=service.name, max_model_len=service.max_model_len, created_unix_s=service.created_unix_s
+            )
+            return inference_pb2.ListModelsResponse(models=[model])
+        except Exception as error:  # noqa: BLE001  as above
+            log_defect(error)
+            await abort(context, error)
+
+
+def call_of(request: inference_pb2.GenerateRequest, time_remaining_s: float | None) -> Call:
+    """A field that is not there is the default's. Raises InvalidRequest."""
+    first_token_s = request.first_token_timeout_s if request.HasField("first_token_timeout_s") else None
+    return Call(
+        # A client's own name for a request may not be unique; what the engine sees is.
+        request_id=f"{request.request_id[:64] or 'rpc'}-{uuid.uuid4().hex}",
+        prompts=[_prompt_of(request)],
+        model=request.model,
+        options=_options_of(request.sampling),
+        n=request.n if request.HasField("n") else 1,
+        stop=list(request.stop),
+        echo=request.echo,
+        limits=TimeLimits(total_s=time_remaining_s, first_token_s=first_token_s),
+    )
+
+
+def _prompt_of(request: inference_pb2.GenerateRequest) -> Prompt:
+    kind = request.WhichOneof("prompt")
+    if kind == "text":
+        if not request.text:
+            raise InvalidRequest("text must not be empty", "text")
+        return TextPrompt(request.text)
+    if kind == "token_ids":
+        return TokenPrompt(list(request.token_ids.ids))
+    if kind == "chat":
+        return ChatPrompt(_messages(request.chat))
+    raise InvalidRequest("give one of text, token_ids and chat", "prompt")
+
+
+def _messages(chat: inference_pb2.Chat) -> list[dict[str, str]]:
+    if not chat.messages:
+        raise InvalidRequest("chat.messages must not be empty", "chat.messages")
+    return [{"role": message.role, "content": message.content} for message in chat.messages]
+
+
+def _tokenize_prompt(request: inference_pb2.TokenizeRequest) -> Prompt:
+    kind = request.WhichOneof("input")
+    is_given = request.HasField("add_special_tokens")
+    if kind == "text":
+        return TextPrompt(request.text, request.add_special_tokens if is_given else True)
+    if kind == "chat":
+        return ChatPrompt(_messages(request.chat), add_special_tokens=request.add_special_tokens)
+    raise InvalidRequest("give one of text and chat", "input")
+
+
+def _options_of(message: common_pb2.SamplingParams) -> SamplingOptions:
+    present = {field.name for field, _ in message.ListFields()}
+    return SamplingOptions(
+        **{name: getattr(message, name) for name in _SCALARS if name in present},
+        logit_bias=dict(message.logit_bias),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def response_of(call: Call, event: Event) -> inference_pb2.GenerateResponse:
+    """One event as one message."""
+    response = inference_pb2.GenerateResponse(request_id=call.request_id)
+    if isinstance(event, Started):
+        response.started.model = event.model
+        response.started.num_prompt_tokens = sum(map(len, event.prompt_token_ids))
+    elif isinstance(event, Echo):
+        response.delta.choice = event.choice
+        response.delta.text = event.text
+    elif isinstance(event, Delta):
+        delta = response.delta
+        delta.choice, delta.text, delta.position = event.choice, event.text, event.position
+        delta.token_ids.extend(event.token_ids)
+        delta.logprobs.extend(map(logprobs_to_proto, event.logprobs or ()))
+    elif isinstance(event, Finished):
+        finished = response.finished
+        finished.choice, finished.reason = event.choice, finish_reason_to_proto(event.reason)
+        if event.stop_string is not None:
+            finished.stop_string = event.stop_string
+        if event.stop_token_id is not None:
+            finished.stop_token_id = event.stop_token_id
+    else:
+        response.usage.num_prompt_tokens = event.num_prompt_tokens
+        response.usage.num_completion_tokens = event.num_completion_tokens
+        response.usage.num_cached_tokens = event.num_cached_tokens
+    return response

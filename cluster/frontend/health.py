@@ -1,0 +1,87 @@
+"""Alive and ready, by what the replicas do: an HTTP answer alone proves neither."""
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cluster.frontend.clock import Clock
+from cluster.types import ReplicaInfo, ReplicaState
+
+
+class Progress(enum.StrEnum):
+    """What a replica is about."""
+
+    IDLE = "idle"
+    """No work."""
+    BUSY = "busy"
+    """It has work and its steps go on."""
+    STALLED = "stalled"
+    """It has work, and no step has ended for too long."""
+    DOWN = "down"
+    """Not serving: starting, or failed."""
+
+
+@dataclass
+class _Mark:
+    """A replica's last observed step, and when it was first seen (or last seen without work)."""
+
+    steps: tuple[int, int]
+    since_s: float
+
+
+class Health:
+    """Args:
+    replicas: what they last said of themselves.
+    is_draining: whether this front end takes new requests.
+    clock: for how long nothing moved.
+    stall_s: a step takes less than this, with a wide margin.
+    """
+
+    def __init__(
+        self,
+        replicas: Callable[[], Sequence[ReplicaInfo]],
+        is_draining: Callable[[], bool],
+        clock: Clock,
+        stall_s: float,
+    ) -> None:
+        self._replicas = replicas
+        self._is_draining = is_draining
+        self._clock = clock
+        self._stall_s = stall_s
+        self._marks: dict[str, _Mark] = {}
+
+    def observe(self) -> dict[str, Progress]:
+        """Each replica's progress now. To be called regularly: what is between two calls is not seen."""
+        now_s = self._clock.now_s()
+        infos = self._replicas()
+        for gone in self._marks.keys() - {info.id for info in infos}:
+            del self._marks[gone]
+        return {info.id: self._observe_one(info, now_s) for info in infos}
+
+    def _observe_one(self, info: ReplicaInfo, now_s: float) -> Progress:
+        steps = (info.incarnation, info.num_steps)
+        has_work = info.num_running + info.num_waiting > 0
+        mark = self._marks.get(info.id)
+        if mark is None or mark.steps != steps or not has_work:
+            self._marks[info.id] = mark = _Mark(steps, now_s)
+        if info.state in (ReplicaState.STARTING, ReplicaState.FAILED):
+            return Progress.DOWN
+        if not has_work:
+            return Progress.IDLE
+        return Progress.STALLED if now_s - mark.since_s > self._stall_s else Progress.BUSY
+
+    def live(self) -> tuple[bool, dict[str, Progress]]:
+        """False when replicas have work and none of those moves: a restart is due."""
+        progress = self.observe()
+        working = [state for state in progress.values() if state in (Progress.BUSY, Progress.STALLED)]
+        return not working or Progress.BUSY in working, progress
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether new requests can be served, and why not."""
+        if self._is_draining():
+            return False, "draining"
+        infos = self._replicas()
+        if any(info.state is ReplicaState.READY for info in infos):
+            return True, "ready"
+        states = ", ".join(f"{info.id} is {info.state}" for info in infos) or "there is none"
+        return False, f"no replica is ready: {states}"

@@ -1,0 +1,205 @@
+"""The HTTP API: OpenAI's endpoints, tokenizer, health and metrics."""
+
+import re
+import time
+import uuid
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import Cancelled, Unavailable, mapping_of
+from cluster.frontend.auth import ApiKeys
+from cluster.frontend.calls import Call, Event
+from cluster.frontend.chat import ChatForm, chat_call
+from cluster.frontend.completions import CompletionForm, completion_call
+from cluster.frontend.health import Health
+from cluster.frontend.http_body import parse_body, read_body, while_connected
+from cluster.frontend.http_errors import JsonResponse, error_response, log_defect, plain_error
+from cluster.frontend.metrics import CONTENT_TYPE, Metrics
+from cluster.frontend.openai_schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from cluster.frontend.service import Service
+from cluster.frontend.sse import EventStream
+
+_OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/v2/health/live", "/v2/health/ready"})
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True)
+class HttpSettings:
+    """``max_body_bytes`` bounds each request's body; ``ping_interval_s`` each stream's silence."""
+
+    max_body_bytes: int = 32 * 2**20
+    ping_interval_s: float = 10.0
+
+
+class HttpApi:
+    """The endpoints. Each is a coroutine from a request to a response; errors of the tree become responses above."""
+
+    def __init__(self, service: Service, health: Health, metrics: Metrics, settings: HttpSettings) -> None:
+        self._service = service
+        self._health = health
+        self._metrics = metrics
+        self._settings = settings
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{model:path}", self.get_model),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/livez", self.livez),
+            Route("/v2/health/live", self.livez),
+            *(Route(path, self.readyz) for path in ("/readyz", "/health", "/v2/health/ready")),
+            Route("/metrics", self.render_metrics),
+        ]
+
+    async def list_models(self, request: Request) -> Response:
+        return JsonResponse({"object": "list", "data": [self._model_object()]})
+
+    async def get_model(self, request: Request) -> Response:
+        self._service.check_model(request.path_params["model"] or "?")
+        return JsonResponse(self._model_object())
+
+    def _model_object(self) -> dict[str, object]:
+        try:
+            max_model_len: int | None = self._service.max_model_len
+        except Unavailable:
+            max_model_len = None
+        return {
+            "id": self._service.name,
+            "object": "model",
+            "created": self._service.created_unix_s,
+            "owned_by": "remuda",
+            "max_model_len": max_model_len,
+        }
+
+    async def completions(self, request: Request) -> Response:
+        body = parse_body(CompletionBody, await self._body(request))
+        call = completion_call(body, f"cmpl-{uuid.uuid4().hex}")
+        service = self._service
+        form = CompletionForm(call, body, service.name, _now_unix_s(), service.tokenizer.bytes)
+        return await self._answer(request, call, form, bool(body.stream))
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = parse_body(ChatBody, await self._body(request))
+        call = chat_call(body, f"chatcmpl-{uuid.uuid4().hex}")
+        service = self._service
+        form = ChatForm(call, body, service.name, _now_unix_s(), service.tokenizer.bytes)
+        return await self._answer(request, call, form, bool(body.stream))
+
+    async def _answer(self, request: Request, call: Call, form: CompletionForm | ChatForm, streams: bool) -> Response:
+        events = self._service.generate(call)
+        if streams:
+            return EventStream(events, form, self._settings.ping_interval_s)
+
+        async def collect() -> list[Event]:
+            return [event async for event in events]
+
+        return JsonResponse(form.whole(await while_connected(request.receive, collect())))
+
+    async def tokenize(self, request: Request) -> Response:
+        body = parse_body(TokenizeBody, await self._body(request))
+        token_ids = await self._service.tokenize(body.as_prompt(), body.model)
+        names = self._service.tokenizer.token_strings(token_ids) if body.return_token_strs else None
+        length = self._service.max_model_len
+        return JsonResponse(
+            {"count": len(token_ids), "max_model_len": length, "tokens": token_ids, "token_strs": names}
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        body = parse_body(DetokenizeBody, await self._body(request))
+        return JsonResponse({"prompt": self._service.detokenize(body.tokens, body.model)})
+
+    async def livez(self, request: Request) -> Response:
+        is_live, progress = self._health.live()
+        return JsonResponse({"status": "live" if is_live else "stalled", "replicas": progress}, 200 if is_live else 503)
+
+    async def readyz(self, request: Request) -> Response:
+        is_ready, why = self._health.ready()
+        return JsonResponse({"status": why}, 200 if is_ready else 503)
+
+    async def render_metrics(self, request: Request) -> Response:
+        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request, self._settings.max_body_bytes)
+
+
+def _now_unix_s() -> int:
+    return int(time.time())
+
+
+class Gate:
+    """Around everything: request ids, keys, errors as responses, counts.
+
+    Args:
+        app: what is inside.
+        keys: who may call.
+        metrics: counts responses.
+        paths: known paths, which may be labels.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app = app
+        self._keys = keys
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        status: int | None = None
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        path = scope["path"]
+        try:
+            if path not in _OPEN_PATHS:
+                self._keys.check(headers.get("authorization"))
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:  # noqa: BLE001  whatever it is, the client gets an answer
+            log_defect(error)
+            if status is None and not isinstance(error, Cancelled):
+                await error_response(error)(scope, receive, send_with_id)
+            status = mapping_of(error).http_status
+        route = path if path in self._paths else "/v1/models" if path.startswith("/v1/models/") else "other"
+        self._metrics.http_response(route, status or 500)
+
+
+async def _refused_by_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        message = f"{request.url.path} does not take {request.method}; use {headers.get('Allow', 'another method')}"
+        return plain_error(405, message, "method_not_allowed", headers)
+    if error.status_code == 404:
+        return plain_error(404, f"there is nothing at {request.url.path}", "not_found", headers)
+    return plain_error(error.status_code, error.detail, "invalid_request", headers)
+
+
+def build_http_app(
+    service: Service, health: Health, metrics: Metrics, keys: ApiKeys, settings: HttpSettings = HttpSettings()
+) -> Starlette:
+    """The ASGI application."""
+    routes = HttpApi(service, health, metrics, settings).routes()
+    paths = frozenset(route.path for route in routes)
+    gate = Middleware(Gate, keys=keys, metrics=metrics, paths=paths)
+    return Starlette(routes=routes, middleware=[gate], exception_handlers={HTTPException: _refused_by_http})

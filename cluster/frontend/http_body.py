@@ -1,0 +1,66 @@
+"""Request bodies: bounded, parsed strictly; and work that ends when its client goes away."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.types import Receive
+
+from cluster.errors import Cancelled, PayloadTooLarge
+from engine.errors import InvalidRequest
+
+_T = TypeVar("_T")
+_M = TypeVar("_M", bound=BaseModel)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Raises PayloadTooLarge as soon as the bound is passed, or would be by the length that the header names."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise PayloadTooLarge(f"the body has {declared} bytes; at most {max_bytes} are taken")
+    chunks: list[bytes] = []
+    num_bytes = 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise PayloadTooLarge(f"the body has more than {max_bytes} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def parse_body(kind: type[_M], body: bytes) -> _M:
+    """Raises InvalidRequest, which names the first bad field."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        if first["type"] == "json_invalid":
+            raise InvalidRequest(f"the body is not valid JSON: {first['msg']}") from None
+        # Below a list's entry, the path goes on with the names of a union's members.
+        path = [str(part) for part in first["loc"]]
+        depth = 3 if len(path) > 1 and path[1].isdecimal() else 1
+        param = ".".join(path[:depth]) or None
+        raise InvalidRequest(f"{param or 'the body'}: {first['msg'].removeprefix('Value error, ')}", param) from None
+
+
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client has gone. The body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+    """The work's result. Raises Cancelled, the work stopped, when the client goes away first."""
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(disconnected(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Cancelled("the client went away")
+        return task.result()
+    finally:
+        watcher.cancel()
+        task.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)

@@ -1,0 +1,144 @@
+"""The two servers of one process: uvicorn for HTTP, grpc.aio for gRPC."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import grpc
+import uvicorn
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from starlette.types import ASGIApp
+
+from cluster.frontend.grpc_admin import AdminServicer
+from cluster.frontend.grpc_service import InferenceServicer
+from cluster.rpc.channel import SERVER_OPTIONS
+from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from engine.errors import InvalidOption
+
+_SERVICES = (
+    inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
+    admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
+)
+_ANY = ""
+"""grpc.health.v1's name for the server as a whole."""
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals are the process's business, not the server's; and one can wait until it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+
+class HttpListener:
+    """Args:
+    app: the ASGI application.
+    host: an address of this machine, or a name for one.
+    port: 0 takes a free one.
+    """
+
+    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+        self._socket = _bound_socket(host, port, "--port")
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
+        self._server = _Uvicorn(config)
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        port: int = self._socket.getsockname()[1]
+        return port
+
+    async def start(self) -> None:
+        """Returns when connections are taken."""
+        self._task = asyncio.create_task(self._server.serve([self._socket]))
+        listening = asyncio.create_task(self._server.listening.wait())
+        await asyncio.wait({self._task, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if self._task.done():
+            listening.cancel()
+            self._task.result()
+            raise AssertionError("uvicorn ended while it started")
+
+    async def stop(self) -> None:
+        """Connections that are still busy a second later are cut."""
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+        self._socket.close()
+
+
+class GrpcListener:
+    """Args:
+    inference: for clients.
+    admin: for operators.
+    host: as above.
+    port: 0 takes a free one.
+    """
+
+    def __init__(self, inference: InferenceServicer, admin: AdminServicer, host: str, port: int) -> None:
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
+        admin_pb2_grpc.add_AdminServicer_to_server(admin, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise InvalidOption(f"--grpc-port {port}: cannot listen at {address}; choose another port") from error
+        self._is_ready: bool | None = None
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def set_ready(self, is_ready: bool) -> None:
+        """What grpc.health.v1 answers."""
+        if is_ready == self._is_ready:
+            return
+        self._is_ready = is_ready
+        status = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in (_ANY, *_SERVICES):
+            await self._health.set(service, status)
+
+    async def stop(self) -> None:
+        """Calls that still run a second later are cut."""
+        await self._server.stop(1.0)
+
+
+def _bound_socket(host: str, port: int, option: str) -> socket.socket:
+    """Raises InvalidOption where the address is not of this machine or the port is taken."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise InvalidOption(f"--host {host} is no address of this machine: {error}") from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise InvalidOption(f"{option} {port}: cannot listen at {host}: {error.strerror}; choose another") from error
+    listener.setblocking(False)
+    return listener

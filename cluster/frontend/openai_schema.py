@@ -1,0 +1,258 @@
+"""Bodies of OpenAI's requests, with the extensions that vLLM's clients know.
+
+Wrong types are refused, unknown fields are not looked at, and fields that ask for what is not served are refused rather
+than ignored.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from cluster.frontend.calls import ChatPrompt, Prompt, SamplingOptions, TextPrompt, TimeLimits, TokenPrompt
+from engine.errors import InvalidRequest
+
+# Field → what is not served yet. Null, false, zero and empty values ask for nothing.
+_NOT_SERVED = {
+    "tools": "tool calling",
+    "functions": "tool calling",
+    "audio": "audio",
+    "suffix": "insertion before a suffix",
+    "use_beam_search": "beam search",
+    "prompt_embeds": "prompt embeddings",
+    "structured_outputs": "structured output",
+    "guided_json": "structured output",
+    "guided_regex": "structured output",
+    "guided_choice": "structured output",
+    "guided_grammar": "structured output",
+    "chat_template": "a template of the client's own",
+    "continue_final_message": "continuing the last message",
+}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    model: str = ""
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    include_usage: bool = False
+
+
+class _GenerateBody(_Body):
+    """What both generating endpoints take."""
+
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    timeout_s: float | None = None
+    queue_timeout_s: float | None = None
+    first_token_timeout_s: float | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def limits(self) -> TimeLimits:
+        return TimeLimits(self.timeout_s, self.queue_timeout_s, self.first_token_timeout_s)
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def refuse_what_is_not_served(self) -> None:
+        """Raises InvalidRequest."""
+        for name, what in _NOT_SERVED.items():
+            if (self.model_extra or {}).get(name):
+                raise InvalidRequest(f"{what} is not served yet; leave {name} out", name)
+        if self.response_format is not None and self.response_format.get("type", "text") != "text":
+            raise InvalidRequest(
+                "structured output is not served yet; leave response_format out, or set its type to text",
+                "response_format",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is only for requests with stream: true", "stream_options")
+
+    def options(self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None) -> SamplingOptions:
+        return SamplingOptions(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=_biases(self.logit_bias or {}),
+            seed=self.seed,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+def _biases(given: Mapping[str, float]) -> dict[int, float]:
+    try:
+        return {int(token_id): bias for token_id, bias in given.items()}
+    except ValueError as error:
+        raise InvalidRequest("the keys of logit_bias must be token ids", "logit_bias") from error
+
+
+class CompletionBody(_GenerateBody):
+    """POST /v1/completions."""
+
+    prompt: Any = None
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+    parse_special_tokens: bool = False
+
+    def prompts(self) -> list[Prompt]:
+        """Raises InvalidRequest unless it is a string, strings, token ids or lists of them."""
+        given = self.prompt
+        if isinstance(given, str):
+            return [self._text(given)]
+        if isinstance(given, list) and given:
+            if all(isinstance(entry, str) for entry in given):
+                return [self._text(entry) for entry in given]
+            if _are_ids(given):
+                return [TokenPrompt(given)]
+            if all(isinstance(entry, list) and _are_ids(entry) for entry in given):
+                return [TokenPrompt(entry) for entry in given]
+        what = "missing" if given is None else "an empty list" if given == [] else "neither"
+        raise InvalidRequest(
+            f"prompt must be a string, a list of strings, a list of token ids or a list of such lists; it is {what}",
+            "prompt",
+        )
+
+    def _text(self, text: str) -> TextPrompt:
+        if not text:
+            raise InvalidRequest("prompt must not be empty", "prompt")
+        return TextPrompt(text, self.add_special_tokens, self.parse_special_tokens)
+
+
+def _are_ids(entries: list[Any]) -> bool:
+    return all(type(entry) is int for entry in entries)
+
+
+class Message(BaseModel):
+    """One turn. ``content`` is text, or parts of which only text is served."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    def for_template(self, position: int) -> dict[str, Any]:
+        """Raises InvalidRequest for images and other media."""
+        for name in ("tool_calls", "function_call"):
+            if (self.model_extra or {}).get(name):
+                raise InvalidRequest("tool calling is not served yet", f"messages.{position}.{name}")
+        # OpenAI's newer name for the same thing; templates know the older one.
+        role = "system" if self.role == "developer" else self.role
+        content = self.content if isinstance(self.content, str) else _text_of(self.content or [], position)
+        return {**(self.model_extra or {}), "role": role, "content": content}
+
+
+_MEDIA = {
+    "image_url": "images",
+    "input_image": "images",
+    "input_audio": "audio",
+    "video_url": "videos",
+    "file": "files",
+}
+
+
+def _text_of(parts: list[dict[str, Any]], position: int) -> str:
+    texts = []
+    for number, part in enumerate(parts):
+        param = f"messages.{position}.content.{number}"
+        kind = part.get("type")
+        if kind in _MEDIA:
+            raise InvalidRequest(f"{_MEDIA[kind]} are not served yet; send text only", param)
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise InvalidRequest("a content part must have the type text and a string named text", param)
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def chat_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """What templates are given. Raises InvalidRequest."""
+    if not messages:
+        raise InvalidRequest("messages must not be empty", "messages")
+    return [message.for_template(position) for position, message in enumerate(messages)]
+
+
+class ChatBody(_GenerateBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def chat_prompt(self) -> ChatPrompt:
+        variables = self.chat_template_kwargs or {}
+        return ChatPrompt(chat_messages(self.messages), self.add_generation_prompt, variables, self.add_special_tokens)
+
+    def num_logprobs(self) -> int | None:
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+        return None
+
+
+class TokenizeBody(_Body):
+    """POST /tokenize: a prompt, or messages."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    parse_special_tokens: bool = False
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def as_prompt(self) -> Prompt:
+        """Raises InvalidRequest."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("give either prompt or messages", "prompt")
+        if self.messages is not None:
+            variables = self.chat_template_kwargs or {}
+            messages = chat_messages(self.messages)
+            return ChatPrompt(messages, self.add_generation_prompt, variables, bool(self.add_special_tokens))
+        assert self.prompt is not None
+        return TextPrompt(self.prompt, self.add_special_tokens is not False, self.parse_special_tokens)
+
+
+class DetokenizeBody(_Body):
+    """POST /detokenize."""
+
+    tokens: list[int]

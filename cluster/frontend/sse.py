@@ -1,0 +1,101 @@
+"""Server-sent events: one response that streams a request's events, and stops its work when the client goes away."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from cluster.errors import Cancelled
+from cluster.frontend.calls import Event, Started
+from cluster.frontend.http_body import disconnected
+from cluster.frontend.http_errors import error_object, log_defect
+from engine.errors import RemudaError
+
+_DONE = b"data: [DONE]\n\n"
+_PING = b": ping\n\n"
+_encode = msgspec.json.Encoder().encode
+
+
+class Chunks(Protocol):
+    """One API's form of a stream."""
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        """The chunks that show this event, often one, sometimes none."""
+        ...
+
+
+class EventStream(Response):
+    """The status waits for the first event after Started, so that a request that fails at once gets its own status;
+    but no longer than one ping interval. Later errors come as an error event.
+
+    Args:
+        events: the request's.
+        form: how they look.
+        ping_interval_s: after so long without anything to say, a comment keeps the connection busy.
+    """
+
+    def __init__(self, events: AsyncGenerator[Event, None], form: Chunks, ping_interval_s: float) -> None:
+        super().__init__(
+            media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._events = events
+        self._form = form
+        self._ping_interval_s = ping_interval_s
+        self._is_open = False
+        self._unsent: list[bytes] = []
+        self._last_sent_s = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises the request's error where nothing has been sent yet, and Cancelled where the client went first."""
+        writer = asyncio.create_task(self._write_all(send))
+        others = [asyncio.create_task(disconnected(receive)), asyncio.create_task(self._ping(send))]
+        try:
+            await asyncio.wait({writer, others[0]}, return_when=asyncio.FIRST_COMPLETED)
+            if not writer.done():
+                raise Cancelled("the client went away")
+            writer.result()
+        finally:
+            for task in (writer, *others):
+                task.cancel()
+            await asyncio.gather(writer, *others, return_exceptions=True)
+
+    async def _write_all(self, send: Send) -> None:
+        try:
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    for chunk in self._form.chunks(event):
+                        self._unsent.append(b"data: " + _encode(chunk) + b"\n\n")
+                    if self._unsent and not isinstance(event, Started):
+                        await self._send_unsent(send)
+        except Exception as error:
+            if not self._is_open:
+                raise
+            if not isinstance(error, RemudaError):
+                log_defect(error)
+            self._unsent.append(b"data: " + _encode({"error": error_object(error)}) + b"\n\n")
+        self._unsent.append(_DONE)
+        await self._send_unsent(send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_unsent(self, send: Send) -> None:
+        body = b"".join(self._unsent)
+        self._unsent.clear()
+        self._last_sent_s = asyncio.get_running_loop().time()
+        if not self._is_open:
+            self._is_open = True
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _ping(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        self._last_sent_s = loop.time()
+        while True:
+            await asyncio.sleep(self._last_sent_s + self._ping_interval_s - loop.time())
+            if loop.time() >= self._last_sent_s + self._ping_interval_s:
+                self._unsent.append(_PING)
+                await self._send_unsent(send)
