@@ -86,9 +86,10 @@ def _decode(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile:
     """[D, h, d] queries. A KV head's query heads stand as its queries, so that no key is repeated."""
     num_kv_heads = keys.shape[1]
     grouped = query.unflatten(1, (num_kv_heads, -1))
-    # [D, L, k, d] seen as [D, k, L, d].
-    gathered_keys = keys[tile.slots].transpose(1, 2)
-    gathered_values = values[tile.slots].transpose(1, 2)
+    # [D, L, k, d] seen as [D, k, L, d]. index_select copies at memory speed, plain indexing does not.
+    shape = (*tile.slots.shape, *keys.shape[1:])
+    gathered_keys = keys.index_select(0, tile.slots.flatten()).view(shape).transpose(1, 2)
+    gathered_values = values.index_select(0, tile.slots.flatten()).view(shape).transpose(1, 2)
     mask = tile.mask[:, None, None, :].expand(-1, 1, grouped.shape[2], -1)
     attended = functional.scaled_dot_product_attention(grouped, gathered_keys, gathered_values, attn_mask=mask)
     return attended.flatten(1, 2)
@@ -99,8 +100,8 @@ def _prefill(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile
     num_kv_heads = keys.shape[1]
     grouped = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
     shape = (-1, grouped.shape[1], -1, -1)
-    gathered_keys = keys[tile.slots].transpose(0, 1)[:, None].expand(shape)
-    gathered_values = values[tile.slots].transpose(0, 1)[:, None].expand(shape)
+    gathered_keys = keys.index_select(0, tile.slots).transpose(0, 1)[:, None].expand(shape)
+    gathered_values = values.index_select(0, tile.slots).transpose(0, 1)[:, None].expand(shape)
     attended = functional.scaled_dot_product_attention(
         grouped, gathered_keys, gathered_values, attn_mask=tile.mask[None, None]
     )

@@ -1,0 +1,44 @@
+"""Tokens reach the experts that they were routed to, once each, over any division of the experts."""
+
+import pytest
+import torch
+
+from engine.parallel.token_dispatch import ReplicatedDispatch
+
+NUM_EXPERTS, NUM_TOKENS, HIDDEN = 8, 23, 5
+
+
+def expert(index: int, tokens: torch.Tensor) -> torch.Tensor:
+    return tokens * (index + 1) + index
+
+
+@pytest.mark.parametrize("num_chosen", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_sum_over_ranks_is_the_mixture(num_ranks: int, num_chosen: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(NUM_TOKENS, HIDDEN, generator=generator)
+    scores, expert_ids = torch.rand(NUM_TOKENS, NUM_EXPERTS, generator=generator).topk(num_chosen, dim=-1)
+    per_rank = NUM_EXPERTS // num_ranks
+    total = torch.zeros_like(hidden)
+    for rank in range(num_ranks):
+        dispatch = ReplicatedDispatch(rank * per_rank, per_rank)
+        tokens, counts, handle = dispatch.dispatch(hidden, expert_ids, scores)
+        assert len(counts) == per_rank and sum(counts) == len(tokens)
+        parts = tokens.split(counts)
+        outputs = torch.cat([expert(rank * per_rank + i, part) for i, part in enumerate(parts)])
+        total += dispatch.combine(outputs, handle)
+    expected = torch.stack(
+        [
+            torch.stack([expert(int(e), hidden[t] * s) for e, s in zip(expert_ids[t], scores[t], strict=True)]).sum(0)
+            for t in range(NUM_TOKENS)
+        ]
+    )
+    torch.testing.assert_close(total, expected)
+
+
+def test_a_rank_without_tokens() -> None:
+    dispatch = ReplicatedDispatch(4, 4)
+    hidden = torch.ones(3, HIDDEN)
+    tokens, counts, handle = dispatch.dispatch(hidden, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+    assert tokens.shape == (0, HIDDEN) and counts == [0, 0, 0, 0]
+    assert dispatch.combine(tokens, handle).eq(0).all()
