@@ -164,25 +164,29 @@ class Bed:
     def heal(self, host: Host) -> None:
         ip("-n", self._switch, "link", "set", f"p{host.number}", "up")
 
-    def start_ray(self, *, cpu_slots: int, hosts: Sequence[Host] | None = None) -> list[RayNode]:
+    def start_ray(self, *, cpu_slots: int | Sequence[int], hosts: Sequence[Host] | None = None) -> list[RayNode]:
         """One real Ray cluster over the hosts, with the settings of production; the first host is the head.
+
+        Args:
+            cpu_slots: of every host, or of each.
 
         Returns:
             the nodes, the head's first; ``nodes[0].address`` and ``.token_file`` are what a driver needs.
         """
         head, *others = hosts or self.hosts
-        spec = NodeSpec(node_ip=head.address, cpu_slots=cpu_slots, several_hosts=True)
+        each = [cpu_slots] * (1 + len(others)) if isinstance(cpu_slots, int) else list(cpu_slots)
+        spec = NodeSpec(node_ip=head.address, cpu_slots=each[0], several_hosts=True)
         head_node = RayNode.start(spec, command_prefix=head.prefix)
         self._ray_nodes.append(head_node)
 
-        def join(host: Host) -> RayNode:
-            spec = NodeSpec(host.address, cpu_slots, head_address=head_node.address, several_hosts=True)
+        def join(host: Host, slots: int) -> RayNode:
+            spec = NodeSpec(host.address, slots, head_address=head_node.address, several_hosts=True)
             node = RayNode.start(spec, token_file=head_node.token_file, command_prefix=host.prefix)
             self._ray_nodes.append(node)
             return node
 
         with ThreadPoolExecutor(len(others) or 1) as pool:
-            return [head_node, *pool.map(join, others)]
+            return [head_node, *pool.map(join, others, each[1:])]
 
     def close(self) -> None:
         """Stop Ray, end every process in the hosts and remove the namespaces. May be called twice."""
