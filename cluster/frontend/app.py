@@ -106,6 +106,8 @@ class FrontEnd:
         """Take no more requests, and wait for those that run. False where some are left after ``timeout_s``."""
         self._admission.close()
         await self._watch_once()
+        if not self._admission.num_requests:
+            return True
         try:
             await asyncio.wait_for(self._admission.wait_idle(), timeout_s)
         except TimeoutError:

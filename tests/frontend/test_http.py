@@ -1,0 +1,552 @@
+"""The HTTP API over real sockets: OpenAI's own client, and plain requests where the bytes matter."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from cluster.errors import ERROR_TABLE, Cancelled, Unavailable
+from cluster.frontend.http import HttpSettings
+from cluster.frontend.tokenizer import Tokenizer
+from cluster.types import ReplicaState
+from engine.errors import Overloaded, RankFailure, RemudaError
+from engine.request import Output, Request
+from tests.frontend.scripted import Gate, replica_info, says
+from tests.frontend.servers import served
+
+EOT = 2036
+USER = [{"role": "user", "content": "Hi"}]
+
+
+def chat(**changes: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": USER, **changes}
+
+
+def completion(**changes: Any) -> dict[str, Any]:
+    return {"model": "m", "prompt": "Hello", **changes}
+
+
+def events_of(body: str) -> list[Any]:
+    """The data of each event; comments and every malformed line are the test's business."""
+    blocks = body.split("\n\n")
+    assert blocks.pop() == ""
+    datas = [block.removeprefix("data: ") for block in blocks if not block.startswith(":")]
+    assert all(block.startswith(("data: ", ": ")) and "\n" not in block for block in blocks)
+    assert datas[-1] == "[DONE]"
+    return [json.loads(data) for data in datas[:-1]]
+
+
+async def test_models(tiny: Tokenizer) -> None:
+    async with served(says([300])) as one:
+        models = [model async for model in one.openai.models.list()]
+        assert [model.id for model in models] == ["m"]
+        assert (await one.openai.models.retrieve("m")).id == "m"
+        assert (await one.http.get("/v1/models")).json()["data"][0]["max_model_len"] == 512
+        with pytest.raises(openai.NotFoundError):
+            await one.openai.models.retrieve("other")
+
+
+async def test_chat_with_the_openai_client(tiny: Tokenizer) -> None:
+    ids = tiny.encode("Hello, wörld 🙂!", add_special_tokens=False)
+    async with served(says(ids, stop_token_id=EOT, num_cached_tokens=3)) as one:
+        answer = await one.openai.chat.completions.create(model="m", messages=USER, temperature=0)
+        assert answer.object == "chat.completion"
+        assert answer.choices[0].message.content == "Hello, wörld 🙂!"
+        assert answer.choices[0].message.role == "assistant"
+        assert answer.choices[0].finish_reason == "stop"
+        prompt = one.backend.requests[0].token_ids
+        assert prompt == tiny.encode_chat(USER)
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == len(prompt)
+        assert answer.usage.completion_tokens == len(ids) + 1
+        assert answer.usage.prompt_tokens_details is not None
+        assert answer.usage.prompt_tokens_details.cached_tokens == 3
+        sampling = one.backend.requests[0].sampling
+        assert sampling.temperature == 0
+        assert sampling.max_tokens == 512 - len(prompt)
+
+
+async def test_chat_stream_with_the_openai_client(tiny: Tokenizer) -> None:
+    ids = tiny.encode("Hello, wörld 🙂!", add_special_tokens=False)
+    async with served(says(ids, stop_token_id=EOT)) as one:
+        stream = await one.openai.chat.completions.create(
+            model="m", messages=USER, n=2, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+        texts = {0: "", 1: ""}
+        for chunk in chunks:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        assert texts == {0: "Hello, wörld 🙂!", 1: "Hello, wörld 🙂!"}
+        assert [chunk.choices[0].delta.role for chunk in chunks[:2]] == ["assistant", "assistant"]
+        assert len({chunk.id for chunk in chunks}) == 1
+        assert chunks[-1].choices == []
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == 2 * (len(ids) + 1)
+        ends = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+        assert ends == ["stop", "stop"]
+
+
+async def test_chat_stream_byte_for_byte(tiny: Tokenizer) -> None:
+    ids = tiny.encode("ab cd", add_special_tokens=False)
+    async with served(says(ids, sizes=[len(ids)], stop_token_id=EOT)) as one:
+        response = await one.http.post("/v1/chat/completions", json=chat(stream=True))
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["x-accel-buffering"] == "no"
+        assert response.headers["cache-control"] == "no-cache"
+        events = events_of(response.text)
+        head = {key: events[0][key] for key in ("id", "object", "created", "model")}
+        assert head["object"] == "chat.completion.chunk"
+        assert head["id"].startswith("chatcmpl-")
+        bare = {"index": 0, "logprobs": None, "finish_reason": None}
+        assert events[0] == {**head, "choices": [{**bare, "delta": {"role": "assistant", "content": ""}}]}
+        assert events[1] == {**head, "choices": [{**bare, "delta": {"content": "ab cd"}}]}
+        assert events[2] == {
+            **head,
+            "choices": [{**bare, "delta": {}, "finish_reason": "stop", "stop_reason": EOT}],
+        }
+        assert len(events) == 3
+
+
+async def test_completion_with_the_openai_client(tiny: Tokenizer) -> None:
+    ids = tiny.encode(" there you are", add_special_tokens=False)
+    async with served(says(ids * 9)) as one:
+        answer = await one.openai.completions.create(model="m", prompt="Hello")
+        assert answer.object == "text_completion"
+        assert answer.choices[0].text == tiny.decode((ids * 9)[:16])
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 16
+        assert one.backend.requests[0].token_ids == tiny.encode("Hello")
+        text = ""
+        async for chunk in await one.openai.completions.create(model="m", prompt="Hello", stream=True, max_tokens=5):
+            text += chunk.choices[0].text
+        assert text == tiny.decode((ids * 9)[:5])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("ab", [["ab"]]),
+        (["ab", "c"], [["ab"], ["c"]]),
+        ([5, 6, 7], [[5, 6, 7]]),
+        ([[5, 6], [7]], [[5, 6], [7]]),
+    ],
+)
+async def test_every_form_of_prompt(prompt: Any, expected: list[Any], tiny: Tokenizer) -> None:
+    async with served(says([300])) as one:
+        answer = (await one.http.post("/v1/completions", json=completion(prompt=prompt, n=2))).json()
+        assert [choice["index"] for choice in answer["choices"]] == list(range(2 * len(expected)))
+        given = [tiny.encode(entry[0]) if isinstance(entry[0], str) else entry for entry in expected]
+        assert [request.token_ids for request in one.backend.requests] == [ids for ids in given for _ in range(2)]
+        assert answer["usage"]["prompt_tokens"] == sum(map(len, given))
+
+
+async def test_echo_logprobs_and_ids(tiny: Tokenizer) -> None:
+    ids = tiny.encode(" é🙂", add_special_tokens=False)
+    async with served(says(ids)) as one:
+        body = completion(prompt="Hi é", echo=True, logprobs=2, max_tokens=len(ids), return_token_ids=True)
+        for stream in (False, True):
+            response = await one.http.post("/v1/completions", json={**body, "stream": stream})
+            if stream:
+                pieces = [event["choices"][0] for event in events_of(response.text)]
+                lists = [piece["logprobs"] for piece in pieces if piece["logprobs"]]
+                logprobs = {key: [entry for part in lists for entry in part[key]] for key in lists[0]}
+                text = "".join(piece["text"] for piece in pieces)
+                token_ids = [token_id for piece in pieces for token_id in piece.get("token_ids", [])]
+                prompt_ids = pieces[0]["prompt_token_ids"]
+                assert not any("prompt_token_ids" in piece for piece in pieces[1:])
+            else:
+                choice = response.json()["choices"][0]
+                logprobs, text = choice["logprobs"], choice["text"]
+                token_ids, prompt_ids = choice["token_ids"], choice["prompt_token_ids"]
+            prompt = tiny.encode("Hi é")
+            assert (prompt_ids, token_ids) == (prompt, ids)
+            assert text == "Hi é é🙂"
+            whole = [*prompt, *ids]
+            assert logprobs["token_logprobs"] == [None, *(-token_id / 1000 for token_id in whole[1:])]
+            assert logprobs["tokens"] == [tiny.bytes.name(token_id) for token_id in whole]
+            assert logprobs["top_logprobs"][0] is None
+            # Parts of characters all look like U+FFFD, so that an alternative can hide another.
+            assert all(
+                name in top for name, top in zip(logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=True)
+            )
+            assert max(map(len, logprobs["top_logprobs"][1:])) == 3
+            for name, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+                if "\ufffd" not in name and not name.startswith("<|"):
+                    assert text[offset : offset + len(name)] == name
+
+
+async def test_scoring_with_echo_and_no_new_tokens(tiny: Tokenizer) -> None:
+    async with served(says([300])) as one:
+        body = completion(prompt="one two three", echo=True, logprobs=0, max_tokens=0)
+        answer = (await one.http.post("/v1/completions", json=body)).json()
+        assert answer["choices"][0]["text"] == "one two three"
+        assert len(answer["choices"][0]["logprobs"]["tokens"]) == len(tiny.encode("one two three"))
+        assert answer["choices"][0]["logprobs"]["top_logprobs"] is None
+        assert answer["usage"]["completion_tokens"] == 0
+
+
+async def test_chat_logprobs_with_the_openai_client(tiny: Tokenizer) -> None:
+    ids = tiny.encode("ok 🙂", add_special_tokens=False)
+    async with served(says(ids, stop_token_id=EOT)) as one:
+        answer = await one.openai.chat.completions.create(model="m", messages=USER, logprobs=True, top_logprobs=3)
+        entries = answer.choices[0].logprobs
+        assert entries is not None
+        assert entries.content is not None
+        assert b"".join(bytes(entry.bytes or []) for entry in entries.content[:-1]).decode() == "ok 🙂"
+        assert [entry.logprob for entry in entries.content] == [-token_id / 1000 for token_id in [*ids, EOT]]
+        assert all(len(entry.top_logprobs) == 3 for entry in entries.content)
+
+
+async def test_stop_strings_and_extensions_reach_the_engine(tiny: Tokenizer) -> None:
+    ids = tiny.encode(" one two three", add_special_tokens=False)
+    async with served(says(ids)) as one:
+        body = completion(
+            stop="two", max_tokens=50, min_tokens=1, top_k=7, min_p=0.1, repetition_penalty=1.2, seed=11,
+            ignore_eos=True, stop_token_ids=[9], logit_bias={"12": -3}, presence_penalty=0.5, frequency_penalty=0.25,
+        )  # fmt: skip
+        answer = (await one.http.post("/v1/completions", json=body)).json()
+        assert answer["choices"][0]["text"] == " one "
+        assert answer["choices"][0]["stop_reason"] == "two"
+        sampling = one.backend.requests[0].sampling
+        for name in ("min_tokens", "top_k", "min_p", "repetition_penalty", "seed", "presence_penalty"):
+            assert getattr(sampling, name) == body[name]
+        assert sampling.logit_bias == {12: -3.0}
+        assert sampling.stop_token_ids == (9,)
+        assert sampling.frequency_penalty == 0.25
+
+
+async def test_tokenize_and_detokenize(tiny: Tokenizer) -> None:
+    async with served(says([300])) as one:
+        given = (await one.http.post("/tokenize", json={"model": "m", "prompt": "Hi 🙂"})).json()
+        ids = tiny.encode("Hi 🙂")
+        assert given == {"count": len(ids), "max_model_len": 512, "tokens": ids, "token_strs": None}
+        back = (await one.http.post("/detokenize", json={"model": "m", "tokens": ids})).json()
+        assert back == {"prompt": "<|begin_of_text|>Hi 🙂"}
+        bare = {"prompt": "Hi", "add_special_tokens": False, "return_token_strs": True}
+        answer = (await one.http.post("/tokenize", json=bare)).json()
+        assert answer["tokens"] == tiny.encode("Hi", add_special_tokens=False)
+        assert len(answer["token_strs"]) == answer["count"]
+        told = (await one.http.post("/tokenize", json={"messages": USER})).json()
+        assert told["tokens"] == tiny.encode_chat(USER)
+
+
+async def test_content_parts_are_joined(tiny: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "<|eo"}, {"type": "text", "text": "t|>"}]
+    async with served(says([300])) as one:
+        response = await one.http.post("/v1/chat/completions", json=chat(messages=[{"role": "user", "content": parts}]))
+        assert response.status_code == 200
+        assert one.backend.requests[0].token_ids == tiny.encode_chat([{"role": "user", "content": "<|eo\nt|>"}])
+
+
+REFUSED: list[tuple[str, Any, str | None]] = [
+    ("/v1/completions", {}, "prompt"),
+    ("/v1/completions", completion(prompt=""), "prompt"),
+    ("/v1/completions", completion(prompt=[]), "prompt"),
+    ("/v1/completions", completion(prompt=[""]), "prompt"),
+    ("/v1/completions", completion(prompt=[[]]), "prompt"),
+    ("/v1/completions", completion(prompt=[1.5]), "prompt"),
+    ("/v1/completions", completion(prompt=[True]), "prompt"),
+    ("/v1/completions", completion(prompt=["a", 1]), "prompt"),
+    ("/v1/completions", completion(prompt={"a": 1}), "prompt"),
+    ("/v1/completions", completion(prompt=[5, 99999]), "prompt"),
+    ("/v1/completions", completion(max_tokens="5"), "max_tokens"),
+    ("/v1/completions", completion(max_tokens=0), "max_tokens"),
+    ("/v1/completions", completion(max_tokens=1.5), "max_tokens"),
+    ("/v1/completions", completion(max_tokens=True), "max_tokens"),
+    ("/v1/completions", completion(temperature="hot"), "temperature"),
+    ("/v1/completions", completion(temperature=-1), "temperature"),
+    ("/v1/completions", completion(top_p=0), "top_p"),
+    ("/v1/completions", completion(logprobs=99), "logprobs"),
+    ("/v1/completions", completion(n=0), "n"),
+    ("/v1/completions", completion(best_of=3), "best_of"),
+    ("/v1/completions", completion(suffix="x"), "suffix"),
+    ("/v1/completions", completion(stop=[1]), "stop"),
+    ("/v1/completions", completion(stop=["a"] * 17), "stop"),
+    ("/v1/completions", completion(logit_bias={"x": 1}), "logit_bias"),
+    ("/v1/completions", completion(logit_bias={"5": 101}), "logit_bias"),
+    ("/v1/completions", completion(stream_options={"include_usage": True}), "stream_options"),
+    ("/v1/chat/completions", {"model": "m"}, "messages"),
+    ("/v1/chat/completions", chat(messages=[]), "messages"),
+    ("/v1/chat/completions", chat(messages="hi"), "messages"),
+    ("/v1/chat/completions", chat(messages=[{"content": "x"}]), "messages.0.role"),
+    ("/v1/chat/completions", chat(messages=[{"role": "user", "content": 5}]), "messages.0.content"),
+    ("/v1/chat/completions", chat(top_logprobs=2), "top_logprobs"),
+    ("/v1/chat/completions", chat(tools=[{"type": "function"}]), "tools"),
+    ("/v1/chat/completions", chat(response_format={"type": "json_object"}), "response_format"),
+    ("/v1/chat/completions", chat(guided_json={"type": "object"}), "guided_json"),
+    ("/v1/chat/completions", chat(max_completion_tokens=-1), "max_tokens"),
+    ("/v1/chat/completions", chat(timeout_s=-1), "timeout_s"),
+    ("/tokenize", {}, "prompt"),
+    ("/tokenize", {"prompt": 5}, "prompt"),
+    ("/detokenize", {"tokens": [99999]}, "tokens"),
+    ("/detokenize", {"tokens": ["a"]}, "tokens.0"),
+]
+
+
+async def test_bad_bodies_name_the_field() -> None:
+    async with served(says([300])) as one:
+        for path, body, param in REFUSED:
+            for stream in [{}, {"stream": True}] if path.startswith("/v1") and "stream_options" not in body else [{}]:
+                response = await one.http.post(path, json={**body, **stream})
+                assert response.status_code == 400, (path, body, response.text)
+                error = response.json()["error"]
+                assert error["param"] == param, (path, body, error)
+                assert error["type"] == "invalid_request_error"
+                assert error["message"]
+                assert isinstance(error["code"], str)
+        assert one.backend.requests == []
+
+
+async def test_images_are_refused_clearly() -> None:
+    parts = [{"type": "text", "text": "what is this"}, {"type": "image_url", "image_url": {"url": "data:,x"}}]
+    async with served(says([300])) as one:
+        with pytest.raises(openai.BadRequestError, match="images are not served yet"):
+            await one.openai.chat.completions.create(
+                model="m",
+                messages=[{"role": "user", "content": parts}],  # type: ignore[typeddict-item]
+            )
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"prompt": "a" "b"}', b"\xff\xfe", b'"x"'])
+async def test_broken_json_is_refused(body: bytes) -> None:
+    async with served(says([300])) as one:
+        response = await one.http.post("/v1/completions", content=body)
+        assert response.status_code == 400
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_lone_surrogates_are_the_clients_error() -> None:
+    async with served(says([300])) as one:
+        for body in (b'{"prompt": "\\ud800"}', b'{"prompt": "a", "stop": "\\udc00"}'):
+            response = await one.http.post("/v1/completions", content=body)
+            assert response.status_code == 400, response.text
+
+
+async def test_unknown_fields_and_nulls_are_fine() -> None:
+    async with served(says([300])) as one:
+        body = completion(
+            user="u", metadata={"a": 1}, brand_new=[1], temperature=None, stop=None, tools=None, suffix=""
+        )
+        assert (await one.http.post("/v1/completions", json=body)).status_code == 200
+
+
+async def test_paths_and_methods_that_are_not_there() -> None:
+    async with served(says([300])) as one:
+        missing = await one.http.get("/v1/nothing")
+        assert missing.status_code == 404
+        assert missing.json()["error"]["code"] == "not_found"
+        wrong = await one.http.get("/v1/completions")
+        assert wrong.status_code == 405
+        assert wrong.headers["allow"] == "POST"
+        assert wrong.json()["error"]["code"] == "method_not_allowed"
+        unknown = await one.http.post("/v1/chat/completions", json=chat(model="gpt-9"))
+        assert unknown.status_code == 404
+        assert unknown.json()["error"]["code"] == "model_not_found"
+
+
+async def test_too_long_is_openais_error() -> None:
+    async with served(says([300])) as one:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await one.openai.completions.create(model="m", prompt=[5] * 510, max_tokens=10)
+        assert caught.value.code == "context_length_exceeded"
+        assert "512" in str(caught.value)
+        assert "520" in str(caught.value)
+
+
+async def test_bodies_are_bounded() -> None:
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        for _ in range(40):
+            yield b" " * 1000
+
+    async with served(says([300]), http=HttpSettings(max_body_bytes=20_000)) as one:
+        declared = await one.http.post("/v1/completions", json=completion(prompt="x" * 30_000))
+        chunked = await one.http.post("/v1/completions", content=chunks())
+        for response in (declared, chunked):
+            assert response.status_code == 413
+            assert response.json()["error"]["code"] == "payload_too_large"
+
+
+async def test_every_error_has_its_status_and_form() -> None:
+    """Raised by the backend before anything was sent; plain and streamed alike."""
+    raised: list[type[RemudaError]] = []
+
+    async def script(request: Request) -> AsyncGenerator[Output, None]:
+        raise raised[-1]("because")
+        yield
+
+    async with served(script) as one:
+        for kind, mapping in ERROR_TABLE.items():
+            # A client that has gone is told nothing.
+            if kind is Cancelled:
+                continue
+            raised.append(kind)
+            for stream in (False, True):
+                response = await one.http.post("/v1/chat/completions", json=chat(stream=stream))
+                assert response.status_code == mapping.http_status
+                assert response.json()["error"] == {
+                    "message": "because",
+                    "type": mapping.type,
+                    "param": None,
+                    "code": mapping.code,
+                }
+                needs_retry_after = issubclass(kind, Overloaded | Unavailable)
+                assert ("retry-after" in response.headers) == needs_retry_after
+    assert len(raised) > 15
+
+
+async def test_defects_of_ours_keep_their_text_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def script(request: Request) -> AsyncGenerator[Output, None]:
+        raise RuntimeError("secret detail")
+        yield
+
+    async with served(script) as one:
+        response = await one.http.post("/v1/chat/completions", json=chat())
+        assert response.status_code == 500
+        assert "secret" not in response.text
+        assert "secret detail" in caplog.text
+
+
+async def test_an_error_in_a_stream_is_an_object_then_done(tiny: Tokenizer) -> None:
+    async def script(request: Request) -> AsyncGenerator[Output, None]:
+        yield Output(request.request_id, [300])
+        raise RankFailure("rank 3 died", 3)
+
+    async with served(script) as one:
+        response = await one.http.post("/v1/chat/completions", json=chat(stream=True))
+        assert response.status_code == 200
+        events = events_of(response.text)
+        assert events[-1]["error"] == {
+            "message": "rank 3 died", "type": "server_error", "param": None, "code": "rank_failure"
+        }  # fmt: skip
+        stream = await one.openai.chat.completions.create(model="m", messages=USER, stream=True)
+        with pytest.raises(openai.APIError, match="rank 3 died"):
+            async for _ in stream:
+                pass
+
+
+async def test_overload_says_when_to_come_back() -> None:
+    gate = Gate(after=[300])
+    async with served(gate, max_live_sequences=1) as one:
+        first = asyncio.create_task(one.http.post("/v1/completions", json=completion()))
+        await one.backend.until(lambda: bool(one.backend.live))
+        response = await one.http.post("/v1/completions", json=completion())
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "1"
+        assert response.json()["error"]["code"] == "rate_limit_exceeded"
+        gate.opened.set()
+        assert (await first).status_code == 200
+
+
+async def test_keys(tmp_path: Any) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# ours\nalpha\n\n  beta \n")
+    async with served(says([300]), key="beta", api_key_file=path) as one:
+        assert (await one.http.get("/v1/models")).status_code == 200
+        assert [model.id async for model in one.openai.models.list()] == ["m"]
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "Basic beta"},
+            {"authorization": "beta"},
+        ):
+            async with httpx.AsyncClient(trust_env=False) as client:
+                response = await client.get(f"{one.url}/v1/models", headers=headers)
+                assert response.status_code == 401
+                assert response.json()["error"]["code"] == "invalid_api_key"
+                assert response.headers["www-authenticate"] == "Bearer"
+                for open_path in ("/livez", "/readyz", "/health", "/metrics"):
+                    assert (await client.get(f"{one.url}{open_path}", headers=headers)).status_code == 200
+
+
+async def test_request_ids_come_back() -> None:
+    async with served(says([300])) as one:
+        given = await one.http.post("/v1/completions", json=completion(), headers={"x-request-id": "abc-1"})
+        assert given.headers["x-request-id"] == "abc-1"
+        made = [(await one.http.get("/nothing")).headers["x-request-id"] for _ in range(2)]
+        assert len(set(made)) == 2
+        odd = await one.http.get("/livez", headers={"x-request-id": "a b" * 100})
+        assert odd.headers["x-request-id"] != "a b" * 100
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("before", [[], [300]])
+async def test_a_client_that_goes_away_stops_the_work(stream: bool, before: list[int]) -> None:
+    """On a bare socket, so that nothing but closing it tells the server."""
+    async with served(Gate(before=before)) as one:
+        body = json.dumps(chat(stream=stream, n=2)).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", one.front_end.port)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await one.backend.until(lambda: len(one.backend.live) == 2)
+        if stream and before:
+            assert b"200" in await asyncio.wait_for(reader.readline(), 5)
+        writer.close()
+        await one.backend.until(lambda: not one.backend.live)
+        assert len(one.backend.aborted) == 2
+        await asyncio.wait_for(one.front_end.service.admission.wait_idle(), 5)
+
+
+async def test_an_openai_stream_that_is_closed_stops_the_work() -> None:
+    async with served(Gate(before=[300, 301])) as one:
+        stream = await one.openai.chat.completions.create(model="m", messages=USER, stream=True)
+        await anext(aiter(stream))
+        await stream.close()
+        await one.backend.until(lambda: not one.backend.live)
+        assert len(one.backend.aborted) == 1
+
+
+async def test_silence_is_filled_with_comments(tiny: Tokenizer) -> None:
+    gate = Gate(after=[300])
+    async with served(gate, http=HttpSettings(ping_interval_s=0.05)) as one:
+        async with one.http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as response:
+            assert response.status_code == 200
+            text = ""
+            async for piece in response.aiter_text():
+                text += piece
+                if text.count(": ping\n\n") >= 2:
+                    gate.opened.set()
+        events = events_of(text)
+        assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+        assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == tiny.decode([300])
+
+
+async def test_deadlines_end_requests() -> None:
+    async with served(Gate()) as one:
+        response = await one.http.post("/v1/completions", json=completion(first_token_timeout_s=0.05))
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "deadline_exceeded"
+    async with served(Gate(before=[300])) as one:
+        response = await one.http.post("/v1/completions", json=completion(timeout_s=0.2, stream=True))
+        assert events_of(response.text)[-1]["error"]["code"] == "deadline_exceeded"
+        assert one.backend.live == set()
+
+
+async def test_a_starting_server_is_unavailable() -> None:
+    async with served(says([300])) as one:
+        one.backend.infos = [replica_info(ReplicaState.STARTING)]
+        response = await one.http.post("/v1/completions", json=completion())
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) >= 1
+        assert (await one.http.get("/v1/models")).json()["data"][0]["max_model_len"] is None
+
+
+async def test_many_streams_side_by_side(tiny: Tokenizer) -> None:
+    ids = tiny.encode("The quick brown fox 🙂 jumps", add_special_tokens=False)
+    async with served(says(ids, stop_token_id=EOT), max_live_sequences=200) as one:
+
+        async def stream() -> str:
+            text = ""
+            created = await one.openai.chat.completions.create(model="m", messages=USER, stream=True)
+            async for chunk in created:
+                text += chunk.choices[0].delta.content or ""
+            return text
+
+        texts = await asyncio.gather(*(stream() for _ in range(50)))
+        assert set(texts) == {"The quick brown fox 🙂 jumps"}
+        assert one.front_end.service.admission.num_requests == 0
