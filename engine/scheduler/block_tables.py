@@ -67,8 +67,3 @@ class BlockTables:
     def num_needed(self, num_tokens: int) -> int:
         """Blocks, over all groups, that a request of this many positions must be able to hold at one time."""
         return num_blocks_needed(self._kv_groups, num_tokens, self._block_size)
-
-    def num_missing(self, state: RequestState) -> int:
-        """Blocks that a running request still has to get before all its known tokens are computed."""
-        num_held = sum(map(len, state.block_tables)) - sum(state.num_unseen_blocks)
-        return max(0, self.num_needed(len(state.token_ids)) - num_held)

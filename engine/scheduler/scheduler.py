@@ -156,12 +156,10 @@ class Scheduler:
     def _admit(self, batch: BatchPlan, flight: StepInFlight, budget: int) -> None:
         """Admits in the policy's order, and nobody past one that does not fit, so that nobody starves.
 
-        A request is admitted when all its known tokens fit beside what running prompts still need, with one block
-        left for each running request, so that it is not preempted again at once.
+        A request is admitted when all its known tokens fit, with one block left for each running request, so that it
+        is not preempted again at once. While a prompt is only partly scheduled nobody is admitted behind it.
         """
-        num_reserved = len(self._running) + sum(
-            self._tables.num_missing(state) for state in self._running if state.num_computed < len(state.token_ids)
-        )
+        num_reserved = len(self._running)
         for state in self._policy.order(self._waiting):
             if budget <= 0 or not self._free_slots or state.num_pending:
                 break
@@ -172,7 +170,9 @@ class Scheduler:
             num_tokens = min(len(state.token_ids), budget, self._tables.room(state))
             self._share(state, num_tokens, batch, flight)
             budget -= num_tokens
-            num_reserved += 1 + self._tables.num_missing(state)
+            num_reserved += 1
+            if num_tokens < len(state.token_ids):
+                break
         if batch.new:
             self._waiting = [state for state in self._waiting if state.slot == NO_SLOT]
             self._running = self._policy.order(self._running)
