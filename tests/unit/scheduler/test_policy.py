@@ -1,0 +1,21 @@
+"""First come, first served, by priority."""
+
+from engine.request import Request, SamplingParams
+from engine.scheduler.policy import FirstComeFirstServed
+from engine.scheduler.request_state import RequestState
+
+
+def state(arrival: int, priority: int = 0) -> RequestState:
+    request = Request(f"r{arrival}", [1], 1, SamplingParams(1), priority)
+    return RequestState.of(request, arrival, dp_group=0)
+
+
+def test_order_is_by_priority_then_arrival() -> None:
+    states = [state(3), state(0, priority=1), state(2), state(1, priority=-1)]
+    assert [s.arrival for s in FirstComeFirstServed().order(states)] == [1, 2, 3, 0]
+
+
+def test_the_victim_is_the_last_in_order() -> None:
+    states = [state(1, priority=1), state(4), state(0, priority=1), state(9, priority=-1)]
+    assert FirstComeFirstServed().victim(states) is states[0]
+    assert FirstComeFirstServed().victim(states[1:2]) is states[1]
