@@ -14,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A process that names itself (every worker of Ray does) would else write over its environment, and the mark in it.
+os.environ["SPT_NOENV"] = "1"
 
 import psutil
 import pytest

@@ -16,8 +16,6 @@ from typing import IO, Any
 import cluster
 from cluster.control.ray_guardian import START_TIMEOUT_S
 from cluster.control.ray_settings import (
-    BOOTSTRAP_CONFIG,
-    BOOTSTRAP_CONFIG_NAME,
     MAX_ROOT_BYTES,
     NodePaths,
     NodeSpec,
@@ -145,14 +143,11 @@ def killed_processes(last_words: bytes) -> list[str]:
 
 
 def make_directory() -> NodePaths:
-    """A new private directory with the HOME that keeps a head quiet, under a path short enough for Ray's sockets."""
+    """A new private directory, under a path short enough for Ray's sockets."""
     parent = tempfile.gettempdir()
     if len(parent.encode()) + len("/remuda-") + 8 > MAX_ROOT_BYTES:
         parent = SHORT_TEMPORARY_DIRECTORY
-    paths = NodePaths(Path(tempfile.mkdtemp(prefix="remuda-", dir=parent)))
-    paths.home.mkdir(mode=0o700)
-    write_private(paths.home / BOOTSTRAP_CONFIG_NAME, BOOTSTRAP_CONFIG)
-    return paths
+    return NodePaths(Path(tempfile.mkdtemp(prefix="remuda-", dir=parent)))
 
 
 def write_private(path: Path, text: str) -> None:

@@ -1,14 +1,18 @@
-"""This process as a Ray driver: on a private Ray of its own, or on one that was running already."""
+"""This process as a Ray driver: on a private Ray of its own, or on one that was running already.
+
+Also the command ``python -m cluster.control.ray_runtime start …``, which is ``ray start`` with less (``start_node``).
+"""
 
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray._private import services
@@ -246,3 +250,35 @@ def refresh_ray() -> None:
     """Ray keeps its configuration and the token from when it first looked."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
+
+
+def start_node(arguments: list[str]) -> NoReturn:
+    """``ray start`` with these arguments, without what nobody here asked for. Never returns: it ends the process.
+
+    * No API server on a head: it would call out (ray_settings.py), and only the dashboard needs it. Ray goes on
+      without it as it does where it fails to start.
+    * No Ray Client server, for which ``ray start`` has no switch.
+    * 127.0.0.1 stays 127.0.0.1: ``ray start`` would replace it by an address that the network can reach, and listen
+      there.
+    * The modules behind Ray's other commands are not imported. They take twice the time of the rest.
+    """
+    for other_commands in ("ray.serve.scripts", "ray.dashboard.modules.job.cli", "ray.util.state.state_cli"):
+        # What Python keeps for "this cannot be imported"; Ray then leaves those commands out.
+        sys.modules[other_commands] = None  # type: ignore[assignment]
+    from ray.scripts import scripts
+
+    services.start_api_server = no_api_server
+    services.resolve_ip_for_localhost = lambda host: host
+    scripts.get_ray_client_dependency_error = lambda: ImportError("not wanted")
+    scripts.start.main(arguments, prog_name="ray start")
+    sys.exit(0)
+
+
+def no_api_server(*args: Any, **kwargs: Any) -> tuple[None, None]:
+    """What ``ray._private.services.start_api_server`` returns where it started none: no address and no process."""
+    return None, None
+
+
+if __name__ == "__main__":
+    assert sys.argv[1] == "start", "the only command"
+    start_node(sys.argv[2:])

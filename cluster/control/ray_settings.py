@@ -1,11 +1,10 @@
 """The environment, paths and commands of every Ray node that Remuda starts. Pure: no Ray, no process, no clock.
 
-Three promises are kept here and nowhere else:
+Three promises are kept here and in ``ray_runtime.start_node``, and nowhere else:
 
-* **Nothing leaves the machine.** A Ray head asks the clouds' metadata addresses who it runs on, whatever
-  ``RAY_USAGE_STATS_ENABLED`` says, unless it finds ``~/ray_bootstrap_config.yaml`` and a cloud provider in it
-  (``ray/_common/usage/usage_lib.py``, ``get_cluster_config_to_report``). So a head gets a HOME of its own with that
-  file; ``ray_start_hook`` gives the user's HOME back to the raylet and with it to every worker.
+* **Nothing leaves the machine.** Ray's API server asks the clouds' metadata addresses who it runs on at every start of
+  a head, even with ``RAY_USAGE_STATS_ENABLED=0`` and without the dashboard that it is for
+  (``ray/_common/usage/usage_lib.py``, ``get_cluster_config_to_report``). Ours is never started.
 * **Nothing strange gets in.** Token authentication is on; a local node listens on 127.0.0.1 only; ``RAY_*`` settings
   of the user's shell, made for some other cluster, are not inherited.
 * **It is small and quick.** No dashboard, autoscaler monitor, log monitor or Ray Client server, a small object store,
@@ -30,9 +29,6 @@ MAX_SOCKET_PATH_BYTES = 107
 RAY_SOCKET_SUFFIX_BYTES = len("/r/session_YYYY-MM-DD_HH-MM-SS_uuuuuu_ppppppp/sockets/plasma_store")
 MAX_ROOT_BYTES = MAX_SOCKET_PATH_BYTES - RAY_SOCKET_SUFFIX_BYTES
 
-USER_HOME_VARIABLE = "REMUDA_USER_HOME"
-NODE_IP_VARIABLE = "REMUDA_NODE_IP"
-
 _SHUT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_USAGE_STATS_PROMPT_ENABLED": "0",
@@ -47,8 +43,6 @@ _SMALL = {
     "RAY_metrics_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
     "OMP_NUM_THREADS": "1",
-    # Any free port: the default is the same for every head of a host.
-    "DASHBOARD_METRIC_PORT": "0",
 }
 _BRIEF = {
     # Tries of a driver to connect: a Ray that answers does so at the first.
@@ -61,9 +55,6 @@ _QUICK_TO_NOTICE = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
-
-BOOTSTRAP_CONFIG_NAME = "ray_bootstrap_config.yaml"
-BOOTSTRAP_CONFIG = "provider:\n  type: local\n"
 
 
 @dataclass(frozen=True)
@@ -78,11 +69,6 @@ class NodePaths:
             raise ValueError(
                 f"the directory {self.root} has {length} bytes; Ray's socket paths leave at most {MAX_ROOT_BYTES}"
             )
-
-    @property
-    def home(self) -> Path:
-        """HOME of the processes that must find ``ray_bootstrap_config.yaml``."""
-        return self.root / "home"
 
     @property
     def temporary(self) -> Path:
@@ -166,29 +152,22 @@ def node_environment(
     Args:
         base: the caller's environment; its ``RAY_*`` variables are left out.
         token_file: the cluster's token (``paths.token`` on its head).
-        package_root: the directory that holds the ``cluster`` package, so that every Ray process finds the hook
-            and every worker the code of its actor.
+        package_root: the directory that holds the ``cluster`` package, so that every worker finds the code of
+            its actor, installed or not.
     """
     environment = {name: value for name, value in base.items() if not name.startswith("RAY_")}
     environment |= _SHUT | _SMALL | authentication_environment(token_file)
     if spec.several_hosts:
         environment |= _QUICK_TO_NOTICE
     search_path = [str(package_root), *filter(None, [base.get("PYTHONPATH")])]
-    environment |= {
-        "HOME": str(paths.home),
-        USER_HOME_VARIABLE: base.get("HOME", "/"),
-        NODE_IP_VARIABLE: spec.node_ip,
-        "RAY_START_HOOK": "cluster.control.ray_start_hook.adjust",
-        "PYTHONPATH": ":".join(search_path),
-        "RAY_TMPDIR": str(paths.temporary),
-    }
+    environment |= {"PYTHONPATH": ":".join(search_path), "RAY_TMPDIR": str(paths.temporary)}
     return environment
 
 
 def start_command(spec: NodeSpec, paths: NodePaths, python: str = sys.executable) -> list[str]:
-    """The ``ray start`` command of one node. It returns once the node is up; its processes stay."""
+    """The command that starts one node. It ends once the node is up; the node's processes stay."""
     command = [
-        python, "-m", "ray.scripts.scripts", "start",
+        python, "-m", "cluster.control.ray_runtime", "start",
         f"--node-ip-address={spec.node_ip}",
         f"--node-name={spec.node_ip}",
         f"--temp-dir={paths.temporary}",
@@ -203,7 +182,7 @@ def start_command(spec: NodeSpec, paths: NodePaths, python: str = sys.executable
     if spec.num_gpus is not None:
         command.append(f"--num-gpus={spec.num_gpus}")
     if spec.head_address is None:
-        command += ["--head", "--port=0", "--include-dashboard=False", "--dashboard-port=0", "--no-monitor"]
+        command += ["--head", "--port=0", "--include-dashboard=False", "--no-monitor"]
     else:
         command.append(f"--address={spec.head_address}")
     return command

@@ -27,7 +27,6 @@ ALLOWED_NAMES = {("random", "Random")}
 ENVIRONMENT_READERS = {
     "cluster/control/ray_node.py": "passes this process's environment, cleaned, to the Ray node it starts",
     "cluster/control/ray_runtime.py": "Ray reads its settings from this process's environment",
-    "cluster/control/ray_start_hook.py": "runs inside Ray's own processes, which are told by variables only",
 }
 
 

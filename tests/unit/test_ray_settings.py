@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.control import ray_node, ray_start_hook
+from cluster.control import ray_node
 from cluster.control.ray_settings import (
-    BOOTSTRAP_CONFIG_NAME,
     LOOPBACK,
     MAX_ROOT_BYTES,
     NodePaths,
@@ -36,8 +35,7 @@ def test_a_node_inherits_the_callers_environment_but_no_setting_of_another_ray()
     assert "RAY_ADDRESS" not in made and "RAY_AUTH_TOKEN" not in made
     assert made["RAY_AUTH_MODE"] == "token"
     assert made["RAY_AUTH_TOKEN_PATH"] == str(PATHS.token)
-    assert made["HOME"] == str(PATHS.home)
-    assert made["REMUDA_USER_HOME"] == "/home/user"
+    assert made["HOME"] == "/home/user"
     assert base["RAY_ADDRESS"] == "1.2.3.4:6379", "the caller's mapping is not written to"
 
 
@@ -61,7 +59,7 @@ def test_only_several_hosts_watch_each_other_closely() -> None:
 def test_heads_and_others_get_their_own_options() -> None:
     head = start_command(NodeSpec(cpu_slots=3), PATHS, "python")
     other = start_command(NodeSpec("10.0.0.2", head_address="10.0.0.1:6379", num_gpus=2), PATHS, "python")
-    assert head[:4] == other[:4] == ["python", "-m", "ray.scripts.scripts", "start"]
+    assert head[:4] == other[:4] == ["python", "-m", "cluster.control.ray_runtime", "start"]
     assert {"--head", "--num-cpus=3", f"--node-ip-address={LOOPBACK}", "--include-dashboard=False"} <= set(head)
     assert {"--address=10.0.0.1:6379", "--num-gpus=2", "--node-ip-address=10.0.0.2"} <= set(other)
     assert not {"--head", "--port=0", "--no-monitor"} & set(other)
@@ -83,11 +81,12 @@ def test_the_longest_directory_still_leaves_room_for_rays_sockets(tmp_path: Path
         NodePaths(Path(f"{root}x"))
 
 
-def test_a_new_directory_is_private_and_holds_the_home_that_keeps_a_head_quiet() -> None:
+def test_a_new_directory_is_private() -> None:
     paths = ray_node.make_directory()
+    ray_node.write_private(paths.token, "secret")
     try:
         assert stat.S_IMODE(paths.root.stat().st_mode) == 0o700
-        assert (paths.home / BOOTSTRAP_CONFIG_NAME).read_text() == "provider:\n  type: local\n"
+        assert stat.S_IMODE(paths.token.stat().st_mode) == 0o600
     finally:
         ray_node.shutil.rmtree(paths.root)
 
@@ -97,20 +96,6 @@ def test_a_long_temporary_directory_is_not_used(monkeypatch: pytest.MonkeyPatch,
     paths = ray_node.make_directory()
     ray_node.shutil.rmtree(paths.root)
     assert paths.root.parent == Path("/tmp")
-
-
-def test_the_hook_keeps_the_address_and_gives_workers_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Params:
-        node_ip_address = "192.0.2.1"
-        ray_client_server_port: int | None = 10001
-        env_vars: dict[str, str] | None = None
-
-    monkeypatch.setenv("REMUDA_NODE_IP", LOOPBACK)
-    monkeypatch.setenv("REMUDA_USER_HOME", "/home/user")
-    params = Params()
-    ray_start_hook.adjust(params, True)
-    assert (params.node_ip_address, params.ray_client_server_port) == (LOOPBACK, None)
-    assert params.env_vars == {"HOME": "/home/user"}
 
 
 def test_a_token_that_is_there_is_used_when_joining(tmp_path: Path) -> None:
