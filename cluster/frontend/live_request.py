@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from cluster.errors import DeadlineExceeded, Unavailable
@@ -135,12 +135,7 @@ class LiveRequest:
         self._wake.set()
 
 
-def _news(choice: Choice) -> Iterator[Echo | Delta | Finished]:
-    echo = choice.take_echo()
-    if echo is not None:
-        yield echo
-    delta = choice.take_delta()
-    if delta is not None:
-        yield delta
-    if choice.finished is not None:
-        yield choice.finished
+def _news(choice: Choice) -> list[Echo | Delta | Finished]:
+    """All that is new, taken at one moment: while its reader is busy with the first, more may come."""
+    news: list[Echo | Delta | Finished | None] = [choice.take_echo(), choice.take_delta(), choice.finished]
+    return [event for event in news if event is not None]

@@ -153,6 +153,20 @@ async def test_what_arrives_together_is_one_delta(build: Build) -> None:
     assert [event.token_ids for event in events if isinstance(event, Delta)] == [[300, 301, 302, 303]]
 
 
+@pytest.mark.parametrize("num_turns", [1, 2, 3, 5, 50])
+async def test_a_slow_reader_loses_nothing(num_turns: int, build: Build) -> None:
+    """What arrives while the reader is busy with one event, the end included, comes with the next ones."""
+    wanted = list(range(300, 320))
+    service, _, _ = build(says(wanted))
+    events = []
+    async for event in service.generate(call()):
+        events.append(event)
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+    assert [token for event in events if isinstance(event, Delta) for token in event.token_ids] == wanted
+    assert [type(event) for event in events[-2:]] == [Finished, Usage]
+
+
 async def test_a_stop_string_stops_the_engine_too(build: Build, tiny: Tokenizer) -> None:
     ids = tiny.encode(" one two three four", add_special_tokens=False)
     gate = Gate(before=ids)
