@@ -7,6 +7,10 @@ import time
 from engine.engine import EngineStats
 from engine.request import FinishReason, Output, Request
 
+FIRST_TOKEN_ID = 300
+NUM_TOKEN_IDS = 1000
+"""Its answers are remuda-tiny's tokens 300 to 1299 over and over: pieces of ordinary text."""
+
 
 class MockEngine:
     """Follows engine.engine.Engine's contract.
@@ -32,7 +36,7 @@ class MockEngine:
         return bool(self._live or self._ended)
 
     def add(self, request: Request) -> None:
-        self._live[request.request_id] = [request.sampling.max_tokens, 0]
+        self._live[request.request_id] = [request.sampling.max_tokens, FIRST_TOKEN_ID]
 
     def abort(self, request_id: str) -> bool:
         if self._live.pop(request_id, None) is None:
@@ -46,7 +50,7 @@ class MockEngine:
         outputs, self._ended = self._ended, []
         for request_id, state in self._live.items():
             left, token_id = state
-            state[0], state[1] = left - 1, token_id + 1
+            state[0], state[1] = left - 1, FIRST_TOKEN_ID + (token_id + 1 - FIRST_TOKEN_ID) % NUM_TOKEN_IDS
             outputs.append(Output(request_id, [token_id], FinishReason.LENGTH if left == 1 else None))
         if any(output.finish_reason is not None for output in outputs):
             self._live = {request_id: state for request_id, state in self._live.items() if state[0] > 0}

@@ -8,17 +8,24 @@ import argparse
 import asyncio
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 
+import engine
 from bench.mock_engine import MockEngine
+from cluster.frontend.app import FrontEnd, FrontEndConfig
+from cluster.frontend.fleet import Fleet
+from cluster.replica.client import ReplicaClient
 from cluster.replica.engine_loop import EngineLoop
 from cluster.replica.heap import settle_heap
 from cluster.replica.server import LeaderServer
 from cluster.rpc.channel import SERVER_OPTIONS
 from cluster.rpc.generated.remuda.v1 import inference_pb2, inference_pb2_grpc
 from cluster.types import ReplicaInfo, ReplicaState
+
+TOKENIZER_PATH = Path(engine.__path__[0]) / "assets" / "remuda-tiny"
 
 
 class ReferenceService(inference_pb2_grpc.InferenceServicer):
@@ -59,6 +66,18 @@ async def serve_reference(step_s: float) -> None:
     await server.stop(None)
 
 
+async def serve_front_end(leader: str) -> None:
+    fleet = Fleet({"replica-0": ReplicaClient(leader, "bench")})
+    await fleet.start()
+    front_end = FrontEnd(FrontEndConfig("mock", TOKENIZER_PATH, port=0, grpc_port=0), fleet)
+    await front_end.start()
+    settle_heap()
+    print(f"127.0.0.1:{front_end.port} 127.0.0.1:{front_end.grpc_port}", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await front_end.stop()
+    await fleet.close()
+
+
 async def serve_leader(step_s: float) -> None:
     engine = MockEngine(step_s, asyncio.get_running_loop())
     info = ReplicaInfo("replica-0", "mock", ReplicaState.STARTING, "", 1, 1 << 20, 1024, 16, 1)
@@ -72,10 +91,16 @@ async def serve_leader(step_s: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["leader", "reference"])
+    parser.add_argument("kind", choices=["leader", "front-end", "reference"])
     parser.add_argument("--step-s", type=float, default=0.0)
+    parser.add_argument("--leader", default="")
     arguments = parser.parse_args()
-    asyncio.run({"leader": serve_leader, "reference": serve_reference}[arguments.kind](arguments.step_s))
+    if arguments.kind == "front-end":
+        asyncio.run(serve_front_end(arguments.leader))
+    elif arguments.kind == "leader":
+        asyncio.run(serve_leader(arguments.step_s))
+    else:
+        asyncio.run(serve_reference(arguments.step_s))
 
 
 if __name__ == "__main__":

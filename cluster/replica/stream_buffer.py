@@ -31,9 +31,9 @@ class StreamBuffer:
         self._notify()
 
     def _notify(self) -> None:
-        if self._waiter is not None:
+        # A reader that was cancelled leaves its waiter behind until its task runs again.
+        if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-            self._waiter = None
 
     async def get(self) -> Output:
         """All that has come since the last call, at least one output. Raises the error that ended the stream."""

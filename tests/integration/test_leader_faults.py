@@ -7,7 +7,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from cluster.errors import StartFailed, Unavailable
+from cluster.errors import StartFailed, Unauthenticated, Unavailable
 from cluster.replica.client import ReplicaClient
 from cluster.replica.engine_loop import EngineLoop
 from cluster.replica.server import LeaderServer
@@ -192,3 +192,25 @@ async def test_no_leader_is_an_error_in_bounded_time() -> None:
     with pytest.raises(Unavailable):
         await collect(client, request("a"))
     await client.close()
+
+
+async def test_only_those_who_know_the_secret_are_served() -> None:
+    engine = ScriptedEngine()
+    server = LeaderServer(EngineLoop(engine), INFO, secret="geheim")
+    address = await server.start()
+    for secret in ("", "geheim!", "g"):
+        stranger = ReplicaClient(address, "stranger", secret=secret)
+        with pytest.raises(Unavailable, match="secret"):
+            await stranger.connect(0.3)
+        with pytest.raises(Unauthenticated):
+            await stranger.info()
+        with pytest.raises(Unauthenticated):
+            await stranger.drain()
+        await stranger.close()
+    assert server.info().state is ReplicaState.READY
+    friend = ReplicaClient(address, "friend", secret="geheim")
+    await friend.connect(WAIT_S)
+    assert tokens_of(await collect(friend, request("a"))) == answer(request("a"))
+    assert (await friend.info()).id == "replica-0"
+    await friend.close()
+    await server.stop(WAIT_S)
