@@ -2,16 +2,25 @@
 
 import signal
 import socket
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from cluster.replica.model_source import resolve
-from tests.support.served import REMUDA, Served, free_port, run_remuda, shared_memory_files, temporary_files
+from tests.support.served import Served, free_port, run_remuda, shared_memory_files
 
 TINY = str(resolve("remuda-tiny", None).directory())
+
+
+@pytest.fixture
+def own_tmp() -> Iterator[Path]:
+    """A TMPDIR of this test's own, with a short name, so that what is left in it can only be ours."""
+    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as name:
+        yield Path(name)
 
 
 @pytest.mark.parametrize(
@@ -30,17 +39,17 @@ TINY = str(resolve("remuda-tiny", None).directory())
         (("remuda-tiny", "--dtype", "int3"), ["--dtype", "int3"]),
     ],
 )
-def test_bad_input_ends_with_status_2_and_one_line(arguments: tuple[str, ...], words: list[str]) -> None:
-    before = temporary_files()
+def test_bad_input_ends_with_status_2_and_one_line(arguments: tuple[str, ...], words: list[str], own_tmp: Path) -> None:
     started_s = time.monotonic()
-    result = run_remuda("serve", *arguments, "--port", str(free_port()), "--grpc-port", str(free_port()))
+    ports = ("--port", str(free_port()), "--grpc-port", str(free_port()))
+    result = run_remuda("serve", *arguments, *ports, TMPDIR=str(own_tmp))
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1
     for word in words:
         assert word in result.stderr
     assert result.stdout == ""
     assert time.monotonic() - started_s < 30
-    assert temporary_files() <= before
+    assert list(own_tmp.iterdir()) == []
 
 
 @pytest.fixture
@@ -55,37 +64,37 @@ def broken_checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_missing_tensor_is_named_and_nothing_is_left(broken_checkpoint: Path, tmp_path: Path) -> None:
-    before, shared_before = temporary_files(), shared_memory_files()
-    server = Served((str(broken_checkpoint), "--tp", "2"), tmp_path / "serve.log")
+def test_a_missing_tensor_is_named_and_nothing_is_left(broken_checkpoint: Path, tmp_path: Path, own_tmp: Path) -> None:
+    shared_before = shared_memory_files()
+    server = Served((str(broken_checkpoint), "--tp", "2"), tmp_path / "serve.log", own_tmp)
     server.start()
     assert server.process is not None
     assert server.process.wait(90) == 2, server.log.read_text()
     assert "model.layers.1.self_attn.q_proj.weight" in server.log.read_text()
     assert server.left_processes() == []
-    assert temporary_files() <= before
+    assert list(own_tmp.iterdir()) == []
     assert shared_memory_files() <= shared_before
 
 
 @pytest.mark.timeout(240)
-def test_stopping_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_stopping_leaves_nothing_behind(tmp_path: Path, own_tmp: Path) -> None:
     """SIGTERM while it starts, SIGINT when it is ready, SIGKILL of the command itself: each time all is gone."""
-    before, shared_before = temporary_files(), shared_memory_files()
-    starting = Served(("remuda-tiny", "--tp", "2"), tmp_path / "starting.log")
+    shared_before = shared_memory_files()
+    starting = Served(("remuda-tiny", "--tp", "2"), tmp_path / "starting.log", own_tmp)
     starting.start()
     while "starting Ray" not in starting.log.read_text():
         time.sleep(0.05)
     assert starting.stop() == 0, starting.log.read_text()
     assert starting.left_processes() == []
 
-    with Served(("remuda-tiny", "--tp", "2"), tmp_path / "ready.log") as ready:
+    with Served(("remuda-tiny", "--tp", "2"), tmp_path / "ready.log", own_tmp) as ready:
         assert ready.stop(signal.SIGINT) == 0, ready.log.read_text()
     assert ready.left_processes() == []
 
-    with Served(("remuda-tiny",), tmp_path / "killed.log") as killed:
+    with Served(("remuda-tiny",), tmp_path / "killed.log", own_tmp) as killed:
         assert killed.stop(signal.SIGKILL) == -signal.SIGKILL
     assert killed.left_processes(30) == []
-    assert temporary_files() <= before
+    assert list(own_tmp.iterdir()) == []
     assert shared_memory_files() <= shared_before
 
 
@@ -95,7 +104,3 @@ def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
         result = run_remuda("serve", "--port", port, "--grpc-port", str(free_port()))
     assert result.returncode == 2
     assert f"--port {port}" in result.stderr
-
-
-def test_the_command_exists() -> None:
-    assert Path(REMUDA).is_file()

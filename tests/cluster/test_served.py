@@ -173,7 +173,7 @@ def test_a_cancelled_grpc_call_stops_the_work(served: Served) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "code", "param"),
     [
-        ({"model": "nobody", "prompt": "x"}, 404, "model_not_found", "model"),
+        ({"model": "nobody", "prompt": "x"}, 404, "model_not_found", None),
         ({"model": "remuda-tiny", "prompt": "x", "temperature": -1}, 400, "invalid_value", "temperature"),
         ({"model": "remuda-tiny", "prompt": "x", "max_tokens": "many"}, 400, None, "max_tokens"),
         ({"model": "remuda-tiny", "prompt": [99999999]}, 400, "invalid_value", "prompt"),

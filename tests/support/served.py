@@ -39,10 +39,6 @@ def shared_memory_files() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
-def temporary_files() -> set[str]:
-    return {name for name in os.listdir("/tmp") if name.startswith(("remuda", "ray"))}
-
-
 def processes_with(mark: str) -> list[psutil.Process]:
     """Every live process that inherited ``mark`` in its environment."""
     found = []
@@ -61,8 +57,8 @@ class Served:
 
     arguments: tuple[str, ...]
     log: Path
-    prefix: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
+    temporary: Path = Path("/tmp")
+    """TMPDIR of the server. Short: Ray's socket paths start with it."""
 
     def __post_init__(self) -> None:
         self.port, self.grpc_port = free_port(), free_port()
@@ -71,20 +67,19 @@ class Served:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def target(self) -> str:
-        return f"{self.host}:{self.grpc_port}"
+        return f"127.0.0.1:{self.grpc_port}"
 
     def start(self) -> None:
         """Start without waiting."""
-        command = [*self.prefix, REMUDA, "serve", *self.arguments]
+        command = [REMUDA, "serve", *self.arguments]
         command += ["--port", str(self.port), "--grpc-port", str(self.grpc_port)]
+        environment = {**os.environ, MARK: self.mark, "TMPDIR": str(self.temporary)}
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, MARK: self.mark}
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
 
     def wait_ready(self) -> None:
         assert self.process is not None
