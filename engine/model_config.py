@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from engine.config import Dtype, KvGroupConfig, ParallelConfig
 from engine.errors import CheckpointError, LayoutError
-from engine.rope_config import RopeConfig, parse_rope
+from engine.rope_config import RopeConfig, RopeType, parse_rope
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,14 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def max_context_len(self) -> int:
+        """Tokens of the longest context that the model was made for. Linear, dynamic and YaRN checkpoints may name the
+        length before it was stretched (transformers does not say which); Llama 3's name the length after."""
+        if self.rope.kind in (RopeType.LINEAR, RopeType.DYNAMIC, RopeType.YARN):
+            return max(self.max_position_embeddings, int(self.rope.original_max_positions * self.rope.factor))
+        return self.max_position_embeddings
 
     @property
     def num_experts(self) -> int:

@@ -39,4 +39,5 @@ def build_batch(
         block_tables=tuple(tables),
         slot_mapping=tuple(slot_mapping),
         logits_rows=torch.tensor(sampling_rows, dtype=torch.int64, device=device),
+        prompt_lens=tuple(share.state.num_prompt_tokens for share in scheduled),
     )

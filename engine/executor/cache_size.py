@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.config import KvGroupConfig
-from engine.errors import DoesNotFit
+from engine.errors import DoesNotFit, InvalidOption
 from engine.kv_groups import num_blocks_needed
 from engine.messages import Loaded
 
@@ -34,8 +34,11 @@ def size_cache(
         longest: tokens of the longest context that the model was made for.
         max_model_len: what the user asked for; None: the longest that fits, up to ``longest``.
 
-    Raises DoesNotFit, naming the bytes and what would fit, where not even one such context fits.
+    Raises DoesNotFit, naming the bytes and what would fit, where not even one such context fits, and InvalidOption
+    where the model was not made for it.
     """
+    if max_model_len is not None and max_model_len > longest:
+        raise InvalidOption(f"max-model-len {max_model_len} is more than the model's {longest} positions")
     tightest = min(loaded, key=lambda rank: rank.kv_bytes_available // rank.block_bytes)
     num_blocks = tightest.kv_bytes_available // tightest.block_bytes
     num_usable = max(num_blocks - 1, 0)

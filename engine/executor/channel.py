@@ -20,7 +20,8 @@ class LeaderChannel(Protocol):
     """The leader's end: one sender thread and one receiver thread may use it at once."""
 
     def send(self, data: bytes) -> None:
-        """One message to every rank. Raises RankFailure where a rank is gone or does not read."""
+        """One message to every rank. Raises RankFailure where a rank is gone or does not read; ``receive`` tells that
+        as well, behind what the rank said before."""
         ...
 
     def receive(self, timeout_s: float | None) -> tuple[int, bytes]:

@@ -16,9 +16,6 @@ from engine.executor.rank_message import decode_message
 from engine.messages import RankError, Shutdown, StepPlan, StepResult, encode
 from engine.model_config import ModelConfig
 
-_LEAVE_TIMEOUT_S = 2.0
-"""How long ranks may take to leave after Shutdown before their connections are cut."""
-
 
 @dataclass
 class _PendingStep:
@@ -87,13 +84,15 @@ class ChannelExecutor:
         assert self._collector is not None, "start comes first"
         pending = _PendingStep(plan.step, time.monotonic() + self._step_timeout_s)
         with self._lock:
-            if self._failure is not None or self._closing:
-                pending.future.set_exception(self._failure or RankFailure("the gang was closed"))
+            if self._failure is not None:
+                pending.future.set_exception(self._failure)
                 return pending.future
             self._pending.append(pending)
         try:
             self._channel.send(encode(plan))
-        except (RankFailure, ProtocolViolation, ChannelClosed) as error:
+        except RankFailure:
+            pass  # the collector hears of it too, and of what the rank said before: its reason is the better one
+        except (ProtocolViolation, ChannelClosed) as error:
             self._fail(error)
         return pending.future
 
@@ -161,14 +160,14 @@ class ChannelExecutor:
         return self._failure
 
     def close(self) -> None:
-        """Asks the ranks to leave, waits a moment for them, and cuts their connections."""
+        """Asks the ranks to leave and cuts their connections, which those that do not listen take as the same order."""
         with self._lock:
             if self._closing:
                 return
             self._closing = True
+        self._fail(RankFailure("the gang was closed"))
         with contextlib.suppress(EngineFailure):  # a rank that is gone needs no asking
             self._channel.send(encode(Shutdown("the gang is closed")))
         self._channel.close()
         if self._collector is not None:
-            self._collector.join(_LEAVE_TIMEOUT_S)
-        self._fail(RankFailure("the gang was closed"))
+            self._collector.join()

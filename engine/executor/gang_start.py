@@ -1,5 +1,6 @@
 """Brings the ranks of one gang from connected to ready."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,9 +57,10 @@ class GangStart:
         while len(self._loaded) < self._num_ranks:
             self._take()
         size = size_cache(
-            list(self._loaded.values()), kv_groups(model), block_size, model.max_position_embeddings, max_model_len
+            list(self._loaded.values()), kv_groups(model), block_size, model.max_context_len, max_model_len
         )
-        self._channel.send(encode(InitCache(self._epoch, size.num_blocks, size.max_model_len)))
+        with contextlib.suppress(RankFailure):  # to be received below, behind what the rank said before
+            self._channel.send(encode(InitCache(self._epoch, size.num_blocks, size.max_model_len)))
         while len(self._ready) < self._num_ranks:
             self._take()
         ready = [self._ready[rank] for rank in sorted(self._ready)]

@@ -152,7 +152,7 @@ class _Startup:
             return config.kv_cache_memory_bytes
         scratch = self._allocate(model, mesh, MIN_BLOCKS)
         torch.cuda.reset_peak_memory_stats(self._device)
-        self._run_largest_steps(model, scratch, model.config.max_position_embeddings)
+        self._run_largest_steps(model, scratch, model.config.max_context_len)
         peak = torch.cuda.max_memory_allocated(self._device)
         del scratch
         torch.cuda.synchronize(self._device)

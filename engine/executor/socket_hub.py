@@ -34,6 +34,7 @@ class _Connection:
         self.reads_ring = link.family == socket.AF_UNIX
         self.reader = FrameReader()
         self.consumed = 0
+        self.reason = "its connection ended"
 
     def lose(self, reason: str) -> list[tuple[int, bytes | RankFailure]]:
         return [(rank, RankFailure(f"rank {rank} is lost: {reason}", rank)) for rank in self.ranks]
@@ -101,6 +102,8 @@ class SocketHub:
             try:
                 send_all(connection.link, frame)
             except OSError as error:
+                connection.reason = str(error)
+                _shut(connection.link)
                 rank = connection.ranks[0]
                 raise RankFailure(f"rank {rank} is lost: {error}", rank) from error
 
@@ -141,7 +144,7 @@ class SocketHub:
         try:
             data = connection.link.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
             if not data:
-                raise ConnectionError("its connection ended")
+                raise ConnectionError(connection.reason)
             for frame in connection.reader.feed(data):
                 messages.append(_open(connection, frame))
         except BlockingIOError:

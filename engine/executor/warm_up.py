@@ -76,6 +76,7 @@ def _pretended_batch(
         block_tables=(table,) * num_groups,
         slot_mapping=(_SCRATCH_BLOCK * block_size + positions % block_size,) * num_groups,
         logits_rows=torch.tensor(query_lens, device=device).cumsum(0) - 1,
+        prompt_lens=tuple(kv_lens),
     )
 
 

@@ -35,6 +35,12 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return make_reference("llama4-scout", tmp_path_factory.mktemp("mixture"))
 
 
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The one variant for which a batch must say how long prompts are."""
+    return make_reference("dynamic", tmp_path_factory.mktemp("dynamic"))
+
+
 def worker_config(directory: Path, **changes: Any) -> WorkerConfig:
     values = {
         "rank": 0,
@@ -136,7 +142,7 @@ def sampled(reference: Reference) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("name", ["dense", "mixture"])
+@pytest.mark.parametrize("name", ["dense", "mixture", "dynamic"])
 @pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 8, "max_num_seqs": 3}], ids=["whole", "chunked"])
 def test_greedy_tokens_are_those_of_transformers(
     request: pytest.FixtureRequest, serve: Serve, name: str, limits: dict[str, int]
