@@ -79,12 +79,12 @@ class FrontEnd:
         http_app = build_http_app(self.service, self.health, metrics, keys, config.http)
         version = importlib.metadata.version("remuda")
         self._http = HttpListener(http_app, config.host, config.port)
-        self._grpc = GrpcListener(
-            InferenceServicer(self.service, keys),
-            AdminServicer(self.service, keys, version),
-            config.host,
-            config.grpc_port,
-        )
+        inference, admin = InferenceServicer(self.service, keys), AdminServicer(self.service, keys, version)
+        try:
+            self._grpc = GrpcListener(inference, admin, config.host, config.grpc_port)
+        except InvalidOption:
+            self._http.close()
+            raise
         self._watcher: asyncio.Task[None] | None = None
 
     @property

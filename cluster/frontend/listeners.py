@@ -83,6 +83,10 @@ class HttpListener:
         self._server.should_exit = True
         if self._task is not None:
             await self._task
+        self.close()
+
+    def close(self) -> None:
+        """Gives the port back; for a listener that was never started."""
         self._socket.close()
 
 

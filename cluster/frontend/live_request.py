@@ -72,12 +72,14 @@ class LiveRequest:
                 await self._wake.wait()
                 self._wake.clear()
                 changed, self._changed = self._changed, {}
-                for choice in changed.values():
-                    for event in _news(choice):
-                        yield event
-                        num_open -= isinstance(event, Finished)
-                if self._error is not None:
-                    raise self._error
+                # All of it before the first yield: while the reader is busy, the choices go on.
+                news = [event for choice in changed.values() for event in _news(choice)]
+                error = self._error
+                for event in news:
+                    yield event
+                    num_open -= isinstance(event, Finished)
+                if error is not None:
+                    raise error
         finally:
             for timer in self._timers.values():
                 timer.cancel()

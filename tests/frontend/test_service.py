@@ -167,6 +167,22 @@ async def test_a_slow_reader_loses_nothing(num_turns: int, build: Build) -> None
     assert [type(event) for event in events[-2:]] == [Finished, Usage]
 
 
+async def test_a_slow_reader_misses_nothing_and_hears_the_end_once(build: Build) -> None:
+    """While the reader is busy with one event, the choices go on and end."""
+    ids = list(range(300, 340))
+    service, _, _ = build(says(ids))
+    events: list[Event] = []
+    async for event in service.generate(call(n=3)):
+        events.append(event)
+        for _ in range(len(events) % 7):
+            await asyncio.sleep(0)
+    for choice in range(3):
+        own = [event for event in events if isinstance(event, Delta | Finished) and event.choice == choice]
+        assert [token_id for event in own if isinstance(event, Delta) for token_id in event.token_ids] == ids
+        assert [isinstance(event, Finished) for event in own].index(True) == len(own) - 1
+    assert isinstance(events[-1], Usage)
+
+
 async def test_a_stop_string_stops_the_engine_too(build: Build, tiny: Tokenizer) -> None:
     ids = tiny.encode(" one two three four", add_special_tokens=False)
     gate = Gate(before=ids)
