@@ -4,9 +4,6 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from cluster.cli import options
 from cluster.rpc.inference_client import InferenceClient, ServerStatus
 
@@ -24,7 +21,7 @@ def status(
     if as_json:
         sys.stdout.write(json.dumps(as_object(answer)) + "\n")
     else:
-        _print_table(answer)
+        _print_text(answer)
 
 
 def as_object(answer: ServerStatus) -> dict[str, Any]:
@@ -55,22 +52,15 @@ def as_object(answer: ServerStatus) -> dict[str, Any]:
     }
 
 
-def _print_table(answer: ServerStatus) -> None:
-    console = Console(highlight=False)
+def _print_text(answer: ServerStatus) -> None:
     draining = ", draining" if answer.draining else ""
-    console.print(f"{answer.model}: {answer.num_live_requests} live requests{draining}")
-    table = Table("replica", "state", "running", "waiting", "KV use", "rank", "host", "device", "pid", "rank state")
+    print(f"{answer.model}: {answer.num_live_requests} live requests{draining}")
     for replica in answer.replicas:
-        head = (
-            replica.id,
-            replica.state.value,
-            str(replica.num_running),
-            str(replica.num_waiting),
-            f"{replica.kv_cache_usage:.0%}",
+        print(
+            f"replica {replica.id}: {replica.state.value}, {replica.num_running} running, "
+            f"{replica.num_waiting} waiting, {replica.kv_cache_usage:.0%} of the KV cache in use, {replica.address}"
         )
-        for i, rank in enumerate(replica.ranks):
-            left = head if i == 0 else ("",) * len(head)
-            table.add_row(*left, str(rank.rank), rank.host, rank.device, str(rank.pid), rank.state)
-        if not replica.ranks:
-            table.add_row(*head, "", "", "", "", replica.error)
-    console.print(table)
+        if replica.error:
+            print(f"  {replica.error}")
+        for rank in replica.ranks:
+            print(f"  rank {rank.rank}: {rank.state}, {rank.device} on {rank.host}, pid {rank.pid}")
