@@ -167,16 +167,18 @@ async def test_a_slow_reader_loses_nothing(num_turns: int, build: Build) -> None
     assert [type(event) for event in events[-2:]] == [Finished, Usage]
 
 
-async def test_a_slow_reader_misses_nothing_and_hears_the_end_once(build: Build) -> None:
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("num_turns", [1, 2, 5])
+async def test_a_slow_reader_misses_nothing_and_hears_the_end_once(n: int, num_turns: int, build: Build) -> None:
     """While the reader is busy with one event, the choices go on and end."""
     ids = list(range(300, 340))
     service, _, _ = build(says(ids))
     events: list[Event] = []
-    async for event in service.generate(call(n=3)):
+    async for event in service.generate(call(n=n)):
         events.append(event)
-        for _ in range(len(events) % 7):
+        for _ in range(num_turns):
             await asyncio.sleep(0)
-    for choice in range(3):
+    for choice in range(n):
         own = [event for event in events if isinstance(event, Delta | Finished) and event.choice == choice]
         assert [token_id for event in own if isinstance(event, Delta) for token_id in event.token_ids] == ids
         assert [isinstance(event, Finished) for event in own].index(True) == len(own) - 1
