@@ -47,8 +47,11 @@ def build_engine(num_requests: int, step_s: float) -> Engine:
     )
 
 
-def reference_step_s(num_requests: int, num_rounds: int = 300) -> float:
-    """CPU seconds to encode and decode a plan and a result of one decoding step: the wire work of one step alone."""
+def reference_step_s(num_requests: int, step_s: float, num_rounds: int = 100) -> float:
+    """CPU seconds to encode and decode the plan and the result of one decoding step, once every ``step_s``.
+
+    Paced as the leader is, for after each sleep the processor's caches hold somebody else's data.
+    """
     shares = [ScheduledRequest(slot, 1000, 1, [7], [[], []], True) for slot in range(num_requests)]
     plan = StepPlan(0, 123_456, [BatchPlan([], [], shares)])
     result = StepResult(0, 123_456, 0, [SampledToken(slot, 7) for slot in range(num_requests)])
@@ -56,12 +59,13 @@ def reference_step_s(num_requests: int, num_rounds: int = 300) -> float:
     for _ in range(num_rounds):
         decode_to_rank(encode(plan))
         decode_from_rank(encode(result))
+        time.sleep(step_s)
     return (time.thread_time() - before_s) / num_rounds
 
 
-async def serve(num_requests: int, step_s: float, seconds: float) -> None:
-    engine = build_engine(num_requests, step_s)
-    loop = EngineLoop(engine)
+async def measure_leader(num_requests: int, step_s: float, seconds: float) -> tuple[float, float, int]:
+    """CPU seconds per step of the process and of its engine thread, and the number of steps."""
+    loop = EngineLoop(build_engine(num_requests, step_s))
     info = ReplicaInfo("replica-0", "null", ReplicaState.STARTING, "", 1, MAX_TOKENS, num_requests, BLOCK_SIZE, 0)
     server = LeaderServer(loop, info)
     address = await server.start()
@@ -71,21 +75,13 @@ async def serve(num_requests: int, step_s: float, seconds: float) -> None:
     engine_clock = time.pthread_getcpuclockid(engine_thread.ident or 0)
     while loop.load().num_running < num_requests:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
-    await asyncio.sleep(0.3)  # the prefill is over and caches are warm
-    reference_before_s = reference_step_s(num_requests)
+    await asyncio.sleep(0.3)  # the prefill is over
     steps, process_s, thread_s = loop.load().num_steps, time.process_time(), time.clock_gettime(engine_clock)
     await asyncio.sleep(seconds)
     num_steps = loop.load().num_steps - steps
-    used_s, thread_used_s = time.process_time() - process_s, time.clock_gettime(engine_clock) - thread_s
-    reference_s = (reference_before_s + reference_step_s(num_requests)) / 2
-    figures = {
-        "num_steps": num_steps,
-        "process_us": used_s / num_steps * 1e6,
-        "engine_thread_us": thread_used_s / num_steps * 1e6,
-        "reference_us": reference_s * 1e6,
-    }
-    print(json.dumps(figures), flush=True)
+    process_s, thread_s = time.process_time() - process_s, time.clock_gettime(engine_clock) - thread_s
     await server.stop(grace_s=1.0)
+    return process_s / num_steps, thread_s / num_steps, num_steps
 
 
 def main() -> None:
@@ -94,7 +90,16 @@ def main() -> None:
     parser.add_argument("--step-s", type=float, default=0.005)
     parser.add_argument("--seconds", type=float, default=1.5)
     arguments = parser.parse_args()
-    asyncio.run(serve(arguments.num_requests, arguments.step_s, arguments.seconds))
+    count, step_s = arguments.num_requests, arguments.step_s
+    before_s = reference_step_s(count, step_s)
+    process_s, thread_s, num_steps = asyncio.run(measure_leader(count, step_s, arguments.seconds))
+    figures = {
+        "num_steps": num_steps,
+        "process_us": process_s * 1e6,
+        "engine_thread_us": thread_s * 1e6,
+        "reference_us": (before_s + reference_step_s(count, step_s)) / 2 * 1e6,
+    }
+    print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":
