@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx2
 from filelock import FileLock
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -24,7 +24,6 @@ from engine.errors import CheckpointError
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,9 @@ def resolve(model: str, revision: str | None) -> ModelSource:
     if Path(model).exists() or not _HUB_ID.fullmatch(model):
         _local_directory(model)
         return ModelSource(str(Path(model).resolve()))
-    return ModelSource(model, _pin(model, revision or constants.DEFAULT_REVISION))
+    # What was downloaded under the branch's name tells the commit, offline too.
+    snapshot = _download(model, revision or constants.DEFAULT_REVISION)
+    return ModelSource(model, snapshot.name)
 
 
 def _local_directory(model: str) -> Path:
@@ -66,25 +67,11 @@ def _local_directory(model: str) -> Path:
     return path.resolve()
 
 
-def _pin(repo_id: str, revision: str) -> str:
-    if _COMMIT.fullmatch(revision):
-        return revision
-    try:
-        if not constants.HF_HUB_OFFLINE:
-            try:
-                return str(HfApi().model_info(repo_id, revision=revision).sha)
-            except httpx2.TransportError:
-                pass  # The hub cannot be reached: what this host has of that revision will do.
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_FILES, local_files_only=True)).name
-    except _HUB_ERRORS as error:
-        raise _as_checkpoint_error(repo_id, revision, error) from error
-
-
 def _download(repo_id: str, revision: str) -> Path:
     lock_dir = Path(constants.HF_HUB_CACHE)
     lock_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(lock_dir / f".remuda-{repo_id.replace('/', '--')}-{revision}.lock"):
+        with FileLock(lock_dir / f".remuda-{repo_id.replace('/', '--')}.lock"):
             return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_FILES))
     except _HUB_ERRORS as error:
         raise _as_checkpoint_error(repo_id, revision, error) from error
