@@ -11,6 +11,8 @@ from collections.abc import Iterator
 RUN_MARK = "REMUDA_TEST_RUN"
 os.environ[RUN_MARK] = uuid.uuid4().hex
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A process that sets its title would write over its environment, and so over the mark.
+os.environ["SPT_NOENV"] = "1"
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -13,7 +13,7 @@ from engine.executor.channel import ChannelClosed
 from engine.executor.frames import Frame, FrameKind, FrameReader, frame_head
 from engine.executor.handshake import greet_leader
 from engine.executor.plan_ring import PlanRingReader
-from engine.executor.sockets import connect, send_all
+from engine.executor.sockets import connect_when_open, send_all
 
 _RECEIVE_BYTES = 2**18
 
@@ -27,7 +27,7 @@ class SocketRankChannel:
     def __init__(self, address: str, secret: str, ranks: Sequence[int], timeout_s: float) -> None:
         self._rank = ranks[0]
         try:
-            self._socket = connect(address, timeout_s)
+            self._socket = connect_when_open(address, timeout_s)
         except OSError as error:
             raise ChannelClosed(f"the leader at {address} cannot be reached: {error}") from error
         try:

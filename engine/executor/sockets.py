@@ -9,6 +9,7 @@ import time
 
 SEND_TIMEOUT_S = 30.0
 """A peer that reads nothing for so long counts as lost."""
+_RETRY_S = 0.05
 _SILENCE_S = 15
 """A TCP peer that acknowledges nothing for so long counts as lost."""
 
@@ -28,6 +29,18 @@ def listen(address: str) -> tuple[socket.socket, str]:
         return listener, address
     host, port = listener.getsockname()[:2]
     return listener, f"tcp:{host}:{port}"
+
+
+def connect_when_open(address: str, timeout_s: float) -> socket.socket:
+    """As ``connect``, for a peer that may not be listening yet: a relay and the ranks behind it start together."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return connect(address, timeout_s)
+        except ConnectionRefusedError:
+            if time.monotonic() + _RETRY_S > deadline:
+                raise
+            time.sleep(_RETRY_S)
 
 
 def connect(address: str, timeout_s: float) -> socket.socket:

@@ -32,27 +32,24 @@ def run_worker(config: WorkerConfig) -> None:
     Raises what went wrong, after it has been reported to the leader; the process should then exit with status 1.
     Where the leader is gone and the rank hangs, the process ends itself.
     """
-    setproctitle.setproctitle(f"remuda-rank-{config.rank}")
-    relay = None
-    if config.relay is not None:
-        relay = HostRelay(
-            config.relay.leader_address,
-            config.channel_address,
-            config.secret,
-            config.relay.ranks,
-            config.connect_timeout_s,
-        )
-    channel = SocketRankChannel(config.channel_address, config.secret, [config.rank], config.connect_timeout_s)
-    finished = threading.Event()
-    threading.Thread(target=_watch_leader, args=(channel, finished), name="leader-watch", daemon=True).start()
-    try:
+    setproctitle.setproctitle(f"remuda: rank {config.rank}")
+    with contextlib.ExitStack() as cleanup:
+        if config.relay is not None:
+            relay = HostRelay(
+                config.relay.leader_address,
+                config.channel_address,
+                config.secret,
+                config.relay.ranks,
+                config.connect_timeout_s,
+            )
+            cleanup.callback(relay.close)
+            cleanup.callback(relay.wait_lost, config.rank, _EXIT_GRACE_S)
+        channel = SocketRankChannel(config.channel_address, config.secret, [config.rank], config.connect_timeout_s)
+        cleanup.callback(channel.close)
+        finished = threading.Event()
+        cleanup.callback(finished.set)
+        threading.Thread(target=_watch_leader, args=(channel, finished), name="leader-watch", daemon=True).start()
         serve_rank(config, channel)
-    finally:
-        finished.set()
-        channel.close()
-        if relay is not None:
-            relay.wait_lost(config.rank, _EXIT_GRACE_S)
-            relay.close()
 
 
 def serve_rank(config: WorkerConfig, channel: RankChannel) -> None:
