@@ -12,7 +12,7 @@ from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.kv_groups import num_blocks_needed
 from engine.messages import BatchPlan, SampledToken, StepResult
 from engine.request import FinishReason, Output, Request, SamplingParams
-from engine.scheduler.request_state import RequestState
+from engine.scheduler.request_state import NO_SLOT, RequestState
 from engine.scheduler.scheduler import Scheduler
 
 STOP_TOKEN = 1
@@ -88,8 +88,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.in_flight) < MAX_DEPTH)
     @rule()
     def schedule(self) -> None:
+        oldest = next((live.state for live in self.live.values()), None)
+        ran = oldest is not None and oldest.slot != NO_SLOT
         batch = self.scheduler.schedule(self.next_step)
         self.scheduler.check_integrity()
+        assert oldest is None or not ran or oldest.slot != NO_SLOT, "the oldest request was preempted"
         if batch is None:
             assert self.in_flight or not self.live, "requests wait, and nothing will ever wake them"
             return
@@ -101,11 +104,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert batch.scheduled
         assert len(batch.scheduled) <= self.config.max_num_seqs
         assert sum(share.num_tokens for share in batch.scheduled) <= self.config.max_num_batched_tokens
-        oldest = next(iter(self.live.values()), None)
         for slot in batch.removed:
             request_id = self.slots.pop(slot)
             if request_id in self.live:
-                assert self.live[request_id] is not oldest, "the oldest request was preempted"
                 self.live[request_id].num_computed = 0
         for new in batch.new:
             assert new.slot not in self.slots

@@ -198,6 +198,18 @@ def test_an_id_is_free_again_after_the_end() -> None:
     assert tokens(run(engine)["r"]) == first
 
 
+def test_preempted_requests_go_before_later_ones() -> None:
+    gang = new_gang(num_blocks=13, max_num_seqs=2)
+    engine = new_engine(gang, num_blocks=13, max_num_seqs=2)
+    for request_id in ("r0", "r1", "r2"):
+        engine.add(new_request(request_id, num_prompt_tokens=6, max_tokens=20))
+    ends = []
+    while engine.has_work:
+        ends += [output.request_id for output in engine.step() if output.finish_reason is not None]
+    assert engine.stats().num_preemptions > 0
+    assert ends == ["r0", "r1", "r2"]
+
+
 def test_a_failed_gang_and_its_successor() -> None:
     gang = new_gang(depth=2)
     engine = new_engine(gang)
