@@ -52,8 +52,9 @@ class Choice:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.finished: Finished | None = None
+        self.first_token_s: float | None = None
         self.last_token_s: float | None = None
-        """When the last token came, for whoever measures."""
+        """When tokens came, for whoever measures."""
         self._detokenizer = detokenizer
         self._stops = stops
         self._min_tokens = min_tokens

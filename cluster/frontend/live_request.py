@@ -128,11 +128,14 @@ class LiveRequest:
         if output.token_ids:
             self._disarm("first token")
             if choice.last_token_s is None:
+                choice.first_token_s = now_s
                 self._metrics.first_token(now_s - self._arrived_s)
             else:
                 self._metrics.next_tokens(now_s - choice.last_token_s, len(output.token_ids))
             choice.last_token_s = now_s
         choice.feed(output)
+        if choice.finished is not None and choice.first_token_s is not None:
+            self._metrics.decoded(now_s - choice.first_token_s)
         self._changed[choice.index] = choice
         self._wake.set()
 

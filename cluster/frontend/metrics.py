@@ -21,6 +21,7 @@ _ALSO_AS = {
     "remuda_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
     "remuda_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
     "remuda_e2e_request_latency_seconds": "vllm:e2e_request_latency_seconds",
+    "remuda_request_decode_time_seconds": "vllm:request_decode_time_seconds",
     "remuda_prompt_tokens": "vllm:prompt_tokens",
     "remuda_generation_tokens": "vllm:generation_tokens",
 }
@@ -48,6 +49,9 @@ class Metrics:
         self._next_token = histogram(
             "remuda_inter_token_latency_seconds", "Between tokens of one choice.", _NEXT_TOKEN_BUCKETS_S
         )
+        self._decode = histogram(
+            "remuda_request_decode_time_seconds", "From a choice's first token to its last.", _WHOLE_BUCKETS_S
+        )
         self._whole = histogram(
             "remuda_e2e_request_latency_seconds", "From arrival to the end, however it ended.", _WHOLE_BUCKETS_S
         )
@@ -74,6 +78,10 @@ class Metrics:
     def next_tokens(self, seconds: float, num_tokens: int) -> None:
         """``num_tokens`` that came together, so long after the ones before them."""
         self._next_token.observe(seconds / num_tokens)
+
+    def decoded(self, seconds: float) -> None:
+        """One choice, from its first token to its end."""
+        self._decode.observe(seconds)
 
     def ended(self, outcome: str, seconds: float) -> None:
         """One request; ``outcome`` is ``completed``, ``cancelled``, ``internal`` or a class of the error tree."""

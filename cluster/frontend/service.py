@@ -1,5 +1,6 @@
 """The one path of every request, under HTTP and gRPC alike: check → encode → admit → run → events."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -142,13 +143,15 @@ class Service:
             requests: list[Request] = []
             choices: list[Choice] = []
             for plan in planned:
+                # In a thread: a long prompt has many tokens to look at.
+                echo = await asyncio.to_thread(self._echo, plan) if call.echo else None
                 for number in range(call.n):
                     index = len(choices)
                     sampling = msgspec.structs.replace(plan.sampling, choice=number)
                     requests.append(
                         Request(f"{call.request_id}.{index}", plan.token_ids, len(plan.token_ids), sampling)
                     )
-                    choices.append(self._choice(index, plan, call))
+                    choices.append(self._choice(index, plan, call, echo))
             yield Started(self.name, [plan.token_ids for plan in planned])
             limits = call.limits.within(self._limits)
             live = LiveRequest(requests, choices, self.backend, limits, self._clock, arrived_s, self._metrics)
@@ -181,14 +184,14 @@ class Service:
         )
         return _Planned(prompt, token_ids, sampling)
 
-    def _choice(self, index: int, plan: _Planned, call: Call) -> Choice:
+    def _choice(self, index: int, plan: _Planned, call: Call, echo: EchoedPrompt | None) -> Choice:
         return Choice(
             index,
             Detokenizer(self.tokenizer.bytes, plan.token_ids),
             StopStrings(call.stop),
             min_tokens=plan.sampling.min_tokens,
             wants_logprobs=plan.sampling.logprobs is not None,
-            echo=self._echo(plan) if call.echo else None,
+            echo=echo,
             scores_only=call.options.max_tokens == 0,
         )
 
@@ -197,10 +200,13 @@ class Service:
         table = self.tokenizer.bytes
         detokenizer = Detokenizer(table)
         offsets: list[int] = []
-        decoded = ""
+        pieces: list[str] = []
+        num_chars = 0
         for token_id in plan.token_ids:
-            offsets.append(len(decoded))
-            decoded += detokenizer.feed(token_id)
+            offsets.append(num_chars)
+            pieces.append(detokenizer.feed(token_id))
+            num_chars += len(pieces[-1])
+        decoded = "".join(pieces)
         if table.strips_leading_space and decoded.startswith(" "):
             decoded = decoded[1:]
             offsets = [max(offset - 1, 0) for offset in offsets]

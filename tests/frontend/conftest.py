@@ -1,12 +1,20 @@
 """Model directories that the front end's tests share."""
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster.frontend.admission import Admission
+from cluster.frontend.calls import TimeLimits
+from cluster.frontend.encoding import PromptEncoder
+from cluster.frontend.metrics import Metrics
 from cluster.frontend.model_files import read_model_files
+from cluster.frontend.service import Service
 from cluster.frontend.tokenizer import Tokenizer
 from tests.frontend import tokenizers_for_tests
+from tests.frontend.scripted import FakeClock, ScriptedBackend
 
 TINY = Path(__file__).parents[2] / "engine" / "assets" / "remuda-tiny"
 
@@ -30,3 +38,34 @@ def loaded(model_paths: dict[str, Path]) -> dict[str, Tokenizer]:
 @pytest.fixture(scope="session")
 def tiny(loaded: dict[str, Tokenizer]) -> Tokenizer:
     return loaded["tiny"]
+
+
+@pytest.fixture
+def build(model_paths: dict[str, Path], tiny: Tokenizer) -> Any:
+    encoders: list[PromptEncoder] = []
+
+    def make(
+        script: Any, max_live: int = 8, limits: TimeLimits = TimeLimits()
+    ) -> tuple[Service, ScriptedBackend, FakeClock]:
+        backend = ScriptedBackend(script)
+        files = read_model_files(model_paths["tiny"])
+        encoder = PromptEncoder(tiny, files.vocab_size)
+        encoders.append(encoder)
+        clock = FakeClock()
+        seeds = itertools.count(1000)
+        service = Service(
+            "m",
+            files,
+            encoder,
+            backend,
+            Admission(max_live),
+            Metrics("m", backend.replicas),
+            clock,
+            limits,
+            draw_seed=lambda: next(seeds),
+        )
+        return service, backend, clock
+
+    yield make
+    for encoder in encoders:
+        encoder.close()

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.errors import ERROR_TABLE, Cancelled
+from cluster.frontend.model_files import read_model_files
 from cluster.frontend.tokenizer import Tokenizer
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
 from cluster.rpc.inference_client import GenerateOptions, InferenceClient, Summary, TextDelta
@@ -20,7 +21,7 @@ from cluster.types import ReplicaState
 from engine.errors import InvalidRequest, RemudaError
 from engine.request import Output, Request
 from tests.frontend.scripted import Gate, replica_info, says
-from tests.frontend.servers import served
+from tests.frontend.servers import TINY, served
 
 EOT = 2036
 
@@ -72,8 +73,9 @@ async def test_absent_fields_take_the_checkpoints_defaults(tiny: Tokenizer) -> N
         await responses(
             one.channel, inference_pb2.GenerateRequest(text="Hi", sampling=common_pb2.SamplingParams(temperature=0.0))
         )
-        assert [request.sampling.temperature for request in one.backend.requests] == [0.4, 0.0]
-        assert [request.sampling.top_p for request in one.backend.requests] == [0.9, 0.9]
+        defaults = read_model_files(TINY).sampling_defaults
+        assert [request.sampling.temperature for request in one.backend.requests] == [defaults["temperature"], 0.0]
+        assert {request.sampling.top_p for request in one.backend.requests} == {defaults["top_p"]}
 
 
 async def test_token_ids_n_stop_and_echo(tiny: Tokenizer) -> None:

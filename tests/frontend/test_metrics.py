@@ -37,6 +37,7 @@ async def test_requests_are_counted_under_both_names(tiny: Tokenizer) -> None:
         for prefix in ("remuda_", "vllm:"):
             assert value(samples, f"{prefix}time_to_first_token_seconds_count", model_name="m") == 2
             assert value(samples, f"{prefix}inter_token_latency_seconds_count", model_name="m") == 3 + 1
+            assert value(samples, f"{prefix}request_decode_time_seconds_count", model_name="m") == 2
             assert value(samples, f"{prefix}e2e_request_latency_seconds_count", model_name="m") == 3
             assert value(samples, f"{prefix}prompt_tokens_total", model_name="m") == 2 * len(prompt)
             assert value(samples, f"{prefix}generation_tokens_total", model_name="m") == 4 + 2
