@@ -45,6 +45,7 @@ class ChannelExecutor:
         epoch: int = 0,
         stall_timeout_s: float = 600.0,
         step_timeout_s: float = 120.0,
+        on_failure: Callable[[RemudaError], None] = lambda error: None,
     ) -> None:
         self._channel = channel
         self._num_ranks = parallel.num_ranks
@@ -54,6 +55,7 @@ class ChannelExecutor:
         self._epoch = epoch
         self._stall_timeout_s = stall_timeout_s
         self._step_timeout_s = step_timeout_s
+        self._on_failure = on_failure
         self._lock = threading.Lock()
         self._pending: deque[_PendingStep] = deque()
         self._failure: RemudaError | None = None
@@ -149,10 +151,13 @@ class ChannelExecutor:
     def _fail(self, error: RemudaError) -> None:
         """Of all failures the first is kept."""
         with self._lock:
+            is_news = self._failure is None and not self._closing
             self._failure = self._failure or error
             failed, self._pending = self._pending, deque()
         for pending in failed:
             pending.future.set_exception(self._failure)
+        if is_news:
+            self._on_failure(self._failure)
 
     @property
     def failure(self) -> RemudaError | None:

@@ -14,8 +14,8 @@ from engine.executor.sampling_row import SamplingRow
 from engine.request import SamplingParams
 
 _SCALE = 2.0**36
-_NUM_CANDIDATES = 1024
-"""Top-p looks for its border among this many most likely tokens before it sorts the whole vocabulary."""
+_NUM_CANDIDATES = (64, 1024)
+"""Top-p looks for its border among so many most likely tokens before it sorts the whole vocabulary."""
 
 
 def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -75,10 +75,12 @@ def _nucleus_border(weights: torch.Tensor, top_p: list[float]) -> torch.Tensor:
     top_p together (Holtzman et al. 2019)."""
     goals = torch.tensor(top_p, dtype=torch.float64, device=weights.device)[:, None]
     goals = goals * weights.sum(dim=-1, keepdim=True)
-    vocab_size = weights.shape[1]
-    num_candidates = _NUM_CANDIDATES if vocab_size > 4 * _NUM_CANDIDATES else vocab_size
-    descending = weights.topk(num_candidates, dim=-1, sorted=True).values
-    if num_candidates < vocab_size and bool((descending.sum(dim=-1, keepdim=True) < goals).any()):
+    for num_candidates in _NUM_CANDIDATES:
+        if num_candidates < weights.shape[1]:
+            descending = weights.topk(num_candidates, dim=-1, sorted=True).values
+            if bool((descending.sum(dim=-1, keepdim=True) >= goals).all()):
+                break
+    else:
         descending = weights.sort(dim=-1, descending=True).values
     before = descending.cumsum(dim=-1) - descending
     num_kept = (before < goals).sum(dim=-1, keepdim=True).clamp_(min=1)

@@ -52,6 +52,7 @@ class ProcessGang(ChannelExecutor):
                         msgspec.structs.replace(
                             config,
                             rank=rank,
+                            device=f"cuda:{rank}" if config.device == "cuda" else config.device,
                             channel_address=hub.addresses[0],
                             secret=secret,
                             relay=None,

@@ -108,9 +108,8 @@ class _Startup:
         config = self._config
         if config.parallel.num_ranks == 1:
             return None
-        timeout = timedelta(seconds=config.connect_timeout_s)
         try:
-            store = dist.TCPStore(config.store_host, config.store_port, is_master=False, timeout=timeout)
+            store = connect_store(config.store_host, config.store_port, config.connect_timeout_s)
         except (RuntimeError, ValueError) as error:
             raise RankFailure(
                 f"the rendezvous store at {config.store_host}:{config.store_port} cannot be reached: {error}",
@@ -200,9 +199,10 @@ class _Startup:
 
 
 def _device(config: WorkerConfig) -> torch.device:
-    if config.device == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-        return device
-    torch.set_num_threads(1)
-    return torch.device("cpu")
+    else:
+        torch.set_num_threads(1)
+    return device

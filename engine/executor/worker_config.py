@@ -34,6 +34,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Dtype = Dtype.FLOAT32
     load_format: LoadFormat = LoadFormat.SAFETENSORS
     device: str = "cpu"
+    """cpu, cuda (the first that the process sees) or cuda:N."""
     relay: RelayConfig | None = None
     store_host: str = "127.0.0.1"
     store_port: int = 0
