@@ -11,6 +11,7 @@ import grpc
 
 from cluster.errors import Unavailable
 from cluster.replica.stream_buffer import StreamBuffer
+from cluster.replica.wake_pacer import WakePacer
 from cluster.rpc import convert
 from cluster.rpc.channel import open_channel
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
@@ -63,6 +64,7 @@ class ReplicaClient:
         self._attached = asyncio.Event()
         self._incarnation = 0
         self._streams: dict[int, StreamBuffer] = {}
+        self._pacer = WakePacer()
         self._request_ids: dict[int, str] = {}
         self._stream_numbers = itertools.count()
         self._outbox: deque[replica_pb2.FrontEndFrame] = deque()
@@ -219,8 +221,10 @@ class ReplicaClient:
         self._last_error = error
         self._outbox.clear()
         streams, self._streams, self._request_ids = self._streams, {}, {}
+        self._pacer.close()
         for buffer in streams.values():
             buffer.fail(error)
+            buffer.wake()
 
     async def _attach(self) -> None:
         """Attaches, and serves the stream until it ends."""
@@ -264,9 +268,10 @@ class ReplicaClient:
             parts = convert.frame_from_proto(frame, self._request_ids)
         except ValueError as error:
             raise ProtocolViolation(str(error)) from error
-        streams = self._streams
+        streams, pacer = self._streams, self._pacer
         for number, output, failure in parts:
             buffer = streams[number]
+            pacer.add(buffer)
             if failure is not None:
                 self._forget(number)
                 if output.token_ids:
@@ -276,6 +281,7 @@ class ReplicaClient:
             if output.finish_reason is not None:
                 self._forget(number)
             buffer.put(output)
+        pacer.wake()
 
 
 def _unfinished(output: Output) -> Output:

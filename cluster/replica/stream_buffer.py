@@ -22,15 +22,14 @@ class StreamBuffer:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, output: Output) -> None:
+        """``wake`` follows, at once or when more has come."""
         self._output = output if self._output is None else merge(self._output, output)
-        self._notify()
 
     def fail(self, error: RemudaError) -> None:
-        """The stream ends with ``error`` once its reader has taken what came before."""
+        """The stream ends with ``error`` once its reader has taken what came before. ``wake`` follows."""
         self._error = error
-        self._notify()
 
-    def _notify(self) -> None:
+    def wake(self) -> None:
         # A reader that was cancelled leaves its waiter behind until its task runs again.
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

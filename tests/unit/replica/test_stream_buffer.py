@@ -40,8 +40,9 @@ async def test_a_cancelled_reader_does_not_stop_the_writer() -> None:
     reader = asyncio.create_task(buffer.get())
     await asyncio.sleep(0)
     reader.cancel()
-    buffer.put(Output("r", [1]))
-    buffer.put(Output("r", [2]))
+    for token_id in (1, 2):
+        buffer.put(Output("r", [token_id]))
+        buffer.wake()
     with suppress(asyncio.CancelledError):
         await reader
     assert (await buffer.get()).token_ids == [1, 2]
@@ -51,8 +52,9 @@ async def test_two_puts_before_the_reader_wakes() -> None:
     buffer = StreamBuffer("r")
     reader = asyncio.create_task(buffer.get())
     await asyncio.sleep(0)
-    buffer.put(Output("r", [1]))
-    buffer.put(Output("r", [2]))
+    for token_id in (1, 2):
+        buffer.put(Output("r", [token_id]))
+        buffer.wake()
     assert (await reader).token_ids == [1, 2]
 
 
