@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -135,16 +136,12 @@ def test_held_out_loss_and_expert_shares(model: PreTrainedModel, tokenizer: PreT
     routers = [module for module in model.modules() if isinstance(module, Llama4Router)]
     counts = torch.zeros(len(routers), model.config.num_local_experts)
 
-    def hook(index: int):
-        return lambda _module, _inputs, out: counts[index].add_(
-            torch.bincount(out[1].argmax(-1), minlength=counts.shape[1])
-        )
+    def record(index: int, _module: object, _inputs: object, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        counts[index] += torch.bincount(output[1].argmax(-1), minlength=counts.shape[1])
 
-    handles = [router.register_forward_hook(hook(i)) for i, router in enumerate(routers)]
+    handles = [router.register_forward_hook(partial(record, i)) for i, router in enumerate(routers)]
     losses = []
     for messages in _held_out_chats(24):
-        if messages[-1]["role"] != "assistant":
-            continue
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
         ids = torch.tensor([tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]])
         assert ids[0, : len(prompt)].tolist() == prompt
