@@ -1,14 +1,13 @@
 """Where a gang's ranks find each other: one key-value store per gang and epoch, kept by the supervisor, because any
 rank, rank 0 too, may be the one that is lost."""
 
-import socket
-from datetime import timedelta
-
 import torch.distributed as dist
+
+from engine.parallel.store import serve_store
 
 
 class Rendezvous:
-    """A TCPStore that listens on one address only. torch's own listener would take every interface.
+    """A TCPStore that listens on one address only.
 
     Args:
         host: address of this host that all ranks reach.
@@ -16,18 +15,9 @@ class Rendezvous:
     """
 
     def __init__(self, host: str, timeout_s: float = 120.0) -> None:
-        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.host = host
-        self.port: int = listener.getsockname()[1]
-        self._store: dist.TCPStore | None = dist.TCPStore(
-            host,
-            self.port,
-            None,
-            is_master=True,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        self._store: dist.TCPStore | None = serve_store(host, timeout_s)
+        self.port: int = self._store.port
 
     def close(self) -> None:
         """Closes the listener; the store's destructor is its only way to stop."""

@@ -1,11 +1,9 @@
 """A gang whose ranks are child processes of the leader, on one host, without Ray."""
 
-import socket
 import subprocess
 import sys
 import time
 import uuid
-from datetime import timedelta
 from typing import Any
 
 import msgspec
@@ -20,6 +18,7 @@ from engine.model_config import ModelConfig
 _END_TIMEOUT_S = 8.0
 """A rank that has not left by then is killed."""
 _LOOPBACK = "127.0.0.1"
+STORE_TIMEOUT_S = 120.0
 
 
 class ProcessGang(ChannelExecutor):
@@ -97,17 +96,7 @@ def _spawn(config: WorkerConfig) -> "subprocess.Popen[bytes]":
 
 
 def _serve_store() -> Any:
-    """A TCPStore on loopback only: torch's own listener would take every interface."""
-    import torch.distributed as dist
+    """The gang's rendezvous store. Whoever drives ranks in other processes needs torch for nothing else."""
+    from engine.parallel.store import serve_store
 
-    listener = socket.create_server((_LOOPBACK, 0))
-    port = listener.getsockname()[1]
-    return dist.TCPStore(
-        _LOOPBACK,
-        port,
-        None,
-        is_master=True,
-        timeout=timedelta(seconds=120),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
+    return serve_store(_LOOPBACK, STORE_TIMEOUT_S)

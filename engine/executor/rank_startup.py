@@ -31,6 +31,7 @@ from engine.model_config import ModelConfig, kv_groups
 from engine.models.registry import Model, build_model
 from engine.parallel.distributed import init_distributed
 from engine.parallel.mesh import Mesh
+from engine.parallel.store import connect_store
 from engine.slot_table import SlotTable
 from engine.weights.ledger import kv_block_bytes
 from engine.weights.loader import load_weights

@@ -4,8 +4,8 @@ In a host whose default routes lead to a sink, first the sniffer proves on delib
 by every road that software takes: UDP, TCP, a name look-up, IPv6. Then the same host runs Ray as we start it, and
 Remuda, from start to stop, and nothing arrives at the sink.
 
-That silence is made, not natural: without the private HOME of cluster/control/ray_settings.py the same start asks
-169.254.169.254 and a name server (tests/hosts/README.md).
+That silence is made, not natural: Ray as others start it asks 169.254.169.254 and a name server at every start of a
+head (tests/hosts/README.md).
 """
 
 import os
@@ -41,6 +41,22 @@ class Adder:
 
 with RayRuntime.start_local(2) as runtime:
     assert ray.get(Adder.remote().add.remote(2, 3)) == 5
+    print("served", flush=True)
+"""
+
+SERVE = """
+import sys
+from pathlib import Path
+import httpx
+from tests.support.served import Served
+
+with Served(("--tp", "2", "--ep", "2", "--cpu-slots", "2"), Path(sys.argv[1])) as served:
+    body = {"model": "remuda-tiny", "prompt": "Hello", "max_tokens": 4}
+    answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 4
+    assert served.stop() == 0
+    assert served.left_processes() == []
     print("served", flush=True)
 """
 
@@ -90,10 +106,12 @@ def test_the_sniffer_catches_a_deliberate_probe(
         wait_for(sniffer, lambda packet: str(packet) == caught)
 
 
-def test_ray_as_we_start_it_sends_nothing_out(host_and_sink: tuple[Host, Host]) -> None:
+@pytest.mark.parametrize("script", [RAY, SERVE], ids=["ray", "remuda serve"])
+def test_nothing_is_sent_out(host_and_sink: tuple[Host, Host], script: str, tmp_path: Path) -> None:
+    """From the start, over one piece of work, to the end."""
     host, sink = host_and_sink
     with Sniffer(sink) as sniffer:
-        done = host.run([sys.executable, "-c", RAY], env=environment(), timeout_s=90)
+        done = host.run([sys.executable, "-c", script, str(tmp_path / "log")], env=environment(), timeout_s=110)
         assert (done.returncode, done.stdout) == (0, "served\n"), done.stderr
         # The road to the sink still works: the silence before was not a cut cable.
         host.run([sys.executable, "-c", UDP, OUTSIDE], env=environment())
