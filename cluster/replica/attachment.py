@@ -1,4 +1,4 @@
-"""What waits on a leader for one front end: at most one output per stream, merged while the front end is slow.
+"""What waits on a leader for one front end, merged stream by stream where the front end is slow.
 
 So a slow front end costs at most the tokens of its live requests, and a fast one gets one frame per step.
 """
@@ -30,7 +30,7 @@ class Attachment:
         self.is_closing = False
         self._incarnation = incarnation
         self._sequence = 0
-        self._outputs: dict[int, Output] = {}
+        self._outputs: dict[int, list[Output]] = {}
         self._errors: dict[int, RemudaError] = {}
         self._may_be_heavy = False
         """Spares the usual step, one token per stream, the weighing."""
@@ -39,11 +39,12 @@ class Attachment:
         """The caller sets ``wake`` once for all that a step gave."""
         waiting = self._outputs.get(stream)
         if waiting is not None:
-            output = merge(waiting, output)
+            waiting.append(output)
             self._may_be_heavy = True
-        elif output.logprobs or output.prompt_logprobs:
+            return
+        self._outputs[stream] = [output]
+        if output.logprobs or output.prompt_logprobs:
             self._may_be_heavy = True
-        self._outputs[stream] = output
 
     def put_error(self, stream: int, error: RemudaError) -> None:
         self._errors[stream] = error
@@ -71,9 +72,11 @@ class Attachment:
 
     def _take(self) -> tuple[Iterable[tuple[int, Output]], list[tuple[int, RemudaError]]]:
         """An error waits for the frame after its stream's last output: a frame lists a stream once."""
-        taken, self._outputs = self._outputs, {}
+        waiting, self._outputs = self._outputs, {}
+        taken = {stream: parts[0] if len(parts) == 1 else merge(parts) for stream, parts in waiting.items()}
         if self._may_be_heavy:
-            taken, self._outputs = _split(taken)
+            taken, rest = _split(taken)
+            self._outputs = {stream: [output] for stream, output in rest.items()}
             self._may_be_heavy = bool(self._outputs)
         ready: dict[int, RemudaError] = {}
         if self._errors:

@@ -60,11 +60,20 @@ async def test_two_puts_before_the_reader_wakes() -> None:
 
 def test_prompt_logprobs_of_chunks_are_joined() -> None:
     first = Output("r", [], prompt_logprobs=[None, scored(1)])
-    assert merge(first, Output("r", [], prompt_logprobs=[scored(2)])).prompt_logprobs == [None, scored(1), scored(2)]
-    assert merge(first, Output("r", [5])).prompt_logprobs == [None, scored(1)]
-    assert merge(Output("r", [5]), first).token_ids == [5]
+    assert merge([first, Output("r", [], prompt_logprobs=[scored(2)])]).prompt_logprobs == [None, scored(1), scored(2)]
+    assert merge([first, Output("r", [5])]).prompt_logprobs == [None, scored(1)]
+    assert merge([Output("r", [5]), first]).token_ids == [5]
+
+
+async def test_a_very_slow_reader_costs_no_more_than_its_tokens() -> None:
+    """Merging one by one would copy five billion entries here."""
+    buffer = StreamBuffer("r")
+    for token_id in range(100_000):
+        buffer.put(Output("r", [token_id]))
+    async with asyncio.timeout(10):
+        assert (await buffer.get()).token_ids == list(range(100_000))
 
 
 def test_nothing_may_follow_a_finish() -> None:
     with pytest.raises(AssertionError, match="after its finish"):
-        merge(Output("r", [1], FinishReason.STOP), Output("r", [2]))
+        merge([Output("r", [1], FinishReason.STOP), Output("r", [2])])
