@@ -169,4 +169,4 @@ TestScheduler.settings = settings(max_examples=150, stateful_step_count=40)
 
 @pytest.mark.full
 class TestSchedulerManyExamples(SchedulerMachine.TestCase):
-    settings = settings(max_examples=4000, stateful_step_count=60)
+    settings = settings(max_examples=1500, stateful_step_count=60)

@@ -241,11 +241,11 @@ def machine(depth: int, input_references: bool, examples: int) -> type:
     return case
 
 
-TestDepth1 = machine(1, True, 40)
-TestDepth2 = machine(2, True, 40)
-TestDepth3 = machine(3, True, 30)
-TestDepth4 = machine(4, True, 40)
-TestDepth3WithoutReferences = machine(3, False, 30)
+TestDepth1 = machine(1, True, 80)
+TestDepth2 = machine(2, True, 80)
+TestDepth3 = machine(3, True, 60)
+TestDepth4 = machine(4, True, 80)
+TestDepth3WithoutReferences = machine(3, False, 60)
 
 
 @pytest.mark.full
