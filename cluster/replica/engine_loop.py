@@ -82,6 +82,7 @@ class EngineLoop:
         self._live: set[str] = set()
         self._state = ReplicaState.STARTING
         self._stopping = False
+        self._broken: RemudaError | None = None
         self._failure: EngineFailure | None = None
         self._thread: threading.Thread | None = None
         self._publish: Callable[[StepOutputs], None] = _discard
@@ -147,6 +148,12 @@ class EngineLoop:
             if self._state is ReplicaState.READY:
                 self._state = ReplicaState.DRAINING
 
+    def fail(self, error: RemudaError) -> None:
+        """From any thread: the gang broke, maybe while no step was under way. Everything live ends with ``error``."""
+        with self._wake:
+            self._broken = error
+            self._wake.notify()
+
     def stop(self, timeout_s: float) -> bool:
         """Ends the thread after the running step; live requests end with Unavailable. False: the step did not end."""
         self.drain()
@@ -181,11 +188,13 @@ class EngineLoop:
     def _turn(self) -> bool:
         """Waits for work, takes in what came, runs one step. False: time to stop."""
         with self._wake:
-            while not (self._inbox or self._stopping or self._engine.has_work):
+            while not (self._inbox or self._stopping or self._broken or self._engine.has_work):
                 self._is_busy = False
                 self._wake.wait()
             if self._stopping:
                 return False
+            if self._broken is not None:
+                raise self._broken
             if not self._is_busy:
                 self._is_busy, self._last_progress_s = True, self._clock()
             self._taken, self._inbox = self._inbox, self._taken

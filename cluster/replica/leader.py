@@ -73,6 +73,7 @@ class Leader:
         self._events: deque[Event] = deque()
         self._bytes_by_rank: dict[int, tuple[int, int]] = {}
         self._executor: ChannelExecutor | None = None
+        self._loop: EngineLoop | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._last_poll_s = time.monotonic()
@@ -83,7 +84,7 @@ class Leader:
         secret = new_secret()
         addresses = listen_addresses(config.host, config.rank_hosts)
         hub = SocketHub(range(plan.parallel.num_ranks), secret, addresses)
-        self._executor = ChannelExecutor(hub, plan.parallel)
+        self._executor = ChannelExecutor(hub, plan.parallel, on_failure=self._on_gang_failure)
         local = next((address for address in hub.addresses if address.startswith("unix:")), "")
         remote = next((address for address in hub.addresses if address.startswith("tcp:")), "")
         return GangEndpoints(config.host, local, remote, secret)
@@ -184,6 +185,11 @@ class Leader:
             else:
                 self._events.append(PhaseStarted(message.phase, replica))
 
+    def _on_gang_failure(self, error: RemudaError) -> None:
+        """Without this an idle replica would learn of a lost rank from its next request."""
+        if self._loop is not None:
+            self._loop.fail(error)
+
     async def _serve(self, engine: Engine, info: ReplicaInfo) -> None:
         failed = asyncio.Event()
         failure: list[RemudaError] = []
@@ -192,8 +198,11 @@ class Leader:
             failure.append(error)
             failed.set()
 
+        self._loop = EngineLoop(engine)
+        if self._executor is not None and self._executor.failure is not None:
+            raise self._executor.failure
         server = LeaderServer(
-            EngineLoop(engine),
+            self._loop,
             info,
             bind=f"{self._config.host}:0",
             secret=self._config.secret,

@@ -20,8 +20,8 @@ from cluster.rpc.channel import SERVER_OPTIONS
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
 from cluster.rpc.health import Health, add_health_and_reflection
 from cluster.rpc.shared_secret import check_secret
-from cluster.types import ReplicaInfo
-from engine.errors import EngineFailure, InvalidRequest, RemudaError
+from cluster.types import RankInfo, ReplicaInfo
+from engine.errors import EngineFailure, InvalidRequest, RankFailure, RemudaError
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class LeaderServer:
         failure = self._engine_loop.failure
         return replace(
             self._info,
+            ranks=self._ranks(failure),
             state=self._engine_loop.state,
             num_running=load.num_running,
             num_waiting=load.num_waiting,
@@ -103,6 +104,13 @@ class LeaderServer:
             progress_age_s=load.progress_age_s,
             error="" if failure is None else str(failure),
         )
+
+    def _ranks(self, failure: RemudaError | None) -> tuple[RankInfo, ...]:
+        """When the gang has failed, the rank that was lost and those that ended because of it are told apart."""
+        if failure is None:
+            return self._info.ranks
+        lost = failure.rank if isinstance(failure, RankFailure) else None
+        return tuple(replace(rank, state="lost" if rank.rank == lost else "ended") for rank in self._info.ranks)
 
     @property
     def num_live_requests(self) -> int:

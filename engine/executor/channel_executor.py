@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -35,6 +36,7 @@ class ChannelExecutor:
         stall_timeout_s: a start in which no rank reports anything for so long has failed. A rank that reads weights
             reports all the time.
         step_timeout_s: a step that takes longer has failed.
+        on_failure: called once, from any thread, when the gang broke; also while no plan is on its way.
     """
 
     def __init__(
@@ -174,5 +176,5 @@ class ChannelExecutor:
         with contextlib.suppress(EngineFailure):  # a rank that is gone needs no asking
             self._channel.send(encode(Shutdown("the gang is closed")))
         self._channel.close()
-        if self._collector is not None:
+        if self._collector not in (None, threading.current_thread()):  # on_failure may close, in the collector's thread
             self._collector.join()
