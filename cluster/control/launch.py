@@ -116,6 +116,8 @@ def _prepare(plan: ReplicaPlan) -> ModuleType:
 def main() -> int:
     """Runs until standard input ends. Exit status 0 after a stop that was asked for, 1 after a failure."""
     setproctitle.setproctitle("remuda: control")
+    # Before torch is imported: the store warns on the terminal that it has no name for its own address.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     events = EventWriter(os.fdopen(int(sys.argv[1]), "wb"))
     config = decode_config(sys.stdin.buffer.readline())
     stop = threading.Event()

@@ -25,6 +25,7 @@ ALLOWED_NAMES = {("random", "Random")}
 
 # Modules besides */config.py that look at the environment, each with its reason.
 ENVIRONMENT_READERS = {
+    "cluster/control/launch.py": "torch reads how much to say on the terminal from this process's environment",
     "cluster/control/ray_node.py": "passes this process's environment, cleaned, to the Ray node it starts",
     "cluster/control/ray_runtime.py": "Ray reads its settings from this process's environment",
 }
