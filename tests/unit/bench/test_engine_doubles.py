@@ -1,0 +1,65 @@
+"""What the benchmarks put in the place of an engine or its ranks does what it stands for."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from bench.host_step_leader import build_engine
+from bench.mock_engine import FIRST_TOKEN_ID, NUM_TOKEN_IDS, MockEngine
+from engine.request import FinishReason, Output, Request, SamplingParams
+
+
+def request(name: str, max_tokens: int) -> Request:
+    return Request(name, [1, 2, 3], 3, SamplingParams(max_tokens=max_tokens))
+
+
+def tokens_of(outputs: list[Output], name: str) -> list[int]:
+    return [token for output in outputs if output.request_id == name for token in output.token_ids]
+
+
+def test_the_real_engine_takes_the_paced_executors_answers() -> None:
+    engine = build_engine(num_requests=5, step_s=0.002)
+    for index in range(5):
+        engine.add(request(f"r{index}", 3 + index))
+    outputs = []
+    began_s, num_steps = time.monotonic(), 0
+    while engine.has_work:
+        outputs += engine.step()
+        num_steps += 1
+    assert [tokens_of(outputs, f"r{index}") for index in range(5)] == [[7] * (3 + index) for index in range(5)]
+    assert time.monotonic() - began_s >= 0.002 * (num_steps - 1)
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("step_s", [0.0, 0.001])
+async def test_the_mock_engine_gives_each_request_a_token_a_step(step_s: float) -> None:
+    engine = MockEngine(step_s, asyncio.get_running_loop())
+    outputs: list[list[Output]] = []
+
+    def run() -> None:
+        while engine.has_work:
+            outputs.append(engine.step())
+
+    engine.add(request("a", 3))
+    engine.add(request("b", NUM_TOKEN_IDS + 5))
+    assert engine.abort("nobody") is False
+    thread = threading.Thread(target=run)
+    thread.start()
+    await asyncio.to_thread(thread.join)
+    flat = [output for step in outputs for output in step]
+    assert tokens_of(flat, "a") == [FIRST_TOKEN_ID, FIRST_TOKEN_ID + 1, FIRST_TOKEN_ID + 2]
+    assert tokens_of(flat, "b")[-1] == FIRST_TOKEN_ID + 4
+    assert [output.request_id for output in flat if output.finish_reason is FinishReason.LENGTH] == ["a", "b"]
+    assert all(len(output.token_ids) == 1 for output in flat)
+    assert len(outputs) == NUM_TOKEN_IDS + 5 == engine.stats().num_steps
+
+
+async def test_an_abort_ends_with_one_output() -> None:
+    engine = MockEngine(0.001, asyncio.get_running_loop())
+    engine.add(request("a", 100))
+    engine.step()
+    assert engine.abort("a")
+    assert engine.step() == [Output("a", [], FinishReason.ABORT)]
+    assert not engine.has_work
