@@ -86,8 +86,14 @@ class Stage:
         secret = new_secret()
         self.hub = SocketHub(range(len(plays)), secret, [f"unix:@remuda-test-{uuid.uuid4().hex}"])
         self.executor = ChannelExecutor(
-            self.hub, parallel or ParallelConfig(tp=len(plays)), stall_timeout_s=1.0, step_timeout_s=step_timeout_s
+            self.hub,
+            parallel or ParallelConfig(tp=len(plays)),
+            stall_timeout_s=1.0,
+            step_timeout_s=step_timeout_s,
+            on_failure=self._on_failure,
         )
+        self.failures: list[BaseException] = []
+        self.failed = threading.Event()
         self.errors: list[BaseException] = []
         self.threads = [
             threading.Thread(target=self._play, args=(play, rank, secret)) for rank, play in enumerate(plays)
@@ -105,6 +111,11 @@ class Stage:
             self.errors.append(error)
         finally:
             channel.close()
+
+    def _on_failure(self, error: BaseException) -> None:
+        self.failures.append(error)
+        self.executor.close()
+        self.failed.set()
 
     def start(self) -> GangReady:
         return self.executor.start(MODEL, block_size=4)
@@ -182,12 +193,13 @@ def test_a_rank_that_dies_fails_all_plans_in_flight_and_later_ones(stage: Make) 
     def dies(script: Script) -> None:
         script.start()
         script.answer()
+        script.receive()
 
     opened = stage(obedient, dies)
     opened.start()
-    futures = [opened.executor.submit(plan) for plan in PLAN[:3]]
-    assert futures[0].result(WAIT_S)
-    for future in [*futures[1:], opened.executor.submit(PLAN[3])]:
+    assert opened.executor.submit(PLAN[0]).result(WAIT_S)
+    futures = [opened.executor.submit(plan) for plan in PLAN[1:3]]
+    for future in [*futures, opened.executor.submit(PLAN[3])]:
         with pytest.raises(RankFailure, match="rank 1") as failure:
             future.result(WAIT_S)
         assert failure.value.rank == 1
@@ -248,6 +260,27 @@ def test_a_step_that_hangs_ends_in_bounded_time(stage: Make) -> None:
     with pytest.raises(RankFailure, match=r"step 0 was not answered within 0\.3 s by rank 1") as failure:
         opened.executor.submit(PLAN[0]).result(WAIT_S)
     assert failure.value.rank == 1
+
+
+def test_a_loss_is_told_once_while_nothing_is_in_flight(stage: Make) -> None:
+    """Also to one who closes the gang at once, in the thread that tells."""
+
+    def leaves(script: Script) -> None:
+        script.start()
+
+    opened = stage(quiet, leaves)
+    opened.start()
+    assert opened.failed.wait(WAIT_S)
+    with pytest.raises(RankFailure, match="rank 1"):
+        opened.executor.submit(PLAN[0]).result(WAIT_S)
+    assert [str(failure) for failure in opened.failures] == ["rank 1 is lost: its connection ended"]
+
+
+def test_closing_is_no_failure(stage: Make) -> None:
+    opened = stage(obedient)
+    opened.start()
+    opened.executor.close()
+    assert opened.failures == []
 
 
 def test_idleness_is_no_hang(stage: Make) -> None:
