@@ -48,6 +48,8 @@ class RequestState:
     num_prompt_logprobs: int = 0
     """Prompt positions whose log-probabilities went out already, all of them where none were asked for. Preemption
     does not send them again."""
+    has_begun: bool = False
+    """An output, maybe an empty one, went out."""
     finished: bool = False
 
     @classmethod

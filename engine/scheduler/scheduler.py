@@ -229,11 +229,14 @@ class Scheduler:
             state = flight.sampling[sampled.slot]
             if not state.finished:
                 outputs.append(self._accept(state, sampled, prompt_logprobs.get(sampled.slot)))
-        for slot, logprobs in prompt_logprobs.items():
-            prefilling = flight.prefilling.get(slot)
-            if prefilling is not None and not prefilling.finished:
-                prefilling.num_prompt_logprobs += len(logprobs)
-                outputs.append(Output(prefilling.request_id, [], prompt_logprobs=logprobs))
+        for slot, prefilling in flight.prefilling.items():
+            logprobs = prompt_logprobs.get(slot)
+            if prefilling.finished or (logprobs is None and prefilling.has_begun):
+                continue
+            # The first chunk says, with an output of its own, that the request waits no more.
+            prefilling.has_begun = True
+            prefilling.num_prompt_logprobs += len(logprobs or ())
+            outputs.append(Output(prefilling.request_id, [], prompt_logprobs=logprobs))
         if any(output.finish_reason is not None for output in outputs):
             self._forget_finished()
         return outputs

@@ -31,6 +31,7 @@ class Live:
     admitted: bool = False
     num_computed: int = 0
     num_tokens_out: int = 0
+    has_begun: bool = False
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -138,6 +139,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_output(self.live[output.request_id], output)
 
     def check_output(self, live: Live, output: Output) -> None:
+        if not output.token_ids:
+            assert not live.has_begun and output == Output(live.state.request_id, [])
+            live.has_begun = True
+            return
         assert len(output.token_ids) == 1
         live.num_tokens_out += 1
         at_end = live.num_tokens_out == live.state.sampling.max_tokens
