@@ -265,11 +265,15 @@ def test_a_step_that_hangs_ends_in_bounded_time(stage: Make) -> None:
 def test_a_loss_is_told_once_while_nothing_is_in_flight(stage: Make) -> None:
     """Also to one who closes the gang at once, in the thread that tells."""
 
+    started = threading.Event()
+
     def leaves(script: Script) -> None:
         script.start()
+        started.wait(WAIT_S)
 
     opened = stage(quiet, leaves)
     opened.start()
+    started.set()
     assert opened.failed.wait(WAIT_S)
     with pytest.raises(RankFailure, match="rank 1"):
         opened.executor.submit(PLAN[0]).result(WAIT_S)
