@@ -1,4 +1,4 @@
-"""``make demo``: serve remuda-tiny from four shards of a private Ray, stream an answer over gRPC and one over HTTP, show
+"""``make demo``: serve remuda-tiny from two shards on a private Ray, stream an answer over gRPC and one over HTTP, show
 where each rank ran and how fast it was, and clean up. Exit status 0 if all of it worked."""
 
 import json

@@ -88,9 +88,9 @@ def _launch_config(
     config: ServeConfig, parallel: ParallelConfig, device: Device, source: ModelSource, model: ModelConfig
 ) -> LaunchConfig:
     max_model_len = None if config.max_model_len == "auto" else config.max_model_len
-    if max_model_len is not None and max_model_len > model.max_position_embeddings:
+    if max_model_len is not None and max_model_len > model.max_context_len:
         raise InvalidOption(
-            f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions"
+            f"--max-model-len {max_model_len} is more than the model's {model.max_context_len} positions"
         )
     limits = default_limits(device.value)
     max_num_seqs = config.max_num_seqs or limits.max_num_seqs

@@ -1,4 +1,4 @@
-"""A hub on this machine: the few calls of the hub's HTTP API that ``huggingface_hub`` makes for a download. It can break
+"""A hub on this machine: the calls of the hub's HTTP API that ``huggingface_hub`` makes for a download. It can break
 a transfer in the middle, and it remembers what it was asked."""
 
 import hashlib
