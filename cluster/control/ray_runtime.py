@@ -109,7 +109,7 @@ class RayRuntime:
         """
         try:
             free = available_resources_per_node()
-            hosts = [host_info(node, free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
+            hosts = [host_info(node, free.get(node["NodeID"])) for node in ray.nodes() if node["Alive"]]
         except RayError as error:
             raise StartFailed(f"the Ray cluster at {self.address} does not answer: {error}") from error
         return sorted(hosts, key=lambda host: (host.address != self.host, host.address, host.node_id))
@@ -132,9 +132,14 @@ class RayRuntime:
         self.close()
 
 
-def host_info(node: Mapping[str, Any], free: Mapping[str, float]) -> HostInfo:
-    """Ray's description of a node and of its free resources → ours. Fractions of a slot count as used."""
+def host_info(node: Mapping[str, Any], free: Mapping[str, float] | None) -> HostInfo:
+    """Ray's description of a node and of its free resources → ours. Fractions of a slot count as used.
+
+    Args:
+        free: leaves out what is used up; None for a node that has only just joined and not reported yet.
+    """
     total: Mapping[str, float] = node["Resources"]
+    free = total if free is None else free
     cpu_slots, num_gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
     return HostInfo(
         node_id=node["NodeID"],

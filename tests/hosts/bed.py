@@ -26,7 +26,7 @@ GATEWAY_NUMBER = 254
 # A name server outside, so that a look-up is a packet that leaves the host, whatever this machine's resolver is.
 NAME_SERVER = "203.0.113.53"
 NETNS_ETC = Path("/etc/netns")
-END_GRACE_S = 5.0
+END_GRACE_S = 2.0
 
 _numbers = itertools.count()
 

@@ -194,3 +194,13 @@ def test_a_guardian_told_to_end_stops_its_node() -> None:
     os.kill(node.pid, signal.SIGTERM)
     wait_until_gone(node.paths.root)
     assert node.close() == [], "closing what has ended is harmless; nothing had to be killed"
+
+
+def test_ray_names_what_is_left_and_leaves_out_what_is_used_up() -> None:
+    from cluster.control.ray_runtime import host_info
+
+    node = {"NodeID": "a", "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 4.0, "GPU": 2.0, "memory": 1.0}}
+    fresh, busy, full = (host_info(node, free) for free in (None, {"CPU": 2.5, "GPU": 2.0}, {"memory": 1.0}))
+    assert (fresh.num_free(False), fresh.num_free(True)) == (4, 2), "a node that has not reported yet is free"
+    assert (busy.num_free(False), busy.num_free(True)) == (2, 2)
+    assert (full.num_free(False), full.num_free(True)) == (0, 0)

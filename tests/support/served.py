@@ -1,7 +1,9 @@
 """Runs the real ``remuda serve`` for tests, and knows how to see whether anything of it is left."""
 
+import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,8 +25,12 @@ MARK = "REMUDA_SERVED_TEST"
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """A port that nobody listens at, and that nobody is given by chance while Ray starts: neither in the kernel's range
+    for connections (from 32768) nor in that of Ray's workers (10002 to 19999)."""
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def run_remuda(*arguments: str, timeout_s: float = 90.0, **variables: str) -> subprocess.CompletedProcess[str]:
