@@ -25,7 +25,7 @@ from cluster.frontend.calls import (
 )
 from cluster.frontend.http_errors import log_defect
 from cluster.frontend.service import Service
-from cluster.rpc.convert import finish_reason_to_proto, logprobs_to_proto
+from cluster.rpc.convert import SAMPLING_SCALARS, finish_reason_to_proto, logprobs_to_proto
 from cluster.rpc.generated.remuda.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from cluster.rpc.status import abort
 from engine.errors import InvalidRequest
@@ -33,21 +33,6 @@ from engine.errors import InvalidRequest
 _log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-_SCALARS = (
-    "max_tokens",
-    "min_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "logprobs",
-    "prompt_logprobs",
-)
 
 
 def check_key(keys: ApiKeys, context: Context) -> None:
@@ -171,7 +156,7 @@ def _tokenize_prompt(request: inference_pb2.TokenizeRequest) -> Prompt:
 def _options_of(message: common_pb2.SamplingParams) -> SamplingOptions:
     present = {field.name for field, _ in message.ListFields()}
     return SamplingOptions(
-        **{name: getattr(message, name) for name in _SCALARS if name in present},
+        **{name: getattr(message, name) for name in SAMPLING_SCALARS if name in present},
         logit_bias=dict(message.logit_bias),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,

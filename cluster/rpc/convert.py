@@ -27,7 +27,7 @@ _STATE_TO_PROTO: dict[ReplicaState, replica_pb2.ReplicaState.ValueType] = {
 }
 _STATE_FROM_PROTO = {value: state for state, value in _STATE_TO_PROTO.items()}
 
-_SCALARS = (
+SAMPLING_SCALARS = (
     "max_tokens",
     "min_tokens",
     "temperature",
@@ -59,7 +59,7 @@ def sampling_to_proto(sampling: SamplingParams) -> common_pb2.SamplingParams:
     Raises:
         InvalidRequest: a number that does not fit its wire type, for example top_k above 2³² − 1.
     """
-    scalars = {name: getattr(sampling, name) for name in _SCALARS}
+    scalars = {name: getattr(sampling, name) for name in SAMPLING_SCALARS}
     try:
         return common_pb2.SamplingParams(
             logit_bias=sampling.logit_bias, stop_token_ids=sampling.stop_token_ids, **scalars
@@ -73,7 +73,7 @@ def sampling_from_proto(
 ) -> SamplingParams:
     """A field that is not there keeps its value in ``defaults``, as do stop_token_ids and logit_bias where empty."""
     present = {field.name for field, _ in message.ListFields()}
-    values = {name: getattr(message if name in present else defaults, name) for name in _SCALARS}
+    values = {name: getattr(message if name in present else defaults, name) for name in SAMPLING_SCALARS}
     return SamplingParams(
         choice=choice,
         logit_bias=dict(message.logit_bias) or defaults.logit_bias,
