@@ -9,7 +9,7 @@ import json
 import threading
 import time
 
-from bench.null_executor import NullExecutor
+from bench.paced_executor import PacedExecutor
 from cluster.replica.engine_loop import EngineLoop
 from cluster.replica.heap import settle_heap
 from cluster.replica.server import LeaderServer
@@ -37,7 +37,7 @@ KV_GROUPS = (KvGroupConfig((0,)), KvGroupConfig((1,), chunk_size=4096))
 def build_engine(num_requests: int, step_s: float) -> Engine:
     num_blocks = len(KV_GROUPS) * num_requests * (MAX_TOKENS // BLOCK_SIZE + 2) + 1
     return Engine(
-        executor=NullExecutor(step_s),
+        executor=PacedExecutor(step_s),
         kv_groups=KV_GROUPS,
         vocab_size=VOCAB_SIZE,
         scheduler_config=SchedulerConfig(

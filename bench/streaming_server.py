@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import uvloop
 
 import engine
 from bench.mock_engine import MockEngine
@@ -34,7 +35,7 @@ class ReferenceService(inference_pb2_grpc.InferenceServicer):
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
 
-    async def Generate(  # type: ignore[override]
+    async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         due_s = asyncio.get_running_loop().time()
@@ -45,13 +46,13 @@ class ReferenceService(inference_pb2_grpc.InferenceServicer):
             delta = inference_pb2.Delta(choice=0, token_ids=[token_id], position=token_id)
             yield inference_pb2.GenerateResponse(request_id=request.request_id, delta=delta)
 
-    async def Tokenize(self, request: object, context: object) -> inference_pb2.TokenizeResponse:  # type: ignore[override]
+    async def Tokenize(self, request: object, context: object) -> inference_pb2.TokenizeResponse:
         raise NotImplementedError
 
-    async def Detokenize(self, request: object, context: object) -> inference_pb2.DetokenizeResponse:  # type: ignore[override]
+    async def Detokenize(self, request: object, context: object) -> inference_pb2.DetokenizeResponse:
         raise NotImplementedError
 
-    async def ListModels(self, request: object, context: object) -> inference_pb2.ListModelsResponse:  # type: ignore[override]
+    async def ListModels(self, request: object, context: object) -> inference_pb2.ListModelsResponse:
         raise NotImplementedError
 
 
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--leader", default="")
     arguments = parser.parse_args()
     if arguments.kind == "front-end":
-        asyncio.run(serve_front_end(arguments.leader))
+        uvloop.run(serve_front_end(arguments.leader))  # as remuda serve does
     elif arguments.kind == "leader":
         asyncio.run(serve_leader(arguments.step_s))
     else:

@@ -1,4 +1,7 @@
-"""An executor without ranks: it does the leader's share of the wire work and answers at once, or when a step is due."""
+"""An executor without ranks for measuring a leader: the wire work is done, and a step takes its time.
+
+engine.executor.null answers at once and leaves the wire work out.
+"""
 
 import time
 from concurrent.futures import Future
@@ -30,11 +33,11 @@ class _TimedFuture(Future[list[StepResult]]):
         return super().result(timeout=0)
 
 
-class NullExecutor:
+class PacedExecutor:
     """For one dp group. Every scheduled request that wants a token gets token 7.
 
     Args:
-        step_s: how long a step pretends to take, from its plan's submission.
+        step_s: how long a step takes, from its plan's submission; 0: its future has ended already.
     """
 
     def __init__(self, step_s: float) -> None:
