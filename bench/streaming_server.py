@@ -68,8 +68,8 @@ async def serve_reference(step_s: float) -> None:
 
 
 async def serve_front_end(leader: str) -> None:
-    fleet = Fleet({"replica-0": ReplicaClient(leader, "bench")})
-    await fleet.start()
+    fleet = Fleet()
+    await fleet.add("replica-0", ReplicaClient(leader, "bench"))
     front_end = FrontEnd(FrontEndConfig("mock", TOKENIZER_PATH, port=0, grpc_port=0), fleet)
     await front_end.start()
     settle_heap()

@@ -23,6 +23,7 @@ from cluster.replica.events import (
     LaunchConfig,
     PhaseStarted,
     ReplicaPlan,
+    ReplicaReady,
     Stopped,
     decode_config,
     encode_event,
@@ -33,7 +34,9 @@ from engine.errors import RemudaError
 if TYPE_CHECKING:
     from cluster.replica.supervisor import Supervisor
 
-POLL_INTERVAL_S = 0.1
+START_POLL_INTERVAL_S = 0.1
+POLL_INTERVAL_S = 0.5
+"""Once all replicas are ready: a call through Ray is not free, and news are rare."""
 
 
 class EventWriter:
@@ -90,10 +93,12 @@ class Launch:
         return RayRuntime.join(self._config.address)
 
     def _watch(self) -> None:
-        while not self._stop.wait(POLL_INTERVAL_S):
+        num_starting = len(self._supervisors)
+        while not self._stop.wait(START_POLL_INTERVAL_S if num_starting else POLL_INTERVAL_S):
             for supervisor in self._supervisors:
                 for event in supervisor.poll():
                     self._events.send(event)
+                    num_starting -= isinstance(event, ReplicaReady)
 
     def close(self) -> None:
         """Stop what was started, in the reverse order; every part is tried even if another fails."""

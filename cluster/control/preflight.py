@@ -1,7 +1,6 @@
 """Everything that can be refused before any process is started."""
 
 import secrets
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def preflight(config: ServeConfig) -> Preflight:
         dp=config.data_parallel_size,
         ep=config.expert_parallel_size,
     )
-    _check_listeners(config)
+    _check_exposure(config)
     device = _device(config.device)
     num_ranks = parallel.num_ranks * config.replicas
     if config.address is None and device == Device.CPU and num_ranks > config.cpu_slots:
@@ -57,21 +56,13 @@ def _refuse_what_comes_later(config: ServeConfig) -> None:
         raise InvalidOption(f"--quantization {config.quantization} is not available in this version; leave it out")
 
 
-def _check_listeners(config: ServeConfig) -> None:
+def _check_exposure(config: ServeConfig) -> None:
     if not is_loopback(config.host) and config.api_key_file is None:
         raise InvalidOption(
             f"--host {config.host} can be reached from other machines; give --api-key-file, or use --host 127.0.0.1"
         )
     if config.api_key_file is not None and not config.api_key_file.is_file():
         raise InvalidOption(f"--api-key-file {config.api_key_file}: there is no such file")
-    for option, port in (("--port", config.port), ("--grpc-port", config.grpc_port)):
-        try:
-            family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((config.host, port))
-        except OSError as error:
-            raise InvalidOption(f"{option} {port} on {config.host} cannot be used: {error.strerror}") from error
 
 
 def _device(wanted: Device) -> Device:

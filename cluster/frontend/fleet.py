@@ -3,7 +3,7 @@ and the router that chooses."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
 from cluster.errors import Unavailable
@@ -19,25 +19,26 @@ REFRESH_INTERVAL_S = 0.5
 
 
 class Fleet:
-    """Implements cluster.frontend.backend.Backend.
+    """Implements cluster.frontend.backend.Backend. Empty at first: replicas join with ``add``.
 
     Args:
-        clients: replica id → client of its leader.
         on_all_lost: called once, when every replica has failed or cannot be reached any more.
     """
 
-    def __init__(self, clients: Mapping[str, ReplicaClient], on_all_lost: Callable[[], None] = lambda: None) -> None:
-        self._clients = dict(clients)
+    def __init__(self, on_all_lost: Callable[[], None] = lambda: None) -> None:
+        self._clients: dict[str, ReplicaClient] = {}
         self._on_all_lost = on_all_lost
         self._table = ReplicaTable()
         self._router = least_load_router(self._table)
         self._refresher: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Connect to every leader. Raises Unavailable where one does not answer."""
-        await asyncio.gather(*(client.connect() for client in self._clients.values()))
-        await self._refresh()
-        self._refresher = asyncio.create_task(self._keep_fresh())
+    async def add(self, replica_id: str, client: ReplicaClient) -> None:
+        """Connect to a leader and give it work from now on. Raises Unavailable where it does not answer."""
+        self._clients[replica_id] = client
+        await client.connect()
+        await self._ask(replica_id, client)
+        if self._refresher is None:
+            self._refresher = asyncio.create_task(self._keep_fresh())
 
     async def close(self) -> None:
         """Live streams end with Unavailable."""
@@ -71,11 +72,6 @@ class Fleet:
             view.info if view.is_connected else replace(view.info, state=ReplicaState.FAILED, error="not reachable")
             for view in self._table.views()
         ]
-
-    async def refresh(self) -> Sequence[ReplicaInfo]:
-        """Ask every leader now, then as ``replicas``."""
-        await self._refresh()
-        return self.replicas()
 
     async def drain(self, replica: str) -> None:
         if replica not in self._clients:
