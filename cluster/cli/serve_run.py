@@ -16,6 +16,7 @@ from cluster.frontend.calls import TimeLimits
 from cluster.frontend.fleet import Fleet
 from cluster.replica.client import ReplicaClient
 from cluster.replica.events import Failed, ReplicaReady
+from cluster.replica.heap import settle_heap
 
 
 def run(config: ServeConfig) -> int:
@@ -87,6 +88,7 @@ class _Serving:
         front_end_id = f"front-end-{uuid.uuid4().hex[:12]}"
         for ready in replicas:
             await fleet.add(ready.replica, ReplicaClient(ready.address, front_end_id, self._checked.launch.secret))
+        settle_heap()
         self._is_ready = True
 
     def _front_end_config(self) -> FrontEndConfig:
