@@ -2,6 +2,7 @@
 
 import enum
 import ipaddress
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,6 +125,11 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"{option[2:].replace('-', '_')} is not an option; see remuda serve --help"
     return f"{option}: {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}"
+
+
+def quiet_libraries() -> None:
+    """To be called once, when a command begins: gRPC's core would tell on stderr of every peer that goes away."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def is_loopback(host: str) -> bool:

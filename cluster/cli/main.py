@@ -6,6 +6,7 @@ from importlib.metadata import version
 import typer
 
 from cluster.cli import chat, drain, generate, serve, status
+from cluster.config import quiet_libraries
 from cluster.errors import mapping_of
 from engine.errors import RemudaError
 
@@ -40,6 +41,7 @@ def options(
 
 def main() -> None:
     """Entry point: an error of our tree becomes one line on stderr and the exit code of the error table."""
+    quiet_libraries()
     try:
         app()
     except RemudaError as error:
