@@ -71,10 +71,7 @@ class Tokenizer:
         """The ids of a text. ``add_special_tokens`` puts around it what the tokenizer puts around every text (a BOS,
         mostly); ``parse_special_tokens`` takes control tokens in the text for what they look like.
         """
-        if parse_special_tokens:
-            ids: list[int] = self._original.encode(text, add_special_tokens=False).ids
-        else:
-            ids = self._encode_plain(text)
+        ids = _ids(self._original, text) if parse_special_tokens else self._encode_plain(text)
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def encode_chat(
@@ -112,7 +109,7 @@ class Tokenizer:
         return num_chars // self._longest_token_bytes
 
     def _encode_plain(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        ids = _ids(self._plain, text)
         if not self._id_of_renamed:
             return ids
         return [self._id_of_renamed.get(token_id, token_id) for token_id in ids]
@@ -126,6 +123,12 @@ class Tokenizer:
         if isinstance(value, list | tuple):
             return [self._quote(entry) for entry in value]
         return value
+
+
+def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    """As ``encode``, which holds Python's lock all the while, for seconds if the text is long. This lets others run."""
+    ids: list[int] = tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+    return ids
 
 
 def _load(text: str) -> tokenizers.Tokenizer:
