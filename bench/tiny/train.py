@@ -1,4 +1,4 @@
-"""Train remuda-tiny on the CPU: `python bench/tiny/train.py` (about an hour on one core).
+"""Train remuda-tiny on the CPU: `python bench/tiny/train.py` (an hour or more on one core).
 
 Learns the tokenizer, then the model (transformers' Llama4ForCausalLM, float32, AdamW, warm-up / stable / decay), and
 writes the averaged weights in bfloat16 with everything a checkpoint needs into `--out`. Needs Debian's `bible-kjv`.
