@@ -125,7 +125,7 @@ def export(model: Llama4ForCausalLM, tokenizer: Tokenizer, directory: Path) -> N
     directory.mkdir(parents=True, exist_ok=True)
     rounded = copy.deepcopy(model).bfloat16()
     config = rounded.config
-    rounded.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    rounded.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
         do_sample=True, temperature=0.4, top_p=0.9,
     )  # fmt: skip
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSET)
     parser.add_argument("--curve", type=Path, default=HERE / "loss_curve.csv")
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
-    parser.add_argument("--evaluate-every", type=int, default=50)
+    parser.add_argument("--evaluate-every", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
