@@ -1,5 +1,6 @@
 """What ``remuda serve`` can be told. A flag wins over the environment (``REMUDA_*``), which wins over the file."""
 
+import difflib
 import enum
 import ipaddress
 import os
@@ -8,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from engine.errors import InvalidOption
 
@@ -86,18 +88,6 @@ class ServeConfig(BaseSettings):
     first_token_timeout: Seconds = 120.0
     drain_timeout: Seconds = 30.0
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then environment, then the file (none unless ``load_serve_config`` names one)."""
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
-
     @property
     def name(self) -> str:
         """The name under which clients ask for the model."""
@@ -107,24 +97,69 @@ class ServeConfig(BaseSettings):
 def load_serve_config(flags: Mapping[str, Any], file: Path | None = None) -> ServeConfig:
     """Merge flags (None: not given), environment and file. Raises InvalidOption with one line that names the option."""
     given = {name: value for name, value in flags.items() if value is not None}
-    if file is not None and not file.is_file():
-        raise InvalidOption(f"--config {file}: there is no such file")
+    in_file = _read_file(file) if file is not None else {}
 
-    class ConfigOfFile(ServeConfig):
-        model_config = SettingsConfigDict(yaml_file=file)
+    class FlagsEnvironmentFile(ServeConfig):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=in_file)
 
     try:
-        return ConfigOfFile(**given)
+        return FlagsEnvironmentFile(**given)
     except ValidationError as error:
-        raise InvalidOption(_one_line(error)) from error
+        raise InvalidOption(_one_line(error, given, in_file)) from error
 
 
-def _one_line(error: ValidationError) -> str:
+def _read_file(file: Path) -> dict[str, Any]:
+    """The options of a YAML file, with underscores or dashes. Raises InvalidOption."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InvalidOption(f"--config {file} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        raise InvalidOption(f"--config {file}{where}: this is not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(content, dict):
+        raise InvalidOption(f"--config {file} must hold options, one `name: value` a line")
+    options = {str(name).replace("-", "_"): value for name, value in content.items()}
+    for name in options.keys() - ServeConfig.model_fields.keys():
+        raise InvalidOption(f"--config {file}: {name} is not an option{_suggestion(name)}")
+    return options
+
+
+def _suggestion(name: str) -> str:
+    near = difflib.get_close_matches(name, ServeConfig.model_fields, 1)
+    return f"; did you mean {near[0]}?" if near else "; see remuda serve --help"
+
+
+def misspelt_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """REMUDA_* variables that are no option but look like one, each with what was probably meant."""
+    names = {f"REMUDA_{name.upper()}" for name in ServeConfig.model_fields}
+    unknown = [name for name in environment if name.startswith("REMUDA_") and name not in names]
+    near = {name: difflib.get_close_matches(name, names, 1, 0.9) for name in unknown}
+    return [
+        f"{name} is not an option and has no effect; did you mean {found[0]}?" for name, found in near.items() if found
+    ]
+
+
+def _one_line(error: ValidationError, flags: Mapping[str, Any], in_file: Mapping[str, Any]) -> str:
     first = error.errors()[0]
-    option = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "configuration"
+    name = str(first["loc"][0]) if first["loc"] else "configuration"
+    option = "--" + name.replace("_", "-")
+    if name not in flags:
+        option = f"{name} in the --config file" if name in in_file else f"REMUDA_{name.upper()}"
     if first["type"] == "extra_forbidden":
-        return f"{option[2:].replace('-', '_')} is not an option; see remuda serve --help"
-    return f"{option}: {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}"
+        return f"{name} is not an option{_suggestion(name)}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{option}: {message}" if repr(first["input"]) in message else f"{option}: {message}, not {first['input']!r}"
 
 
 def quiet_libraries() -> None:

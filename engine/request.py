@@ -13,6 +13,13 @@ MAX_LOGPROBS = 20
 """Most alternatives per position that a client may ask for (OpenAI's own bound)."""
 
 
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIAS = 1024
+"""These travel to every rank and are looked at in every step, so a client may not name without end."""
+MIN_TEMPERATURE = 1e-5
+"""Below it a token is chosen greedily: in float32 the division would leave nothing else, or nothing at all."""
+
+
 class FinishReason(enum.StrEnum):
     """Why a sequence ended. Exactly one per sequence."""
 
@@ -68,12 +75,19 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
         for name in ("logprobs", "prompt_logprobs"):
             if (count := getattr(self, name)) is not None:
                 _check_range(name, count, 0, MAX_LOGPROBS)
+        _check_count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
+        _check_count("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
         for token_id, bias in self.logit_bias.items():
             if not 0 <= token_id < vocab_size:
                 raise InvalidRequest(
                     f"logit_bias names token {token_id}; this model's tokens are 0 to {vocab_size - 1}", "logit_bias"
                 )
             _check_range("logit_bias", bias, -100.0, 100.0)
+
+
+def _check_count(name: str, count: int, most: int) -> None:
+    if count > most:
+        raise InvalidRequest(f"{name} has {count} entries; at most {most} are allowed", name)
 
 
 def _check_range(name: str, value: float, low: float | None, high: float | None) -> None:

@@ -8,6 +8,7 @@ import typer
 from cluster.cli import options
 from cluster.cli.generate import print_stream
 from cluster.rpc.inference_client import GenerateOptions, InferenceClient
+from engine.errors import ContextLengthExceeded
 
 EXAMPLES = 'Example: remuda chat "My name is Zora. What is my name?"'
 
@@ -32,8 +33,22 @@ def chat(
             print_stream(client.chat([*turns, ("user", message)], wanted), as_json)
             return
         while question := _ask():
-            turns.append(("user", question))
-            turns.append(("assistant", print_stream(client.chat(turns, wanted), as_json)))
+            turns = _exchange(client, wanted, turns, question, as_json)
+
+
+def _exchange(
+    client: InferenceClient, wanted: GenerateOptions, turns: list[tuple[str, str]], question: str, as_json: bool
+) -> list[tuple[str, str]]:
+    """One question and its answer; returns the conversation so far. Ctrl-C ends the answer, not the conversation."""
+    asked = [*turns, ("user", question)]
+    try:
+        return [*asked, ("assistant", print_stream(client.chat(asked, wanted), as_json))]
+    except KeyboardInterrupt:
+        sys.stderr.write("\n[stopped; this answer is forgotten]\n")
+    except ContextLengthExceeded as error:
+        sys.stderr.write(f"[{error}; a new conversation begins]\n")
+        return [turn for turn in turns if turn[0] == "system"]
+    return turns
 
 
 def _ask() -> str:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -15,7 +16,7 @@ EXAMPLES = 'Example: remuda generate "The herd came down" --max-tokens 40'
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input (without its last newline).")],
     target: options.Target = options.DEFAULT,
     model: options.Model = "",
     max_tokens: options.MaxTokens = None,
@@ -26,7 +27,7 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Continue a text with the model that a running server serves."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     wanted = GenerateOptions(model, max_tokens, temperature, top_p, seed)
     with InferenceClient(target, options.read_api_key(api_key_file)) as client:
         print_stream(client.generate(text, wanted), as_json)
@@ -45,12 +46,17 @@ def print_stream(stream: Iterator[TextDelta | Summary], as_json: bool) -> str:
             text += event.text
             token_ids += event.token_ids
             if not as_json:
-                sys.stdout.write(event.text)
+                sys.stdout.write(_printable(event.text) if sys.stdout.isatty() else event.text)
                 sys.stdout.flush()
         else:
             total_s = time.perf_counter() - started_s
             _print_end(event, text, token_ids, first_s, total_s, as_json)
     return text
+
+
+def _printable(text: str) -> str:
+    """Without what would steer the terminal: a model may say anything."""
+    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
 
 
 def _print_end(

@@ -1,5 +1,7 @@
 """The ``remuda`` command."""
 
+import os
+import signal
 import sys
 from importlib.metadata import version
 
@@ -9,6 +11,9 @@ from cluster.cli import chat, drain, generate, serve, status
 from cluster.config import quiet_libraries
 from cluster.errors import mapping_of
 from engine.errors import RemudaError
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     name="remuda",
@@ -48,7 +53,10 @@ def main() -> None:
         sys.stderr.write(f"remuda: {error}\n")
         sys.exit(mapping_of(error).exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        # gRPC's clean-up at a normal exit can hang when a second signal comes; nothing is left to clean up here.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

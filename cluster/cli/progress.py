@@ -4,23 +4,27 @@ where each rank runs and how long each phase took. On stderr; plain lines where 
 import time
 from collections.abc import Iterable
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from cluster.cli.errors import rebuild_error
 from cluster.replica.events import Event, Failed, Loading, PhaseStarted, RankPlaced, ReplicaReady
 
 PHASE_TEXT = {
     "ray": "starting Ray",
+    "join": "joining Ray",
     "placement": "placing ranks",
     "import": "starting ranks",
     "rendezvous": "connecting ranks",
@@ -28,6 +32,17 @@ PHASE_TEXT = {
     "profile": "profiling a step",
     "warm_up": "warming up",
 }
+
+
+class WhileLoading(ProgressColumn):
+    """A column that is empty until the number of bytes to load is known."""
+
+    def __init__(self, column: ProgressColumn) -> None:
+        super().__init__()
+        self._column = column
+
+    def render(self, task: Task) -> RenderableType:
+        return self._column.render(task) if task.total else Text("")
 
 
 class StartProgress:
@@ -38,15 +53,16 @@ class StartProgress:
         self._num_replicas = num_replicas
         self._started_s = time.monotonic()
         self._phase = ""
+        self._phases: dict[str, float] = {}
+        """Phase → when it began, in seconds since the start."""
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TextColumn("elapsed"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            WhileLoading(BarColumn()),
+            WhileLoading(DownloadColumn(binary_units=True)),
+            WhileLoading(TextColumn("left")),
+            WhileLoading(TimeRemainingColumn()),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -83,20 +99,21 @@ class StartProgress:
         if phase == self._phase:
             return
         self._phase = phase
+        self._phases.setdefault(phase, time.monotonic() - self._started_s)
         text = PHASE_TEXT.get(phase, phase)
         self._bar.update(self._task, description=text)
         if not self._console.is_terminal:
             self._console.print(f"[{time.monotonic() - self._started_s:6.1f} s] {text}", markup=False)
 
     def summarize(self) -> None:
-        """Print the ranks, and the seconds of each phase as the slowest replica saw it."""
+        """Print the ranks, and the seconds of each phase."""
         for rank in sorted(self.ranks, key=lambda placed: (placed.replica, placed.rank)):
             line = f"  {rank.replica} rank {rank.rank}: {rank.device} on {rank.host}, pid {rank.pid}"
-            self._console.print(line, highlight=False)
-        phases: dict[str, float] = {}
-        for replica in self.ready:
-            for phase, seconds in replica.phase_seconds.items():
-                phases[phase] = max(phases.get(phase, 0.0), seconds)
-        told = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items())
+            self._console.print(line)
         total_s = time.monotonic() - self._started_s
-        self._console.print(f"ready in {total_s:.1f} s ({told})", highlight=False)
+        ends = [*list(self._phases.values())[1:], total_s]
+        told = ", ".join(
+            f"{PHASE_TEXT.get(phase, phase)} {end - begun:.1f}"
+            for (phase, begun), end in zip(self._phases.items(), ends, strict=True)
+        )
+        self._console.print(f"ready in {total_s:.1f} s ({told})")

@@ -8,7 +8,7 @@ import uvloop
 from rich.console import Console
 
 from cluster.cli.progress import StartProgress
-from cluster.config import ServeConfig
+from cluster.config import ServeConfig, misspelt_variables
 from cluster.control.launcher import Launcher
 from cluster.control.preflight import Preflight, preflight
 from cluster.frontend.app import FrontEnd, FrontEndConfig
@@ -20,8 +20,12 @@ from cluster.replica.heap import settle_heap
 
 
 def run(config: ServeConfig) -> int:
-    """Serve until SIGINT or SIGTERM (status 0), or until no replica is left (status 1). Raises errors of our tree."""
+    """Serve until SIGINT or SIGTERM. Status 0; 1 if that came before it was ready, or if no replica was left to serve.
+
+    Raises errors of our tree."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
+    for warning in misspelt_variables():
+        console.print(warning, style="yellow")
     checked = preflight(config)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_Serving(console, config, checked).run())
@@ -35,6 +39,7 @@ class _Serving:
         self._config = config
         self._checked = checked
         self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._is_ready = False
         self._status = 0
 
@@ -45,21 +50,20 @@ class _Serving:
         self._greet(front_end)
         launcher = Launcher(self._checked.launch)
         self._on_signals(launcher)
-        drain_timeout_s = 0.0
         try:
             progress = StartProgress(self._console, self._config.replicas)
             if not await asyncio.to_thread(progress.follow, launcher.events()):
                 self._console.print("stopped before it was ready")
-                return 0
+                return 1
             await self._join(fleet, progress.ready)
             progress.summarize()
-            drain_timeout_s = self._config.drain_timeout
             follower = asyncio.create_task(asyncio.to_thread(self._follow, launcher))
             follower.add_done_callback(lambda done: self._lose("the control process ended"))
             await self._stop.wait()
-            self._console.print("stopping: running requests may finish")
+            if not self._status:
+                await self._drain(front_end)
         finally:
-            await front_end.stop(drain_timeout_s)
+            await front_end.stop()
             await fleet.close()
             await asyncio.to_thread(launcher.wait)
         return self._status
@@ -73,12 +77,26 @@ class _Serving:
             f"HTTP http://{config.host}:{front_end.port}/v1, gRPC {config.host}:{front_end.grpc_port} (Ctrl-C stops)"
         )
 
+    async def _drain(self, front_end: FrontEnd) -> None:
+        """Until all requests have ended, the time is up, or a second signal came."""
+        self._console.print("stopping: running requests may finish (once more: stop now)")
+        tasks = [
+            asyncio.create_task(front_end.drain(self._config.drain_timeout)),
+            asyncio.create_task(self._hurry.wait()),
+        ]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+
     def _on_signals(self, launcher: Launcher) -> None:
-        """Before it is ready, a signal ends the start; after that, requests may finish first."""
+        """Before it is ready, a signal ends the start; after that, requests may finish first, until a second one."""
 
         def stop() -> None:
-            if self._stop.is_set() or not self._is_ready:
+            if not self._is_ready:
+                self._console.print("stopping")
                 launcher.request_stop()
+            elif self._stop.is_set():
+                self._hurry.set()
             self._stop.set()
 
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -67,7 +67,7 @@ class Launch:
         """Returns when ``stop`` is set or a replica failed; everything is still running then, until ``close``."""
         with ThreadPoolExecutor(1) as pool:
             prepared: Future[ModuleType] = pool.submit(_prepare, self._config.replica)
-            self._events.send(PhaseStarted("ray"))
+            self._events.send(PhaseStarted("ray" if self._config.address is None else "join"))
             self._runtime = self._start_runtime()
             supervisor_class = prepared.result().Supervisor
         self._events.send(PhaseStarted("placement"))

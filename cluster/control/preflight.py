@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import Device, ServeConfig, is_loopback
+from cluster.control.ray_settings import parse_address
 from cluster.replica.events import LaunchConfig, ReplicaPlan
 from cluster.replica.model_source import ModelSource, resolve
 from engine.config import ParallelConfig, SchedulerConfig
@@ -61,6 +62,10 @@ def _check_exposure(config: ServeConfig) -> None:
         raise InvalidOption(
             f"--host {config.host} can be reached from other machines; give --api-key-file, or use --host 127.0.0.1"
         )
+    if config.port == config.grpc_port != 0:
+        raise InvalidOption(f"--port and --grpc-port are both {config.port}; give each API a port of its own")
+    if config.address is not None:
+        parse_address(config.address)
     if config.api_key_file is not None and not config.api_key_file.is_file():
         raise InvalidOption(f"--api-key-file {config.api_key_file}: there is no such file")
 

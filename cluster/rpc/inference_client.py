@@ -6,12 +6,13 @@ from types import TracebackType
 
 import grpc
 
-from cluster.errors import Unavailable
+from cluster.errors import Unauthenticated, Unavailable
 from cluster.rpc.channel import CLIENT_OPTIONS
 from cluster.rpc.convert import replica_info_from_proto
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
 from cluster.rpc.status import error_from_rpc
 from cluster.types import ReplicaInfo
+from engine.errors import InvalidOption
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class InferenceClient:
     """
 
     def __init__(self, target: str, api_key: str | None = None, timeout_s: float = 10.0) -> None:
+        host, _, port = target.rpartition(":")
+        if not host or "/" in host or not port.isdecimal():
+            raise InvalidOption(
+                f"--target {target}: write HOST:PORT of the server's gRPC API, for example 127.0.0.1:50051"
+            )
         self._target = target
         self._timeout_s = timeout_s
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
@@ -97,8 +103,8 @@ class InferenceClient:
             if (value := getattr(options, name)) is not None:
                 setattr(request.sampling, name, value)
         reason = ""
+        call = self._inference.Generate(request, metadata=self._metadata)
         try:
-            call = self._inference.Generate(request, metadata=self._metadata)
             for response in call:
                 event = response.WhichOneof("event")
                 if event == "delta":
@@ -110,6 +116,8 @@ class InferenceClient:
                     yield Summary(_finish_word(reason), usage.num_prompt_tokens, usage.num_completion_tokens)
         except grpc.RpcError as error:
             raise self._explained(error) from error
+        finally:
+            call.cancel()
 
     def status(self) -> ServerStatus:
         try:
@@ -137,8 +145,12 @@ class InferenceClient:
 
     def _explained(self, error: grpc.RpcError) -> Exception:
         known = error_from_rpc(error)
+        if isinstance(known, Unauthenticated):
+            return Unauthenticated(f"the server at {self._target} wants an API key; give --api-key-file FILE")
         if error.code() == grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
-            return Unavailable(f"nothing answers at {self._target}; start it with remuda serve, or give --target")
+            return Unavailable(
+                f"no gRPC API answers at {self._target}; start one with remuda serve, or give --target HOST:GRPC_PORT"
+            )
         return known
 
 

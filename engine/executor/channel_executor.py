@@ -110,6 +110,8 @@ class ChannelExecutor:
             self._fail(RankFailure("the gang was closed"))
         except RemudaError as error:
             self._fail(error)
+        except Exception as error:  # noqa: BLE001  (a defect: whatever it is, plans on their way must end)
+            self._fail(ProtocolViolation(f"taking in results failed: {type(error).__name__}: {error}"))
 
     def _take(self) -> None:
         with self._lock:

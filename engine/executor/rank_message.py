@@ -10,7 +10,7 @@ def decode_message(data: bytes, rank: int) -> FromRank:
     """Raises ProtocolViolation where it is no message, or another rank's."""
     try:
         message = decode_from_rank(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolViolation(f"rank {rank} sent what is no message: {error}") from error
     if message.rank != rank:
         raise ProtocolViolation(f"rank {rank} speaks for rank {message.rank}")

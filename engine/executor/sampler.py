@@ -13,7 +13,7 @@ from engine.executor.draw import draw
 from engine.executor.logprobs import top_logprobs
 from engine.executor.penalties import adjust_logits
 from engine.executor.sampling_row import SamplingRow
-from engine.request import TopLogprobs
+from engine.request import MIN_TEMPERATURE, TopLogprobs
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SamplerOutput:
     # amax hands on NaN, so one pass sees NaN, an infinity, and rows that are minus infinity throughout.
     valid = torch.isfinite(logits.amax(dim=-1)).tolist()
     token_ids: list[int] = logits.argmax(dim=-1).tolist()
-    drawn = [r for r, row in enumerate(rows) if row.params.temperature > 0.0 and valid[r]]
+    drawn = [r for r, row in enumerate(rows) if row.params.temperature >= MIN_TEMPERATURE and valid[r]]
     if drawn:
         part = logits if len(drawn) == len(rows) else logits[drawn]
         for r, token_id in zip(drawn, draw(part, [rows[r] for r in drawn]).tolist(), strict=True):

@@ -8,7 +8,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from cluster.cli.main import app
-from cluster.config import ServeConfig, load_serve_config, parse_bytes
+from cluster.config import ServeConfig, load_serve_config, misspelt_variables, parse_bytes
 from engine.errors import InvalidOption
 
 SERVE_OPTIONS = {
@@ -50,7 +50,7 @@ def test_help_has_an_example(name: str) -> None:
 
 def test_flag_wins_over_environment_wins_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "serve.yaml"
-    file.write_text("port: 1\ngrpc_port: 2\ncpu_slots: 3\n")
+    file.write_text("port: 1\ngrpc_port: 2\ncpu-slots: 3\n")
     monkeypatch.setenv("REMUDA_PORT", "11")
     monkeypatch.setenv("REMUDA_GRPC_PORT", "12")
     config = load_serve_config({"port": 21, "host": None}, file)
@@ -81,10 +81,33 @@ def test_a_bad_value_is_named_with_the_remedy_in_one_line(flags: dict[str, objec
 def test_a_file_with_an_unknown_option_or_no_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("tensor_paralel_size: 2\n")
-    with pytest.raises(InvalidOption, match="tensor_paralel_size is not an option"):
+    with pytest.raises(InvalidOption, match="tensor_paralel_size is not an option; did you mean tensor_parallel_size"):
         load_serve_config({}, file)
-    with pytest.raises(InvalidOption, match="no such file"):
+    for broken, words in (("a: [", "line 1"), ("- a", "name: value")):
+        file.write_text(broken)
+        with pytest.raises(InvalidOption, match=words):
+            load_serve_config({}, file)
+    with pytest.raises(InvalidOption, match="none.yaml cannot be read: No such file"):
         load_serve_config({}, tmp_path / "none.yaml")
+
+
+def test_a_bad_value_is_named_where_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("grpc_port: x\n")
+    with pytest.raises(InvalidOption, match="^grpc_port in the --config file: "):
+        load_serve_config({}, file)
+    monkeypatch.setenv("REMUDA_PORT", "abc")
+    with pytest.raises(InvalidOption, match="^REMUDA_PORT: "):
+        load_serve_config({})
+
+
+def test_a_misspelt_variable_is_told() -> None:
+    told = misspelt_variables(
+        {"REMUDA_TENSOR_PARALEL_SIZE": "2", "REMUDA_TARGET": "x", "REMUDA_PORT": "1", "HOME": "y"}
+    )
+    assert told == [
+        "REMUDA_TENSOR_PARALEL_SIZE is not an option and has no effect; did you mean REMUDA_TENSOR_PARALLEL_SIZE?"
+    ]
 
 
 def test_sizes() -> None:

@@ -33,6 +33,7 @@ def own_tmp() -> Iterator[Path]:
         (("remuda-tiny", "--pp", "2"), ["pp=2"]),
         (("remuda-tiny", "--host", "0.0.0.0"), ["--api-key-file"]),
         (("remuda-tiny", "--deterministic"), ["--deterministic"]),
+        (("remuda-tiny", "--address", "somewhere"), ["--address", "somewhere", "HOST:PORT"]),
         (("remuda-tiny", "--max-model-len", "999999"), ["--max-model-len", "999999"]),
         (("remuda-tiny", "--max-num-seqs", "64", "--max-num-batched-tokens", "8"), ["max-num-batched-tokens"]),
         (("/nowhere/at/all",), ["/nowhere/at/all", "not a directory"]),
@@ -84,7 +85,7 @@ def test_stopping_leaves_nothing_behind(tmp_path: Path, own_tmp: Path) -> None:
     starting.start()
     while "starting Ray" not in starting.log.read_text():
         time.sleep(0.05)
-    assert starting.stop() == 0, starting.log.read_text()
+    assert starting.stop() == 1, starting.log.read_text()
     assert starting.left_processes() == []
 
     with Served(("remuda-tiny", "--tp", "2"), tmp_path / "ready.log", own_tmp) as ready:
@@ -104,3 +105,10 @@ def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
         result = run_remuda("serve", "--port", port, "--grpc-port", str(free_port()))
     assert result.returncode == 2
     assert f"--port {port}" in result.stderr
+
+
+def test_both_apis_on_one_port_are_refused() -> None:
+    port = str(free_port())
+    result = run_remuda("serve", "--port", port, "--grpc-port", port)
+    assert result.returncode == 2
+    assert "--grpc-port" in result.stderr
