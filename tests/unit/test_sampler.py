@@ -129,6 +129,13 @@ def test_greedy_takes_the_lowest_id_among_equals() -> None:
     assert sample(logits, [make_row(temperature=0.0)]).token_ids == [77]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-20, 9e-6])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.linspace(-2, 3, VOCAB).repeat(2, 1)
+    logits[0, 200] = 60.0
+    assert sample(logits, [make_row(temperature=temperature), make_row(temperature=1e-5)]).token_ids == [200, VOCAB - 1]
+
+
 def chi_square(options: dict[str, object], probabilities: np.ndarray, logits: torch.Tensor) -> float:
     """Draws at many positions of one request against expected probabilities."""
     count = 20_000
