@@ -1,13 +1,14 @@
 """remuda.v1.Inference for clients: the same service as HTTP, in protobuf."""
 
+import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 
+from cluster.errors import DeadlineExceeded
 from cluster.frontend.auth import ApiKeys
 from cluster.frontend.calls import (
     Call,
@@ -24,6 +25,7 @@ from cluster.frontend.calls import (
     TokenPrompt,
 )
 from cluster.frontend.http_errors import log_defect
+from cluster.frontend.live_request import overdue
 from cluster.frontend.service import Service
 from cluster.rpc.convert import SAMPLING_SCALARS, finish_reason_to_proto, logprobs_to_proto
 from cluster.rpc.generated.remuda.v1 import common_pb2, inference_pb2, inference_pb2_grpc
@@ -52,25 +54,38 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._service = service
         self._keys = keys
 
-    async def Generate(
+    # The stubs know generators only; this form of gRPC's can be left while a write is blocked.
+    async def Generate(  # type: ignore[override]
         self, request: inference_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    ) -> None:
         try:
             check_key(self._keys, context)
-            call = call_of(request, context.time_remaining())
-            async with aclosing(self._responses(call)) as responses:
-                async for response in responses:
-                    yield response
+            await self._stream(call_of(request, context.time_remaining()), context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001  whatever it is, the client gets a status
             log_defect(error)
             await abort(context, error)
 
-    async def _responses(self, call: Call) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        async with aclosing(self._service.generate(call)) as events:
+    async def _stream(self, call: Call, context: Context) -> None:
+        """Raises the request's error, and DeadlineExceeded for a client that does not read after its request failed."""
+        failed = asyncio.Event()
+        writer = asyncio.create_task(self._write_all(call, failed, context))
+        late = asyncio.create_task(overdue(failed))
+        try:
+            await asyncio.wait({writer, late}, return_when=asyncio.FIRST_COMPLETED)
+            if not writer.done():
+                raise DeadlineExceeded("the request ended while the client did not read its answer")
+            writer.result()
+        finally:
+            writer.cancel()
+            late.cancel()
+            await asyncio.gather(writer, late, return_exceptions=True)
+
+    async def _write_all(self, call: Call, failed: asyncio.Event, context: Context) -> None:
+        async with aclosing(self._service.generate(call, failed)) as events:
             async for event in events:
-                yield response_of(call, event)
+                await context.write(response_of(call, event))
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
@@ -109,7 +124,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
 
 def call_of(request: inference_pb2.GenerateRequest, time_remaining_s: float | None) -> Call:
-    """A field that is not there is the default's. Raises InvalidRequest."""
+    """A field that is not there is the default's. Raises InvalidRequest, and DeadlineExceeded where no time is left."""
+    if time_remaining_s is not None and time_remaining_s <= 0:
+        raise DeadlineExceeded("the call's deadline had passed when the call came")
     first_token_s = request.first_token_timeout_s if request.HasField("first_token_timeout_s") else None
     return Call(
         # A client's own name for a request may not be unique; what the engine sees is.

@@ -1,5 +1,6 @@
 """The HTTP API: OpenAI's endpoints, tokenizer, health and metrics."""
 
+import asyncio
 import re
 import time
 import uuid
@@ -97,9 +98,10 @@ class HttpApi:
         return await self._answer(request, call, form, bool(body.stream))
 
     async def _answer(self, request: Request, call: Call, form: CompletionForm | ChatForm, streams: bool) -> Response:
-        events = self._service.generate(call)
+        failed = asyncio.Event()
+        events = self._service.generate(call, failed)
         if streams:
-            return EventStream(events, form, self._settings.ping_interval_s)
+            return EventStream(events, failed, form, self._settings.ping_interval_s)
 
         async def collect() -> list[Event]:
             return [event async for event in events]

@@ -16,6 +16,15 @@ from engine.request import FinishReason, Output, Request
 
 _log = logging.getLogger(__name__)
 
+READER_GRACE_S = 3.0
+"""So long the reader of a request that has failed may take over what it was given before, and over the error."""
+
+
+async def overdue(failed: asyncio.Event) -> None:
+    """Returns when a request's reader is to be left alone with what it has."""
+    await failed.wait()
+    await asyncio.sleep(READER_GRACE_S)
+
 
 class LiveRequest:
     """Args:
@@ -26,6 +35,7 @@ class LiveRequest:
     clock: for them and for the latencies.
     arrived_s: when the client's request came.
     metrics: gets the latencies.
+    failed: set as soon as the request has failed, also while its reader is still busy with an earlier event.
     """
 
     def __init__(
@@ -37,6 +47,7 @@ class LiveRequest:
         clock: Clock,
         arrived_s: float,
         metrics: Metrics,
+        failed: asyncio.Event | None = None,
     ) -> None:
         self._requests = requests
         self._choices = choices
@@ -45,6 +56,8 @@ class LiveRequest:
         self._clock = clock
         self._arrived_s = arrived_s
         self._metrics = metrics
+        self._failed = failed or asyncio.Event()
+        self._pumps: list[asyncio.Task[None]] = []
         self._wake = asyncio.Event()
         self._changed: dict[int, Choice] = {}
         self._error: BaseException | None = None
@@ -62,11 +75,11 @@ class LiveRequest:
         self._arm("total", self._limits.total_s, "was not finished within")
         self._arm("queue", self._limits.queue_s, "did not begin to run within")
         self._arm("first token", self._limits.first_token_s, "had no token within")
-        tasks = [
+        self._pumps = [
             asyncio.create_task(self._pump(request, choice))
             for request, choice in zip(self._requests, self._choices, strict=True)
         ]
-        num_open = len(tasks)
+        num_open = len(self._pumps)
         try:
             while num_open:
                 await self._wake.wait()
@@ -78,14 +91,12 @@ class LiveRequest:
                 for event in news:
                     yield event
                     num_open -= isinstance(event, Finished)
-                if error is not None:
+                # An error that comes after every choice's end is nobody's: a request ends once.
+                if error is not None and num_open:
                     raise error
         finally:
-            for timer in self._timers.values():
-                timer.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            self._stop_work()
+            await asyncio.gather(*self._pumps, return_exceptions=True)
 
     def _arm(self, name: str, limit_s: float | None, what: str) -> None:
         if limit_s is not None:
@@ -99,10 +110,19 @@ class LiveRequest:
             timer.cancel()
 
     def fail(self, error: BaseException) -> None:
-        """The first error is the request's."""
+        """The first error is the request's. Its work stops here and now: who reads the events may be stuck."""
         if self._error is None:
             self._error = error
+        self._stop_work()
+        self._failed.set()
         self._wake.set()
+
+    def _stop_work(self) -> None:
+        """The one place where a request's work ends: no timer fires any more, every choice's stream is closed."""
+        for timer in self._timers.values():
+            timer.cancel()
+        for pump in self._pumps:
+            pump.cancel()
 
     async def _pump(self, request: Request, choice: Choice) -> None:
         try:

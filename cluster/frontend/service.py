@@ -110,10 +110,11 @@ class Service:
         for live in self._live:
             live.fail(error)
 
-    async def generate(self, call: Call) -> AsyncGenerator[Event, None]:
+    async def generate(self, call: Call, failed: asyncio.Event | None = None) -> AsyncGenerator[Event, None]:
         """Started, then every choice's events, then Usage. Ends once: with Usage, by raising, or by being closed.
 
-        Closing it (or cancelling the task that reads it) stops the request's work.
+        Closing it (or cancelling the task that reads it) stops the request's work. ``failed`` is set as soon as the
+        request has failed, so that whoever hands the events on can bound how long a client may take over the rest.
 
         Raises:
             RemudaError: everything in the tables of engine.errors and cluster.errors that a request can meet.
@@ -121,7 +122,7 @@ class Service:
         arrived_s = self._clock.now_s()
         outcome = "cancelled"
         try:
-            async with aclosing(self._events(call, arrived_s)) as events:
+            async with aclosing(self._events(call, arrived_s, failed)) as events:
                 async for event in events:
                     if isinstance(event, Usage):
                         outcome = "completed"
@@ -135,7 +136,7 @@ class Service:
         finally:
             self._metrics.ended(outcome, self._clock.now_s() - arrived_s)
 
-    async def _events(self, call: Call, arrived_s: float) -> AsyncGenerator[Event, None]:
+    async def _events(self, call: Call, arrived_s: float, failed: asyncio.Event | None) -> AsyncGenerator[Event, None]:
         self.check_model(call.model)
         check_call(call)
         with self.admission.admitted(len(call.prompts) * call.n):
@@ -154,7 +155,7 @@ class Service:
                     choices.append(self._choice(index, plan, call, echo))
             yield Started(self.name, [plan.token_ids for plan in planned])
             limits = call.limits.within(self._limits)
-            live = LiveRequest(requests, choices, self.backend, limits, self._clock, arrived_s, self._metrics)
+            live = LiveRequest(requests, choices, self.backend, limits, self._clock, arrived_s, self._metrics, failed)
             self._live.add(live)
             try:
                 async with aclosing(live.events()) as events:

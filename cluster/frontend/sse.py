@@ -13,6 +13,7 @@ from cluster.errors import Cancelled
 from cluster.frontend.calls import Event, Started
 from cluster.frontend.http_body import disconnected
 from cluster.frontend.http_errors import error_object, log_defect
+from cluster.frontend.live_request import overdue
 from engine.errors import RemudaError
 
 _DONE = b"data: [DONE]\n\n"
@@ -34,16 +35,20 @@ class EventStream(Response):
 
     Args:
         events: the request's.
+        failed: set when the request has failed; a client that does not read is cut a grace time later.
         form: how they look.
         ping_interval_s: after so long without anything to say, a comment keeps the connection busy.
     """
 
-    def __init__(self, events: AsyncGenerator[Event, None], form: Chunks, ping_interval_s: float) -> None:
+    def __init__(
+        self, events: AsyncGenerator[Event, None], failed: asyncio.Event, form: Chunks, ping_interval_s: float
+    ) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )
         del self.headers["content-length"]
         self._events = events
+        self._failed = failed
         self._form = form
         self._ping_interval_s = ping_interval_s
         self._is_open = False
@@ -51,18 +56,21 @@ class EventStream(Response):
         self._last_sent_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises the request's error where nothing has been sent yet, and Cancelled where the client went first."""
+        """Raises the request's error where nothing has been sent yet, and Cancelled where the client went first or
+        does not read.
+        """
         writer = asyncio.create_task(self._write_all(send))
-        others = [asyncio.create_task(disconnected(receive)), asyncio.create_task(self._ping(send))]
+        gone, late = asyncio.create_task(disconnected(receive)), asyncio.create_task(overdue(self._failed))
+        tasks = {writer, gone, late, asyncio.create_task(self._ping(send))}
         try:
-            await asyncio.wait({writer, others[0]}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({writer, gone, late}, return_when=asyncio.FIRST_COMPLETED)
             if not writer.done():
-                raise Cancelled("the client went away")
+                raise Cancelled("the client went away" if gone.done() else "the client does not read its answer")
             writer.result()
         finally:
-            for task in (writer, *others):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(writer, *others, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _write_all(self, send: Send) -> None:
         try:
