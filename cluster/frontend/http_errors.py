@@ -7,7 +7,8 @@ import msgspec
 from starlette.responses import Response
 
 from cluster.errors import Unauthenticated, Unavailable, mapping_of
-from engine.errors import InvalidRequest, Overloaded, RemudaError
+from cluster.rpc.status import MAX_MESSAGE_CHARS, fields_of
+from engine.errors import Overloaded, RemudaError
 
 _log = logging.getLogger(__name__)
 
@@ -24,9 +25,8 @@ class JsonResponse(Response):
 def error_object(error: BaseException) -> dict[str, Any]:
     """``{"message", "type", "param", "code"}``. What is not of our tree is a defect: only the log has its text."""
     mapping = mapping_of(error)
-    message = str(error) if isinstance(error, RemudaError) else "internal error; the server's log has the details"
-    param = error.param if isinstance(error, InvalidRequest) else None
-    return {"message": message, "type": mapping.type, "param": param, "code": mapping.code}
+    fields = fields_of(error)
+    return {"message": fields.message, "type": mapping.type, "param": fields.param, "code": mapping.code}
 
 
 def log_defect(error: BaseException) -> None:
@@ -46,5 +46,5 @@ def error_response(error: BaseException) -> Response:
 
 def plain_error(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> Response:
     """For what HTTP itself refuses: unknown paths and methods."""
-    body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    body = {"message": message[:MAX_MESSAGE_CHARS], "type": "invalid_request_error", "param": None, "code": code}
     return JsonResponse({"error": body}, status, headers)

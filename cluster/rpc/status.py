@@ -10,6 +10,7 @@ A gRPC status carries the message; its trailing metadata carries what the status
 The same fields travel in a StreamFinish, so that one request of a multiplexed stream can fail alone.
 """
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
@@ -34,8 +35,13 @@ PARAM_KEY = "remuda-error-param"
 RETRY_AFTER_KEY = "remuda-retry-after-s"
 
 MAX_MESSAGE_CHARS = 2_000
-"""Longer messages are cut: a status travels in HTTP/2 headers, which are bounded to 8 KiB by default."""
-
+"""Longer messages are cut, over HTTP too."""
+_MAX_HEADER_BYTES = 4 << 10
+"""A status travels in HTTP/2 headers, which are bounded to 8 KiB by default, percent-encoded."""
+_MAX_PARAM_CHARS = 80
+_PLAIN = frozenset(map(chr, range(0x20, 0x7F))) - {"%"}
+"""What gRPC's percent-encoding leaves as one byte."""
+_ABORT_WAIT_S = 3.0
 
 _CLASS_BY_NAME = {kind.__name__: kind for kind in ERROR_TABLE}
 
@@ -54,11 +60,22 @@ def fields_of(error: BaseException) -> ErrorFields:
     """Not of our tree is a defect of ours: its text stays in the log, for it may hold what is not the caller's."""
     if not isinstance(error, RemudaError):
         return ErrorFields(kind=EngineFailure.__name__, message="internal error; the server's log has the details")
-    param = error.param if isinstance(error, InvalidRequest) else None
+    param = error.param[:_MAX_PARAM_CHARS] if isinstance(error, InvalidRequest) and error.param is not None else None
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded | Unavailable) else None
     # A class that only one module knows (NoReplica) travels as the nearest one of the table, which all know.
     kind = next(kind for kind in type(error).__mro__ if kind in ERROR_TABLE)
-    return ErrorFields(kind.__name__, str(error)[:MAX_MESSAGE_CHARS], param, retry_after_s)
+    return ErrorFields(kind.__name__, fitting(str(error)), param, retry_after_s)
+
+
+def fitting(message: str) -> str:
+    """The message's beginning, as much as every client's bound on headers lets through."""
+    message = message[:MAX_MESSAGE_CHARS]
+    num_bytes = 0
+    for index, char in enumerate(message):
+        num_bytes += 1 if char in _PLAIN else 3 * len(char.encode("utf-8", "surrogatepass"))
+        if num_bytes > _MAX_HEADER_BYTES:
+            return message[:index]
+    return message
 
 
 def error_of(fields: ErrorFields) -> RemudaError:
@@ -82,8 +99,16 @@ def trailing_metadata(error: BaseException) -> tuple[tuple[str, str], ...]:
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:
-    """Ends the call with the error's status. Raises, as gRPC's own abort does; nothing after it runs."""
-    await context.abort(mapping_of(error).grpc_status, fields_of(error).message, trailing_metadata(error))
+    """Ends the call with the error's status. Raises, as gRPC's own abort does; nothing after it runs.
+
+    A client that does not read has its status wait in gRPC, behind the messages; that is not waited for.
+    """
+    fields = fields_of(error)
+    try:
+        async with asyncio.timeout(_ABORT_WAIT_S):
+            await context.abort(mapping_of(error).grpc_status, fields.message, trailing_metadata(error))
+    except TimeoutError:
+        raise asyncio.CancelledError from None
     raise AssertionError("gRPC's abort returned")
 
 

@@ -11,7 +11,8 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.errors import ERROR_TABLE, Cancelled
+from cluster.errors import ERROR_TABLE, Cancelled, DeadlineExceeded
+from cluster.frontend.grpc_service import call_of
 from cluster.frontend.model_files import read_model_files
 from cluster.frontend.tokenizer import Tokenizer
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
@@ -190,6 +191,11 @@ async def test_the_calls_deadline_is_the_requests() -> None:
             await responses(one.channel, chat(first_token_timeout_s=0.05))
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "first token" in (caught.value.details() or "")
+
+
+async def test_a_deadline_that_has_passed_is_no_bad_field() -> None:
+    with pytest.raises(DeadlineExceeded):
+        call_of(chat(), -0.1)
 
 
 async def test_admin_shows_and_drains() -> None:

@@ -123,6 +123,14 @@ async def test_paths_and_methods_that_are_not_there() -> None:
         assert unknown.json()["error"]["code"] == "model_not_found"
 
 
+async def test_what_a_client_wrote_is_not_repeated_at_length() -> None:
+    async with served(says([300])) as one:
+        for body in (chat(model="😀" * 100_000), completion(logit_bias={"9" * 4000: 1.0, "7" * 100_000: "x"})):
+            response = await one.http.post("/v1/completions" if "prompt" in body else "/v1/chat/completions", json=body)
+            assert response.status_code in (400, 404)
+            assert len(response.content) < 4000
+
+
 async def test_too_long_is_openais_error() -> None:
     async with served(says([300])) as one:
         with pytest.raises(openai.BadRequestError) as caught:

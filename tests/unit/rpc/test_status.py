@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.errors import ERROR_TABLE, DeadlineExceeded, Unavailable, mapping_of
+from cluster.errors import ERROR_TABLE, DeadlineExceeded, ModelNotFound, Unavailable, mapping_of
 from cluster.router.router import NoReplica
 from cluster.rpc import status
 from cluster.rpc.channel import SERVER_OPTIONS, open_channel
@@ -103,6 +103,13 @@ async def test_long_messages_fit_into_the_headers(raiser: tuple[Raiser, grpc.aio
     servant, channel = raiser
     servant.error = InvalidRequest("x" * 100_000)
     assert str(status.error_from_rpc(await call(channel))) == "x" * status.MAX_MESSAGE_CHARS
+    # On the wire each of these has twelve bytes.
+    servant.error = ModelNotFound("😀" * 3000)
+    found = status.error_from_rpc(await call(channel))
+    assert type(found) is ModelNotFound
+    assert 300 < len(str(found)) < 400 and set(str(found)) == {"😀"}
+    servant.error = InvalidRequest("no", "größe" * 10_000)
+    assert type(status.error_from_rpc(await call(channel))) is InvalidRequest
 
 
 async def test_failures_of_grpc_itself_find_their_class() -> None:
