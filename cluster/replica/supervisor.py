@@ -71,7 +71,7 @@ class Supervisor:
         try:
             self._create()
         except RayError as error:
-            raise StartFailed(f"replica {self.replica_id}: {_first_line(error)}") from error
+            raise StartFailed(f"replica {self.replica_id}: {_reason(error)}") from error
 
     def _create(self) -> None:
         suffix = uuid.uuid4().hex[:12]
@@ -131,7 +131,7 @@ class Supervisor:
             lines = ray.get(self._leader.poll.remote(), timeout=CALL_TIMEOUT_S)
             events += [decode_event(line) for line in lines.splitlines()]
         except RayError as error:
-            events.append(self._failure("RankFailure", f"the leader is gone: {_first_line(error)}"))
+            events.append(self._failure("RankFailure", f"the leader is gone: {_reason(error)}"))
         if not any(isinstance(event, Failed) for event in events):
             events += self._dead_ranks()
         self._failed = any(isinstance(event, Failed) for event in events)
@@ -148,9 +148,9 @@ class Supervisor:
                 cause = error.cause
                 if isinstance(cause, RemudaError):
                     return [self._failure(type(cause).__name__, str(cause))]
-                return [self._failure("RankFailure", f"rank {rank} raised {_first_line(error)}")]
+                return [self._failure("RankFailure", f"rank {rank} raised {_reason(error)}")]
             except RayError as error:
-                return [self._failure("RankFailure", f"rank {rank} died: {_first_line(error)}")]
+                return [self._failure("RankFailure", f"rank {rank} died: {_reason(error)}")]
         return []
 
     def _failure(self, kind: str, message: str) -> Failed:
@@ -163,7 +163,7 @@ class Supervisor:
                 ray.get(self._leader.stop.remote(), timeout=STOP_TIMEOUT_S)
                 ray.wait(list(self._rank_runs), num_returns=len(self._rank_runs), timeout=STOP_TIMEOUT_S)
             except RayError as error:
-                _log.warning("replica %s: the leader did not stop: %s", self.replica_id, _first_line(error))
+                _log.warning("replica %s: the leader did not stop: %s", self.replica_id, _reason(error))
         for actor in [self._leader, *self._rank_actors]:
             if actor is not None:
                 ray.kill(actor, no_restart=True)
@@ -174,7 +174,7 @@ class Supervisor:
         self._leader, self._rank_actors, self._group, self._rendezvous = None, [], None, None
 
 
-def _first_line(error: Exception) -> str:
-    """Ray's messages hold whole tracebacks; the last line says what it was."""
+def _reason(error: Exception) -> str:
+    """Ray's messages hold whole tracebacks, and advice; the first sentence of the last line says what it was."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    return lines[-1].strip().split(". ")[0] if lines else type(error).__name__
