@@ -18,6 +18,7 @@ from cluster.frontend.grpc_admin import AdminServicer
 from cluster.frontend.grpc_service import InferenceServicer
 from cluster.frontend.health import Health
 from cluster.frontend.http import HttpSettings, build_http_app
+from cluster.frontend.http_protocol import HttpLimits
 from cluster.frontend.listeners import GrpcListener, HttpListener
 from cluster.frontend.metrics import Metrics
 from cluster.frontend.model_files import read_model_files
@@ -50,6 +51,7 @@ class FrontEndConfig:
     max_live_sequences: int = 1024
     stall_s: float = 60.0
     http: HttpSettings = field(default_factory=HttpSettings)
+    http_limits: HttpLimits = field(default_factory=HttpLimits)
 
 
 class FrontEnd:
@@ -78,7 +80,7 @@ class FrontEnd:
         self.health = Health(backend.replicas, lambda: self._admission.is_closed, clock, config.stall_s)
         http_app = build_http_app(self.service, self.health, metrics, keys, config.http)
         version = importlib.metadata.version("remuda")
-        self._http = HttpListener(http_app, config.host, config.port)
+        self._http = HttpListener(http_app, config.host, config.port, config.http_limits)
         inference, admin = InferenceServicer(self.service, keys), AdminServicer(self.service, keys, version)
         try:
             self._grpc = GrpcListener(inference, admin, config.host, config.grpc_port)

@@ -5,7 +5,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
 from cluster.errors import Cancelled, PayloadTooLarge
@@ -16,17 +16,25 @@ _M = TypeVar("_M", bound=BaseModel)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Raises PayloadTooLarge as soon as the bound is passed, or would be by the length that the header names."""
+    """The whole body.
+
+    Raises:
+        PayloadTooLarge: as soon as the bound is passed, or would be by the length that the header names.
+        Cancelled: the client went before the end.
+    """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise PayloadTooLarge(f"the body has {declared} bytes; at most {max_bytes} are taken")
     chunks: list[bytes] = []
     num_bytes = 0
-    async for chunk in request.stream():
-        num_bytes += len(chunk)
-        if num_bytes > max_bytes:
-            raise PayloadTooLarge(f"the body has more than {max_bytes} bytes")
-        chunks.append(chunk)
+    try:
+        async for chunk in request.stream():
+            num_bytes += len(chunk)
+            if num_bytes > max_bytes:
+                raise PayloadTooLarge(f"the body has more than {max_bytes} bytes")
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise Cancelled("the client went away while it sent its request") from None
     return b"".join(chunks)
 
 

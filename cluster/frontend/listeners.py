@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from cluster.frontend.grpc_admin import AdminServicer
 from cluster.frontend.grpc_service import InferenceServicer
+from cluster.frontend.http_protocol import HttpLimits, limited_http
 from cluster.rpc.channel import SERVER_OPTIONS
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from engine.errors import InvalidOption
@@ -46,13 +47,14 @@ class HttpListener:
     app: the ASGI application.
     host: an address of this machine, or a name for one.
     port: 0 takes a free one.
+    limits: of the connections.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int, limits: HttpLimits) -> None:
         self._socket = _bound_socket(host, port, "--port")
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=limited_http(limits),
             ws="none",
             lifespan="off",
             log_config=None,
