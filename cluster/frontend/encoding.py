@@ -1,7 +1,9 @@
 """Prompts to token ids, off the event loop."""
 
 import asyncio
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from cluster.frontend.calls import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from cluster.frontend.sampling import check_token_ids
@@ -46,38 +48,47 @@ class PromptEncoder:
             token_ids = list(prompt.token_ids)
             check_token_ids(token_ids, self.vocab_size, "prompt")
         else:
-            num_chars = _num_chars(prompt)
-            self._check_length(num_chars, max_tokens)
-            pool = self._long if num_chars >= _LONG_CHARS else self._short
-            token_ids = await asyncio.get_running_loop().run_in_executor(pool, self._encode_now, prompt)
+            pool = self._long if _num_chars(prompt) >= _LONG_CHARS else self._short
+            token_ids = await asyncio.get_running_loop().run_in_executor(pool, self._encode_now, prompt, max_tokens)
         if not token_ids:
             raise InvalidRequest("prompt must not be empty", _param(prompt))
         return token_ids
 
-    def _encode_now(self, prompt: TextPrompt | ChatPrompt) -> list[int]:
+    def _encode_now(self, prompt: TextPrompt | ChatPrompt, max_tokens: int | None) -> list[int]:
+        tokenizer = self.tokenizer
         if isinstance(prompt, TextPrompt):
             if not prompt.text and not prompt.add_special_tokens:
                 return []
-            return self.tokenizer.encode(prompt.text, prompt.add_special_tokens, prompt.parse_special_tokens)
-        return self.tokenizer.encode_chat(
-            prompt.messages, prompt.add_generation_prompt, prompt.variables, prompt.add_special_tokens
+            _check_length(tokenizer.fewest_tokens(prompt.text), max_tokens)
+            return tokenizer.encode(prompt.text, prompt.add_special_tokens, prompt.parse_special_tokens)
+        text = tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt, prompt.variables)
+        # Of the template's output: it may leave out what the client wrote, and write what the client did not.
+        _check_length(tokenizer.fewest_tokens(text), max_tokens)
+        return tokenizer.encode(text, prompt.add_special_tokens)
+
+
+def _check_length(fewest: int, max_tokens: int | None) -> None:
+    if max_tokens is not None and fewest > max_tokens:
+        raise ContextLengthExceeded(
+            f"this model's maximum context length is {max_tokens} tokens, but the prompt has at least {fewest};"
+            " shorten it",
+            "prompt",
         )
 
-    def _check_length(self, num_chars: int, max_tokens: int | None) -> None:
-        fewest = self.tokenizer.fewest_tokens(num_chars)
-        if max_tokens is not None and fewest > max_tokens:
-            raise ContextLengthExceeded(
-                f"this model's maximum context length is {max_tokens} tokens, but the prompt has at least {fewest};"
-                " shorten it",
-                "prompt",
-            )
 
-
-def _num_chars(prompt: TextPrompt | ChatPrompt) -> int:
-    """Characters that surely become part of the prompt, or nearly so for messages (a template may trim them)."""
-    if isinstance(prompt, TextPrompt):
-        return len(prompt.text)
-    return sum(len(str(message.get("content", ""))) for message in prompt.messages)
+def _num_chars(value: Any) -> int:
+    """All that a prompt's encoding may have to go through."""
+    if isinstance(value, TextPrompt):
+        return len(value.text)
+    if isinstance(value, ChatPrompt):
+        return _num_chars(value.messages) + _num_chars(value.variables)
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_num_chars, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_num_chars, value))
+    return 1
 
 
 def _param(prompt: Prompt) -> str:

@@ -103,7 +103,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.DetokenizeResponse:
         try:
             check_key(self._keys, context)
-            return inference_pb2.DetokenizeResponse(text=self._service.detokenize(request.token_ids, request.model))
+            text = await self._service.detokenize(request.token_ids, request.model)
+            return inference_pb2.DetokenizeResponse(text=text)
         except Exception as error:  # noqa: BLE001  as above
             log_defect(error)
             await abort(context, error)

@@ -36,7 +36,7 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 class HttpSettings:
     """``max_body_bytes`` bounds each request's body; ``ping_interval_s`` each stream's silence."""
 
-    max_body_bytes: int = 32 * 2**20
+    max_body_bytes: int = 16 * 2**20
     ping_interval_s: float = 10.0
 
 
@@ -119,7 +119,7 @@ class HttpApi:
 
     async def detokenize(self, request: Request) -> Response:
         body = parse_body(DetokenizeBody, await self._body(request))
-        return JsonResponse({"prompt": self._service.detokenize(body.tokens, body.model)})
+        return JsonResponse({"prompt": await self._service.detokenize(body.tokens, body.model)})
 
     async def livez(self, request: Request) -> Response:
         is_live, progress = self._health.live()

@@ -4,10 +4,11 @@ Wrong types are refused, unknown fields are not looked at, and fields that ask f
 than ignored.
 """
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.frontend.calls import ChatPrompt, Prompt, SamplingOptions, TextPrompt, TimeLimits, TokenPrompt
 from engine.errors import InvalidRequest
@@ -30,8 +31,19 @@ _NOT_SERVED = {
 }
 
 
-class _Body(BaseModel):
+MAX_PROMPTS = 1024
+MAX_MESSAGES = 4096
+_MAX_IDS = 2_500_000
+_TOKEN_ID = re.compile("[0-9]{1,10}")
+
+
+class Body(BaseModel):
+    """What all have."""
+
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    max_values: ClassVar[int] = 200_000
+    """How many numbers, strings and the like a body of this kind may hold."""
 
     model: str = ""
 
@@ -42,13 +54,13 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _GenerateBody(_Body):
+class _GenerateBody(Body):
     """What both generating endpoints take."""
 
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
@@ -60,7 +72,7 @@ class _GenerateBody(_Body):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -114,14 +126,16 @@ class _GenerateBody(_Body):
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:
-    try:
-        return {int(token_id): bias for token_id, bias in given.items()}
-    except ValueError as error:
-        raise InvalidRequest("the keys of logit_bias must be token ids", "logit_bias") from error
+    # int() takes more than JSON's writers of numbers mean: spaces, underscores, other scripts' digits.
+    if not all(_TOKEN_ID.fullmatch(token_id) for token_id in given):
+        raise InvalidRequest("the keys of logit_bias must be token ids", "logit_bias")
+    return {int(token_id): bias for token_id, bias in given.items()}
 
 
 class CompletionBody(_GenerateBody):
     """POST /v1/completions."""
+
+    max_values: ClassVar[int] = _MAX_IDS
 
     prompt: Any = None
     best_of: int | None = None
@@ -136,10 +150,12 @@ class CompletionBody(_GenerateBody):
         if isinstance(given, str):
             return [self._text(given)]
         if isinstance(given, list) and given:
-            if all(isinstance(entry, str) for entry in given):
-                return [self._text(entry) for entry in given]
             if _are_ids(given):
                 return [TokenPrompt(given)]
+            if len(given) > MAX_PROMPTS:
+                raise InvalidRequest(f"prompt may be a list of {MAX_PROMPTS} prompts, not {len(given)}", "prompt")
+            if all(isinstance(entry, str) for entry in given):
+                return [self._text(entry) for entry in given]
             if all(isinstance(entry, list) and _are_ids(entry) for entry in given):
                 return [TokenPrompt(entry) for entry in given]
         what = "missing" if given is None else "an empty list" if given == [] else "neither"
@@ -155,7 +171,8 @@ class CompletionBody(_GenerateBody):
 
 
 def _are_ids(entries: list[Any]) -> bool:
-    return all(type(entry) is int for entry in entries)
+    # Often a hundred thousand of them: no loop of ours.
+    return set(map(type, entries)) <= {int}
 
 
 class Message(BaseModel):
@@ -177,6 +194,8 @@ class Message(BaseModel):
         return {**(self.model_extra or {}), "role": role, "content": content}
 
 
+Messages = Annotated[list[Message], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
 _MEDIA = {
     "image_url": "images",
     "input_image": "images",
@@ -191,7 +210,7 @@ def _text_of(parts: list[dict[str, Any]], position: int) -> str:
     for number, part in enumerate(parts):
         param = f"messages.{position}.content.{number}"
         kind = part.get("type")
-        if kind in _MEDIA:
+        if isinstance(kind, str) and kind in _MEDIA:
             raise InvalidRequest(f"{_MEDIA[kind]} are not served yet; send text only", param)
         if kind != "text" or not isinstance(part.get("text"), str):
             raise InvalidRequest("a content part must have the type text and a string named text", param)
@@ -209,7 +228,7 @@ def chat_messages(messages: list[Message]) -> list[dict[str, Any]]:
 class ChatBody(_GenerateBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -229,11 +248,11 @@ class ChatBody(_GenerateBody):
         return None
 
 
-class TokenizeBody(_Body):
+class TokenizeBody(Body):
     """POST /tokenize: a prompt, or messages."""
 
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     parse_special_tokens: bool = False
     add_generation_prompt: bool = True
@@ -252,7 +271,9 @@ class TokenizeBody(_Body):
         return TextPrompt(self.prompt, self.add_special_tokens is not False, self.parse_special_tokens)
 
 
-class DetokenizeBody(_Body):
+class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    tokens: list[int]
+    max_values: ClassVar[int] = _MAX_IDS
+
+    tokens: Annotated[list[int], Field(fail_fast=True)]

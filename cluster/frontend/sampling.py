@@ -46,7 +46,7 @@ def build_sampling(
         values["top_k"] = 0
     check_token_ids(options.stop_token_ids, vocab_size, "stop_token_ids")
     ends = [] if options.ignore_eos else list(eos_ids)
-    ends += [token_id for token_id in options.stop_token_ids if token_id not in ends]
+    ends = list(dict.fromkeys([*ends, *options.stop_token_ids]))
     sampling = SamplingParams(
         max_tokens=max_tokens,
         seed=seed,

@@ -93,17 +93,25 @@ class Service:
         return min(lengths)
 
     async def tokenize(self, prompt: Prompt, model: str = "") -> list[int]:
-        """Raises ModelNotFound, InvalidRequest."""
+        """It may be longer than the context, but not so long that it surely is.
+
+        Raises:
+            ModelNotFound: of another name.
+            InvalidRequest: a prompt that is none, or much too long.
+            Unavailable: no replica is ready, or the server drains.
+            Overloaded: there is no room now; this work counts as a sequence.
+        """
         self.check_model(model)
         if isinstance(prompt, TextPrompt) and not prompt.text and not prompt.add_special_tokens:
             return []
-        return await self.encoder.encode(prompt)
+        with self.admission.admitted(1):
+            return await self.encoder.encode(prompt, self.max_model_len)
 
-    def detokenize(self, token_ids: Sequence[int], model: str = "") -> str:
+    async def detokenize(self, token_ids: Sequence[int], model: str = "") -> str:
         """The text of a whole sequence, control tokens shown. Raises ModelNotFound, InvalidRequest."""
         self.check_model(model)
         check_token_ids(token_ids, self.encoder.vocab_size, "tokens")
-        return self.tokenizer.decode(token_ids, with_special=True)
+        return await asyncio.to_thread(self.tokenizer.decode, token_ids, with_special=True)
 
     def end_all(self, error: RemudaError) -> None:
         """Every request that runs ends with this error."""

@@ -60,6 +60,7 @@ class Tokenizer:
         }
         self._special_pattern = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
         self._quoted_pattern = re.compile(f"{_OPEN}{self._nonce}\\.([0-9]+){_CLOSE}")
+        self._named_pattern = re.compile(f"{_CLOSE}{self._nonce}\\.[0-9]+{_OPEN}")
         self._prefix, self._suffix = _added_around(self._original)
         self.special_ids = frozenset(special.values())
         vocabulary = {id_: token for token, id_ in self._original.get_vocab(with_added_tokens=True).items()}
@@ -86,6 +87,15 @@ class Tokenizer:
         Raises:
             InvalidRequest: there is no template, or it refuses the messages.
         """
+        return self.encode(self.render_chat(messages, add_generation_prompt, variables), add_special_tokens)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """What ``encode`` takes for a conversation: its control tokens bear their other names. Raises as above."""
         if self._template is None:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions, or a checkpoint with chat_template.jinja",
@@ -93,8 +103,7 @@ class Tokenizer:
             )
         rendered = self._template.render(self._quote(messages), add_generation_prompt, self._quote(variables or {}))
         named = self._special_pattern.sub(lambda found: self._names[found[0]], rendered)
-        unquoted = self._quoted_pattern.sub(lambda found: self._special[int(found[1])], named)
-        return self.encode(unquoted, add_special_tokens)
+        return self._quoted_pattern.sub(lambda found: self._special[int(found[1])], named)
 
     def decode(self, token_ids: Sequence[int], with_special: bool = False) -> str:
         """A whole text. ``with_special`` shows control tokens."""
@@ -104,9 +113,9 @@ class Tokenizer:
         """Each token as tokenizer.json writes it."""
         return [self._original.id_to_token(token_id) or "" for token_id in token_ids]
 
-    def fewest_tokens(self, num_chars: int) -> int:
-        """A bound that needs no encoding: no text of so many characters has fewer tokens."""
-        return num_chars // self._longest_token_bytes
+    def fewest_tokens(self, text: str) -> int:
+        """A bound that needs no encoding: what the user's or a template's text has at least."""
+        return len(self._named_pattern.sub("", text)) // self._longest_token_bytes
 
     def _encode_plain(self, text: str) -> list[int]:
         ids = _ids(self._plain, text)
@@ -127,7 +136,7 @@ class Tokenizer:
 
 def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     """As ``encode``, which holds Python's lock all the while, for seconds if the text is long. This lets others run."""
-    ids: list[int] = tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
     return ids
 
 

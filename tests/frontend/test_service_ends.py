@@ -199,8 +199,8 @@ async def test_a_long_prompt_does_not_stall_a_short_one(build: Build, tiny: Toke
 async def test_tokenize_and_detokenize_are_inverse(build: Build) -> None:
     service, _, _ = build(says([300]))
     ids = await service.tokenize(TextPrompt("Hello, wörld 🙂"))
-    assert service.detokenize(ids) == "<|begin_of_text|>Hello, wörld 🙂"
+    assert await service.detokenize(ids) == "<|begin_of_text|>Hello, wörld 🙂"
     with pytest.raises(InvalidRequest):
-        service.detokenize([2048])
+        await service.detokenize([2048])
     with pytest.raises(ModelNotFound):
         await service.tokenize(TextPrompt("x"), "other")

@@ -139,4 +139,10 @@ def test_model_files_of_the_embedded_model(model_paths: dict[str, Path]) -> None
 
 @given(st.text(max_size=60))
 def test_the_bound_on_tokens_holds(tiny: Tokenizer, text: str) -> None:
-    assert tiny.fewest_tokens(len(text)) <= len(tiny.encode(text, add_special_tokens=False))
+    assert tiny.fewest_tokens(text) <= len(tiny.encode(text, add_special_tokens=False))
+
+
+@given(st.lists(st.sampled_from(["<|eot_id|>", "<|begin_of_text|>", "a", "word ", "🙂"]), max_size=20))
+def test_the_bound_on_tokens_holds_for_chats(tiny: Tokenizer, pieces: list[str]) -> None:
+    rendered = tiny.render_chat([{"role": "user", "content": "".join(pieces)}])
+    assert tiny.fewest_tokens(rendered) <= len(tiny.encode(rendered, add_special_tokens=False))
