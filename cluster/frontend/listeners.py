@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 import grpc
 import uvicorn
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from starlette.types import ASGIApp
 
 from cluster.frontend.grpc_admin import AdminServicer
@@ -16,14 +14,13 @@ from cluster.frontend.grpc_service import InferenceServicer
 from cluster.frontend.http_protocol import HttpLimits, limited_http
 from cluster.rpc.channel import SERVER_OPTIONS
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from cluster.rpc.health import Health, add_health_and_reflection
 from engine.errors import InvalidOption
 
 _SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
     admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
 )
-_ANY = ""
-"""grpc.health.v1's name for the server as a whole."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -102,11 +99,9 @@ class GrpcListener:
 
     def __init__(self, inference: InferenceServicer, admin: AdminServicer, host: str, port: int) -> None:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        self._health = health.aio.HealthServicer()
+        self._health: Health | None = None
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             self.port = self._server.add_insecure_port(address)
@@ -115,16 +110,15 @@ class GrpcListener:
         self._is_ready: bool | None = None
 
     async def start(self) -> None:
+        self._health = await add_health_and_reflection(self._server, _SERVICES)
         await self._server.start()
 
     async def set_ready(self, is_ready: bool) -> None:
         """What grpc.health.v1 answers."""
-        if is_ready == self._is_ready:
-            return
-        self._is_ready = is_ready
-        status = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in (_ANY, *_SERVICES):
-            await self._health.set(service, status)
+        assert self._health is not None, "start comes first"
+        if is_ready != self._is_ready:
+            self._is_ready = is_ready
+            await self._health.set_serving(is_ready)
 
     async def stop(self) -> None:
         """Calls that still run a second later are cut."""
