@@ -46,7 +46,7 @@ class WhileLoading(ProgressColumn):
 
 
 class StartProgress:
-    """Consumes start-up events. Use as a context manager around ``follow``."""
+    """Consumes start-up events: ``follow`` shows them, ``summarize`` tells at the end what they amounted to."""
 
     def __init__(self, console: Console, num_replicas: int) -> None:
         self._console = console

@@ -64,7 +64,7 @@ class Launch:
         self._supervisors: list[Supervisor] = []
 
     def run(self) -> None:
-        """Returns when ``stop`` is set or a replica failed; everything is still running then, until ``close``."""
+        """Returns when ``stop`` is set; everything is still running then, until ``close``."""
         with ThreadPoolExecutor(1) as pool:
             prepared: Future[ModuleType] = pool.submit(_prepare, self._config.replica)
             self._events.send(PhaseStarted("ray" if self._config.address is None else "join"))
@@ -101,7 +101,7 @@ class Launch:
                     num_starting -= isinstance(event, ReplicaReady)
 
     def close(self) -> None:
-        """Stop what was started, in the reverse order; every part is tried even if another fails."""
+        """Stop the replicas, then Ray; every part is tried even if another fails."""
         for supervisor in self._supervisors:
             try:
                 supervisor.stop()
@@ -135,7 +135,9 @@ def main() -> int:
         events.send(Failed(type(error).__name__, str(error)))
         status = 1
     except Exception as error:  # noqa: BLE001  (whatever it was, it is reported)
-        events.send(Failed("StartFailed", f"{type(error).__name__}: {error}", detail=traceback.format_exc()))
+        # A defect of ours: the user gets one line, whoever mends it needs the trace.
+        traceback.print_exc()
+        events.send(Failed("StartFailed", f"{type(error).__name__}: {error}"))
         status = 1
     finally:
         launch.close()

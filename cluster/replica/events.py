@@ -69,21 +69,18 @@ class RankPlaced(msgspec.Struct, frozen=True, tag="rank"):
 
 
 class ReplicaReady(msgspec.Struct, frozen=True, tag="ready"):
+    """The leader serves at ``address`` (host:port); what else there is to know, it tells itself (GetInfo)."""
+
     replica: str
     address: str
-    max_model_len: int
-    num_blocks: int
-    block_size: int
-    phase_seconds: dict[str, float]
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """Start-up failed, or a replica broke later. ``kind`` is the class in the error tree, ``detail`` is for the log."""
+    """Start-up failed, or a replica broke later. ``kind`` is the class in the error tree."""
 
     kind: str
     message: str
     replica: str = ""
-    detail: str = ""
 
 
 class Stopped(msgspec.Struct, frozen=True, tag="stopped"):

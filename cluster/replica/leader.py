@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 import setproctitle
@@ -191,13 +191,7 @@ class Leader:
             self._loop.fail(error)
 
     async def _serve(self, engine: Engine, info: ReplicaInfo) -> None:
-        failed = asyncio.Event()
-        failure: list[RemudaError] = []
-
-        def on_failure(error: RemudaError) -> None:
-            failure.append(error)
-            failed.set()
-
+        failure: asyncio.Future[RemudaError] = asyncio.get_running_loop().create_future()
         self._loop = EngineLoop(engine)
         if self._executor is not None and self._executor.failure is not None:
             raise self._executor.failure
@@ -206,23 +200,18 @@ class Leader:
             info,
             bind=f"{self._config.host}:0",
             secret=self._config.secret,
-            on_failure=on_failure,
+            on_failure=failure.set_result,
         )
         address = await server.start()
         settle_heap()
-        self._events.append(
-            ReplicaReady(
-                info.id, address, info.max_model_len, info.num_blocks, info.block_size, dict(info.phase_seconds)
-            )
-        )
+        self._events.append(ReplicaReady(info.id, address))
         stop = asyncio.create_task(asyncio.to_thread(self._stopping.wait))
-        fail = asyncio.create_task(failed.wait())
-        await asyncio.wait([stop, fail], return_when=asyncio.FIRST_COMPLETED)
-        if failure:
-            self._report(failure[0])
+        ends: list[asyncio.Future[Any]] = [stop, failure]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if failure.done():
+            self._report(failure.result())
             # Front ends learn of it from the server, so it stays until the supervisor says stop.
             await stop
-        fail.cancel()
         await server.stop(STOP_GRACE_S)
 
     def _watch_lease(self) -> None:

@@ -9,8 +9,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 _KEEPALIVE_TIME_MS = 10_000
 _KEEPALIVE_TIMEOUT_MS = 5_000
 
-
-SERVER_OPTIONS: Options = [
+_BOTH_ENDS: Options = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", _KEEPALIVE_TIME_MS),
@@ -20,21 +19,17 @@ SERVER_OPTIONS: Options = [
     ("grpc.keepalive_permit_without_calls", 1),
     # By default pings become rare on a connection without data: then nobody would look.
     ("grpc.http2.max_pings_without_data", 0),
+]
+
+SERVER_OPTIONS: Options = [
+    *_BOTH_ENDS,
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_TIME_MS // 2),
     ("grpc.so_reuseport", 0),
 ]
 """A silent peer is noticed within 15 s; a port that is taken is an error, never shared."""
 
 CLIENT_OPTIONS: Options = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", _KEEPALIVE_TIME_MS),
-    ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
-    # Without it gRPC's core waits a minute for the answer to a keepalive ping, whatever the line above says.
-    ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # By default pings become rare on a connection without data: then nobody would look.
-    ("grpc.http2.max_pings_without_data", 0),
+    *_BOTH_ENDS,
     # A proxy named in the environment is not for traffic between our own processes.
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),

@@ -40,8 +40,3 @@ class Mesh:
     @property
     def expert_tp_rank(self) -> int:
         return self.expert_index % self.config.expert_tp
-
-    @property
-    def is_sampler(self) -> bool:
-        """Logits are gathered to tp rank 0 of the last stage, and sampled there."""
-        return self.tp_rank == 0 and self.pp_rank == self.config.pp - 1
