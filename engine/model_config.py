@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from engine.config import Dtype, KvGroupConfig, ParallelConfig
 from engine.errors import CheckpointError, LayoutError
+from engine.quantization_config import QuantizationConfig, parse_quantization
 from engine.rope_config import RopeConfig, RopeType, parse_rope
 
 
@@ -72,6 +73,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     tensor_prefix: str = ""
+    quantization: QuantizationConfig | None = None
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Self:
@@ -95,14 +97,11 @@ class ModelConfig:
             )
         # Llama 4 with vision nests its text model; the vision part is not read.
         text = {**config, **(config.get("text_config") or {})}
-        for part in (config, text):
-            if scheme := part.get("quantization_config"):
-                raise CheckpointError(
-                    f"the checkpoint is quantized ({scheme.get('quant_method', 'unnamed method')}); "
-                    "quantized checkpoints are not served yet, use the bfloat16 one"
-                )
         try:
-            return cls(architecture=architecture, **_parse_fields(architecture, text, generation_config or {}))
+            scheme = text.get("quantization_config")
+            quantization = parse_quantization(scheme) if scheme else None
+            fields = _parse_fields(architecture, text, generation_config or {})
+            return cls(architecture=architecture, quantization=quantization, **fields)
         except KeyError as error:
             raise CheckpointError(f"config.json of {architecture} lacks {error.args[0]!r}") from error
 

@@ -6,9 +6,9 @@ from torch import nn
 from engine.attention.backend import KvCacheView, StepAttention
 from engine.layers.linear import ColumnParallelLinear, ColumnPart, RowParallelLinear
 from engine.layers.norm import rms_normalize
-from engine.layers.parameter import ParameterBuilder, Split
 from engine.layers.rotary import Rotation
 from engine.model_config import ModelConfig, TemperatureConfig
+from engine.parameter import ParameterBuilder, Split
 
 
 class Attention(nn.Module):

@@ -11,9 +11,9 @@ from engine.batch import ForwardBatch
 from engine.layers.attention import Attention
 from engine.layers.embedding import VocabEmbedding
 from engine.layers.norm import RmsNorm
-from engine.layers.parameter import ParameterBuilder
 from engine.layers.rotary import RotaryEmbedding, Rotation
 from engine.model_config import ModelConfig
+from engine.parameter import ParameterBuilder
 
 
 class FeedForward(Protocol):
@@ -72,7 +72,7 @@ class DecoderModel(nn.Module):
         if not config.tie_word_embeddings:
             self.head = VocabEmbedding(build, "lm_head", config.vocab_size, config.hidden_size)
         self._rotary = RotaryEmbedding(config.rope, build.device)
-        self.slices = tuple(build.slices)
+        self.slices, self.conversions = tuple(build.slices), tuple(build.conversions)
 
     def forward(self, batch: ForwardBatch, kv_cache: KvCacheView, attention: StepAttention) -> torch.Tensor:
         """Final, normalised hidden states [T, hidden_size], the same on all tp ranks."""

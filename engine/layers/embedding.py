@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from engine.layers.parameter import ParameterBuilder
+from engine.parameter import ParameterBuilder
 
 
 class VocabEmbedding(nn.Module):

@@ -5,7 +5,7 @@ from torch import nn
 
 from engine.layers.activation import silu_and_multiply
 from engine.layers.linear import ColumnParallelLinear, ColumnPart, RowParallelLinear
-from engine.layers.parameter import ParameterBuilder
+from engine.parameter import ParameterBuilder
 
 
 class GatedFeedForward(nn.Module):

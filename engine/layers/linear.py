@@ -1,6 +1,6 @@
 """Linear layers whose matrices are divided over the tensor-parallel ranks ("Megatron-LM", arXiv 1909.08053).
 
-T tokens. Weights are [out, in], as in the checkpoint.
+T tokens. Weights are [out, in], as in the checkpoint; how they are held is engine.quantization's affair.
 """
 
 from collections.abc import Sequence
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from engine.layers.parameter import ParameterBuilder, Split
+from engine.parameter import ParameterBuilder, Split
+from engine.quantization.matrix import MatrixPart
+from engine.quantization.registry import make_matrix
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,16 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, build: ParameterBuilder, num_inputs: int, parts: Sequence[ColumnPart], bias: bool) -> None:
         super().__init__()
         self.local_sizes = [part.local_size for part in parts]
-        self.weight = build.empty(sum(self.local_sizes), num_inputs)
+        self.matrix = make_matrix(build, [MatrixPart(p.name, p.size, num_inputs, outputs=p.split) for p in parts])
         self.bias = build.empty(sum(self.local_sizes)) if bias else None
-        weights = self.weight.split(self.local_sizes)
-        biases = self.bias.split(self.local_sizes) if self.bias is not None else [None] * len(parts)
-        for part, weight, part_bias in zip(parts, weights, biases, strict=True):
-            start = part.split.start(part.size)
-            build.fill(weight, f"{part.name}.weight", (part.size, num_inputs), (start, 0))
-            if part_bias is not None:
-                build.fill(part_bias, f"{part.name}.bias", (part.size,), (start,))
+        if self.bias is not None:
+            for part, values in zip(parts, self.bias.split(self.local_sizes), strict=True):
+                build.fill(values, f"{part.name}.bias", (part.size,), (part.split.start(part.size),))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, in] to [T, sum of local sizes]."""
-        return functional.linear(hidden, self.weight, self.bias)
+        output: torch.Tensor = self.matrix.forward(hidden)
+        return output if self.bias is None else output + self.bias
 
 
 class RowParallelLinear(nn.Module):
@@ -53,8 +51,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, build: ParameterBuilder, name: str, num_inputs: int, num_outputs: int, bias: bool) -> None:
         super().__init__()
         self._tp = build.mesh.tp
-        self.weight = build.empty(num_outputs, build.tp.size(num_inputs))
-        build.fill(self.weight, f"{name}.weight", (num_outputs, num_inputs), (0, build.tp.start(num_inputs)))
+        self.matrix = make_matrix(build, [MatrixPart(name, num_outputs, num_inputs, inputs=build.tp)])
         self.bias = build.whole(f"{name}.bias", num_outputs) if bias else None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -64,4 +61,4 @@ class RowParallelLinear(nn.Module):
 
     def forward_partial(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, local in] to this rank's summand of [T, out], without the bias."""
-        return functional.linear(hidden, self.weight)
+        return self.matrix.forward(hidden)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from engine.layers.parameter import ParameterBuilder
+from engine.parameter import ParameterBuilder
 
 
 def rms_normalize(hidden: torch.Tensor, eps: float) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 from engine.layers.decoder import DecoderModel
 from engine.layers.feed_forward import GatedFeedForward
-from engine.layers.parameter import ParameterBuilder
 from engine.model_config import ModelConfig
+from engine.parameter import ParameterBuilder
 
 
 class LlamaModel(DecoderModel):

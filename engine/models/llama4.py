@@ -7,8 +7,8 @@ every other layer: all of it is in the layers' configuration.
 from engine.layers.decoder import DecoderModel, FeedForward
 from engine.layers.feed_forward import GatedFeedForward
 from engine.layers.moe import MixtureOfExperts
-from engine.layers.parameter import ParameterBuilder
 from engine.model_config import ModelConfig
+from engine.parameter import ParameterBuilder
 
 
 class Llama4Model(DecoderModel):

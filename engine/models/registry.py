@@ -9,9 +9,9 @@ from engine.attention.backend import KvCacheView, StepAttention
 from engine.batch import ForwardBatch
 from engine.config import Dtype
 from engine.dtypes import torch_dtype
-from engine.layers.parameter import ParameterBuilder, TensorSlice
 from engine.model_config import ModelConfig, validate_layout
 from engine.parallel.mesh import Mesh
+from engine.parameter import Conversion, ParameterBuilder, TensorSlice
 
 MODELS = {
     "LlamaForCausalLM": "engine.models.llama:LlamaModel",
@@ -27,6 +27,8 @@ class Model(Protocol):
     config: ModelConfig
     slices: tuple[TensorSlice, ...]
     """What the loader must read, and where to."""
+    conversions: tuple[Conversion, ...]
+    """What it must compute from what it reads."""
 
     def forward(self, batch: ForwardBatch, kv_cache: KvCacheView, attention: StepAttention) -> torch.Tensor:
         """Final, normalised hidden states [T, hidden_size] of the step's tokens, the same on all tp ranks."""
@@ -48,5 +50,6 @@ def build_model(config: ModelConfig, mesh: Mesh, dtype: Dtype, device: torch.dev
     validate_layout(config, mesh.config)
     module, _, name = MODELS[config.architecture].partition(":")
     model_class = getattr(importlib.import_module(module), name)
-    model: Model = model_class(config, ParameterBuilder(mesh, torch_dtype(dtype), device, config.tensor_prefix))
+    build = ParameterBuilder(mesh, torch_dtype(dtype), device, config.tensor_prefix, config.quantization)
+    model: Model = model_class(config, build)
     return model

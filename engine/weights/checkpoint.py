@@ -4,10 +4,11 @@ Format: 8 bytes little-endian header length, a JSON header, then the data
 (https://huggingface.co/docs/safetensors). A checkpoint is one file or several shards with an index.
 """
 
+import dataclasses
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ _SINGLE_FILE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own bound; beyond it the file is not safetensors."""
 
-FLOAT_FORMATS = {"F32": 4, "F16": 2, "BF16": 2}
-"""Formats that unquantized weights are read from, and their bytes per element."""
+FLOAT_FORMATS = ("F32", "F16", "BF16")
+"""Formats that unquantized weights are read from."""
+ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
+"""Bytes per element of every format that is read."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class TensorEntry:
 
     @property
     def element_bytes(self) -> int:
-        return FLOAT_FORMATS[self.format]
+        return ELEMENT_BYTES[self.format]
 
 
 class Checkpoint:
@@ -53,8 +56,15 @@ class Checkpoint:
             for entry in _read_header(self.directory / name, self._tensors_of(name)):
                 self._entries[entry.name] = entry
 
-    def entry(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
-        """The tensor ``name``, whose shape must be ``shape`` and whose format one of FLOAT_FORMATS.
+    def entry(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        formats: Sequence[str] = FLOAT_FORMATS,
+        stored_shapes: Sequence[tuple[int, ...]] = (),
+    ) -> TensorEntry:
+        """The tensor ``name``, whose shape must be ``shape`` (or one of ``stored_shapes``, with as many elements: then
+        it is given as one of ``shape``) and whose format one of ``formats``.
 
         Raises CheckpointError, naming file and tensor, where it is missing or different.
         """
@@ -62,20 +72,17 @@ class Checkpoint:
         if entry is None:
             where = self.directory / self._index[name] if name in self._index else self.directory
             raise CheckpointError(f"{where} has no tensor {name!r}, which the model of its config.json needs")
+        if entry.shape in stored_shapes:
+            entry = dataclasses.replace(entry, shape=shape)
         if entry.shape != shape:
             raise CheckpointError(
                 f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}; config.json makes it {list(shape)}"
             )
-        if entry.format not in FLOAT_FORMATS:
+        if entry.format not in formats:
             raise CheckpointError(
-                f"{entry.file}: tensor {name!r} is in format {entry.format}; served are {', '.join(FLOAT_FORMATS)}"
+                f"{entry.file}: tensor {name!r} is in format {entry.format}; expected is {' or '.join(formats)}"
             )
         return entry
-
-    def verify(self, tensors: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-        """Check names, shapes and formats of all ``tensors`` (name, shape); raises as ``entry`` does."""
-        for name, shape in tensors:
-            self.entry(name, shape)
 
     def _tensors_of(self, file_name: str) -> str:
         """For messages: an example of what a file should hold."""
@@ -140,7 +147,7 @@ def _parse_entry(path: Path, name: str, value: Any, data_start: int, file_bytes:
         raise CheckpointError(
             f"{path} is truncated: tensor {name!r} ends at byte {data_start + end}, the file at {file_bytes}"
         )
-    if format_name in FLOAT_FORMATS and end - begin != math.prod(shape) * FLOAT_FORMATS[format_name]:
+    if format_name in ELEMENT_BYTES and end - begin != math.prod(shape) * ELEMENT_BYTES[format_name]:
         raise CheckpointError(
             f"{path}: tensor {name!r} of shape {list(shape)} in {format_name} has {end - begin} bytes of data"
         )

@@ -6,8 +6,7 @@ Files are read, not mapped: mapped pages would count as the rank's memory.
 import itertools
 import math
 import os
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,20 +15,27 @@ import torch
 
 from engine.config import LoadFormat
 from engine.errors import CheckpointError
-from engine.layers.parameter import TensorSlice, total_bytes
 from engine.model_config import ModelConfig
 from engine.models.registry import Model, build_model
 from engine.parallel.mesh import Mesh
-from engine.weights.checkpoint import Checkpoint, TensorEntry
-
-ProgressCallback = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all) of the rank's own shard, in the served format."""
+from engine.parameter import Conversion, TensorSlice, total_bytes
+from engine.weights.checkpoint import FLOAT_FORMATS, Checkpoint, TensorEntry
+from engine.weights.dummy import ProgressCallback, fill_with_random_values
 
 _STAGING_BYTES = 8 * 1024 * 1024
 _MIN_RUN_BYTES = 4096
 """Shorter runs are not read one by one: whole rows are, which touches the same pages of the file."""
 
-_SOURCE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 def verify_checkpoint(directory: str | Path, config: ModelConfig) -> None:
@@ -38,7 +44,7 @@ def verify_checkpoint(directory: str | Path, config: ModelConfig) -> None:
     Reads no weights. Raises CheckpointError naming file and tensor.
     """
     model = build_model(config, Mesh(), config.dtype, torch.device("meta"))
-    Checkpoint(directory).verify((piece.name, piece.shape) for piece in model.slices)
+    _find_tensors(Checkpoint(directory), model)
 
 
 def load_weights(
@@ -52,23 +58,61 @@ def load_weights(
     Raises CheckpointError before any weight is read where the checkpoint does not suit the model, and while reading
     where a weight is NaN or infinite or a file ends early.
     """
-    total = total_bytes(model.slices)
+    total = total_bytes(model.slices) + total_bytes(model.conversions)
     if load_format is LoadFormat.DUMMY:
-        _fill_with_random_values(model.slices, on_progress, total)
+        fill_with_random_values(model.slices, model.conversions, on_progress)
         return total
-    checkpoint = Checkpoint(directory)
-    entries = [checkpoint.entry(piece.name, piece.shape) for piece in model.slices]
+    work = _find_tensors(Checkpoint(directory), model)
     # In the order of the files' bytes, so that reading ahead helps.
-    order = sorted(range(len(entries)), key=lambda i: (entries[i].file, entries[i].offset))
+    work.sort(key=lambda item: (item[0][0].file, item[0][0].offset))
     staging = bytearray(_STAGING_BYTES)
     done = 0
     with _OpenFiles() as files:
-        for i in order:
-            descriptor = files.descriptor(entries[i].file)
-            for num_bytes in _read_slice(descriptor, entries[i], model.slices[i], staging):
+        for entries, piece in work:
+            if isinstance(piece, Conversion):
+                _run_conversion(files, entries, piece, staging)
+                done += piece.num_bytes
+                on_progress(done, total)
+                continue
+            for num_bytes in _read_slice(files, entries[0], piece, staging):
                 done += num_bytes
                 on_progress(done, total)
     return total
+
+
+_Work = list[tuple[list[TensorEntry], TensorSlice | Conversion]]
+
+
+def _find_tensors(checkpoint: Checkpoint, model: Model) -> _Work:
+    """What to read for each piece of the model. Raises CheckpointError where a tensor is missing or different."""
+    work: _Work = []
+    for piece in model.slices:
+        work.append(([checkpoint.entry(piece.name, piece.shape, _formats(piece.destination.dtype))], piece))
+    for conversion in model.conversions:
+        entries = [checkpoint.entry(s.name, s.shape, s.formats, s.stored_shapes) for s in conversion.sources]
+        work.append((entries, conversion))
+    return work
+
+
+def _formats(dtype: torch.dtype) -> tuple[str, ...]:
+    """Formats from which a parameter of ``dtype`` is copied."""
+    if dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return FLOAT_FORMATS
+    return tuple(name for name, candidate in _TORCH_DTYPES.items() if candidate == dtype)
+
+
+def _run_conversion(
+    files: "_OpenFiles", entries: Sequence[TensorEntry], conversion: Conversion, staging: bytearray
+) -> None:
+    sources: list[torch.Tensor] = []
+    device = conversion.destinations[0].device
+    for entry, source in zip(entries, conversion.sources, strict=True):
+        tensor = torch.empty(source.size, dtype=_TORCH_DTYPES[entry.format])
+        piece = TensorSlice(source.name, source.shape, source.start, tensor)
+        for _ in _read_slice(files, entry, piece, staging):
+            pass
+        sources.append(tensor.to(device))
+    conversion.convert(*sources)
 
 
 class _OpenFiles:
@@ -92,10 +136,11 @@ class _OpenFiles:
         return self._descriptors[path]
 
 
-def _read_slice(descriptor: int, entry: TensorEntry, piece: TensorSlice, staging: bytearray) -> Iterator[int]:
+def _read_slice(files: _OpenFiles, entry: TensorEntry, piece: TensorSlice, staging: bytearray) -> Iterator[int]:
     """Read one slice block by block; yields the bytes (of the destination) that each block filled."""
     if piece.destination.numel() == 0:
         return
+    descriptor = files.descriptor(entry.file)
     limit = len(staging) // entry.element_bytes
     start, size = list(piece.start), list(piece.destination.shape)
     widened = _dim_to_widen(entry, size, limit)
@@ -105,7 +150,7 @@ def _read_slice(descriptor: int, entry: TensorEntry, piece: TensorSlice, staging
         num_elements = math.prod(block_size)
         first = [s + o for s, o in zip(start, offset, strict=True)]
         _read_block(descriptor, entry, first, block_size, memoryview(staging)[: num_elements * entry.element_bytes])
-        values = torch.frombuffer(staging, dtype=_SOURCE_DTYPES[entry.format], count=num_elements).view(block_size)
+        values = torch.frombuffer(staging, dtype=_TORCH_DTYPES[entry.format], count=num_elements).view(block_size)
         destination = piece.destination
         for dim, (first_index, count) in enumerate(zip(offset, block_size, strict=True)):
             if dim != widened:
@@ -171,24 +216,13 @@ def _read_run(descriptor: int, entry: TensorEntry, offset: int, buffer: memoryvi
 
 
 def _check_finite(values: torch.Tensor, entry: TensorEntry) -> None:
-    # NaN is passed on by both; one pass without scratch memory.
-    low, high = torch.aminmax(values)
-    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+    if values.dtype == torch.float8_e4m3fn:
+        is_finite = not bool(((values.view(torch.uint8) & 0x7F) == 0x7F).any())
+    elif values.dtype.is_floating_point:
+        # NaN is passed on by both; one pass without scratch memory.
+        low, high = torch.aminmax(values)
+        is_finite = math.isfinite(low.item()) and math.isfinite(high.item())
+    else:
+        return
+    if not is_finite:
         raise CheckpointError(f"{entry.file}: tensor {entry.name!r} holds NaN or infinite weights")
-
-
-def _fill_with_random_values(slices: Sequence[TensorSlice], on_progress: ProgressCallback, total: int) -> None:
-    """Norms one, biases zero, matrices uniform with a standard deviation of 0.02; the same in every run."""
-    done = 0
-    for piece in slices:
-        if piece.name.endswith("norm.weight"):
-            piece.destination.fill_(1.0)
-        elif piece.name.endswith(".bias"):
-            piece.destination.zero_()
-        else:
-            generator = torch.Generator(piece.destination.device)
-            generator.manual_seed(zlib.crc32(f"{piece.name} {piece.start}".encode()))
-            bound = 0.02 * math.sqrt(3)
-            piece.destination.uniform_(-bound, bound, generator=generator)
-        done += piece.num_bytes
-        on_progress(done, total)

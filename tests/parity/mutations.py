@@ -14,6 +14,7 @@ import torch
 
 import engine.attention.reference as reference_attention
 import engine.layers.attention as attention_layer
+import engine.layers.experts as experts_layer
 import engine.layers.feed_forward as feed_forward_layer
 import engine.layers.moe as moe_layer
 import engine.layers.rotary as rotary
@@ -127,7 +128,7 @@ MUTATIONS = [
         "score multiplies the input", SCOUT, patch=attribute(moe_layer, "ReplicatedDispatch", OutputScaledDispatch)
     ),
     Mutation("shared expert", SCOUT, patch=no_shared_expert),
-    Mutation("gate before up in experts", SCOUT, patch=attribute(moe_layer, "silu_and_multiply", swapped_gate)),
+    Mutation("gate before up in experts", SCOUT, patch=attribute(experts_layer, "silu_and_multiply", swapped_gate)),
     Mutation("NoPE layers", SCOUT, layers(lambda i, layer: replace(layer, use_rope=True))),
     Mutation("NoPE where (i+1) % 4 == 0", SCOUT, layers(lambda i, layer: replace(layer, use_rope=i % 4 != 0))),
     Mutation("full attention in NoPE layers", SCOUT, layers(lambda i, layer: replace(layer, chunk_size=8))),

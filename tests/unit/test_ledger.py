@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from engine.config import Dtype, ParallelConfig
-from engine.layers.parameter import total_bytes
 from engine.model_config import ModelConfig, kv_groups
 from engine.models.registry import MODELS, build_model
 from engine.parallel.mesh import Mesh
+from engine.parameter import total_bytes
 from engine.weights.ledger import kv_block_bytes, shard_bytes
 
 DATA = Path(__file__).parents[1] / "data" / "models"

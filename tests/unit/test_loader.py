@@ -192,7 +192,7 @@ def test_wrong_shape(checkpoint: Path, config: ModelConfig) -> None:
 
 def test_wrong_format(checkpoint: Path, config: ModelConfig) -> None:
     rewrite(checkpoint, lambda tensors: tensors.update({ROUTER: torch.zeros(4, 32, dtype=torch.int8)}))
-    expect_refusal(checkpoint, config, f"'{ROUTER}' is in format I8; served are F32, F16, BF16")
+    expect_refusal(checkpoint, config, f"'{ROUTER}' is in format I8; expected is F32 or F16 or BF16")
 
 
 def test_missing_file(checkpoint: Path, config: ModelConfig) -> None:

@@ -120,7 +120,7 @@ def test_end_tokens_of_both_files_count(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel'; served are Llama4ForCausalLM, Llama4For"),
-        ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "fbgemm_fp8.*bfloat16"),
+        ({"quantization_config": {"quant_method": "quip"}}, "quantized by quip; served are awq"),
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'; served are default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "'linear' needs 'factor'"),

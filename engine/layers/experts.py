@@ -1,0 +1,153 @@
+"""The routed experts of a layer: this rank's, each a gated feed-forward network.
+
+N (token, expert) pairs, E experts, H hidden size, I expert width. Experts are divided over ep ranks, each expert's
+width over the expert_tp ranks that remain.
+"""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.layers.activation import silu_and_multiply
+from engine.model_config import MoeConfig
+from engine.parameter import ParameterBuilder, Split
+from engine.quantization.matrix import FloatSource, MatrixPart, WeightMatrix
+from engine.quantization.registry import make_matrix
+from engine.quantization_config import WeightFormat
+
+_ONLINE = (WeightFormat.ONLINE_FP8, WeightFormat.ONLINE_INT8, WeightFormat.ONLINE_INT4)
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """What a checkpoint calls the three matrices of an expert, below ``experts.N.``.
+
+    ``is_fused``: unquantized checkpoints hold all experts in one tensor instead, as Llama 4's do: ``gate_up_proj``
+    [E, H, 2 × I], gate first, and ``down_proj`` [E, I, H].
+    """
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    is_fused: bool = False
+
+
+class Experts(nn.Module, abc.ABC):
+    """What this rank holds of a layer's experts: ``num_experts`` from ``first_expert``, of each an equal share of the
+    width."""
+
+    def __init__(self, build: ParameterBuilder, config: MoeConfig) -> None:
+        super().__init__()
+        mesh = build.mesh
+        by_expert = Split(mesh.config.ep, mesh.ep_rank)
+        self.num_experts = by_expert.size(config.num_experts)
+        self.first_expert = by_expert.start(config.num_experts)
+        self.by_width = Split(mesh.config.expert_tp, mesh.expert_tp_rank)
+
+    @abc.abstractmethod
+    def gate_up(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+        """[n, H] to [n, 2 × local I], gate first, by the local expert of that number."""
+
+    @abc.abstractmethod
+    def down(self, expert: int, inner: torch.Tensor) -> torch.Tensor:
+        """[n, local I] to this rank's summand of [n, H]."""
+
+    def forward(self, tokens: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """[N, H] sorted by local expert, with how many belong to each, to this rank's summand of [N, H]."""
+        outputs = torch.empty_like(tokens)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                inner = silu_and_multiply(self.gate_up(expert, tokens[start : start + count]))
+                outputs[start : start + count] = self.down(expert, inner)
+            start += count
+        return outputs
+
+
+class StackedExperts(Experts):
+    """Unquantized: all experts' matrices in two tensors, stored as their checkpoint stores them."""
+
+    def __init__(self, build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames) -> None:
+        super().__init__(build, config)
+        self._is_transposed = names.is_fused
+        width, local_width = config.intermediate_size, self.by_width.size(config.intermediate_size)
+        start = self.by_width.start(width)
+        if names.is_fused:
+            self.gate_up_weights = build.empty(self.num_experts, hidden_size, 2 * local_width)
+            self.down_weights = build.empty(self.num_experts, local_width, hidden_size)
+            shape, first = (config.num_experts, hidden_size, 2 * width), self.first_expert
+            gate, up = self.gate_up_weights.chunk(2, dim=-1)
+            build.fill(gate, "gate_up_proj", shape, (first, 0, start))
+            build.fill(up, "gate_up_proj", shape, (first, 0, width + start))
+            build.fill(self.down_weights, "down_proj", (config.num_experts, width, hidden_size), (first, start, 0))
+            return
+        self.gate_up_weights = build.empty(self.num_experts, 2 * local_width, hidden_size)
+        self.down_weights = build.empty(self.num_experts, hidden_size, local_width)
+        for expert in range(self.num_experts):
+            at = build.at(str(self.first_expert + expert))
+            gate, up = self.gate_up_weights[expert].chunk(2)
+            at.fill(gate, f"{names.gate}.weight", (width, hidden_size), (start, 0))
+            at.fill(up, f"{names.up}.weight", (width, hidden_size), (start, 0))
+            at.fill(self.down_weights[expert], f"{names.down}.weight", (hidden_size, width), (0, start))
+
+    def gate_up(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens @ self._as_inputs_by_outputs(self.gate_up_weights[expert])
+
+    def down(self, expert: int, inner: torch.Tensor) -> torch.Tensor:
+        return inner @ self._as_inputs_by_outputs(self.down_weights[expert])
+
+    def _as_inputs_by_outputs(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights if self._is_transposed else weights.t()
+
+
+class QuantizedExperts(Experts):
+    """Each expert's matrices by themselves, quantized."""
+
+    def __init__(self, build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames) -> None:
+        super().__init__(build, config)
+        gate_ups, downs = [], []
+        for expert in range(self.first_expert, self.first_expert + self.num_experts):
+            gate, up, down = self._parts(build, hidden_size, config, names, expert)
+            gate_ups.append(make_matrix(build, [gate, up]))
+            downs.append(make_matrix(build, [down]))
+        self.gate_ups, self.downs = nn.ModuleList(gate_ups), nn.ModuleList(downs)
+
+    def _parts(
+        self, build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames, expert: int
+    ) -> list[MatrixPart]:
+        """Gate, up and down of one expert, by its number in the model."""
+        width, split = config.intermediate_size, self.by_width
+        gate, up, down = (f"{expert}.{name}" for name in (names.gate, names.up, names.down))
+        from_gate = from_up = from_down = None
+        form = build.format_of(gate)
+        if names.is_fused and form is not None and form.kind in _ONLINE:
+            start = split.start(width)
+            shape = (config.num_experts, hidden_size, 2 * width)
+            from_gate = FloatSource("gate_up_proj", shape, (expert, 0, start))
+            from_up = FloatSource("gate_up_proj", shape, (expert, 0, width + start))
+            from_down = FloatSource("down_proj", (config.num_experts, width, hidden_size), (expert, start, 0))
+        return [
+            MatrixPart(gate, width, hidden_size, outputs=split, fused=from_gate),
+            MatrixPart(up, width, hidden_size, outputs=split, fused=from_up),
+            MatrixPart(down, hidden_size, width, inputs=split, fused=from_down),
+        ]
+
+    def gate_up(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+        return _matrix(self.gate_ups[expert]).forward(tokens)
+
+    def down(self, expert: int, inner: torch.Tensor) -> torch.Tensor:
+        return _matrix(self.downs[expert]).forward(inner)
+
+
+def make_experts(build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames) -> Experts:
+    """``build``: the builder of the experts' own prefix."""
+    form = build.format_of(f"0.{names.gate}")
+    return (StackedExperts if form is None else QuantizedExperts)(build, hidden_size, config, names)
+
+
+def _matrix(module: nn.Module) -> WeightMatrix:
+    assert isinstance(module, WeightMatrix)
+    return module

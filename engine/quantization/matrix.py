@@ -1,0 +1,81 @@
+"""The seam between layers and the ways to hold a weight matrix.
+
+T tokens. A matrix is [out, in] as in ``y = x Wᵀ``; what a rank holds is [local out, local in].
+"""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.parameter import WHOLE, ParameterBuilder, Split
+
+_TILE_BYTES = 8 * 2**20
+"""How much of a quantized matrix is held in the activations' format at once, where there is no faster way."""
+
+
+@dataclass(frozen=True)
+class FloatSource:
+    """Where the unquantized matrix stands in a checkpoint if not as [out, in] under ``<name>.weight``: a rectangle of
+    the tensor ``tensor`` of ``shape`` from ``start``, [1, in, out] (fused experts, which are stored transposed)."""
+
+    tensor: str
+    shape: tuple[int, int, int]
+    start: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class MatrixPart:
+    """One checkpoint matrix [num_outputs, num_inputs] and which part of it this rank holds.
+
+    ``name``: without ``.weight``, below the builder's prefix. Only one of the splits may have a degree above 1.
+    """
+
+    name: str
+    num_outputs: int
+    num_inputs: int
+    outputs: Split = WHOLE
+    inputs: Split = WHOLE
+    fused: FloatSource | None = None
+
+    @property
+    def local_outputs(self) -> int:
+        return self.outputs.size(self.num_outputs)
+
+    @property
+    def local_inputs(self) -> int:
+        return self.inputs.size(self.num_inputs)
+
+    @property
+    def start(self) -> tuple[int, int]:
+        """(row, column) of the first element that this rank holds."""
+        return self.outputs.start(self.num_outputs), self.inputs.start(self.num_inputs)
+
+
+class WeightMatrix(nn.Module, abc.ABC):
+    """Several parts with the same inputs, one after another along the outputs: [sum of local outputs, local inputs].
+
+    Made from (ParameterBuilder, parts). Raises LayoutError, naming matrix and numbers, where a part cuts what the
+    format keeps together.
+    """
+
+    def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart]) -> None:
+        super().__init__()
+        self.num_outputs = sum(part.local_outputs for part in parts)
+        self.num_inputs = parts[0].local_inputs
+        self.dtype = build.dtype
+
+    @abc.abstractmethod
+    def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
+        """Rows [n, in], by slice or by int64 indices [n], in the format of the activations."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, in] to [T, out]. This one converts a tile of rows at a time; formats with a faster way override it."""
+        output = hidden.new_empty(*hidden.shape[:-1], self.num_outputs)
+        tile = max(1, _TILE_BYTES // (self.num_inputs * hidden.element_size()))
+        for first in range(0, self.num_outputs, tile):
+            last = min(first + tile, self.num_outputs)
+            torch.matmul(hidden, self.rows(slice(first, last)).t(), out=output[..., first:last])
+        return output
