@@ -16,6 +16,15 @@ from engine.errors import CheckpointError, LayoutError
 from engine.quantization_config import QuantizationConfig, parse_quantization
 from engine.rope_config import RopeConfig, RopeType, parse_rope
 
+PLAN_ONLY_ARCHITECTURES = (
+    "DeepseekV3ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration",
+    "MllamaForConditionalGeneration",
+    "Phi3ForCausalLM",
+)
+"""Whose shapes ``remuda plan`` knows, and which are not served."""
+
 
 @dataclass(frozen=True)
 class MoeConfig:
@@ -91,6 +100,11 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> Self:
         """As ``from_directory``, from the files' contents."""
         architecture = next(iter(config.get("architectures") or [str(config.get("model_type"))]))
+        if architecture in PLAN_ONLY_ARCHITECTURES:
+            raise CheckpointError(
+                f"{architecture} is not served: remuda plan knows its shapes; serving comes later. "
+                f"Served are {', '.join(sorted(_LAYER_PARSERS))}"
+            )
         if architecture not in _LAYER_PARSERS:
             raise CheckpointError(
                 f"config.json names architecture {architecture!r}; served are {', '.join(sorted(_LAYER_PARSERS))}"
