@@ -6,7 +6,7 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-full lint type fmt protos bench bench-models clean
+.PHONY: help setup demo serve test conformance test-full lint type fmt protos bench bench-models clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ serve: setup  ## serve remuda-tiny, or ARGS='MODEL --tp 2 ...'
 
 test: setup  ## the whole test run: linters, types, import contracts, unit, integration
 	$(PY) -m pytest $(ARGS)
+
+conformance: setup  ## every architecture, format and layout against independent implementations; prints the table
+	$(PY) -m pytest -m '' tests/parity tests/quantization tests/gguf tests/lora --conformance-table $(ARGS)
 
 test-full: setup  ## the same with the heavy tests
 	$(PY) -m pytest -m '' $(ARGS)

@@ -23,6 +23,8 @@ import psutil
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["tests.support.conformance"]
+
 settings.register_profile("remuda", deadline=None, print_blob=True, derandomize=True)
 settings.register_profile("random", deadline=None, print_blob=True)
 
