@@ -76,6 +76,9 @@ class _Serving:
             f"tp={plan.tensor_parallel_size} ep={plan.expert_parallel_size}{copies}\n"
             f"HTTP http://{config.host}:{front_end.port}/v1, gRPC {config.host}:{front_end.grpc_port} (Ctrl-C stops)"
         )
+        licence = front_end.service.licence
+        for line in (licence.describe(), *(f"  notice: {notice}" for notice in licence.notices)):
+            self._console.print(line, markup=False)
 
     async def _drain(self, front_end: FrontEnd) -> None:
         """Until all requests have ended, the time is up, or a second signal came."""

@@ -75,12 +75,17 @@ class HttpApi:
             max_model_len: int | None = self._service.max_model_len
         except Unavailable:
             max_model_len = None
+        licence = self._service.licence
         return {
             "id": self._service.name,
             "object": "model",
             "created": self._service.created_unix_s,
             "owned_by": "remuda",
             "max_model_len": max_model_len,
+            "license": licence.name,
+            "license_source": licence.source,
+            "license_notices": licence.notices,
+            "attribution": licence.attribution,
         }
 
     async def completions(self, request: Request) -> Response:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.licence import Licence, licence_of
 from engine.errors import CheckpointError
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -27,6 +28,7 @@ class ModelFiles:
     named_tokens: Mapping[str, str]
     chat_template: str | None
     sampling_defaults: Mapping[str, float]
+    licence: Licence
 
 
 def read_model_files(path: Path) -> ModelFiles:
@@ -48,6 +50,7 @@ def read_model_files(path: Path) -> ModelFiles:
         named_tokens=_named_tokens(path, tokenizer),
         chat_template=_chat_template(path, tokenizer),
         sampling_defaults=_sampling_defaults(generation),
+        licence=licence_of(path),
     )
 
 

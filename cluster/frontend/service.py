@@ -71,6 +71,7 @@ class Service:
         self.encoder = encoder
         self.tokenizer = encoder.tokenizer
         self.backend = backend
+        self.licence = files.licence
         self.admission = admission
         self._files = files
         self._metrics = metrics

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from cluster.config import EMBEDDED_MODEL
 from engine.errors import CheckpointError
 
-_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

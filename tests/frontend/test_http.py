@@ -25,6 +25,18 @@ async def test_models(tiny: Tokenizer) -> None:
             await one.openai.models.retrieve("other")
 
 
+async def test_models_show_the_licence() -> None:
+    async with served(says([300])) as one:
+        model = await one.openai.models.retrieve("m")
+        shown = {name: getattr(model, name) for name in model.model_extra or {} if name != "max_model_len"}
+        assert shown == {
+            "license": "Apache-2.0",
+            "license_source": "README.md",
+            "license_notices": [],
+            "attribution": None,
+        }
+
+
 async def test_chat_with_the_openai_client(tiny: Tokenizer) -> None:
     ids = tiny.encode("Hello, wörld 🙂!", add_special_tokens=False)
     async with served(says(ids, stop_token_id=EOT, num_cached_tokens=3)) as one:
