@@ -1,4 +1,4 @@
-"""Collectives over torch.distributed process groups: gloo between CPU ranks, NCCL between GPUs.
+"""Collectives over torch.distributed process groups: gloo between CPU ranks of several hosts, NCCL between GPUs.
 
 Groups are made directly from a store, without torch's global default group: after a fault a gang re-forms in the same
 process with a fresh store and fresh groups, and several meshes may live side by side.
@@ -14,6 +14,7 @@ from engine.config import ParallelConfig
 from engine.errors import RankFailure
 from engine.parallel.collectives import Collectives
 from engine.parallel.mesh import Mesh
+from engine.parallel.shared_memory import SharedMemoryCollectives
 
 _FULL_COPY_BYTES = 256 * 1024
 """Largest tensor that gloo ranks exchange in full; see ``GlooCollectives.all_reduce``."""
@@ -132,11 +133,19 @@ def init_distributed(
             nccl = _nccl_group(store, rank, parallel.tp, timeout)
             tp: Collectives = NcclCollectives(nccl, rank, parallel.tp, timeout_s)
         else:
-            gloo = _gloo_group(store, rank, parallel.tp, timeout, bind_address)
-            tp = GlooCollectives(gloo, rank, parallel.tp, timeout_s)
+            tp = _cpu_collectives(store, rank, parallel.tp, timeout_s, bind_address)
     except RuntimeError as error:
         raise RankFailure(f"rank {rank} did not meet its gang within {timeout_s:g} s: {error}", rank) from error
     return Mesh(parallel, rank, tp)
+
+
+def _cpu_collectives(store: dist.Store, rank: int, size: int, timeout_s: float, bind_address: str) -> Collectives:
+    """Shared memory where all ranks of the axis are on one host, else gloo."""
+    shared = SharedMemoryCollectives.join(store, rank, size, bind_address, timeout_s)
+    if shared is not None:
+        return shared
+    gloo = _gloo_group(store, rank, size, datetime.timedelta(seconds=timeout_s), bind_address)
+    return GlooCollectives(gloo, rank, size, timeout_s)
 
 
 def _gloo_group(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, bind_address: str) -> Any:
