@@ -160,11 +160,19 @@ def num_local_kv_heads(config: ModelConfig, parallel: ParallelConfig) -> int:
 
 
 def validate_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises LayoutError, naming the numbers, where ``model`` cannot be divided as ``parallel`` says."""
-    tp, ep = parallel.tp, parallel.ep
+    """Raises LayoutError, naming the numbers, where ``model`` cannot be divided as ``parallel`` says, or where this
+    version does not serve such a layout."""
     for name in ("pp", "dp"):
         if getattr(parallel, name) > 1:
             raise LayoutError(f"{name}={getattr(parallel, name)} is not supported yet; use {name}=1 and a larger tp")
+    validate_division(model, parallel)
+
+
+def validate_division(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises LayoutError, naming the numbers, where ``model`` cannot be divided as ``parallel`` says."""
+    tp, ep = parallel.tp, parallel.ep
+    if parallel.pp > model.num_layers:
+        raise LayoutError(f"pp={parallel.pp} is more than the model's {model.num_layers} layers")
     if model.num_heads % tp:
         raise LayoutError(f"tp={tp} does not divide the model's {model.num_heads} attention heads")
     if max(tp, model.num_kv_heads) % min(tp, model.num_kv_heads):

@@ -30,6 +30,19 @@ class Mesh:
         return self.rank // (self.config.tp * self.config.dp)
 
     @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.config.pp - 1
+
+    def stage_layers(self, num_layers: int) -> range:
+        """The layers of this rank's pipeline stage: neighbours, in all stages as equally many as can be."""
+        pp, stage = self.config.pp, self.pp_rank
+        return range(num_layers * stage // pp, num_layers * (stage + 1) // pp)
+
+    @property
     def expert_index(self) -> int:
         return self.rank % (self.config.tp * self.config.dp)
 
