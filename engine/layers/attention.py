@@ -4,10 +4,12 @@ import torch
 from torch import nn
 
 from engine.attention.backend import KvCacheView, StepAttention
+from engine.batch import StepAdapters
+from engine.layer_config import QkNorm, TemperatureConfig
 from engine.layers.linear import ColumnParallelLinear, ColumnPart, RowParallelLinear
-from engine.layers.norm import rms_normalize
+from engine.layers.norm import RmsNorm, rms_normalize
 from engine.layers.rotary import Rotation
-from engine.model_config import ModelConfig, TemperatureConfig
+from engine.model_config import ModelConfig
 from engine.parameter import ParameterBuilder, Split
 
 
@@ -21,6 +23,9 @@ class Attention(nn.Module):
         self._eps = config.rms_norm_eps
         self._use_rope = config.layers[layer].use_rope
         self._qk_norm = config.layers[layer].qk_norm
+        if self._qk_norm is QkNorm.WEIGHTED_BEFORE_ROPE:
+            self.query_norm = RmsNorm(build, "q_norm", config.head_dim, config.rms_norm_eps)
+            self.key_norm = RmsNorm(build, "k_norm", config.head_dim, config.rms_norm_eps)
         self._temperature = config.layers[layer].temperature
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         kv_split = _kv_split(build.tp, config.num_kv_heads)
@@ -39,18 +44,21 @@ class Attention(nn.Module):
         rotation: Rotation,
         kv_cache: KvCacheView,
         attention: StepAttention,
+        adapters: StepAdapters | None = None,
     ) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size], the same on all ranks. ``positions``: [T] int64."""
-        parts = self.qkv.forward(hidden).split(self.qkv.local_sizes, dim=-1)
+        parts = self.qkv.forward(hidden, adapters).split(self.qkv.local_sizes, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self._head_dim)) for part in parts)
+        if self._qk_norm is QkNorm.WEIGHTED_BEFORE_ROPE:
+            query, key = self.query_norm.forward(query), self.key_norm.forward(key)
         if self._use_rope:
             query, key = rotation.apply(query), rotation.apply(key)
-        if self._qk_norm:
+        if self._qk_norm is QkNorm.UNWEIGHTED_AFTER_ROPE:
             query, key = rms_normalize(query, self._eps), rms_normalize(key, self._eps)
         if self._temperature:
             query = (query * query_scales(self._temperature, positions)[:, None, None]).to(query.dtype)
         attended = attention.forward(self._layer, query, key, value, kv_cache)
-        return self.output.forward(attended.flatten(1))
+        return self.output.forward(attended.flatten(1), adapters)
 
 
 def query_scales(config: TemperatureConfig, positions: torch.Tensor) -> torch.Tensor:

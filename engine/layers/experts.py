@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from engine.batch import StepAdapters
 from engine.layers.activation import silu_and_multiply
-from engine.model_config import MoeConfig
+from engine.layers.lora import LoraExperts
+from engine.layer_config import MoeConfig
 from engine.parameter import ParameterBuilder, Split
 from engine.quantization.matrix import FloatSource, MatrixPart, WeightMatrix
 from engine.quantization.registry import make_matrix
@@ -39,13 +41,16 @@ class Experts(nn.Module, abc.ABC):
     """What this rank holds of a layer's experts: ``num_experts`` from ``first_expert``, of each an equal share of the
     width."""
 
-    def __init__(self, build: ParameterBuilder, config: MoeConfig) -> None:
+    def __init__(self, build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames) -> None:
         super().__init__()
         mesh = build.mesh
         by_expert = Split(mesh.config.ep, mesh.ep_rank)
         self.num_experts = by_expert.size(config.num_experts)
         self.first_expert = by_expert.start(config.num_experts)
         self.by_width = Split(mesh.config.expert_tp, mesh.expert_tp_rank)
+        self.lora = LoraExperts(
+            build, hidden_size, config, (names.gate, names.up, names.down), by_expert, self.by_width
+        )
 
     @abc.abstractmethod
     def gate_up(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
@@ -55,14 +60,22 @@ class Experts(nn.Module, abc.ABC):
     def down(self, expert: int, inner: torch.Tensor) -> torch.Tensor:
         """[n, local I] to this rank's summand of [n, H]."""
 
-    def forward(self, tokens: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """[N, H] sorted by local expert, with how many belong to each, to this rank's summand of [N, H]."""
+    def forward(
+        self, tokens: torch.Tensor, counts: Sequence[int], adapters: StepAdapters | None = None
+    ) -> torch.Tensor:
+        """[N, H] sorted by local expert, with how many belong to each, to this rank's summand of [N, H].
+
+        ``adapters``: of the N pairs.
+        """
         outputs = torch.empty_like(tokens)
+        shares = [None] * len(counts) if adapters is None else adapters.split(counts)
         start = 0
-        for expert, count in enumerate(counts):
+        for expert, (count, share) in enumerate(zip(counts, shares, strict=True)):
             if count:
-                inner = silu_and_multiply(self.gate_up(expert, tokens[start : start + count]))
-                outputs[start : start + count] = self.down(expert, inner)
+                inputs = tokens[start : start + count]
+                gate_up = self.lora.gate_ups[expert].add_to(self.gate_up(expert, inputs), inputs, share)
+                inner = silu_and_multiply(gate_up)
+                outputs[start : start + count] = self.lora.downs[expert].add_to(self.down(expert, inner), inner, share)
             start += count
         return outputs
 
@@ -71,7 +84,7 @@ class StackedExperts(Experts):
     """Unquantized: all experts' matrices in two tensors, stored as their checkpoint stores them."""
 
     def __init__(self, build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames) -> None:
-        super().__init__(build, config)
+        super().__init__(build, hidden_size, config, names)
         self._is_transposed = names.is_fused
         width, local_width = config.intermediate_size, self.by_width.size(config.intermediate_size)
         start = self.by_width.start(width)
@@ -107,7 +120,7 @@ class QuantizedExperts(Experts):
     """Each expert's matrices by themselves, quantized."""
 
     def __init__(self, build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames) -> None:
-        super().__init__(build, config)
+        super().__init__(build, hidden_size, config, names)
         gate_ups, downs = [], []
         for expert in range(self.first_expert, self.first_expert + self.num_experts):
             gate, up, down = self._parts(build, hidden_size, config, names, expert)

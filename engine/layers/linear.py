@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from engine.batch import StepAdapters
+from engine.layers.lora import LoraLayer
 from engine.parameter import ParameterBuilder, Split
 from engine.quantization.matrix import MatrixPart
 from engine.quantization.registry import make_matrix
@@ -33,15 +35,17 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, build: ParameterBuilder, num_inputs: int, parts: Sequence[ColumnPart], bias: bool) -> None:
         super().__init__()
         self.local_sizes = [part.local_size for part in parts]
-        self.matrix = make_matrix(build, [MatrixPart(p.name, p.size, num_inputs, outputs=p.split) for p in parts])
+        matrix_parts = [MatrixPart(p.name, p.size, num_inputs, outputs=p.split) for p in parts]
+        self.matrix = make_matrix(build, matrix_parts)
+        self.lora = LoraLayer(build, matrix_parts)
         self.bias = build.empty(sum(self.local_sizes)) if bias else None
         if self.bias is not None:
             for part, values in zip(parts, self.bias.split(self.local_sizes), strict=True):
                 build.fill(values, f"{part.name}.bias", (part.size,), (part.split.start(part.size),))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, in] to [T, sum of local sizes]."""
-        output: torch.Tensor = self.matrix.forward(hidden)
+    def forward(self, hidden: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
+        """[T, in] to [T, sum of local sizes]. ``adapters``: of the T tokens."""
+        output = self.lora.add_to(self.matrix.forward(hidden), hidden, adapters)
         return output if self.bias is None else output + self.bias
 
 
@@ -51,14 +55,16 @@ class RowParallelLinear(nn.Module):
     def __init__(self, build: ParameterBuilder, name: str, num_inputs: int, num_outputs: int, bias: bool) -> None:
         super().__init__()
         self._tp = build.mesh.tp
-        self.matrix = make_matrix(build, [MatrixPart(name, num_outputs, num_inputs, inputs=build.tp)])
+        part = MatrixPart(name, num_outputs, num_inputs, inputs=build.tp)
+        self.matrix = make_matrix(build, [part])
+        self.lora = LoraLayer(build, [part])
         self.bias = build.whole(f"{name}.bias", num_outputs) if bias else None
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
         """[T, local in] to the full [T, out], the same on all ranks."""
-        output = self._tp.all_reduce(self.forward_partial(hidden))
+        output = self._tp.all_reduce(self.forward_partial(hidden, adapters))
         return output if self.bias is None else output + self.bias
 
-    def forward_partial(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward_partial(self, hidden: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
         """[T, local in] to this rank's summand of [T, out], without the bias."""
-        return self.matrix.forward(hidden)
+        return self.lora.add_to(self.matrix.forward(hidden), hidden, adapters)
