@@ -90,6 +90,11 @@ class Checkpoint:
         return f" (it should hold {len(names)} tensors, {names[0]!r} the first)" if names else ""
 
 
+def tensors_of_file(path: Path) -> dict[str, TensorEntry]:
+    """All tensors of one safetensors file, by name. Raises CheckpointError as Checkpoint does."""
+    return {entry.name: entry for entry in _read_header(path, "")}
+
+
 def _read_index(directory: Path) -> dict[str, str]:
     """Tensor name to file name; empty where the checkpoint is a single file."""
     path = directory / _INDEX_FILE

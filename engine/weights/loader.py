@@ -80,6 +80,20 @@ def load_weights(
     return total
 
 
+def read_rectangle(entry: TensorEntry, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+    """The rectangle of ``size`` at ``start`` of one tensor, on the CPU and in the file's format.
+
+    Raises CheckpointError as ``load_weights`` does.
+    """
+    tensor = torch.empty(tuple(size), dtype=_TORCH_DTYPES[entry.format])
+    staging = bytearray(min(_STAGING_BYTES, max(1, math.prod(entry.shape)) * entry.element_bytes))
+    piece = TensorSlice(entry.name, entry.shape, tuple(start), tensor)
+    with _OpenFiles() as files:
+        for _ in _read_slice(files, entry, piece, staging):
+            pass
+    return tensor
+
+
 _Work = list[tuple[list[TensorEntry], TensorSlice | Conversion]]
 
 
