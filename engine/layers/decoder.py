@@ -56,26 +56,35 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderModel(nn.Module):
-    """A whole model; what differs between architectures is how a layer's feed-forward part is made."""
+    """A whole model; what differs between architectures is how a layer's feed-forward part is made.
+
+    Of a pipeline stage only the shapes are made: its layers, with the embedding in the first stage and the final norm
+    and the head in the last.
+    """
 
     def __init__(self, config: ModelConfig, build: ParameterBuilder, make_feed_forward: FeedForwardFactory) -> None:
         super().__init__()
         self.config = config
         body = build.at("model")
-        self.embedding = VocabEmbedding(body, "embed_tokens", config.vocab_size, config.hidden_size)
+        mesh = build.mesh
+        self.embedding = self.norm = self.head = None
+        if mesh.is_first_stage or (mesh.is_last_stage and config.tie_word_embeddings):
+            self.embedding = VocabEmbedding(body, "embed_tokens", config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(body.at(f"layers.{layer}"), config, layer, make_feed_forward)
-            for layer in range(config.num_layers)
+            for layer in mesh.stage_layers(config.num_layers)
         )
-        self.norm = RmsNorm(body, "norm", config.hidden_size, config.rms_norm_eps)
-        self.head = self.embedding
-        if not config.tie_word_embeddings:
+        if mesh.is_last_stage:
+            self.norm = RmsNorm(body, "norm", config.hidden_size, config.rms_norm_eps)
+            self.head = self.embedding
+        if mesh.is_last_stage and not config.tie_word_embeddings:
             self.head = VocabEmbedding(build, "lm_head", config.vocab_size, config.hidden_size)
         self._rotary = RotaryEmbedding(config.rope, build.device)
         self.slices, self.conversions = tuple(build.slices), tuple(build.conversions)
 
     def forward(self, batch: ForwardBatch, kv_cache: KvCacheView, attention: StepAttention) -> torch.Tensor:
         """Final, normalised hidden states [T, hidden_size], the same on all tp ranks."""
+        assert self.embedding is not None and self.norm is not None, "a pipeline stage by itself is not computed"
         rotation = self._rotary.rotation(batch)
         hidden = self.embedding.forward(batch.token_ids)
         for layer in self.layers:
@@ -85,4 +94,5 @@ class DecoderModel(nn.Module):
 
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:
         """[R, hidden_size] to [R, vocab_size] float32 on tp rank 0, None elsewhere; to be called on all tp ranks."""
+        assert self.head is not None, "a pipeline stage by itself is not computed"
         return self.head.logits(hidden_rows)
