@@ -48,8 +48,16 @@ def build_model(config: ModelConfig, mesh: Mesh, dtype: Dtype, device: torch.dev
     Raises LayoutError where the model cannot be divided so.
     """
     validate_layout(config, mesh.config)
+    build = ParameterBuilder(mesh, torch_dtype(dtype), device, config.tensor_prefix, config.quantization)
+    return make_model(config, build)
+
+
+def make_model(config: ModelConfig, build: ParameterBuilder) -> Model:
+    """As ``build_model``, without asking whether this version serves the layout: pipeline stages have shapes too.
+
+    Raises LayoutError where a quantized matrix cannot be cut so.
+    """
     module, _, name = MODELS[config.architecture].partition(":")
     model_class = getattr(importlib.import_module(module), name)
-    build = ParameterBuilder(mesh, torch_dtype(dtype), device, config.tensor_prefix, config.quantization)
     model: Model = model_class(config, build)
     return model
