@@ -1,0 +1,67 @@
+"""GGUF files for tests, written by the gguf package, whose quantizers and dequantizers are the oracle."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from engine.gguf.block_types import QUANTIZED_TYPES
+
+_SCALE = 2.0**-7
+"""About the size of the scales in random blocks."""
+
+
+def random_blocks(kind: str, shape: tuple[int, ...], generator: np.random.Generator, scale: float = _SCALE) -> Any:
+    """Blocks of a quantized ``kind`` in random bytes, with finite scales: [*shape[:-1], bytes of a row] uint8.
+
+    The gguf package cannot encode all kinds; any bytes with finite scales are valid ones.
+    """
+    elements, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    assert shape[-1] % elements == 0
+    blocks = generator.integers(0, 256, (*shape[:-1], shape[-1] // elements, num_bytes), dtype=np.uint8)
+    for offset in QUANTIZED_TYPES[kind].scale_offsets:
+        scales = generator.uniform(0.5, 1.5, blocks.shape[:-1]) * scale
+        blocks[..., offset : offset + 2] = scales.astype(np.float16)[..., None].view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def write_gguf(
+    path: Path,
+    architecture: str,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, tuple[str, Any]],
+    alignment: int = 0,
+) -> None:
+    """``tensors``: by name, the format and the values (float32, or the blocks' bytes)."""
+    writer = gguf.GGUFWriter(path, architecture)
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    for name, (kind, values) in tensors.items():
+        number = GGMLQuantizationType[kind]
+        if kind in QUANTIZED_TYPES and values.dtype == np.uint8:
+            data = values
+        else:
+            data = gguf.quants.quantize(np.ascontiguousarray(values, np.float32), number)
+        writer.add_tensor(name, data, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, list(value))
