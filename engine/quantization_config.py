@@ -5,7 +5,7 @@ The layouts are those of compressed-tensors, fbgemm, DeepSeek, AutoAWQ, GPTQ and
 
 import enum
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +39,8 @@ class MatrixFormat:
     """How one matrix is held.
 
     ``group_size``: inputs that share a scale, for the int4 formats; 0: a whole row. ``symmetric``: no zero points.
-    ``scale_per_row``: FP8 with one scale a row, not one a tensor. ``block_size``: (rows, columns) of FP8_BLOCKS.
-    ``static_inputs``: the checkpoint also has an ``input_scale``. ``input_bound``: fbgemm's upper bound of what
+    ``scale_per_row``: FP8 and INT8 with one scale a row, not one a tensor. ``block_size``: (rows, columns) of
+    FP8_BLOCKS; ``scale_name``: what the checkpoint calls their scales. ``input_bound``: fbgemm's upper bound of what
     activations are scaled by. ``stores_zero_minus_one``: GPTQ's first form. ``reorders_inputs``: GPTQ with ``g_idx``
     out of order. ``gguf_type``: the block format's name in GGUF, such as Q4_K.
     """
@@ -50,7 +50,7 @@ class MatrixFormat:
     symmetric: bool = True
     scale_per_row: bool = True
     block_size: tuple[int, int] = (128, 128)
-    static_inputs: bool = False
+    scale_name: str = "weight_scale"
     input_bound: float | None = None
     stores_zero_minus_one: bool = False
     reorders_inputs: bool = False
@@ -62,9 +62,9 @@ class QuantizationConfig:
     """Which matrix is in which format.
 
     ``name``: for people, such as "fp8 (compressed-tensors)". ``rules``: pairs of targets and format, of which the
-    first that matches counts. A target is ``Linear`` (every matrix), the name of a module or its end, or ``re:`` and a
-    regular expression that matches at the beginning of the name. ``ignored``: targets that are not quantized. Names
-    are those of the checkpoint.
+    first that matches counts. A target is ``Linear`` (every matrix), the whole name of a matrix, ``re:`` and a regular
+    expression that matches from the beginning of the name, or ``*`` and the name's end; another class's name matches
+    no matrix. ``ignored``: targets that are not quantized. Names are those of the checkpoint.
     """
 
     name: str
@@ -83,11 +83,11 @@ class QuantizationConfig:
 
 
 def _matches(target: str, module: str) -> bool:
-    if target == "Linear":
-        return True
     if target.startswith("re:"):
         return re.match(target[3:], module) is not None
-    return f".{target}." in f".{module}."
+    if target.startswith("*"):
+        return module.endswith(target[1:])
+    return target in ("Linear", module)
 
 
 def online_quantization(name: str) -> QuantizationConfig:
@@ -114,26 +114,41 @@ def parse_quantization(config: Mapping[str, Any]) -> QuantizationConfig:
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> QuantizationConfig:
-    rules = []
+    forms: dict[str, MatrixFormat] = {}
     for group in config["config_groups"].values():
-        rules.append((tuple(group["targets"]), _compressed_format(group, str(group.get("format") or config["format"]))))
-    kinds = "+".join(dict.fromkeys(str(form.kind) for _, form in rules))
-    return QuantizationConfig(f"{kinds} (compressed-tensors)", tuple(rules), tuple(config.get("ignore") or ()))
+        form = _compressed_format(group, str(group.get("format") or config["format"]))
+        forms |= dict.fromkeys(map(str, group["targets"]), form)
+    kinds = "+".join(dict.fromkeys(str(form.kind) for form in forms.values()))
+    rules = tuple(((target,), forms[target]) for target in sorted(forms, key=_generality))
+    ignored = tuple(map(str, config.get("ignore") or ()))
+    _check_expressions(target[3:] for target in (*forms, *ignored) if target.startswith("re:"))
+    return QuantizationConfig(f"{kinds} (compressed-tensors)", rules, ignored)
+
+
+def _generality(target: str) -> tuple[int, str]:
+    """In the order in which compressed-tensors prefers targets: names, expressions, classes."""
+    return (2 if target == "Linear" else int(target.startswith("re:"))), target
+
+
+def _check_expressions(expressions: Iterable[str]) -> None:
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise CheckpointError(f"quantization_config: {expression!r} is no regular expression: {error}") from error
 
 
 def _compressed_format(group: Mapping[str, Any], layout: str) -> MatrixFormat:
     weights = group["weights"]
-    inputs = group.get("input_activations") or {"dynamic": True}
-    static = not inputs.get("dynamic", False)
     key = (layout, weights["type"], weights["num_bits"], weights["strategy"])
     match key:
         case ("float-quantized" | "naive-quantized", "float", 8, "tensor" | "channel" as strategy):
-            return MatrixFormat(WeightFormat.FP8, scale_per_row=strategy == "channel", static_inputs=static)
+            return MatrixFormat(WeightFormat.FP8, scale_per_row=strategy == "channel")
         case ("float-quantized" | "naive-quantized", "float", 8, "block"):
             rows, columns = weights["block_structure"]
             return MatrixFormat(WeightFormat.FP8_BLOCKS, block_size=(int(rows), int(columns)))
         case ("int-quantized" | "naive-quantized", "int", 8, "channel" | "tensor" as strategy) if weights["symmetric"]:
-            return MatrixFormat(WeightFormat.INT8, scale_per_row=strategy == "channel", static_inputs=static)
+            return MatrixFormat(WeightFormat.INT8, scale_per_row=strategy == "channel")
         case ("pack-quantized", "int", 4, "group" | "channel"):
             size = int(weights.get("group_size") or 0)
             return MatrixFormat(WeightFormat.INT4, group_size=max(size, 0), symmetric=bool(weights["symmetric"]))
@@ -144,15 +159,16 @@ def _compressed_format(group: Mapping[str, Any], layout: str) -> MatrixFormat:
 
 def _fbgemm_fp8(config: Mapping[str, Any]) -> QuantizationConfig:
     form = MatrixFormat(WeightFormat.FP8, input_bound=float(config.get("activation_scale_ub") or 1200.0))
-    ignored = tuple(config.get("modules_to_not_convert") or ("lm_head",))
-    return QuantizationConfig("fp8 (fbgemm)", ((("Linear",), form),), ignored)
+    return QuantizationConfig("fp8 (fbgemm)", ((("Linear",), form),), _skipped(config))
 
 
 def _deepseek_fp8(config: Mapping[str, Any]) -> QuantizationConfig:
-    rows, columns = config.get("weight_block_size") or (128, 128)
-    form = MatrixFormat(WeightFormat.FP8_BLOCKS, block_size=(int(rows), int(columns)))
-    ignored = tuple(config.get("modules_to_not_convert") or ("lm_head",))
-    return QuantizationConfig("fp8 (128 × 128 blocks)", ((("Linear",), form),), ignored)
+    size = config.get("weight_block_size", (128, 128))
+    if size is None:
+        raise CheckpointError("quantization_config: fp8 without weight_block_size is not served; give its block sizes")
+    form = MatrixFormat(WeightFormat.FP8_BLOCKS, block_size=(int(size[0]), int(size[1])), scale_name="weight_scale_inv")
+    name = f"fp8 ({size[0]} × {size[1]} blocks)"
+    return QuantizationConfig(name, ((("Linear",), form),), _skipped(config))
 
 
 def _awq(config: Mapping[str, Any]) -> QuantizationConfig:
@@ -188,7 +204,15 @@ def _bitsandbytes(config: Mapping[str, Any]) -> QuantizationConfig:
 
 
 def _skipped(config: Mapping[str, Any]) -> tuple[str, ...]:
-    return ("lm_head", *(config.get("modules_to_not_convert") or config.get("llm_int8_skip_modules") or ()))
+    """Targets for the modules that transformers would leave alone: an entry is a regular expression for the beginning
+    of the name, up to a dot or its end, or the end of the name."""
+    entries = [str(name) for name in config.get("modules_to_not_convert") or config.get("llm_int8_skip_modules") or ()]
+    if not entries:
+        return ("lm_head",)
+    _check_expressions(entries)
+    # One expression for all: Meta's 405B checkpoint has hundreds of entries.
+    beginnings = "|".join(f"(?:{entry})" for entry in entries)
+    return "lm_head", rf"re:(?:{beginnings})(?:(?<=\.)|(?=\.|$))", *(f"*{entry}" for entry in entries)
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {

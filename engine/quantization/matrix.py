@@ -4,7 +4,7 @@ T tokens. A matrix is [out, in] as in ``y = x Wᵀ``; what a rank holds is [loca
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from engine.parameter import WHOLE, ParameterBuilder, Split
 
-_TILE_BYTES = 8 * 2**20
+TILE_BYTES = 8 * 2**20
 """How much of a quantized matrix is held in the activations' format at once, where there is no faster way."""
 
 
@@ -73,9 +73,14 @@ class WeightMatrix(nn.Module, abc.ABC):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, in] to [T, out]. This one converts a tile of rows at a time; formats with a faster way override it."""
-        output = hidden.new_empty(*hidden.shape[:-1], self.num_outputs)
-        tile = max(1, _TILE_BYTES // (self.num_inputs * hidden.element_size()))
-        for first in range(0, self.num_outputs, tile):
-            last = min(first + tile, self.num_outputs)
-            torch.matmul(hidden, self.rows(slice(first, last)).t(), out=output[..., first:last])
-        return output
+        return multiply_by_tiles(hidden, self.num_outputs, self.rows)
+
+
+def multiply_by_tiles(hidden: torch.Tensor, num_outputs: int, rows: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+    """[T, in] to [T, out] by a matrix [out, in], of which ``rows`` gives a tile at a time in ``hidden``'s format."""
+    output = hidden.new_empty(*hidden.shape[:-1], num_outputs)
+    tile = max(1, TILE_BYTES // (hidden.shape[-1] * hidden.element_size()))
+    for first in range(0, num_outputs, tile):
+        last = min(first + tile, num_outputs)
+        torch.matmul(hidden, rows(slice(first, last)).t(), out=output[..., first:last])
+    return output

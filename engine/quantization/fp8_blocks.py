@@ -1,0 +1,56 @@
+"""float8 (e4m3) with a scale for each block of rows and columns: DeepSeek's form ("DeepSeek-V3 Technical Report",
+arXiv 2412.19437, section 3.3) and compressed-tensors' ``block`` strategy."""
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.errors import LayoutError
+from engine.parameter import ParameterBuilder, Split
+from engine.quantization.fp8 import decode_e4m3
+from engine.quantization.matrix import MatrixPart, WeightMatrix
+from engine.quantization_config import MatrixFormat
+
+
+class Fp8BlockMatrix(WeightMatrix):
+    """weight = code × its block's scale. ``codes``: [out, in] e4m3. ``scales``: [row blocks, column blocks] float32.
+
+    Each part begins a block of its own, so the last block of a part may be cut short. Always multiplied tile by tile
+    in the activations' format.
+    """
+
+    def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
+        super().__init__(build, parts)
+        self._block_columns = form.block_size[1]
+        block_rows, block_columns = form.block_size
+        for part in parts:
+            _check(build, part, "rows", part.num_outputs, part.outputs, block_rows)
+            _check(build, part, "columns", part.num_inputs, part.inputs, block_columns)
+        num_blocks = [-(-part.local_outputs // block_rows) for part in parts]
+        self.codes = build.empty(self.num_outputs, self.num_inputs, dtype=torch.float8_e4m3fn)
+        self.scales = build.empty(sum(num_blocks), -(-self.num_inputs // block_columns), dtype=torch.float32)
+        blocks = [
+            sum(num_blocks[:i]) + torch.arange(part.local_outputs, device=build.device) // block_rows
+            for i, part in enumerate(parts)
+        ]
+        self.register_buffer("_block_of_row", torch.cat(blocks), persistent=False)
+        sizes = [part.local_outputs for part in parts]
+        for part, codes, scales in zip(parts, self.codes.split(sizes), self.scales.split(num_blocks), strict=True):
+            build.fill(codes, f"{part.name}.weight", (part.num_outputs, part.num_inputs), part.start)
+            shape = -(-part.num_outputs // block_rows), -(-part.num_inputs // block_columns)
+            start = part.start[0] // block_rows, part.start[1] // block_columns
+            build.fill(scales, f"{part.name}.{form.scale_name}", shape, start)
+
+    def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
+        scales = self.scales[self.get_buffer("_block_of_row")[index]]
+        scales = scales.repeat_interleave(self._block_columns, dim=1)[:, : self.num_inputs]
+        return (decode_e4m3(self.codes[index]).float() * scales).to(self.dtype)
+
+
+def _check(build: ParameterBuilder, part: MatrixPart, what: str, total: int, split: Split, block: int) -> None:
+    """Raises LayoutError where a part of ``total`` rows or columns does not begin or end with a block."""
+    if split.degree > 1 and (size := split.size(total)) % block:
+        raise LayoutError(
+            f"{build.prefix}{part.name}: {split.degree} ranks would hold {size} of its {total} {what} each, but its "
+            f"scales belong to blocks of {block}; use a smaller tp"
+        )

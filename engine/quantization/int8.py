@@ -1,0 +1,78 @@
+"""int8 with a scale for each row or tensor: compressed-tensors' int-quantized, bitsandbytes' ("LLM.int8()", arXiv
+2208.07339) and on the fly."""
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.parameter import ParameterBuilder
+from engine.quantization.matrix import MatrixPart
+from engine.quantization.online import quantize_while_loading
+from engine.quantization.row_scaled import RowScaledMatrix
+from engine.quantization_config import MatrixFormat
+
+_LARGEST = 127.0
+_MAX_FAST_TOKENS = 32
+"""The CPU's int8 operation reads each weight as a byte, but is slow for each token: tiles win from about 50 tokens."""
+
+
+class SignedByteMatrix(RowScaledMatrix):
+    """On CPUs, few bfloat16 tokens are multiplied by the bytes themselves."""
+
+    def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart]) -> None:
+        super().__init__(build, parts, torch.int8)
+        self._is_fast = build.device.type == "cpu"
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes.to(torch.bfloat16)
+
+    def multiply_codes(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not self._is_fast or hidden.shape[0] > _MAX_FAST_TOKENS:
+            return super().multiply_codes(hidden)
+        # Its own scales would be rounded to bfloat16.
+        ones = hidden.new_ones(self.num_outputs)
+        product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(hidden.contiguous(), self.codes, ones)
+        return product
+
+
+class Int8Matrix(SignedByteMatrix):
+    """compressed-tensors' form."""
+
+    def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
+        super().__init__(build, parts)
+        self.fill_from(build, parts, form.scale_per_row, "weight_scale")
+
+
+class BnbInt8Matrix(SignedByteMatrix):
+    """bitsandbytes' form: ``scales`` are the rows' largest numbers (``SCB``), weight = code · scale / 127.
+
+    Its separate treatment of outliers among the activations is left out, as these are not quantized.
+    """
+
+    def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
+        super().__init__(build, parts)
+        sizes = [part.local_outputs for part in parts]
+        for part, codes, scales in zip(parts, self.codes.split(sizes), self.scales.split(sizes), strict=True):
+            build.fill(codes, f"{part.name}.weight", (part.num_outputs, part.num_inputs), part.start)
+            build.fill(scales[:, 0], f"{part.name}.SCB", (part.num_outputs,), (part.start[0],))
+
+    def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
+        return (self.codes[index].float() * self.scales[index] * (1 / _LARGEST)).to(self.dtype)
+
+    def output_scales(self) -> torch.Tensor:
+        return self.scales.t() * (1 / _LARGEST)
+
+
+class OnlineInt8Matrix(SignedByteMatrix):
+    """Quantized while loading, row by row."""
+
+    def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
+        super().__init__(build, parts)
+        quantize_while_loading(build, parts, [self.codes, self.scales], quantize_rows)
+
+
+def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, in] float32 to codes [n, in] and scales [n, 1]: each row's largest number becomes 127 or -127."""
+    peaks = values.abs().amax(dim=1, keepdim=True)
+    peaks = peaks.masked_fill(peaks == 0, 1.0)
+    return (values * (_LARGEST / peaks)).round().to(torch.int8), peaks / _LARGEST
