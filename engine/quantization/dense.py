@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional
 
+from engine.kernels.linear import linear
 from engine.parameter import ParameterBuilder
 from engine.quantization.matrix import MatrixPart, WeightMatrix
 
@@ -22,4 +22,4 @@ class DenseMatrix(WeightMatrix):
         return self.weight[index]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return functional.linear(hidden, self.weight)
+        return linear(hidden, self.weight)

@@ -1,0 +1,58 @@
+"""The native product of few tokens, against float64 and beside oneDNN, which shares the tile units."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from engine.kernels.linear import _tile_kernel, linear
+
+needs_tiles = pytest.mark.skipif(_tile_kernel() is None, reason="needs a CPU with AMX and the native library")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def matrices(num_tokens: int, num_inputs: int, num_outputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens and weights, and their product in float64."""
+    hidden = torch.randn(num_tokens, num_inputs).to(torch.bfloat16)
+    weight = torch.randn(num_outputs, num_inputs).to(torch.bfloat16)
+    return hidden, weight, hidden.double() @ weight.double().t()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 15, 16, 17, 32, 33, 48, 49, 127, 128, 129])
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(32, 32), (64, 96), (256, 32), (1024, 160), (40, 72)])
+def test_equals_float64_rounded_once(num_tokens: int, num_inputs: int, num_outputs: int) -> None:
+    hidden, weight, expected = matrices(num_tokens, num_inputs, num_outputs)
+    # One rounding to bfloat16 (2⁻⁹ of the value) of sums in float32 (whose error grows with the sum of magnitudes).
+    magnitudes = hidden.double().abs() @ weight.double().abs().t()
+    bound = expected.abs() * 2**-8 + magnitudes * 2**-20
+    assert ((linear(hidden, weight).double() - expected).abs() <= bound).all()
+
+
+@needs_tiles
+def test_a_token_does_not_depend_on_the_others() -> None:
+    hidden, weight, _ = matrices(100, 512, 256)
+    together = linear(hidden, weight)
+    for i in (0, 1, 40, 99):
+        assert torch.equal(linear(hidden[i : i + 1], weight)[0], together[i])
+
+
+@needs_tiles
+def test_onednn_keeps_its_tiles() -> None:
+    """Both set up the tile units for themselves; neither may find the other's set-up."""
+    small, large = matrices(3, 128, 64), matrices(512, 1024, 512)
+    ours, theirs = linear(*small[:2]), functional.linear(*large[:2])
+    for _ in range(20):
+        assert torch.equal(linear(*small[:2]), ours)
+        assert torch.equal(functional.linear(*large[:2]), theirs)
+
+
+def test_what_the_kernel_does_not_take_is_torchs() -> None:
+    hidden, weight, expected = matrices(4, 64, 64)
+    torch.testing.assert_close(linear(hidden.float(), weight.float()).double(), expected, rtol=1e-5, atol=1e-4)
+    strided = weight.t().contiguous().t()
+    assert torch.equal(linear(hidden, strided), functional.linear(hidden, strided))
+    assert linear(hidden[:0], weight).shape == (0, 64)
+    assert linear(hidden.view(2, 2, 64), weight).shape == (2, 2, 64)
