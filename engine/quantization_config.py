@@ -41,8 +41,9 @@ class MatrixFormat:
     ``group_size``: inputs that share a scale, for the int4 formats; 0: a whole row. ``symmetric``: no zero points.
     ``scale_per_row``: FP8 and INT8 with one scale a row, not one a tensor. ``block_size``: (rows, columns) of
     FP8_BLOCKS; ``scale_name``: what the checkpoint calls their scales. ``input_bound``: fbgemm's upper bound of what
-    activations are scaled by. ``stores_zero_minus_one``: GPTQ's first form. ``reorders_inputs``: GPTQ with ``g_idx``
-    out of order. ``gguf_type``: the block format's name in GGUF, such as Q4_K.
+    activations are scaled by. ``stores_zero_minus_one``: GPTQ's first form. ``reorders_inputs``: int4 with ``g_idx``
+    out of order. ``nested_scales``: NF4 whose scales are quantized too. ``gguf_type``: the block format's name in GGUF,
+    such as Q4_K.
     """
 
     kind: WeightFormat
@@ -54,6 +55,7 @@ class MatrixFormat:
     input_bound: float | None = None
     stores_zero_minus_one: bool = False
     reorders_inputs: bool = False
+    nested_scales: bool = False
     gguf_type: str = ""
 
 
@@ -150,8 +152,10 @@ def _compressed_format(group: Mapping[str, Any], layout: str) -> MatrixFormat:
         case ("int-quantized" | "naive-quantized", "int", 8, "channel" | "tensor" as strategy) if weights["symmetric"]:
             return MatrixFormat(WeightFormat.INT8, scale_per_row=strategy == "channel")
         case ("pack-quantized", "int", 4, "group" | "channel"):
-            size = int(weights.get("group_size") or 0)
-            return MatrixFormat(WeightFormat.INT4, group_size=max(size, 0), symmetric=bool(weights["symmetric"]))
+            size = max(int(weights.get("group_size") or 0), 0)
+            reorders = weights.get("actorder") in (True, "group")
+            symmetric = bool(weights["symmetric"])
+            return MatrixFormat(WeightFormat.INT4, size, symmetric=symmetric, reorders_inputs=reorders)
     raise CheckpointError(
         "compressed-tensors: layout {} with {}{} weights and {} scales is not served".format(*key[:3], key[3])
     )
@@ -199,7 +203,10 @@ def _bitsandbytes(config: Mapping[str, Any]) -> QuantizationConfig:
         )
     if (kind := config.get("bnb_4bit_quant_type", "fp4")) != "nf4":
         raise CheckpointError(f"bitsandbytes' 4-bit type {kind} is not served; nf4 is")
-    form = MatrixFormat(WeightFormat.NF4, group_size=64)
+    if (storage := config.get("bnb_4bit_quant_storage") or "uint8") != "uint8":
+        raise CheckpointError(f"bitsandbytes' 4-bit weights stored as {storage} are not served; as uint8 they are")
+    is_nested = bool(config.get("bnb_4bit_use_double_quant", False))
+    form = MatrixFormat(WeightFormat.NF4, group_size=64, nested_scales=is_nested)
     return QuantizationConfig("nf4 (bitsandbytes)", ((("Linear",), form),), _skipped(config))
 
 

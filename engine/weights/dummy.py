@@ -44,6 +44,9 @@ def _fill(destination: torch.Tensor, name: str, seed: str) -> None:
     elif destination.dtype.is_floating_point:
         bound = 0.02 * math.sqrt(3)
         destination.uniform_(-bound, bound, generator=generator)
+    elif destination.dtype == torch.int32:
+        # Indices: the first is always one.
+        destination.zero_()
     else:
         limits = torch.iinfo(destination.dtype)
         destination.random_(limits.min, limits.max, generator=generator)
