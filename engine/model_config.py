@@ -7,13 +7,13 @@ that of v5 (``rope_parameters``, ``dtype``, explicit per-layer lists).
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from engine.config import Dtype, KvGroupConfig, ParallelConfig
-from engine.errors import CheckpointError, LayoutError
-from engine.quantization_config import QuantizationConfig, parse_quantization
+from engine.errors import CheckpointError, InvalidOption, LayoutError
+from engine.quantization_config import QuantizationConfig, online_quantization, parse_quantization
 from engine.rope_config import RopeConfig, RopeType, parse_rope
 
 PLAN_ONLY_ARCHITECTURES = (
@@ -85,16 +85,19 @@ class ModelConfig:
     quantization: QuantizationConfig | None = None
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> Self:
-        """Read config.json, and generation_config.json where there is one.
+    def from_directory(cls, path: str | Path, quantization: str | None = None) -> Self:
+        """Read config.json, and generation_config.json where there is one. ``quantization``: int8, int4 or fp8 to
+        quantize a float checkpoint while loading it.
 
-        Raises CheckpointError where config.json is missing, broken, or of a model that is not served.
+        Raises CheckpointError where config.json is missing, broken, or of a model that is not served; InvalidOption
+        where ``quantization`` is unknown or the checkpoint is quantized already.
         """
         directory = Path(path)
         config = _read_json(directory / "config.json")
         if config is None:
             raise CheckpointError(f"{directory} has no config.json; name a directory in Hugging Face form")
-        return cls.from_hf(config, _read_json(directory / "generation_config.json"))
+        model = cls.from_hf(config, _read_json(directory / "generation_config.json"))
+        return model if quantization is None else model.quantized(quantization)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> Self:
@@ -118,6 +121,15 @@ class ModelConfig:
             return cls(architecture=architecture, quantization=quantization, **fields)
         except KeyError as error:
             raise CheckpointError(f"config.json of {architecture} lacks {error.args[0]!r}") from error
+
+    def quantized(self, name: str) -> Self:
+        """The same model, its float weights to be quantized while they are loaded. Raises InvalidOption."""
+        online = online_quantization(name)
+        if self.quantization is not None:
+            raise InvalidOption(
+                f"--quantization {name}: the checkpoint is quantized already, as {self.quantization.name}; leave it out"
+            )
+        return replace(self, quantization=online)
 
     @property
     def num_layers(self) -> int:

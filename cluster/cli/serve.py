@@ -52,7 +52,9 @@ def serve(
         str | None, typer.Option(help="safetensors, or dummy (random weights, for sizing). [safetensors]")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model. [main]")] = None,
-    quantization: Annotated[str | None, typer.Option(help="Comes in a later version.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="int8, int4 or fp8: quantize a float checkpoint while loading. [as it is]")
+    ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name for clients. [the model's last part]")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File with one API key per line. [no keys]")] = None,
     address: Annotated[

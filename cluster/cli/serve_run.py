@@ -71,8 +71,10 @@ class _Serving:
     def _greet(self, front_end: FrontEnd) -> None:
         config, plan = self._config, self._checked.launch.replica
         copies = f", {config.replicas} replicas" if config.replicas > 1 else ""
+        quantization = self._checked.model.quantization
+        weights = f", weights in {quantization.name}" if quantization else ""
         self._console.print(
-            f"{plan.served_name}: {self._checked.model.architecture} in {plan.dtype} on {plan.device}, "
+            f"{plan.served_name}: {self._checked.model.architecture} in {plan.dtype}{weights} on {plan.device}, "
             f"tp={plan.tensor_parallel_size} ep={plan.expert_parallel_size}{copies}\n"
             f"HTTP http://{config.host}:{front_end.port}/v1, gRPC {config.host}:{front_end.grpc_port} (Ctrl-C stops)"
         )

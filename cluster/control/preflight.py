@@ -45,7 +45,7 @@ def preflight(config: ServeConfig) -> Preflight:
         )
     source = resolve(config.model, config.revision)
     directory = source.directory()
-    model = ModelConfig.from_directory(directory)
+    model = ModelConfig.from_directory(directory, config.quantization)
     validate_layout(model, parallel)
     return Preflight(_launch_config(config, parallel, device, source, model), directory, model)
 
@@ -53,8 +53,6 @@ def preflight(config: ServeConfig) -> Preflight:
 def _refuse_what_comes_later(config: ServeConfig) -> None:
     if config.deterministic:
         raise InvalidOption("--deterministic is not available in this version; leave it out")
-    if config.quantization is not None:
-        raise InvalidOption(f"--quantization {config.quantization} is not available in this version; leave it out")
 
 
 def _check_exposure(config: ServeConfig) -> None:
@@ -108,6 +106,7 @@ def _launch_config(
         max_num_batched_tokens=batched,
         gpu_memory_utilization=config.gpu_memory_utilization,
         kv_cache_memory_bytes=config.kv_cache_memory,
+        quantization=config.quantization,
     )
     return LaunchConfig(
         replica=plan,

@@ -23,6 +23,8 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int
     gpu_memory_utilization: float
     kv_cache_memory_bytes: int
+    quantization: str | None = None
+    """int8, int4 or fp8: a float checkpoint is quantized while it is loaded."""
 
     @property
     def parallel(self) -> ParallelConfig:

@@ -130,7 +130,8 @@ class Leader:
 
     def _form_gang(self, executor: ChannelExecutor) -> tuple[Engine, ReplicaInfo]:
         plan = self._config.plan
-        model = ModelConfig.from_directory(ModelSource(plan.model, plan.revision).directory())
+        directory = ModelSource(plan.model, plan.revision).directory()
+        model = ModelConfig.from_directory(directory, plan.quantization)
         gang = executor.start(
             model,
             block_size=CacheConfig().block_size,

@@ -66,6 +66,7 @@ def worker_configs(
                 ep=plan.expert_parallel_size,
                 dtype=Dtype(plan.dtype),
                 load_format=LoadFormat(plan.load_format),
+                quantization=plan.quantization,
                 device=plan.device,
                 relay=relay,
                 store_host=store_host,

@@ -39,7 +39,7 @@ def check_checkpoint(plan: ReplicaPlan) -> None:
     """From the files' headers alone: every tensor of the model is there and has its shape. Raises CheckpointError."""
     if plan.load_format == LoadFormat.SAFETENSORS:
         directory = ModelSource(plan.model, plan.revision).directory()
-        verify_checkpoint(directory, ModelConfig.from_directory(directory))
+        verify_checkpoint(directory, ModelConfig.from_directory(directory, plan.quantization))
 
 
 class Supervisor:

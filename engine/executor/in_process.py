@@ -41,7 +41,7 @@ class InProcessExecutor(ChannelExecutor):
         self._thread.start()
         try:
             self.ready: GangReady = self.start(
-                ModelConfig.from_directory(config.model),
+                ModelConfig.from_directory(config.model, config.quantization),
                 block_size=config.block_size,
                 max_model_len=max_model_len,
                 on_message=on_message,

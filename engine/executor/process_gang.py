@@ -62,7 +62,7 @@ class ProcessGang(ChannelExecutor):
                     )
                 )
             self.ready: GangReady = self.start(
-                ModelConfig.from_directory(config.model),
+                ModelConfig.from_directory(config.model, config.quantization),
                 block_size=config.block_size,
                 max_model_len=max_model_len,
                 on_message=on_message,

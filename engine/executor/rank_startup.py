@@ -72,7 +72,7 @@ class _Startup:
 
     def run(self) -> ReadyRank | None:
         config = self._config
-        model_config = ModelConfig.from_directory(config.model)
+        model_config = ModelConfig.from_directory(config.model, config.quantization)
         with self._phase("rendezvous"):
             store = self._connect_store()
             mesh = self._join(store)
