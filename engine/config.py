@@ -101,9 +101,24 @@ class KvGroupConfig:
     size serves them all: a block holds ``block_size`` tokens' keys and values of the ``len(layers)`` layers of the
     group that it was given to.
 
-    ``chunk_size``: None for full attention; else a token sees only those of its own chunk of that many positions
-    (Llama 4's chunked attention), and blocks wholly before the chunk of the next token are freed.
+    ``chunk_size``: a token sees only those of its own chunk of that many positions (Llama 4's chunked attention).
+    ``window_size``: a token sees itself and those up to that many positions in all (sliding window). At most one is
+    set; without, attention is full. Blocks that the next token cannot see any more are freed.
     """
 
     layers: tuple[int, ...]
     chunk_size: int | None = None
+    window_size: int | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a token sees all before it, so that no block is freed before the request ends."""
+        return self.chunk_size is None and self.window_size is None
+
+    def first_visible(self, position: int) -> int:
+        """The first position that the token at ``position`` sees. It never falls as ``position`` grows."""
+        if self.chunk_size is not None:
+            return position // self.chunk_size * self.chunk_size
+        if self.window_size is not None:
+            return max(0, position - self.window_size + 1)
+        return 0

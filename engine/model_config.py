@@ -13,6 +13,15 @@ from typing import Any, Self
 
 from engine.config import Dtype, KvGroupConfig, ParallelConfig
 from engine.errors import CheckpointError, InvalidOption, LayoutError
+from engine.layer_config import (
+    LayerConfig,
+    llama4_layers,
+    llama_layers,
+    mistral_layers,
+    mixtral_layers,
+    qwen3_layers,
+    qwen3_moe_layers,
+)
 from engine.quantization_config import QuantizationConfig, online_quantization, parse_quantization
 from engine.rope_config import RopeConfig, RopeType, parse_rope
 
@@ -27,43 +36,48 @@ PLAN_ONLY_ARCHITECTURES = (
 
 
 @dataclass(frozen=True)
-class MoeConfig:
-    """Routed experts of one layer. Every expert, and the shared one, is a gated MLP of ``intermediate_size``."""
+class Architecture:
+    """How config.json of one architecture is read, and what transformers assumes where it is silent.
 
-    num_experts: int
-    num_experts_per_token: int
-    intermediate_size: int
-
-
-@dataclass(frozen=True)
-class TemperatureConfig:
-    """Query scale that grows with position p: 1 + scale · log1p(floor((p + 1) / floor)). Llama 4's NoPE layers;
-    after "Scalable-Softmax Is Superior for Attention" (arXiv 2501.19399)."""
-
-    floor: float
-    scale: float
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """One decoder layer.
-
-    ``use_rope``: False for Llama 4's NoPE layers. ``chunk_size``: a token attends only within its chunk of so many
-    positions; None for all before it. ``qk_norm``: weightless RMS norm of queries and keys after the rotation.
-    ``intermediate_size``: width of the dense MLP; unused where ``moe`` is set.
+    ``head_dim``: None for hidden_size / num_heads. ``interleaved_rope``: see RopeConfig. ``tensor_prefix``,
+    ``skipped_prefixes``: see ModelConfig.
     """
 
-    intermediate_size: int
-    use_rope: bool = True
-    chunk_size: int | None = None
-    qk_norm: bool = False
-    temperature: TemperatureConfig | None = None
-    moe: MoeConfig | None = None
+    parse_layers: Callable[[Mapping[str, Any]], tuple[LayerConfig, ...]]
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    max_positions: int = 2048
+    head_dim: int | None = None
+    interleaved_rope: bool = False
+    has_mlp_bias: bool = False
+    tensor_prefix: str = ""
+    skipped_prefixes: tuple[str, ...] = ()
+
+
+_LLAMA4 = Architecture(llama4_layers, 500000.0, 1e-5, max_positions=131072, head_dim=128, interleaved_rope=True)
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(llama_layers, has_mlp_bias=True),
+    "Llama4ForCausalLM": _LLAMA4,
+    "Llama4ForConditionalGeneration": replace(
+        _LLAMA4, tensor_prefix="language_model.", skipped_prefixes=("vision_model.", "multi_modal_projector.")
+    ),
+    "MistralForCausalLM": Architecture(mistral_layers, max_positions=131072),
+    "MixtralForCausalLM": Architecture(mixtral_layers, 1e6, 1e-5, max_positions=131072),
+    "Qwen3ForCausalLM": Architecture(qwen3_layers, max_positions=32768, head_dim=128),
+    "Qwen3MoeForCausalLM": Architecture(qwen3_moe_layers, max_positions=32768),
+}
+"""What is served, by the name in config.json."""
+_OLD_NAMES = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+"""Names of the first conversions."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only language model. ``tensor_prefix`` stands before the names of all its tensors in the checkpoint."""
+    """A decoder-only language model.
+
+    ``tensor_prefix`` stands before the names of all its tensors in the checkpoint. ``skipped_prefixes``: of tensors
+    that the checkpoint also has and that are not read, for only text is served; empty where there are none.
+    """
 
     architecture: str
     vocab_size: int
@@ -82,6 +96,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     tensor_prefix: str = ""
+    skipped_prefixes: tuple[str, ...] = ()
     quantization: QuantizationConfig | None = None
 
     @classmethod
@@ -102,25 +117,19 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> Self:
         """As ``from_directory``, from the files' contents."""
-        architecture = next(iter(config.get("architectures") or [str(config.get("model_type"))]))
-        if architecture in PLAN_ONLY_ARCHITECTURES:
-            raise CheckpointError(
-                f"{architecture} is not served: remuda plan knows its shapes; serving comes later. "
-                f"Served are {', '.join(sorted(_LAYER_PARSERS))}"
-            )
-        if architecture not in _LAYER_PARSERS:
-            raise CheckpointError(
-                f"config.json names architecture {architecture!r}; served are {', '.join(sorted(_LAYER_PARSERS))}"
-            )
+        name = str(next(iter(config.get("architectures") or [config.get("model_type")])))
+        name = _OLD_NAMES.get(name, name)
+        if name not in ARCHITECTURES:
+            raise CheckpointError(_refusal(name))
         # Llama 4 with vision nests its text model; the vision part is not read.
         text = {**config, **(config.get("text_config") or {})}
         try:
             scheme = text.get("quantization_config")
             quantization = parse_quantization(scheme) if scheme else None
-            fields = _parse_fields(architecture, text, generation_config or {})
-            return cls(architecture=architecture, quantization=quantization, **fields)
+            fields = _parse_fields(ARCHITECTURES[name], text, generation_config or {})
+            return cls(architecture=name, quantization=quantization, **fields)
         except KeyError as error:
-            raise CheckpointError(f"config.json of {architecture} lacks {error.args[0]!r}") from error
+            raise CheckpointError(f"config.json of {name} lacks {error.args[0]!r}") from error
 
     def quantized(self, name: str) -> Self:
         """The same model, its float weights to be quantized while they are loaded. Raises InvalidOption."""
@@ -152,18 +161,18 @@ class ModelConfig:
 def kv_groups(config: ModelConfig) -> tuple[KvGroupConfig, ...]:
     """Divide the layers into KV groups of equally many layers, so that one pool of equal blocks serves all.
 
-    The size of a group is the greatest common divisor of the numbers of full and of chunked layers; groups of full
-    layers come first. A model without chunked layers is one group.
+    The size of a group is the greatest common divisor of the numbers of layers of each kind (full, chunked, sliding);
+    groups of full layers come first. A model with layers of one kind is one group.
     """
-    full = [i for i, layer in enumerate(config.layers) if layer.chunk_size is None]
-    chunked = [i for i, layer in enumerate(config.layers) if layer.chunk_size is not None]
-    size = math.gcd(len(full), len(chunked))
-    groups: list[KvGroupConfig] = []
-    for members in (full, chunked):
-        for start in range(0, len(members), size):
-            layers = tuple(members[start : start + size])
-            groups.append(KvGroupConfig(layers, config.layers[layers[0]].chunk_size))
-    return tuple(groups)
+    kinds: dict[tuple[int | None, int | None], list[int]] = {(None, None): []}
+    for i, layer in enumerate(config.layers):
+        kinds.setdefault((layer.chunk_size, layer.window_size), []).append(i)
+    size = math.gcd(*map(len, kinds.values()))
+    return tuple(
+        KvGroupConfig(tuple(members[start : start + size]), chunk_size, window_size)
+        for (chunk_size, window_size), members in kinds.items()
+        for start in range(0, len(members), size)
+    )
 
 
 def num_local_kv_heads(config: ModelConfig, parallel: ParallelConfig) -> int:
@@ -196,12 +205,22 @@ def validate_division(model: ModelConfig, parallel: ParallelConfig) -> None:
     if ep > 1 and model.num_experts % ep:
         raise LayoutError(f"ep={ep} does not divide the model's {model.num_experts} experts")
     for layer in model.layers:
-        # The shared expert is as wide as a routed one and is divided over all tp ranks.
-        width = layer.moe.intermediate_size if layer.moe else layer.intermediate_size
-        if width % tp:
-            raise LayoutError(f"tp={tp} does not divide the feed-forward width {width}")
-        if layer.moe and width % parallel.expert_tp:
-            raise LayoutError(f"tp / ep = {parallel.expert_tp} does not divide the experts' width {width}")
+        if layer.moe is None or layer.moe.has_shared_expert:
+            # The shared expert is as wide as a routed one and is divided over all tp ranks.
+            width = layer.moe.intermediate_size if layer.moe else layer.intermediate_size
+            if width % tp:
+                raise LayoutError(f"tp={tp} does not divide the feed-forward width {width}")
+        if layer.moe and layer.moe.intermediate_size % parallel.expert_tp:
+            raise LayoutError(
+                f"tp / ep = {parallel.expert_tp} does not divide the experts' width {layer.moe.intermediate_size}"
+            )
+
+
+def _refusal(name: str) -> str:
+    served = f"served are {', '.join(sorted(ARCHITECTURES))}"
+    if name in PLAN_ONLY_ARCHITECTURES:
+        return f"{name} is not served: remuda plan knows its shapes; serving comes later; {served}"
+    return f"config.json names architecture {name!r}; {served}"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -216,12 +235,16 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _parse_fields(architecture: str, text: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
-    if (act := text.get("hidden_act", "silu")) != "silu":
+def _parse_fields(
+    architecture: Architecture, given: Mapping[str, Any], generation: Mapping[str, Any]
+) -> dict[str, Any]:
+    if (act := given.get("hidden_act", "silu")) != "silu":
         raise CheckpointError(f"config.json asks for activation {act!r}; only 'silu' is served")
+    # Early Llama 1 conversions have max_sequence_length.
+    lengths = (given.get("max_position_embeddings"), given.get("max_sequence_length"), architecture.max_positions)
+    text = {**given, "max_position_embeddings": int(next(filter(None, lengths)))}
     num_heads = int(text["num_attention_heads"])
-    head_dim = int(text.get("head_dim") or text["hidden_size"] // num_heads)
-    is_llama4 = architecture.startswith("Llama4")
+    head_dim = int(text.get("head_dim") or architecture.head_dim or text["hidden_size"] // num_heads)
     bos = _token_ids(generation, "bos_token_id") + _token_ids(text, "bos_token_id")
     eos = _token_ids(generation, "eos_token_id") + _token_ids(text, "eos_token_id")
     return {
@@ -230,17 +253,18 @@ def _parse_fields(architecture: str, text: Mapping[str, Any], generation: Mappin
         "num_heads": num_heads,
         "num_kv_heads": int(text.get("num_key_value_heads") or num_heads),
         "head_dim": head_dim,
-        "layers": _LAYER_PARSERS[architecture](text),
-        "rope": parse_rope(text, head_dim, 500000.0 if is_llama4 else 10000.0, interleaved=is_llama4),
-        "rms_norm_eps": float(text.get("rms_norm_eps", 1e-5 if is_llama4 else 1e-6)),
-        "max_position_embeddings": int(text["max_position_embeddings"]),
+        "layers": architecture.parse_layers(text),
+        "rope": parse_rope(text, head_dim, architecture.rope_theta, architecture.interleaved_rope),
+        "rms_norm_eps": float(text.get("rms_norm_eps", architecture.rms_norm_eps)),
+        "max_position_embeddings": text["max_position_embeddings"],
         "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
         "attention_bias": bool(text.get("attention_bias", False)),
-        "mlp_bias": bool(text.get("mlp_bias", False)) and not is_llama4,
+        "mlp_bias": architecture.has_mlp_bias and bool(text.get("mlp_bias", False)),
         "dtype": _dtype(text),
         "bos_token_id": bos[0] if bos else None,
         "eos_token_ids": tuple(dict.fromkeys(eos)),
-        "tensor_prefix": "language_model." if architecture == "Llama4ForConditionalGeneration" else "",
+        "tensor_prefix": architecture.tensor_prefix,
+        "skipped_prefixes": architecture.skipped_prefixes,
     }
 
 
@@ -255,49 +279,3 @@ def _token_ids(source: Mapping[str, Any], key: str) -> list[int]:
     if value is None:
         return []
     return [int(token_id) for token_id in value] if isinstance(value, list) else [int(value)]
-
-
-def _llama_layers(text: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
-    return (LayerConfig(intermediate_size=int(text["intermediate_size"])),) * int(text["num_hidden_layers"])
-
-
-def _llama4_layers(text: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
-    count = int(text["num_hidden_layers"])
-    step = int(text.get("interleave_moe_layer_step") or 1)
-    moe_layers = text.get("moe_layers")
-    if moe_layers is None:
-        moe_layers = range(step - 1, count, step)
-    interval = int(text.get("no_rope_layer_interval") or 4)
-    # An empty list stands in the hub's own files and means the default pattern. 1 is a layer *with* rotation.
-    rope_flags = text.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
-    chunked = "chunked_attention"
-    kinds = text.get("layer_types") or [chunked if flag else "full_attention" for flag in rope_flags]
-    chunk_size = text.get("attention_chunk_size", 8192)
-    temperature = None
-    if text.get("attn_temperature_tuning", True):
-        temperature = TemperatureConfig(float(text.get("floor_scale", 8192)), float(text.get("attn_scale", 0.1)))
-    moe = MoeConfig(
-        num_experts=int(text.get("num_local_experts") or 0),
-        num_experts_per_token=int(text.get("num_experts_per_tok", 1)),
-        intermediate_size=int(text["intermediate_size"]),
-    )
-    if len(rope_flags) != count or len(kinds) != count:
-        raise CheckpointError(f"config.json: no_rope_layers and layer_types must have {count} entries, one a layer")
-    return tuple(
-        LayerConfig(
-            intermediate_size=int(text["intermediate_size_mlp"]),
-            use_rope=bool(rope_flags[i]),
-            chunk_size=int(chunk_size) if chunk_size and kinds[i] == chunked else None,
-            qk_norm=bool(text.get("use_qk_norm", True)) and bool(rope_flags[i]),
-            temperature=None if rope_flags[i] else temperature,
-            moe=moe if i in moe_layers and moe.num_experts else None,
-        )
-        for i in range(count)
-    )
-
-
-_LAYER_PARSERS: dict[str, Callable[[Mapping[str, Any]], tuple[LayerConfig, ...]]] = {
-    "LlamaForCausalLM": _llama_layers,
-    "Llama4ForCausalLM": _llama4_layers,
-    "Llama4ForConditionalGeneration": _llama4_layers,
-}

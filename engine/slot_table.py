@@ -79,6 +79,7 @@ class SlotTable:
     ) -> None:
         self._slots: list[SlotState | None] = [None] * num_slots
         self._kv_groups = tuple(kv_groups)
+        self._narrow_groups = [(g, group) for g, group in enumerate(kv_groups) if not group.is_full]
         self._block_size = block_size
         self._num_blocks = num_blocks
         self._epoch = epoch
@@ -212,14 +213,14 @@ class SlotTable:
                     raise ProtocolViolation(
                         f"step {step}, slot {share.slot}: block {block_id}; blocks are 1 to {self._num_blocks - 1}"
                     )
-        for index, group in enumerate(self._kv_groups):
-            table = state.block_tables[index]
+        for index, table in enumerate(state.block_tables):
             if len(table) * self._block_size < end:
                 raise ProtocolViolation(
                     f"step {step}, slot {share.slot}: {len(table)} blocks in KV group {index} do not hold {end} tokens"
                 )
-            if group.chunk_size is not None:
-                first = first_visible_block(group.chunk_size, share.start, self._block_size)
-                for unseen in range(state.num_unseen_blocks[index], first):
-                    table[unseen] = NULL_BLOCK
-                state.num_unseen_blocks[index] = max(first, state.num_unseen_blocks[index])
+        for index, group in self._narrow_groups:
+            table = state.block_tables[index]
+            first = first_visible_block(group, share.start, self._block_size)
+            for unseen in range(state.num_unseen_blocks[index], first):
+                table[unseen] = NULL_BLOCK
+            state.num_unseen_blocks[index] = first

@@ -115,7 +115,7 @@ def _plan_group(batch: ForwardBatch, group: int, config: KvGroupConfig, block_si
     row = 0
     for request, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
         if query_len == 1:
-            first = _first_visible(kv_len - 1, config.chunk_size)
+            first = config.first_visible(kv_len - 1)
             decodes.append((kv_len - first, row, request, first))
         else:
             plan.prefills.extend(_prefill_tiles(tables[request], row, kv_len - query_len, kv_len, config, block_size))
@@ -125,20 +125,17 @@ def _plan_group(batch: ForwardBatch, group: int, config: KvGroupConfig, block_si
     return plan
 
 
-def _first_visible(position: int, chunk_size: int | None) -> int:
-    """A token sees its own chunk up to itself (not a sliding window), or everything before it."""
-    return position // chunk_size * chunk_size if chunk_size else 0
-
-
 def _prefill_tiles(
     table: torch.Tensor, row: int, start: int, stop: int, config: KvGroupConfig, block_size: int
 ) -> Iterator[_PrefillTile]:
     """Cut positions [start, stop) of one request at the borders of chunks and into tiles of bounded size."""
     device = table.device
     for tile_start, tile_stop in _tile_bounds(start, stop, config.chunk_size):
-        first = _first_visible(tile_start, config.chunk_size)
-        positions = torch.arange(first, tile_stop, device=device)
-        mask = positions[None, :] <= torch.arange(tile_start, tile_stop, device=device)[:, None]
+        positions = torch.arange(config.first_visible(tile_start), tile_stop, device=device)
+        queries = torch.arange(tile_start, tile_stop, device=device)[:, None]
+        mask = positions <= queries
+        if config.window_size is not None:
+            mask &= positions > queries - config.window_size
         slots = table[positions // block_size] * block_size + positions % block_size
         offset = row - start
         yield _PrefillTile(tile_start + offset, tile_stop + offset, slots, mask)
@@ -148,7 +145,7 @@ def _tile_bounds(start: int, stop: int, chunk_size: int | None) -> Iterator[tupl
     while start < stop:
         end = min(stop, start + _MAX_TILE_QUERIES)
         if chunk_size:
-            end = min(end, _first_visible(start, chunk_size) + chunk_size)
+            end = min(end, (start // chunk_size + 1) * chunk_size)
         yield start, end
         start = end
 

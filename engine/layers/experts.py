@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from engine.batch import StepAdapters
+from engine.layer_config import MoeConfig
 from engine.layers.activation import silu_and_multiply
 from engine.layers.lora import LoraExperts
-from engine.layer_config import MoeConfig
 from engine.parameter import ParameterBuilder, Split
 from engine.quantization.matrix import FloatSource, MatrixPart, WeightMatrix
 from engine.quantization.registry import make_matrix
@@ -48,8 +48,9 @@ class Experts(nn.Module, abc.ABC):
         self.num_experts = by_expert.size(config.num_experts)
         self.first_expert = by_expert.start(config.num_experts)
         self.by_width = Split(mesh.config.expert_tp, mesh.expert_tp_rank)
+        matrix_names = (names.gate, names.up, names.down)
         self.lora = LoraExperts(
-            build, hidden_size, config, (names.gate, names.up, names.down), by_expert, self.by_width
+            build, hidden_size, config, matrix_names, by_expert, self.by_width, is_transposed=names.is_fused
         )
 
     @abc.abstractmethod

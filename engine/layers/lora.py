@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine.batch import StepAdapters
-from engine.model_config import MoeConfig
+from engine.layer_config import MoeConfig
 from engine.parameter import ParameterBuilder, Split
 from engine.quantization.matrix import MatrixPart
 
@@ -84,6 +84,7 @@ class LoraExperts(nn.Module):
         config: number and width I of the experts.
         names: of an expert's gate, up and down matrices.
         by_expert, by_width: which experts are this rank's, and which part of each one's width.
+        is_transposed: whether the model holds all experts in one tensor as [E, in, out].
     """
 
     def __init__(
@@ -94,12 +95,13 @@ class LoraExperts(nn.Module):
         names: tuple[str, str, str],
         by_expert: Split,
         by_width: Split,
+        is_transposed: bool,
     ) -> None:
         super().__init__()
         self.name = build.prefix.removesuffix(".")
         self.hidden_size, self.width = hidden_size, config.intermediate_size
-        self.num_experts, self.by_expert, self.by_width = config.num_experts, by_expert, by_width
-        self.matrix_names = names
+        self.num_experts, self.by_width = config.num_experts, by_width
+        self.matrix_names, self.is_transposed = names, is_transposed
         first = by_expert.start(config.num_experts)
         self.local_experts = range(first, first + by_expert.size(config.num_experts))
         gate_name, up_name, down_name = names

@@ -21,5 +21,5 @@ class RmsNorm(nn.Module):
         self.weight = build.whole(f"{name}.weight", size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, size] to [T, size]."""
+        """[..., size] to [..., size]."""
         return rms_normalize(hidden, self._eps) * self.weight

@@ -17,6 +17,10 @@ MODELS = {
     "LlamaForCausalLM": "engine.models.llama:LlamaModel",
     "Llama4ForCausalLM": "engine.models.llama4:Llama4Model",
     "Llama4ForConditionalGeneration": "engine.models.llama4:Llama4Model",
+    "MistralForCausalLM": "engine.models.mistral:MistralModel",
+    "MixtralForCausalLM": "engine.models.mixtral:MixtralModel",
+    "Qwen3ForCausalLM": "engine.models.qwen3:Qwen3Model",
+    "Qwen3MoeForCausalLM": "engine.models.qwen3_moe:Qwen3MoeModel",
 }
 """Architecture, as config.json names it, to "module:class"."""
 

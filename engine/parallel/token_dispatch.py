@@ -11,10 +11,14 @@ import torch
 
 @dataclass(frozen=True)
 class DispatchHandle:
-    """What ``combine`` needs of ``dispatch``: for each of the N pairs the row of its token, and T."""
+    """What ``combine`` needs of ``dispatch``: for each of the N pairs the row of its token, and T.
+
+    ``scores`` [N]: factors on the experts' outputs; None where the inputs were scaled.
+    """
 
     token_rows: torch.Tensor
     num_tokens: int
+    scores: torch.Tensor | None
 
 
 class TokenDispatch(Protocol):
@@ -23,10 +27,10 @@ class TokenDispatch(Protocol):
     def dispatch(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor
     ) -> tuple[torch.Tensor, list[int], DispatchHandle]:
-        """Args: hidden [T, H]; expert_ids [T, K] int64, global; scores [T, K] in hidden's dtype.
+        """Args: hidden [T, H]; expert_ids [T, K] int64, global; scores [T, K] in any float format.
 
-        Returns the inputs [N, H] of this rank's experts, already multiplied by their scores, sorted by expert; how many
-        each local expert gets; and the handle.
+        Returns the inputs [N, H] of this rank's experts, in hidden's format, sorted by expert; how many each local
+        expert gets; and the handle.
         """
         ...
 
@@ -41,11 +45,13 @@ class ReplicatedDispatch:
 
     Args:
         first_expert, num_experts: this rank's experts.
+        scales_inputs: whether a score multiplies an expert's input; its output otherwise.
     """
 
-    def __init__(self, first_expert: int, num_experts: int) -> None:
+    def __init__(self, first_expert: int, num_experts: int, *, scales_inputs: bool) -> None:
         self._first = first_expert
         self._num = num_experts
+        self._scales_inputs = scales_inputs
 
     def dispatch(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor
@@ -56,9 +62,17 @@ class ReplicatedDispatch:
         pairs = pairs[torch.argsort(local, stable=True)]
         counts: list[int] = torch.bincount(local, minlength=self._num).tolist()
         rows = pairs // expert_ids.shape[1]
-        tokens = hidden[rows] * scores.flatten()[pairs, None]
-        return tokens, counts, DispatchHandle(rows, hidden.shape[0])
+        tokens, pair_scores = hidden[rows], scores.flatten()[pairs]
+        if self._scales_inputs:
+            return _scale(tokens, pair_scores), counts, DispatchHandle(rows, hidden.shape[0], None)
+        return tokens, counts, DispatchHandle(rows, hidden.shape[0], pair_scores)
 
     def combine(self, outputs: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        if handle.scores is not None:
+            outputs = _scale(outputs, handle.scores)
         combined = outputs.new_zeros(handle.num_tokens, outputs.shape[1])
         return combined.index_add_(0, handle.token_rows, outputs)
+
+
+def _scale(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return (rows * scores[:, None]).to(rows.dtype)

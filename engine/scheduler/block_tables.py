@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from engine.config import KvGroupConfig
-from engine.kv_groups import first_visible_block, num_blocks_needed
+from engine.kv_groups import first_visible_block, next_release, num_blocks_needed
 from engine.messages import NULL_BLOCK
 from engine.scheduler.block_pool import BlockPool
 from engine.scheduler.request_state import RequestState
@@ -13,21 +13,21 @@ from engine.scheduler.request_state import RequestState
 class BlockTables:
     """Every position has a block in every group once it is scheduled, so all tables of a request are equally long.
 
-    A chunked group gives back the blocks wholly before the attention chunk of the next position to compute; NULL_BLOCK
-    stands in their place.
+    A chunked or sliding group gives back the blocks that neither the next position to compute nor any after it sees;
+    NULL_BLOCK stands in their place.
     """
 
     def __init__(self, pool: BlockPool, kv_groups: Sequence[KvGroupConfig], block_size: int) -> None:
         self._pool = pool
         self._kv_groups = tuple(kv_groups)
         self._block_size = block_size
-        self._chunk_sizes = [(g, group.chunk_size) for g, group in enumerate(kv_groups) if group.chunk_size is not None]
+        self._narrow_groups = [(g, group) for g, group in enumerate(kv_groups) if not group.is_full]
 
     def open(self, state: RequestState) -> None:
         state.block_tables = [[] for _ in self._kv_groups]
         state.num_unseen_blocks = [0] * len(self._kv_groups)
         state.num_block_tokens = 0
-        state.unseen_at = min((size for _, size in self._chunk_sizes), default=sys.maxsize)
+        state.unseen_at = self._next_release(0)
 
     def room(self, state: RequestState) -> int:
         """Positions after ``num_computed`` that its blocks, with all free ones, would hold."""
@@ -47,15 +47,15 @@ class BlockTables:
 
     def release_unseen(self, state: RequestState, next_position: int) -> None:
         """Gives back what neither ``next_position`` nor any position after it sees."""
-        for group, chunk_size in self._chunk_sizes:
-            first = first_visible_block(chunk_size, next_position, self._block_size)
-            seen_before = state.num_unseen_blocks[group]
+        for index, group in self._narrow_groups:
+            first = first_visible_block(group, next_position, self._block_size)
+            seen_before = state.num_unseen_blocks[index]
             if first > seen_before:
-                table = state.block_tables[group]
+                table = state.block_tables[index]
                 self._pool.release(table[seen_before:first], state.last_step)
                 table[seen_before:first] = [NULL_BLOCK] * (first - seen_before)
-                state.num_unseen_blocks[group] = first
-        state.unseen_at = min((next_position // size + 1) * size for _, size in self._chunk_sizes)
+                state.num_unseen_blocks[index] = first
+        state.unseen_at = self._next_release(next_position)
 
     def release_all(self, state: RequestState) -> None:
         for table, num_unseen in zip(state.block_tables, state.num_unseen_blocks, strict=True):
@@ -63,6 +63,11 @@ class BlockTables:
         state.block_tables = []
         state.num_unseen_blocks = []
         state.num_block_tokens = 0
+
+    def _next_release(self, position: int) -> int:
+        return min(
+            (next_release(group, position, self._block_size) for _, group in self._narrow_groups), default=sys.maxsize
+        )
 
     def num_needed(self, num_tokens: int) -> int:
         """Blocks, over all groups, that a request of this many positions must be able to hold at one time."""

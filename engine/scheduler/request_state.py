@@ -38,13 +38,13 @@ class RequestState:
     last_step: int = NO_STEP
     """The last plan that names this request."""
     block_tables: list[list[int]] = field(default_factory=list)
-    """One per KV group, all equally long; NULL_BLOCK where a chunked group's block was given back."""
+    """One per KV group, all equally long; NULL_BLOCK where a chunked or sliding group gave a block back."""
     num_unseen_blocks: list[int] = field(default_factory=list)
     """Per KV group: leading blocks that were given back."""
     num_block_tokens: int = 0
     """Positions that the block tables reach."""
     unseen_at: int = 0
-    """The next position whose scheduling lets a chunked group give blocks back."""
+    """The next position whose scheduling lets a chunked or sliding group give blocks back."""
     num_prompt_logprobs: int = 0
     """Prompt positions whose log-probabilities went out already, all of them where none were asked for. Preemption
     does not send them again."""

@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-import engine.attention.reference as reference_attention
 import engine.layers.attention as attention_layer
 import engine.layers.experts as experts_layer
 import engine.layers.feed_forward as feed_forward_layer
 import engine.layers.moe as moe_layer
 import engine.layers.rotary as rotary
 from engine.batch import ForwardBatch
+from engine.layer_config import LayerConfig, QkNorm, TemperatureConfig
 from engine.layers.activation import silu_and_multiply
-from engine.model_config import LayerConfig, ModelConfig, TemperatureConfig
-from engine.parallel.token_dispatch import DispatchHandle, ReplicatedDispatch
+from engine.layers.router import Router, SigmoidRouter
+from engine.model_config import ModelConfig
+from engine.parallel.token_dispatch import ReplicatedDispatch
 
 ConfigChange = Callable[[ModelConfig], ModelConfig]
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -64,37 +65,36 @@ def dense_as_wide_as_experts(config: ModelConfig) -> ModelConfig:
     return layers(lambda i, layer: replace(layer, intermediate_size=width))(config)
 
 
-class OutputScaledDispatch(ReplicatedDispatch):
-    """Multiplies the experts' outputs by the scores, as most other mixtures do."""
+class OtherEndDispatch(ReplicatedDispatch):
+    """Multiplies outputs by the scores where inputs are due, and the reverse."""
 
-    def dispatch(
-        self, hidden: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor
-    ) -> tuple[torch.Tensor, list[int], DispatchHandle]:
-        self._scores = scores
-        return super().dispatch(hidden, expert_ids, torch.ones_like(scores))
-
-    def combine(self, outputs: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        return super().combine(outputs * self._scores[handle.token_rows], handle)
+    def __init__(self, first_expert: int, num_experts: int, *, scales_inputs: bool) -> None:
+        super().__init__(first_expert, num_experts, scales_inputs=not scales_inputs)
 
 
-def softmax_router(router: moe_layer.SigmoidRouter, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scores, expert_ids = torch.softmax(hidden @ router.weight.T, dim=-1).topk(1, dim=-1)
+def softmax_over_chosen(router: Router, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen, expert_ids = logits.topk(2, dim=-1)
+    return expert_ids, chosen.softmax(-1)
+
+
+def softmax_choice(router: Router, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scores, expert_ids = logits.softmax(-1).topk(1, dim=-1)
     return expert_ids, scores
 
 
-def renormalizing_router(router: moe_layer.SigmoidRouter, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    expert_ids = (hidden @ router.weight.T).argmax(-1, keepdim=True)
-    return expert_ids, torch.ones_like(expert_ids, dtype=hidden.dtype)
+def renormalized_choice(router: Router, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    expert_ids = logits.argmax(-1, keepdim=True)
+    return expert_ids, torch.ones_like(expert_ids, dtype=logits.dtype)
 
 
 def no_shared_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        feed_forward_layer.GatedFeedForward, "forward_partial", lambda self, hidden: torch.zeros_like(hidden)
+        feed_forward_layer.GatedFeedForward, "forward_partial", lambda self, hidden, adapters: torch.zeros_like(hidden)
     )
 
 
-def sliding_window(position: int, chunk_size: int | None) -> int:
-    return max(0, position - chunk_size + 1) if chunk_size else 0
+def window_for_chunk(i: int, layer: LayerConfig) -> LayerConfig:
+    return replace(layer, chunk_size=None, window_size=layer.chunk_size)
 
 
 def position_only_lengths(batch: ForwardBatch) -> torch.Tensor:
@@ -115,17 +115,16 @@ def swapped_gate(gate_and_up: torch.Tensor) -> torch.Tensor:
 
 
 SCOUT, MAVERICK = "llama4-scout", "llama4-maverick"
+NORM = QkNorm.UNWEIGHTED_AFTER_ROPE
 TUNING = TemperatureConfig(floor=8.0, scale=1.0)
 
 MUTATIONS = [
     Mutation("mixtures at step-1, 2·step-1", MAVERICK, shifted_moe_layers, is_refused=True),
     Mutation("dense layers are intermediate_size_mlp wide", MAVERICK, dense_as_wide_as_experts, is_refused=True),
-    Mutation("sigmoid routing", SCOUT, patch=attribute(moe_layer.SigmoidRouter, "forward", softmax_router)),
+    Mutation("sigmoid routing", SCOUT, patch=attribute(SigmoidRouter, "choose", softmax_choice)),
+    Mutation("scores not renormalised", SCOUT, patch=attribute(SigmoidRouter, "choose", renormalized_choice)),
     Mutation(
-        "scores not renormalised", SCOUT, patch=attribute(moe_layer.SigmoidRouter, "forward", renormalizing_router)
-    ),
-    Mutation(
-        "score multiplies the input", SCOUT, patch=attribute(moe_layer, "ReplicatedDispatch", OutputScaledDispatch)
+        "score multiplies the input", SCOUT, patch=attribute(moe_layer, "ReplicatedDispatch", OtherEndDispatch)
     ),
     Mutation("shared expert", SCOUT, patch=no_shared_expert),
     Mutation("gate before up in experts", SCOUT, patch=attribute(experts_layer, "silu_and_multiply", swapped_gate)),
@@ -134,12 +133,10 @@ MUTATIONS = [
     Mutation("full attention in NoPE layers", SCOUT, layers(lambda i, layer: replace(layer, chunk_size=8))),
     Mutation("chunked attention", SCOUT, layers(lambda i, layer: replace(layer, chunk_size=None))),
     Mutation("chunk size", SCOUT, layers(lambda i, layer: replace(layer, chunk_size=layer.chunk_size and 16))),
-    Mutation(
-        "chunks, no sliding window", SCOUT, patch=attribute(reference_attention, "_first_visible", sliding_window)
-    ),
-    Mutation("QK norm", SCOUT, layers(lambda i, layer: replace(layer, qk_norm=False))),
-    Mutation("QK norm off where the config says so", MAVERICK, layers(lambda i, layer: replace(layer, qk_norm=True))),
-    Mutation("QK norm in RoPE layers only", SCOUT, layers(lambda i, layer: replace(layer, qk_norm=True))),
+    Mutation("chunks, no sliding window", SCOUT, layers(window_for_chunk)),
+    Mutation("QK norm", SCOUT, layers(lambda i, layer: replace(layer, qk_norm=None))),
+    Mutation("QK norm off where the config says so", MAVERICK, layers(lambda i, layer: replace(layer, qk_norm=NORM))),
+    Mutation("QK norm in RoPE layers only", SCOUT, layers(lambda i, layer: replace(layer, qk_norm=NORM))),
     Mutation("temperature", SCOUT, layers(lambda i, layer: replace(layer, temperature=None))),
     Mutation("temperature in NoPE layers only", SCOUT, layers(lambda i, layer: replace(layer, temperature=TUNING))),
     Mutation("temperature's floor", SCOUT, patch=attribute(attention_layer, "query_scales", scales_without_floor)),
@@ -167,5 +164,5 @@ MUTATIONS = [
     Mutation("attention bias", "biases", lambda config: replace(config, attention_bias=False)),
     Mutation("feed-forward bias", "biases", lambda config: replace(config, mlp_bias=False)),
     Mutation("RMS epsilon", "llama2", lambda config: replace(config, rms_norm_eps=1e-2)),
-    Mutation("no norm of Llama's queries", "llama2", layers(lambda i, layer: replace(layer, qk_norm=True))),
+    Mutation("no norm of Llama's queries", "llama2", layers(lambda i, layer: replace(layer, qk_norm=NORM))),
 ]

@@ -22,6 +22,9 @@ KV_GROUPS = (
     (KvGroupConfig((0,)),),
     (KvGroupConfig((0,)), KvGroupConfig((1,), chunk_size=4)),
     (KvGroupConfig((0,), chunk_size=5), KvGroupConfig((1,))),
+    (KvGroupConfig((0,), window_size=3),),
+    (KvGroupConfig((0,)), KvGroupConfig((1,), window_size=6)),
+    (KvGroupConfig((0,), chunk_size=4), KvGroupConfig((1,), window_size=5)),
 )
 
 

@@ -29,6 +29,10 @@ KV_GROUPS = (
     (KvGroupConfig((0,), chunk_size=3), FULL),
     (KvGroupConfig((0,), chunk_size=6),),
     (FULL, FULL, KvGroupConfig((2,), chunk_size=8)),
+    (KvGroupConfig((0,), window_size=1),),
+    (KvGroupConfig((0,), window_size=6),),
+    (FULL, KvGroupConfig((1,), window_size=4)),
+    (KvGroupConfig((0,), window_size=7), KvGroupConfig((1,), chunk_size=5), FULL),
 )
 
 requests = st.tuples(

@@ -91,9 +91,11 @@ class ModelDriver:
 
     def _free_invisible(self, sequence: Stream) -> None:
         for group, table in zip(self.groups, sequence.tables, strict=True):
-            if group.chunk_size is None:
-                continue
-            first = sequence.num_computed // group.chunk_size * group.chunk_size // BLOCK_SIZE
+            first = 0
+            if group.chunk_size is not None:
+                first = sequence.num_computed // group.chunk_size * group.chunk_size // BLOCK_SIZE
+            if group.window_size is not None:
+                first = max(0, sequence.num_computed - group.window_size + 1) // BLOCK_SIZE
             gone = [block for block in table[:first] if block != NULL_BLOCK]
             table[: min(first, len(table))] = [NULL_BLOCK] * min(first, len(table))
             self._give_back(gone)

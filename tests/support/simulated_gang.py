@@ -108,6 +108,8 @@ class SimulatedRank:
         cells = []
         for group, config in enumerate(self.kv_groups):
             first = 0 if config.chunk_size is None else share.start // config.chunk_size * config.chunk_size
+            if config.window_size is not None:
+                first = max(0, share.start - config.window_size + 1)
             cells += [self._cell(share, group, p) for p in range(first, share.start + share.num_tokens)]
         return cells
 

@@ -9,8 +9,9 @@ from engine.errors import DoesNotFit, InvalidOption
 from engine.executor.cache_size import cuda_kv_bytes, size_cache
 from engine.executor.defaults import default_limits
 from engine.kv_groups import num_blocks_needed
+from engine.layer_config import LayerConfig
 from engine.messages import Loaded
-from engine.model_config import LayerConfig, ModelConfig
+from engine.model_config import ModelConfig
 from engine.rope_config import RopeConfig, RopeType
 
 FULL = (KvGroupConfig((0, 1)),)

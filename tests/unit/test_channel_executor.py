@@ -15,6 +15,7 @@ from engine.executor.gang_start import GangReady
 from engine.executor.handshake import new_secret
 from engine.executor.socket_hub import SocketHub
 from engine.executor.socket_rank import SocketRankChannel
+from engine.layer_config import LayerConfig
 from engine.messages import (
     BatchPlan,
     Hello,
@@ -31,7 +32,7 @@ from engine.messages import (
     decode_to_rank,
     encode,
 )
-from engine.model_config import LayerConfig, ModelConfig
+from engine.model_config import ModelConfig
 from engine.rope_config import RopeConfig
 
 WAIT_S = 20.0

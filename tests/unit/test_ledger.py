@@ -96,6 +96,6 @@ def test_the_ledger_is_what_is_allocated() -> None:
 
 
 def test_every_architecture_that_is_parsed_has_a_model() -> None:
-    from engine.model_config import _LAYER_PARSERS
+    from engine.model_config import ARCHITECTURES
 
-    assert set(MODELS) == set(_LAYER_PARSERS)
+    assert set(MODELS) == set(ARCHITECTURES)

@@ -12,8 +12,9 @@ from engine.errors import ProtocolViolation
 from engine.executor.kv_cache import allocate_kv_cache, copy_blocks
 from engine.executor.model_runner import ModelRunner, is_out_of_memory
 from engine.executor.warm_up import run_largest_steps
+from engine.layer_config import LayerConfig
 from engine.messages import BatchPlan, NewRequest, ScheduledRequest, StepPlan, StepResult
-from engine.model_config import LayerConfig, ModelConfig, kv_groups
+from engine.model_config import ModelConfig, kv_groups
 from engine.parallel.mesh import Mesh
 from engine.request import SamplingParams
 from engine.rope_config import RopeConfig

@@ -14,30 +14,40 @@ def expert(index: int, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_chosen", [1, 2])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
-def test_sum_over_ranks_is_the_mixture(num_ranks: int, num_chosen: int) -> None:
+@pytest.mark.parametrize("scales_inputs", [True, False])
+def test_sum_over_ranks_is_the_mixture(scales_inputs: bool, num_ranks: int, num_chosen: int) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(NUM_TOKENS, HIDDEN, generator=generator)
     scores, expert_ids = torch.rand(NUM_TOKENS, NUM_EXPERTS, generator=generator).topk(num_chosen, dim=-1)
     per_rank = NUM_EXPERTS // num_ranks
     total = torch.zeros_like(hidden)
     for rank in range(num_ranks):
-        dispatch = ReplicatedDispatch(rank * per_rank, per_rank)
+        dispatch = ReplicatedDispatch(rank * per_rank, per_rank, scales_inputs=scales_inputs)
         tokens, counts, handle = dispatch.dispatch(hidden, expert_ids, scores)
         assert len(counts) == per_rank and sum(counts) == len(tokens)
         parts = tokens.split(counts)
         outputs = torch.cat([expert(rank * per_rank + i, part) for i, part in enumerate(parts)])
         total += dispatch.combine(outputs, handle)
-    expected = torch.stack(
-        [
-            torch.stack([expert(int(e), hidden[t] * s) for e, s in zip(expert_ids[t], scores[t], strict=True)]).sum(0)
-            for t in range(NUM_TOKENS)
-        ]
-    )
+    expected = torch.zeros_like(hidden)
+    for t in range(NUM_TOKENS):
+        for e, score in zip(expert_ids[t].tolist(), scores[t], strict=True):
+            expected[t] += expert(e, hidden[t] * score) if scales_inputs else expert(e, hidden[t]) * score
     torch.testing.assert_close(total, expected)
 
 
-def test_a_rank_without_tokens() -> None:
-    dispatch = ReplicatedDispatch(4, 4)
+def test_scores_may_be_more_exact_than_the_tokens() -> None:
+    dispatch = ReplicatedDispatch(0, 1, scales_inputs=False)
+    hidden = torch.arange(1, 200, dtype=torch.bfloat16)[None]
+    score = torch.full((1, 1), 1 / 3)
+    tokens, _, handle = dispatch.dispatch(hidden, torch.zeros(1, 1, dtype=torch.int64), score)
+    assert tokens.dtype == torch.bfloat16
+    assert dispatch.combine(tokens, handle).equal((hidden.float() * score).bfloat16())
+    assert not (hidden * score.bfloat16()).equal((hidden.float() * score).bfloat16())
+
+
+@pytest.mark.parametrize("scales_inputs", [True, False])
+def test_a_rank_without_tokens(scales_inputs: bool) -> None:
+    dispatch = ReplicatedDispatch(4, 4, scales_inputs=scales_inputs)
     hidden = torch.ones(3, HIDDEN)
     tokens, counts, handle = dispatch.dispatch(hidden, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
     assert tokens.shape == (0, HIDDEN) and counts == [0, 0, 0, 0]

@@ -1,0 +1,46 @@
+"""Routers: which experts see a token, and how much each counts. T tokens, E experts, K experts per token, H hidden
+size."""
+
+import abc
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from engine.layer_config import MoeConfig
+from engine.parameter import ParameterBuilder
+
+
+class Router(nn.Module, abc.ABC):
+    """A matrix [E, H] that every rank holds in full, ``name`` in the checkpoint."""
+
+    def __init__(self, build: ParameterBuilder, name: str, hidden_size: int, config: MoeConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.weight = build.whole(f"{name}.weight", config.num_experts, hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, H] to expert ids [T, K] int64 and scores [T, K] float32."""
+        return self.choose(functional.linear(hidden, self.weight))
+
+    @abc.abstractmethod
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``forward``, from logits [T, E]."""
+
+
+class SigmoidRouter(Router):
+    """Llama 4's: the K largest logits, each through a sigmoid, not renormalised."""
+
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        largest, expert_ids = logits.topk(self._config.num_experts_per_token, dim=-1)
+        return expert_ids, largest.float().sigmoid()
+
+
+class SoftmaxRouter(Router):
+    """Mixtral's and Qwen3's: softmax over all experts, the K largest, which may be divided by their sum."""
+
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores, expert_ids = logits.float().softmax(dim=-1).topk(self._config.num_experts_per_token, dim=-1)
+        if self._config.normalize_scores:
+            scores = scores / scores.sum(dim=-1, keepdim=True)
+        return expert_ids, scores
