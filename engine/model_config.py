@@ -13,6 +13,8 @@ from typing import Any, Self
 
 from engine.config import Dtype, KvGroupConfig, ParallelConfig
 from engine.errors import CheckpointError, InvalidOption, LayoutError
+from engine.gguf.header import is_gguf
+from engine.gguf.model import read_model
 from engine.layer_config import (
     LayerConfig,
     llama4_layers,
@@ -101,18 +103,28 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, path: str | Path, quantization: str | None = None) -> Self:
-        """Read config.json, and generation_config.json where there is one. ``quantization``: int8, int4 or fp8 to
-        quantize a float checkpoint while loading it.
+        """Read config.json, and generation_config.json where there is one; of a GGUF file, its metadata.
+        ``quantization``: int8, int4 or fp8 to quantize a float checkpoint while loading it.
 
         Raises CheckpointError where config.json is missing, broken, or of a model that is not served; InvalidOption
         where ``quantization`` is unknown or the checkpoint is quantized already.
         """
-        directory = Path(path)
+        model = cls._from_gguf(path) if is_gguf(path) else cls._from_files(Path(path))
+        return model if quantization is None else model.quantized(quantization)
+
+    @classmethod
+    def _from_files(cls, directory: Path) -> Self:
         config = _read_json(directory / "config.json")
         if config is None:
             raise CheckpointError(f"{directory} has no config.json; name a directory in Hugging Face form")
-        model = cls.from_hf(config, _read_json(directory / "generation_config.json"))
-        return model if quantization is None else model.quantized(quantization)
+        return cls.from_hf(config, _read_json(directory / "generation_config.json"))
+
+    @classmethod
+    def _from_gguf(cls, path: str | Path) -> Self:
+        found = read_model(path)
+        model = cls.from_hf(found.config)
+        rope = replace(model.rope, frequency_divisors=found.rope_divisors)
+        return replace(model, quantization=found.quantization, rope=rope)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> Self:

@@ -24,7 +24,8 @@ class RopeConfig:
 
     ``interleaved``: adjacent pairs are rotated (Llama 4, whose weights are stored unpermuted); otherwise element i is
     paired with i + head_dim / 2 (Llama 1 to 3). ``original_max_positions`` is the context of pretraining.
-    The remaining fields are those of the variant ``kind`` names, and None or their default elsewhere.
+    ``frequency_divisors``: by what each of the head_dim / 2 frequencies is divided, as GGUF files of Llama 3.1 have it;
+    empty elsewhere. The remaining fields are those of the variant ``kind`` names, and None or their default elsewhere.
     """
 
     theta: float
@@ -41,6 +42,7 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    frequency_divisors: tuple[float, ...] = ()
 
     @property
     def depends_on_prompt_length(self) -> bool:

@@ -64,7 +64,10 @@ def _exponents(config: RopeConfig) -> torch.Tensor:
 
 
 def _plain_frequencies(config: RopeConfig) -> torch.Tensor:
-    return 1.0 / (config.theta ** _exponents(config))
+    frequencies = 1.0 / (config.theta ** _exponents(config))
+    if config.frequency_divisors:
+        frequencies /= torch.tensor(config.frequency_divisors, dtype=torch.float32)
+    return frequencies
 
 
 def _llama3_frequencies(config: RopeConfig, plain: torch.Tensor) -> torch.Tensor:
