@@ -87,6 +87,9 @@ ERROR_TABLE: dict[type[RemudaError], ErrorMapping] = {
     engine_errors.CheckpointError: ErrorMapping(
         2, 500, _SERVER, "invalid_checkpoint", grpc.StatusCode.FAILED_PRECONDITION
     ),
+    engine_errors.AdapterError: ErrorMapping(
+        2, 400, _BAD_INPUT, "invalid_adapter", grpc.StatusCode.FAILED_PRECONDITION
+    ),
     engine_errors.ContextLengthExceeded: ErrorMapping(
         2, 400, _BAD_INPUT, "context_length_exceeded", grpc.StatusCode.INVALID_ARGUMENT
     ),

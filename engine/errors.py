@@ -5,6 +5,7 @@
     │   ├── InvalidOption         an option of a command or a configuration file
     │   ├── LayoutError           a parallel layout that the model or the machines do not allow
     │   ├── CheckpointError       a checkpoint that is missing, misshaped or not supported
+    │   ├── AdapterError          a LoRA adapter of which the same is true, or that there is no room for
     │   └── InvalidRequest        a field of one request (``param`` names it)
     │       └── ContextLengthExceeded
     ├── DoesNotFit                the model, cache or context does not fit in memory
@@ -36,6 +37,10 @@ class LayoutError(InvalidInput):
 
 class CheckpointError(InvalidInput):
     """A checkpoint that is missing, incomplete, misshaped or not supported."""
+
+
+class AdapterError(InvalidInput):
+    """A LoRA adapter that is missing, misshaped, not supported or unknown, or for which there is no room."""
 
 
 class InvalidRequest(InvalidInput):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine.attention.backend import KvCacheView, StepAttention
-from engine.batch import ForwardBatch
+from engine.batch import ForwardBatch, StepAdapters
 from engine.layers.attention import Attention
 from engine.layers.embedding import VocabEmbedding
 from engine.layers.norm import RmsNorm
@@ -19,8 +19,8 @@ from engine.parameter import ParameterBuilder
 class FeedForward(Protocol):
     """A dense layer or a mixture of experts."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size], the same on all ranks."""
+    def forward(self, hidden: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
+        """[T, hidden_size] to [T, hidden_size], the same on all ranks. ``adapters``: of the T tokens."""
         ...
 
 
@@ -48,11 +48,12 @@ class DecoderLayer(nn.Module):
         rotation: Rotation,
         kv_cache: KvCacheView,
         attention: StepAttention,
+        adapters: StepAdapters | None,
     ) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
         normed = self.attention_norm.forward(hidden)
-        hidden = hidden + self.attention.forward(normed, positions, rotation, kv_cache, attention)
-        return hidden + self.feed_forward.forward(self.feed_forward_norm.forward(hidden))
+        hidden = hidden + self.attention.forward(normed, positions, rotation, kv_cache, attention, adapters)
+        return hidden + self.feed_forward.forward(self.feed_forward_norm.forward(hidden), adapters)
 
 
 class DecoderModel(nn.Module):
@@ -89,7 +90,7 @@ class DecoderModel(nn.Module):
         hidden = self.embedding.forward(batch.token_ids)
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
-            hidden = layer.forward(hidden, batch.positions, rotation, kv_cache, attention)
+            hidden = layer.forward(hidden, batch.positions, rotation, kv_cache, attention, batch.adapters)
         return self.norm.forward(hidden)
 
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:

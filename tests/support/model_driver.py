@@ -11,7 +11,7 @@ import torch
 
 from engine.attention.backend import KvCacheView
 from engine.attention.registry import attention_backend
-from engine.batch import ForwardBatch
+from engine.batch import ForwardBatch, StepAdapters
 from engine.config import Dtype, ParallelConfig
 from engine.dtypes import torch_dtype
 from engine.messages import NULL_BLOCK
@@ -27,13 +27,14 @@ BLOCK_SIZE = 4
 
 @dataclass
 class Stream:
-    """One request: its tokens, how many of them are in the cache, and its block tables by group."""
+    """One request: its tokens, how many of them are in the cache, its block tables by group, and its adapter's slot."""
 
     token_ids: list[int]
     num_prompt_tokens: int
     num_computed: int = 0
     tables: list[list[int]] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
+    adapter: int = -1
 
 
 class ModelDriver:
@@ -127,6 +128,7 @@ class ModelDriver:
             slot_mapping=tuple(mappings),
             logits_rows=torch.arange(total),
             prompt_lens=tuple(s.num_prompt_tokens for s, _ in work),
+            adapters=StepAdapters.of([s.adapter for s, n in work for _ in range(n)], torch.device("cpu")),
         )
 
 
