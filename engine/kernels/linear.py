@@ -1,8 +1,11 @@
-"""Matrix products of few tokens, where reading the weights is what takes the time."""
+"""Matrix products of few tokens, where reading the weights is what takes the time.
+
+On a CPU with tile units (AMX) they take one pass over the weights as they lie in memory, at nearly the speed of reading
+them (docs/performance.md), and a token's result does not depend on the tokens beside it.
+"""
 
 import ctypes
 import functools
-from collections.abc import Callable
 
 import torch
 from torch.nn import functional
@@ -10,40 +13,69 @@ from torch.nn import functional
 from engine.kernels.native_library import native_library
 
 _MOST_TOKENS = 128
-"""Above, oneDNN's product of unpacked weights is as fast."""
-_STEP = 32
-"""What the kernel computes at once, of inputs and of outputs."""
-
-_Kernel = Callable[[int, int, int, int, int, int, int], None]
+"""Above, oneDNN's product of unpacked bfloat16 weights is as fast."""
+_ROWS = 32
+"""Outputs that the kernel computes together; also the inputs of bfloat16 in one step of it. Of int8 it takes 64."""
+_INT8_INPUTS = 64
+_TOKEN_BLOCK = 16
 
 
 def linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``hidden`` [T, in] times the transpose of ``weight`` [out, in], with float32 sums: [T, out].
-
-    On a CPU with tile units (AMX) a few bfloat16 tokens take one pass over the weights as they lie in memory, at the
-    speed of reading them (docs/performance.md), and a token's result does not depend on the others. The rest is torch's.
-    """
-    if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu":
-        return functional.linear(hidden, weight)
-    num_tokens = hidden.numel() // hidden.shape[-1] if hidden.shape[-1] else 0
-    kernel = _tile_kernel()
+    """``hidden`` [..., in] times the transpose of ``weight`` [out, in], with float32 sums: [..., out]."""
+    library = _tile_library()
     num_outputs, num_inputs = weight.shape
+    num_tokens = hidden.numel() // num_inputs
     if (
-        kernel is None
+        library is None
+        or not _is_on_cpu_in(torch.bfloat16, hidden, weight)
         or not 0 < num_tokens <= _MOST_TOKENS
-        or num_inputs % _STEP
-        or num_outputs % _STEP
-        or not weight.is_contiguous()
+        or num_inputs % _ROWS
+        or num_outputs % _ROWS
     ):
         return functional.linear(hidden, weight)
     hidden = hidden.contiguous()
     output = hidden.new_empty(*hidden.shape[:-1], num_outputs)
-    scratch = hidden.new_empty(-(-num_tokens // _STEP) * _STEP * num_inputs)
-    kernel(
+    scratch = hidden.new_empty(_padded(num_tokens) * num_inputs)
+    library.remuda_linear_bf16(
+        weight.data_ptr(), hidden.data_ptr(), output.data_ptr(), scratch.data_ptr(), num_tokens, num_inputs, num_outputs
+    )
+    return output
+
+
+def can_multiply_int8(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``linear_int8`` takes ``weight`` [out, in] int8, with activations of ``dtype``."""
+    num_outputs, num_inputs = weight.shape
+    return (
+        dtype is torch.bfloat16
+        and _is_on_cpu_in(torch.int8, weight)
+        and num_inputs % _INT8_INPUTS == 0
+        and num_outputs % _ROWS == 0
+        and _tile_library() is not None
+    )
+
+
+def linear_int8(hidden: torch.Tensor, weight: torch.Tensor, row_scales: torch.Tensor) -> torch.Tensor:
+    """``hidden`` [..., in] bfloat16 times the transpose of ``weight`` [out, in] int8 × ``row_scales`` [out] float32:
+    [..., out] bfloat16.
+
+    Each token is rounded to int8 by its own largest magnitude ÷ 127; the products are added up exactly. Only where
+    ``can_multiply_int8`` says so.
+    """
+    library = _tile_library()
+    assert library is not None
+    num_outputs, num_inputs = weight.shape
+    hidden = hidden.contiguous()
+    num_tokens = hidden.numel() // num_inputs
+    output = hidden.new_empty(*hidden.shape[:-1], num_outputs)
+    scratch = torch.empty(_padded(num_tokens) * num_inputs, dtype=torch.int8)
+    token_scales = torch.empty(num_tokens)
+    library.remuda_linear_int8(
         weight.data_ptr(),
+        row_scales.data_ptr(),
         hidden.data_ptr(),
         output.data_ptr(),
         scratch.data_ptr(),
+        token_scales.data_ptr(),
         num_tokens,
         num_inputs,
         num_outputs,
@@ -51,14 +83,22 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return output
 
 
+def _padded(num_tokens: int) -> int:
+    return -(-num_tokens // _TOKEN_BLOCK) * _TOKEN_BLOCK
+
+
+def _is_on_cpu_in(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
+    return all(t.dtype is dtype and t.device.type == "cpu" for t in tensors) and tensors[-1].is_contiguous()
+
+
 @functools.cache
-def _tile_kernel() -> _Kernel | None:
+def _tile_library() -> ctypes.CDLL | None:
     """None where the library was not built or the CPU has no tile units."""
     library = native_library()
     if library is None or not library.remuda_has_tiles():
         return None
-    function = library.remuda_linear_bf16
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
-    function.restype = None
-    kernel: _Kernel = function
-    return kernel
+    library.remuda_linear_bf16.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
+    library.remuda_linear_bf16.restype = None
+    library.remuda_linear_int8.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3
+    library.remuda_linear_int8.restype = None
+    return library

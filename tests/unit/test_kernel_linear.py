@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from engine.kernels.linear import _tile_kernel, linear
+from engine.kernels.linear import _tile_library, can_multiply_int8, linear, linear_int8
 
-needs_tiles = pytest.mark.skipif(_tile_kernel() is None, reason="needs a CPU with AMX and the native library")
+needs_tiles = pytest.mark.skipif(_tile_library() is None, reason="needs a CPU with AMX and the native library")
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +56,28 @@ def test_what_the_kernel_does_not_take_is_torchs() -> None:
     assert torch.equal(linear(hidden, strided), functional.linear(hidden, strided))
     assert linear(hidden[:0], weight).shape == (0, 64)
     assert linear(hidden.view(2, 2, 64), weight).shape == (2, 2, 64)
+
+
+@needs_tiles
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 33, 200])
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(64, 32), (192, 96), (2048, 64)])
+def test_int8_sums_are_exact(num_tokens: int, num_inputs: int, num_outputs: int) -> None:
+    """Tokens are rounded to int8 by their largest magnitude; after that only the result is rounded."""
+    hidden = (torch.randn(num_tokens, num_inputs) * 10 ** torch.randn(num_tokens, 1)).to(torch.bfloat16)
+    hidden[-1] = 0
+    weight = torch.randint(-128, 128, (num_outputs, num_inputs), dtype=torch.int8)
+    scales = torch.rand(num_outputs)
+    token_scales = hidden.float().abs().amax(-1, keepdim=True) / 127
+    rounded = (hidden.float() * torch.where(token_scales > 0, 1 / token_scales, 0)).round()
+    expected = (rounded.double() @ weight.double().t()) * token_scales * scales
+    assert can_multiply_int8(weight, torch.bfloat16)
+    # A value halfway between two integers may be rounded either way: one unit of a token times one of a weight.
+    unit = token_scales.double() * scales.double() * 128 * 2
+    error = (linear_int8(hidden, weight, scales).double() - expected).abs()
+    assert (error <= expected.abs() * 2**-8 + unit).all()
+
+
+def test_int8_shapes_that_the_kernel_does_not_take() -> None:
+    assert not can_multiply_int8(torch.zeros(32, 96, dtype=torch.int8), torch.bfloat16)
+    assert not can_multiply_int8(torch.zeros(40, 64, dtype=torch.int8), torch.bfloat16)
+    assert not can_multiply_int8(torch.zeros(32, 64, dtype=torch.int8), torch.float32)

@@ -1,0 +1,70 @@
+// Intel's tile unit (AMX): whether it may be used, and its configuration. Only where REMUDA_TILES is defined.
+#pragma once
+
+#if defined(__x86_64__) && defined(__linux__)
+#define REMUDA_TILES
+
+#include <cstdint>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define REMUDA_AMX __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+
+namespace remuda {
+
+constexpr int kTileRows = 16;
+constexpr int kTileBytes = 64;  // of a row of a tile
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1;
+    uint8_t start_row = 0;
+    uint8_t reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+// All eight tiles in full size, for the life of this object. Others (oneDNN) rely on the configuration that they left.
+class FullTiles {
+  public:
+    REMUDA_AMX FullTiles() {
+        TileConfig ours;
+        for (int i = 0; i < 8; i++) {
+            ours.row_bytes[i] = kTileBytes;
+            ours.rows[i] = kTileRows;
+        }
+        _tile_storeconfig(&former_);
+        _tile_loadconfig(&ours);
+    }
+    REMUDA_AMX ~FullTiles() {
+        if (former_.palette == 0) {
+            _tile_release();
+        } else {
+            _tile_loadconfig(&former_);
+        }
+    }
+    FullTiles(const FullTiles &) = delete;
+    FullTiles &operator=(const FullTiles &) = delete;
+
+  private:
+    TileConfig former_;
+};
+
+// Asks the kernel once; it then allows the process's threads to use the tiles' registers.
+inline bool may_use_tiles() {
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    static const bool allowed = [] {
+        unsigned a, b, c, d;
+        __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
+        bool has_amx = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
+        __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
+        bool has_bf16 = a >> 5 & 1;
+        return has_amx && has_bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    }();
+    return allowed;
+}
+
+}  // namespace remuda
+
+#endif
