@@ -29,12 +29,13 @@ class TokenPrompt:
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """Messages for the checkpoint's chat template; ``content`` of each is a string."""
+    """Messages for the checkpoint's chat template; ``content`` of each is a string, arguments of calls are mappings."""
 
     messages: Sequence[Mapping[str, Any]]
     add_generation_prompt: bool = True
     variables: Mapping[str, Any] = field(default_factory=dict)
     add_special_tokens: bool = False
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
@@ -90,6 +91,8 @@ class Call:
 
     ``default_max_tokens`` holds where the options name no ``max_tokens``, as far as the context has room for it;
     None is the rest of the context. With ``echo``, ``max_tokens`` may be 0: the prompt is scored, nothing generated.
+    ``tools`` are the names of what the model may call: its text is parsed for calls of these. ``one_tool_call`` stops a
+    choice after its first.
     """
 
     request_id: str
@@ -101,6 +104,8 @@ class Call:
     echo: bool = False
     limits: TimeLimits = TimeLimits()
     default_max_tokens: int | None = None
+    tools: Sequence[str] = ()
+    one_tool_call: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +132,20 @@ class Echo:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """More of one tool call, numbered from 0 in its choice. The first has the name and no arguments; those of all
+    others are the text of one JSON object.
+    """
+
+    index: int
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """More of one choice. ``text`` never ends inside a character; a token whose text is still held back comes later.
+    ``tool_calls`` come after the text.
 
     ``position`` is the first token's, ``text_offsets`` each token's first character, both within the choice.
     """
@@ -139,16 +156,20 @@ class Delta:
     logprobs: Sequence[TopLogprobs] | None
     position: int
     text_offsets: Sequence[int]
+    tool_calls: Sequence[ToolCallDelta] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of one choice, exactly once. ``stop_token_id`` is set where an end or stop token ended it."""
+    """The end of one choice, exactly once. ``stop_token_id`` is set where an end or stop token ended it.
+    ``calls_tools``: it has tool calls, and each is complete.
+    """
 
     choice: int
     reason: FinishReason
     stop_string: str | None = None
     stop_token_id: int | None = None
+    calls_tools: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,32 @@
 """/v1/chat/completions: the request as a call, its events as OpenAI's JSON, whole or in chunks."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.frontend.calls import Call, Delta, Echo, Event, Finished, Started, Usage
+from cluster.frontend.calls import Call, Delta, Echo, Event, Finished, Started, ToolCallDelta, Usage
 from cluster.frontend.completions import usage_object
 from cluster.frontend.logprob_forms import chat_logprobs
 from cluster.frontend.openai_schema import ChatBody
 from cluster.frontend.token_bytes import TokenBytes
+from engine.request import FinishReason
 
 
 def chat_call(body: ChatBody, request_id: str) -> Call:
     """Raises InvalidRequest."""
     body.refuse_what_is_not_served()
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    prompt = body.chat_prompt()
     return Call(
         request_id=request_id,
-        prompts=[body.chat_prompt()],
+        prompts=[prompt],
         model=body.model,
         options=body.options(max_tokens, body.num_logprobs(), None),
         n=1 if body.n is None else body.n,
         stop=body.stops,
         limits=body.limits,
+        tools=[tool["function"]["name"] for tool in prompt.tools],
+        one_tool_call=body.parallel_tool_calls is False,
     )
 
 
@@ -56,10 +61,13 @@ class ChatForm:
             if self._includes_usage:
                 yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage_object(event)}
         elif isinstance(event, Finished):
-            yield self._chunk(event.choice, {}, finish_reason=event.reason.value, stop_reason=_stop_reason(event))
-        elif event.text or event.logprobs or self._with_ids:
-            more: dict[str, Any] = {"token_ids": list(event.token_ids)} if self._with_ids else {}
-            yield self._chunk(event.choice, {"content": event.text}, logprobs=self._logprobs(event), **more)
+            yield self._chunk(event.choice, {}, finish_reason=_finish_reason(event), stop_reason=_stop_reason(event))
+        else:
+            if event.text or event.logprobs or self._with_ids:
+                more: dict[str, Any] = {"token_ids": list(event.token_ids)} if self._with_ids else {}
+                yield self._chunk(event.choice, {"content": event.text}, logprobs=self._logprobs(event), **more)
+            for call in event.tool_calls:
+                yield self._chunk(event.choice, {"tool_calls": [self._call_delta(event.choice, call)]})
 
     def _chunk(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
@@ -67,6 +75,17 @@ class ChatForm:
         if self._includes_usage:
             chunk["usage"] = None
         return chunk
+
+    def _call_delta(self, choice: int, call: ToolCallDelta) -> dict[str, Any]:
+        if call.name is None:
+            return {"index": call.index, "function": {"arguments": call.arguments}}
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"index": call.index, "id": self._call_id(choice, call.index), "type": "function", "function": function}
+
+    def _call_id(self, choice: int, index: int) -> str:
+        """The same whenever this request is answered. Mistral's templates take ids of nine letters and digits only."""
+        digest = hashlib.sha256(f"{self._head['id']} {choice} {index}".encode()).hexdigest()
+        return digest[:9]
 
     def _logprobs(self, event: Delta) -> dict[str, Any] | None:
         if event.logprobs is None:
@@ -89,17 +108,37 @@ class ChatForm:
         end = next(event for event in events if isinstance(event, Finished) and event.choice == index)
         tokens = [entry for delta in deltas if (part := self._logprobs(delta)) for entry in part["content"]]
         has_logprobs = any(delta.logprobs is not None for delta in deltas)
-        text = "".join(delta.text for delta in deltas)
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": "".join(delta.text for delta in deltas),
+            "refusal": None,
+        }
+        if calls := self._whole_calls(index, deltas):
+            message.update(content=message["content"] or None, tool_calls=calls)
         choice: dict[str, Any] = {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message,
             "logprobs": {"content": tokens, "refusal": None} if has_logprobs else None,
-            "finish_reason": end.reason.value,
+            "finish_reason": _finish_reason(end),
             "stop_reason": _stop_reason(end),
         }
         if self._with_ids:
             choice["token_ids"] = [token_id for delta in deltas for token_id in delta.token_ids]
         return choice
+
+    def _whole_calls(self, choice: int, deltas: list[Delta]) -> list[dict[str, Any]]:
+        calls: list[dict[str, Any]] = []
+        for call in (call for delta in deltas for call in delta.tool_calls):
+            if call.name is not None:
+                function = {"name": call.name, "arguments": ""}
+                calls.append({"id": self._call_id(choice, call.index), "type": "function", "function": function})
+            calls[call.index]["function"]["arguments"] += call.arguments
+        return calls
+
+
+def _finish_reason(end: Finished) -> str:
+    """``tool_calls`` only where every call can be carried out."""
+    return "tool_calls" if end.calls_tools and end.reason is FinishReason.STOP else end.reason.value
 
 
 def _stop_reason(end: Finished) -> str | int | None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from cluster.frontend.calls import Delta, Echo, Finished
+from cluster.frontend.calls import Delta, Echo, Finished, ToolCallDelta
 from cluster.frontend.detokenizer import Detokenizer
 from cluster.frontend.stop_strings import StopStrings
+from cluster.frontend.tools.parser import Piece, ToolCallParser
 from engine.request import FinishReason, Output, TopLogprobs
 
 
@@ -36,6 +37,7 @@ class Choice:
     wants_logprobs: whether the engine gives log-probabilities of generated tokens.
     echo: the prompt, where it is shown.
     scores_only: what the engine generates is thrown away (``max_tokens`` 0).
+    tools: finds the tool calls in what the stop strings leave of the text.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Choice:
         wants_logprobs: bool = False,
         echo: EchoedPrompt | None = None,
         scores_only: bool = False,
+        tools: ToolCallParser | None = None,
     ) -> None:
         self.index = index
         self.num_tokens = 0
@@ -60,11 +63,14 @@ class Choice:
         self._min_tokens = min_tokens
         self._echo = echo
         self._scores_only = scores_only
+        self._tools = tools
+        self._tool_calls: list[ToolCallDelta] = []
         self._prompt_logprobs: list[TopLogprobs | None] = []
         self._text: list[str] = []
         self._num_chars = 0
         """Decoded, shown or not."""
         self._num_shown = 0
+        """Past the stop strings: text, or a tool call's, or held back until it shows which."""
         self._token_ids: list[int] = []
         self._offsets: list[int] = []
         self._ends: list[int] = []
@@ -89,7 +95,10 @@ class Choice:
             if self._logprobs is not None and output.logprobs:
                 self._logprobs.append(output.logprobs[index])
             if self._stops.matched is not None:
-                self.finished = Finished(self.index, FinishReason.STOP, stop_string=self._stops.matched)
+                self._end(FinishReason.STOP, None)
+                return
+            if self._tools is not None and self._tools.is_done:
+                self._end(FinishReason.STOP, None)
                 return
         if output.finish_reason is not None:
             self._finish(output.finish_reason, output.stop_token_id)
@@ -106,18 +115,36 @@ class Choice:
             self._show(text if self.num_tokens <= self._min_tokens else self._stops.feed(text))
 
     def _show(self, text: str) -> None:
-        if text:
+        if not text:
+            return
+        self._num_shown += len(text)
+        if self._tools is None:
             self._text.append(text)
-            self._num_shown += len(text)
+        elif not self._tools.is_done:
+            self._sort(self._tools.feed(text))
+
+    def _sort(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if isinstance(piece, str):
+                self._text.append(piece)
+            else:
+                self._tool_calls.append(piece)
 
     def _finish(self, reason: FinishReason, stop_token_id: int | None) -> None:
         if tail := self._detokenizer.finish():
             self._show(self._stops.feed(tail))
         if self._stops.matched is not None:
-            self.finished = Finished(self.index, FinishReason.STOP, stop_string=self._stops.matched)
+            self._end(FinishReason.STOP, None)
             return
         self._show(self._stops.finish())
-        self.finished = Finished(self.index, reason, stop_token_id=stop_token_id)
+        self._end(reason, stop_token_id)
+
+    def _end(self, reason: FinishReason, stop_token_id: int | None) -> None:
+        calls_tools = False
+        if self._tools is not None:
+            self._sort(self._tools.finish())
+            calls_tools = self._tools.has_only_complete_calls
+        self.finished = Finished(self.index, reason, self._stops.matched, stop_token_id, calls_tools)
 
     def take_echo(self) -> Echo | None:
         """The prompt, once, as soon as it is complete."""
@@ -137,7 +164,7 @@ class Choice:
         if self.finished is None:
             while num_ready and self._ends[num_ready - 1] > self._num_shown:
                 num_ready -= 1
-        if not num_ready and not self._text:
+        if not num_ready and not self._text and not self._tool_calls:
             return None
         logprobs = None
         if self._logprobs is not None:
@@ -149,8 +176,10 @@ class Choice:
             logprobs,
             self._position,
             self._offsets[:num_ready],
+            tuple(self._tool_calls),
         )
         self._position += num_ready
         self._text.clear()
+        self._tool_calls.clear()
         del self._token_ids[:num_ready], self._offsets[:num_ready], self._ends[:num_ready]
         return delta

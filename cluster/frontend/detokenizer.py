@@ -19,10 +19,13 @@ class Detokenizer:
     Args:
         table: the tokenizer's bytes.
         context: the tokens before the first; a character that they begin is finished here.
+        shown: control tokens that are part of the text, for whoever looks for them there.
     """
 
-    def __init__(self, table: TokenBytes, context: Sequence[int] = ()) -> None:
+    def __init__(self, table: TokenBytes, context: Sequence[int] = (), shown: frozenset[int] = frozenset()) -> None:
         self._visible = table.visible
+        self._raw = table.raw
+        self._shown = shown
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder.decode(_unfinished(b"".join(map(table.visible, context[-_TAIL_TOKENS:]))))
 
@@ -32,7 +35,7 @@ class Detokenizer:
 
     def feed(self, token_id: int) -> str:
         """The text that this token completes, often its own, sometimes none."""
-        return self._decoder.decode(self._visible(token_id))
+        return self._decoder.decode(self._raw(token_id) if token_id in self._shown else self._visible(token_id))
 
     def finish(self) -> str:
         """The sequence is over: what an unfinished character leaves, U+FFFD or nothing."""

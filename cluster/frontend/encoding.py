@@ -61,7 +61,7 @@ class PromptEncoder:
                 return []
             _check_length(tokenizer.fewest_tokens(prompt.text), max_tokens)
             return tokenizer.encode(prompt.text, prompt.add_special_tokens, prompt.parse_special_tokens)
-        text = tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt, prompt.variables)
+        text = tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt, prompt.variables, prompt.tools)
         # Of the template's output: it may leave out what the client wrote, and write what the client did not.
         _check_length(tokenizer.fewest_tokens(text), max_tokens)
         return tokenizer.encode(text, prompt.add_special_tokens)
@@ -81,7 +81,7 @@ def _num_chars(value: Any) -> int:
     if isinstance(value, TextPrompt):
         return len(value.text)
     if isinstance(value, ChatPrompt):
-        return _num_chars(value.messages) + _num_chars(value.variables)
+        return _num_chars(value.messages) + _num_chars(value.variables) + _num_chars(value.tools)
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):

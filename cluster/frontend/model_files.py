@@ -1,7 +1,7 @@
 """What the front end reads of a checkpoint: small JSON files, never weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ class ModelFiles:
 
     ``vocab_size`` is the model's (config.json), which can be larger than the tokenizer's. ``eos_ids`` end a sequence.
     ``named_tokens`` are what templates know as ``bos_token`` and so on. ``sampling_defaults`` come from
-    generation_config.json and hold only what stands there.
+    generation_config.json and hold only what stands there. ``tool_template`` is the one for requests with tools, where
+    a checkpoint has one of its own for these.
     """
 
     path: Path
@@ -27,6 +28,7 @@ class ModelFiles:
     eos_ids: tuple[int, ...]
     named_tokens: Mapping[str, str]
     chat_template: str | None
+    tool_template: str | None
     sampling_defaults: Mapping[str, float]
     licence: Licence
 
@@ -49,6 +51,7 @@ def read_model_files(path: Path) -> ModelFiles:
         eos_ids=_ids(eos_source.get("eos_token_id")),
         named_tokens=_named_tokens(path, tokenizer),
         chat_template=_chat_template(path, tokenizer),
+        tool_template=_tool_template(path, tokenizer),
         sampling_defaults=_sampling_defaults(generation),
         licence=licence_of(path),
     )
@@ -96,9 +99,20 @@ def _chat_template(path: Path, tokenizer: Mapping[str, Any]) -> str | None:
         return file.read_text(encoding="utf-8")
     template = tokenizer.get("chat_template")
     if isinstance(template, list):
-        by_name = {entry["name"]: entry["template"] for entry in template}
-        return by_name.get("default")
+        return _named_templates(template).get("default")
     return template
+
+
+def _tool_template(path: Path, tokenizer: Mapping[str, Any]) -> str | None:
+    file = path / "additional_chat_templates" / "tool_use.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = tokenizer.get("chat_template")
+    return _named_templates(template).get("tool_use") if isinstance(template, list) else None
+
+
+def _named_templates(entries: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    return {entry["name"]: entry["template"] for entry in entries}
 
 
 def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float]:

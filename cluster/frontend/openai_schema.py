@@ -11,12 +11,12 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.frontend.calls import ChatPrompt, Prompt, SamplingOptions, TextPrompt, TimeLimits, TokenPrompt
+from cluster.frontend.tools.request import offered_tools, past_calls
 from engine.errors import InvalidRequest
 
 # Field → what is not served yet. Null, false, zero and empty values ask for nothing.
 _NOT_SERVED = {
-    "tools": "tool calling",
-    "functions": "tool calling",
+    "tools": "tool calling outside of chats",
     "audio": "audio",
     "suffix": "insertion before a suffix",
     "use_beam_search": "beam search",
@@ -185,13 +185,19 @@ class Message(BaseModel):
 
     def for_template(self, position: int) -> dict[str, Any]:
         """Raises InvalidRequest for images and other media."""
-        for name in ("tool_calls", "function_call"):
-            if (self.model_extra or {}).get(name):
-                raise InvalidRequest("tool calling is not served yet", f"messages.{position}.{name}")
+        # Clients write null for what is not there; templates ask whether a name is there.
+        more = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        if more.get("function_call") or self.role == "function":
+            raise InvalidRequest(
+                "function_call and the role function are the old form; write tool_calls and the role tool",
+                f"messages.{position}",
+            )
+        if calls := past_calls(more.pop("tool_calls", []), f"messages.{position}.tool_calls"):
+            more["tool_calls"] = calls
         # OpenAI's newer name for the same thing; templates know the older one.
         role = "system" if self.role == "developer" else self.role
         content = self.content if isinstance(self.content, str) else _text_of(self.content or [], position)
-        return {**(self.model_extra or {}), "role": role, "content": content}
+        return {"role": role, "content": content, **more}
 
 
 Messages = Annotated[list[Message], Field(max_length=MAX_MESSAGES, fail_fast=True)]
@@ -235,10 +241,26 @@ class ChatBody(_GenerateBody):
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+    def refuse_what_is_not_served(self) -> None:
+        """Raises InvalidRequest."""
+        super().refuse_what_is_not_served()
+        for name in ("functions", "function_call"):
+            if (self.model_extra or {}).get(name):
+                raise InvalidRequest(f"{name} is the old form of tool calling; use tools and tool_choice", name)
 
     def chat_prompt(self) -> ChatPrompt:
-        variables = self.chat_template_kwargs or {}
-        return ChatPrompt(chat_messages(self.messages), self.add_generation_prompt, variables, self.add_special_tokens)
+        """Raises InvalidRequest."""
+        return ChatPrompt(
+            chat_messages(self.messages),
+            self.add_generation_prompt,
+            self.chat_template_kwargs or {},
+            self.add_special_tokens,
+            offered_tools(self.tools, self.tool_choice),
+        )
 
     def num_logprobs(self) -> int | None:
         if self.logprobs:
@@ -258,6 +280,7 @@ class TokenizeBody(Body):
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
     def as_prompt(self) -> Prompt:
         """Raises InvalidRequest."""
@@ -266,7 +289,8 @@ class TokenizeBody(Body):
         if self.messages is not None:
             variables = self.chat_template_kwargs or {}
             messages = chat_messages(self.messages)
-            return ChatPrompt(messages, self.add_generation_prompt, variables, bool(self.add_special_tokens))
+            tools = offered_tools(self.tools, None)
+            return ChatPrompt(messages, self.add_generation_prompt, variables, bool(self.add_special_tokens), tools)
         assert self.prompt is not None
         return TextPrompt(self.prompt, self.add_special_tokens is not False, self.parse_special_tokens)
 

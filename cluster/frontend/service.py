@@ -22,6 +22,8 @@ from cluster.frontend.metrics import Metrics
 from cluster.frontend.model_files import ModelFiles
 from cluster.frontend.sampling import build_sampling, check_call, check_token_ids, max_tokens_of
 from cluster.frontend.stop_strings import StopStrings
+from cluster.frontend.tools.grammar import TOKENS as TOOL_TOKENS
+from cluster.frontend.tools.parser import ToolCallParser
 from cluster.types import ReplicaState
 from engine.errors import RemudaError
 from engine.request import Request, SamplingParams
@@ -70,6 +72,7 @@ class Service:
         self.created_unix_s = int(time.time())
         self.encoder = encoder
         self.tokenizer = encoder.tokenizer
+        self._tool_token_ids = encoder.tokenizer.control_tokens(TOOL_TOKENS)
         self.backend = backend
         self.licence = files.licence
         self.admission = admission
@@ -197,12 +200,13 @@ class Service:
     def _choice(self, index: int, plan: _Planned, call: Call, echo: EchoedPrompt | None) -> Choice:
         return Choice(
             index,
-            Detokenizer(self.tokenizer.bytes, plan.token_ids),
+            Detokenizer(self.tokenizer.bytes, plan.token_ids, self._tool_token_ids if call.tools else frozenset()),
             StopStrings(call.stop),
             min_tokens=plan.sampling.min_tokens,
             wants_logprobs=plan.sampling.logprobs is not None,
             echo=echo,
             scores_only=call.options.max_tokens == 0,
+            tools=ToolCallParser(call.tools, call.one_tool_call) if call.tools else None,
         )
 
     def _echo(self, plan: _Planned) -> EchoedPrompt:

@@ -10,7 +10,7 @@ once, exactly as the original would, and no piece of text loses its neighbours.
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -23,6 +23,7 @@ from engine.errors import CheckpointError, InvalidRequest
 
 # Unicode noncharacters: they stand in no text that was meant as such.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_ESCAPED_OPEN, _ESCAPED_CLOSE = r"\\ufdd0", r"\\ufdd1"
 
 
 class Tokenizer:
@@ -59,14 +60,18 @@ class Tokenizer:
             if (renamed_id := self._plain.token_to_id(name)) is not None and renamed_id != special[content]
         }
         self._special_pattern = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
-        self._quoted_pattern = re.compile(f"{_OPEN}{self._nonce}\\.([0-9]+){_CLOSE}")
+        # Python's repr and JSON in ASCII, either of which a template may use, write the two characters as escapes.
+        opening, closing = f"(?:{_OPEN}|{_ESCAPED_OPEN})", f"(?:{_CLOSE}|{_ESCAPED_CLOSE})"
+        self._quoted_pattern = re.compile(f"{opening}{self._nonce}\\.([0-9]+){closing}")
         self._named_pattern = re.compile(f"{_CLOSE}{self._nonce}\\.[0-9]+{_OPEN}")
         self._prefix, self._suffix = _added_around(self._original)
         self.special_ids = frozenset(special.values())
+        self._id_of_special = special
         vocabulary = {id_: token for token, id_ in self._original.get_vocab(with_added_tokens=True).items()}
         self.bytes = TokenBytes(vocabulary, self.special_ids, definition.get("decoder") or {})
         self._longest_token_bytes = self.bytes.longest
         self._template = ChatTemplate(files.chat_template, files.named_tokens) if files.chat_template else None
+        self._tool_template = ChatTemplate(files.tool_template, files.named_tokens) if files.tool_template else None
 
     def encode(self, text: str, add_special_tokens: bool = True, parse_special_tokens: bool = False) -> list[int]:
         """The ids of a text. ``add_special_tokens`` puts around it what the tokenizer puts around every text (a BOS,
@@ -81,33 +86,44 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
         add_special_tokens: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """The prompt of a conversation. A template writes its BOS itself, hence ``add_special_tokens`` is off.
 
         Raises:
-            InvalidRequest: there is no template, or it refuses the messages.
+            InvalidRequest: there is no template, it does not know tools and there are some, or it refuses the messages.
         """
-        return self.encode(self.render_chat(messages, add_generation_prompt, variables), add_special_tokens)
+        return self.encode(self.render_chat(messages, add_generation_prompt, variables, tools), add_special_tokens)
 
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """What ``encode`` takes for a conversation: its control tokens bear their other names. Raises as above."""
-        if self._template is None:
+        template = self._tool_template if tools and self._tool_template else self._template
+        if template is None:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions, or a checkpoint with chat_template.jinja",
                 "messages",
             )
-        rendered = self._template.render(self._quote(messages), add_generation_prompt, self._quote(variables or {}))
+        if tools and not template.takes_tools:
+            raise InvalidRequest("this model's chat template does not take tools; leave tools out", "tools")
+        rendered = template.render(
+            self._quote(messages), add_generation_prompt, self._quote(variables or {}), self._quote(tools)
+        )
         named = self._special_pattern.sub(lambda found: self._names[found[0]], rendered)
         return self._quoted_pattern.sub(lambda found: self._special[int(found[1])], named)
 
     def decode(self, token_ids: Sequence[int], with_special: bool = False) -> str:
         """A whole text. ``with_special`` shows control tokens."""
         return decode_text(self.bytes, token_ids, with_special)
+
+    def control_tokens(self, names: Iterable[str]) -> frozenset[int]:
+        """The ids of those of these that are control tokens here."""
+        return frozenset(self._id_of_special[name] for name in names if name in self._id_of_special)
 
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         """Each token as tokenizer.json writes it."""
@@ -128,7 +144,7 @@ class Tokenizer:
         if isinstance(value, str):
             return self._special_pattern.sub(lambda found: self._quotes[found[0]], value)
         if isinstance(value, Mapping):
-            return {key: self._quote(entry) for key, entry in value.items()}
+            return {self._quote(key): self._quote(entry) for key, entry in value.items()}
         if isinstance(value, list | tuple):
             return [self._quote(entry) for entry in value]
         return value

@@ -1,0 +1,93 @@
+"""The tool fields of a chat request: what may be called, and what was called in the conversation so far."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from engine.errors import InvalidRequest
+
+MAX_TOOLS = 256
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def offered_tools(
+    tools: Sequence[Mapping[str, Any]] | None, tool_choice: str | Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """The tools that the model is shown and may call, as the client wrote them; none where it said so.
+
+    Raises:
+        InvalidRequest: a tool that is no function, a name that is bad or stands twice, a choice that is not served.
+    """
+    checked = [_check_tool(tool, number) for number, tool in enumerate(tools or ())]
+    if len(checked) > MAX_TOOLS:
+        raise InvalidRequest(f"tools may hold at most {MAX_TOOLS} tools, not {len(checked)}", "tools")
+    seen: set[str] = set()
+    for number, tool in enumerate(checked):
+        name = tool["function"]["name"]
+        if name in seen:
+            raise InvalidRequest(
+                f"two tools bear the name {name!r}; names must differ", f"tools.{number}.function.name"
+            )
+        seen.add(name)
+    return checked if _is_auto(tool_choice, bool(checked)) else []
+
+
+def _is_auto(tool_choice: str | Mapping[str, Any] | None, has_tools: bool) -> bool:
+    if tool_choice in (None, "auto", "none"):
+        return tool_choice != "none"
+    if not has_tools:
+        raise InvalidRequest("tool_choice asks for a tool, but there are no tools", "tool_choice")
+    if tool_choice == "required" or isinstance(tool_choice, Mapping):
+        raise InvalidRequest(
+            "a tool call cannot be forced yet (that takes structured output); set tool_choice to auto, or leave it out",
+            "tool_choice",
+        )
+    raise InvalidRequest(f"tool_choice must be auto or none, not {tool_choice!r}", "tool_choice")
+
+
+def _check_tool(tool: Mapping[str, Any], number: int) -> dict[str, Any]:
+    param = f"tools.{number}"
+    if tool.get("type") != "function" or not isinstance(tool.get("function"), Mapping):
+        raise InvalidRequest('a tool must be {"type": "function", "function": {"name": …}}', param)
+    function = tool["function"]
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"a function's name must be 1 to 64 letters, digits, dots, hyphens or underscores, not {name!r}",
+            f"{param}.function.name",
+        )
+    if not isinstance(function.get("parameters") or {}, Mapping):
+        raise InvalidRequest("a function's parameters must be a JSON schema object", f"{param}.function.parameters")
+    if function.get("strict"):
+        raise InvalidRequest(
+            "strict arguments are not served yet (they take structured output); set strict to false, or leave it out",
+            f"{param}.function.strict",
+        )
+    return dict(tool)
+
+
+def past_calls(calls: Any, param: str) -> list[dict[str, Any]]:
+    """A message's ``tool_calls`` for a template, which expects the arguments as a mapping. Raises InvalidRequest."""
+    if not isinstance(calls, list):
+        raise InvalidRequest("tool_calls must be a list", param)
+    return [_past_call(call, f"{param}.{number}") for number, call in enumerate(calls)]
+
+
+def _past_call(call: Any, param: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequest(
+            'a tool call must be {"id": …, "type": "function", "function": {"name", "arguments"}}', param
+        )
+    given = function.get("arguments")
+    arguments: Any = {} if given in (None, "") else given
+    if isinstance(arguments, str):
+        try:
+            arguments = msgspec.json.decode(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, Mapping):
+        raise InvalidRequest("the arguments of a tool call must be a JSON object", f"{param}.function.arguments")
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
