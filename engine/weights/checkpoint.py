@@ -1,60 +1,54 @@
 """The tensors of a safetensors checkpoint: where each one lies, read from the files' headers alone.
 
-Format: 8 bytes little-endian header length, a JSON header, then the data
-(https://huggingface.co/docs/safetensors). A checkpoint is one file or several shards with an index.
+A checkpoint is one file or several shards with an index. Torch-free.
 """
 
 import dataclasses
 import json
-import math
-import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from engine.errors import CheckpointError
+from engine.weights.other_forms import describe_other_form
+from engine.weights.safetensors_file import FLOAT_FORMATS, SafetensorsHeader, TensorEntry, read_header
 
-_INDEX_FILE = "model.safetensors.index.json"
-_SINGLE_FILE = "model.safetensors"
-_MAX_HEADER_BYTES = 100_000_000
-"""The format's own bound; beyond it the file is not safetensors."""
+__all__ = ["FLOAT_FORMATS", "Checkpoint", "TensorEntry"]
 
-FLOAT_FORMATS = ("F32", "F16", "BF16")
-"""Formats that unquantized weights are read from."""
-ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
-"""Bytes per element of every format that is read."""
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor in a file. ``offset``: of its first byte from the file's beginning."""
-
-    name: str
-    file: Path
-    format: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def element_bytes(self) -> int:
-        return ELEMENT_BYTES[self.format]
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 
 
 class Checkpoint:
     """The tensors of a directory, by name. Opening it reads headers, no weights.
 
-    Raises CheckpointError, naming the file, where one is missing, truncated or not safetensors.
+    ``file_bytes``: of each of its files, as they were then. Raises CheckpointError, naming the file, where one is
+    missing, truncated or not safetensors, and where two hold the same tensor.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
+        self.file_bytes: dict[Path, int] = {}
         self._index = _read_index(self.directory)
-        files = sorted(set(self._index.values())) if self._index else [_SINGLE_FILE]
         self._entries: dict[str, TensorEntry] = {}
-        for name in files:
-            for entry in _read_header(self.directory / name, self._tensors_of(name)):
-                self._entries[entry.name] = entry
+        for name in sorted(set(self._index.values())) or [SINGLE_FILE]:
+            self._add_file(name)
+
+    def _add_file(self, file_name: str) -> None:
+        path = self.directory / file_name
+        header = _header_of(path, self._tensors_of(file_name))
+        self.file_bytes[path] = header.file_bytes
+        for entry in header.entries:
+            # Where the index names one of several files that hold a tensor, that one counts.
+            if self._index.get(entry.name, file_name) != file_name:
+                continue
+            if entry.name in self._entries:
+                other = self._entries[entry.name].file
+                raise CheckpointError(f"{path}: tensor {entry.name!r} stands in {other} too, and the index in neither")
+            self._entries[entry.name] = entry
+
+    def find(self, name: str) -> TensorEntry | None:
+        """The tensor ``name``, if there is one."""
+        return self._entries.get(name)
 
     def entry(
         self,
@@ -64,7 +58,8 @@ class Checkpoint:
         stored_shapes: Sequence[tuple[int, ...]] = (),
     ) -> TensorEntry:
         """The tensor ``name``, whose shape must be ``shape`` (or one of ``stored_shapes``, with as many elements: then
-        it is given as one of ``shape``) and whose format one of ``formats``.
+        it is given as one of ``shape``; (-1,) for one dimension of at most that size) and whose format one of
+        ``formats``.
 
         Raises CheckpointError, naming file and tensor, where it is missing or different.
         """
@@ -74,7 +69,8 @@ class Checkpoint:
             raise CheckpointError(f"{where} has no tensor {name!r}, which the model of its config.json needs")
         if entry.shape in stored_shapes:
             entry = dataclasses.replace(entry, shape=shape)
-        if entry.shape != shape:
+        is_shorter = (-1,) in stored_shapes and len(entry.shape) == 1 and entry.shape < shape
+        if entry.shape != shape and not is_shorter:
             raise CheckpointError(
                 f"{entry.file}: tensor {name!r} has shape {list(entry.shape)}; config.json makes it {list(shape)}"
             )
@@ -90,70 +86,34 @@ class Checkpoint:
         return f" (it should hold {len(names)} tensors, {names[0]!r} the first)" if names else ""
 
 
-def tensors_of_file(path: Path) -> dict[str, TensorEntry]:
-    """All tensors of one safetensors file, by name. Raises CheckpointError as Checkpoint does."""
-    return {entry.name: entry for entry in _read_header(path, "")}
+def _header_of(path: Path, content: str) -> SafetensorsHeader:
+    """``content`` is added to the message where the file is missing."""
+    try:
+        return read_header(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing{content}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read_index(directory: Path) -> dict[str, str]:
     """Tensor name to file name; empty where the checkpoint is a single file."""
-    path = directory / _INDEX_FILE
+    path = directory / INDEX_FILE
     if not path.exists():
-        if not (directory / _SINGLE_FILE).exists():
+        if not (directory / SINGLE_FILE).exists():
             raise CheckpointError(
-                f"{directory} has neither {_SINGLE_FILE} nor {_INDEX_FILE}; only safetensors checkpoints are read"
+                describe_other_form(directory)
+                or f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors checkpoints are read"
             )
         return {}
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         index = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not an index of safetensors files: {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not an index of safetensors files: {str(error)[:200]!r}") from error
+    if not index:
+        raise CheckpointError(f"{path} names no tensors")
     for name, file in index.items():
-        if Path(file).name != file:
+        if Path(file).name != file or not file.isprintable():
             raise CheckpointError(f"{path} places tensor {name!r} outside its directory, in {file!r}")
     return index
-
-
-def _read_header(path: Path, content: str) -> Iterable[TensorEntry]:
-    """All tensors of a file; ``content`` is added to the message where the file is missing."""
-    try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 0 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
-                raise CheckpointError(f"{path} is truncated or not a safetensors file ({file_bytes} bytes)")
-            header = json.loads(file.read(header_bytes))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing{content}") from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} cannot be read as safetensors: its header is not an object")
-    data_start = 8 + header_bytes
-    return [
-        _parse_entry(path, name, value, data_start, file_bytes)
-        for name, value in header.items()
-        if name != "__metadata__"
-    ]
-
-
-def _parse_entry(path: Path, name: str, value: Any, data_start: int, file_bytes: int) -> TensorEntry:
-    try:
-        shape = tuple(int(size) for size in value["shape"])
-        begin, end = (int(offset) for offset in value["data_offsets"])
-        format_name = str(value["dtype"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header's entry of tensor {name!r} is broken: {error!r}") from error
-    if not 0 <= begin <= end or data_start + end > file_bytes:
-        raise CheckpointError(
-            f"{path} is truncated: tensor {name!r} ends at byte {data_start + end}, the file at {file_bytes}"
-        )
-    if format_name in ELEMENT_BYTES and end - begin != math.prod(shape) * ELEMENT_BYTES[format_name]:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} of shape {list(shape)} in {format_name} has {end - begin} bytes of data"
-        )
-    return TensorEntry(name, path, format_name, shape, data_start + begin)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import engine.weights.loader as loader
+import engine.weights.slice_reader as slice_reader
 from engine.config import Dtype, LoadFormat, ParallelConfig
 from engine.errors import CheckpointError
 from engine.model_config import ModelConfig
@@ -93,7 +94,7 @@ def test_each_rank_gets_its_slices(
 ) -> None:
     """Against safetensors' own reader, with blocks cut in every dimension and with short runs read in full or not."""
     monkeypatch.setattr(loader, "_STAGING_BYTES", staging_bytes)
-    monkeypatch.setattr(loader, "_MIN_RUN_BYTES", min_run_bytes)
+    monkeypatch.setattr(slice_reader, "_MIN_RUN_BYTES", min_run_bytes)
     tensors = {name: t for file in checkpoint.glob("*.safetensors") for name, t in load_file(file).items()}
     for rank in range(tp):
         model = make_model(config, tp, ep, rank)
@@ -113,7 +114,7 @@ def test_formats_are_converted(tmp_path: Path, config: ModelConfig, stored: torc
 
 
 def test_only_own_bytes_are_read(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, config: ModelConfig) -> None:
-    monkeypatch.setattr(loader, "_MIN_RUN_BYTES", 0)
+    monkeypatch.setattr(slice_reader, "_MIN_RUN_BYTES", 0)
     num_read = 0
     preadv = os.preadv
 
