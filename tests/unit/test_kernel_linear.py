@@ -68,7 +68,7 @@ def test_int8_sums_are_exact(num_tokens: int, num_inputs: int, num_outputs: int)
     weight = torch.randint(-128, 128, (num_outputs, num_inputs), dtype=torch.int8)
     scales = torch.rand(num_outputs)
     peaks = hidden.float().abs().amax(-1, keepdim=True)
-    rounded = (hidden.float() * torch.where(peaks > 0, 127 / peaks, 0)).round()
+    rounded = (hidden.float() * torch.where(peaks > 0, torch.full_like(peaks, 127) / peaks, 0)).round()
     expected = (rounded.double() @ weight.double().t()) * (peaks / 127) * scales
     assert can_multiply_int8(weight, torch.bfloat16)
     error = (linear_int8(hidden, weight, scales).double() - expected).abs()
