@@ -1,20 +1,22 @@
-"""How many bytes each rank will hold, from shapes alone: the model is built on the meta device and its slices are added
-up, so the ledger comes from the same code as the real parameters."""
+"""How many bytes each rank will hold, from shapes alone: the model is built on the meta device and its parameters are
+added up, so the ledger comes from the same code as the real ones."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
+from torch import nn
 
-from engine.config import Dtype, ParallelConfig
+from engine.config import Dtype, KvGroupConfig, ParallelConfig
 from engine.model_config import ModelConfig, kv_groups, num_local_kv_heads
-from engine.models.registry import build_model
+from engine.models.shapes.model_shapes import ModelShapes
+from engine.models.shapes.registry import served_shapes
 from engine.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class ShardBytes:
-    """Bytes of one rank's parameters by kind: embedding, head, attention, experts, feed_forward, norm."""
+    """Bytes of one rank's weights by kind: embedding, head, attention, experts, feed_forward, norm, vision."""
 
     by_kind: Mapping[str, int]
 
@@ -23,18 +25,53 @@ class ShardBytes:
         return sum(self.by_kind.values())
 
 
-def shard_bytes(config: ModelConfig, parallel: ParallelConfig, rank: int, dtype: Dtype) -> ShardBytes:
-    """Parameter bytes of global rank ``rank``, padding of the vocabulary included.
-
-    Raises LayoutError where the model cannot be divided so.
-    """
-    model = build_model(config, Mesh(parallel, rank), dtype, torch.device("meta"))
-    assert isinstance(model, torch.nn.Module)
+def held_bytes(model: nn.Module) -> ShardBytes:
+    """What ``model`` holds, on a device or on meta: padding of the vocabulary and the scales of quantized matrices
+    included, tied tensors once."""
     by_kind: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         kind = _kind(name)
-        by_kind[kind] = by_kind.get(kind, 0) + parameter.numel() * parameter.element_size()
+        by_kind[kind] = by_kind.get(kind, 0) + tensor.numel() * tensor.element_size()
     return ShardBytes(by_kind)
+
+
+def shard_bytes(config: ModelConfig, parallel: ParallelConfig, rank: int, dtype: Dtype) -> ShardBytes:
+    """What global rank ``rank`` of a served model will hold.
+
+    Raises LayoutError where a quantized matrix cannot be cut so.
+    """
+    return planned_bytes(served_shapes(config), Mesh(parallel, rank), dtype)
+
+
+def planned_bytes(shapes: ModelShapes, mesh: Mesh, dtype: Dtype) -> ShardBytes:
+    """As ``shard_bytes``, of any model whose shapes are known, for the rank that ``mesh`` stands for."""
+    held = held_bytes(shapes.build(mesh, dtype))
+    if shapes.is_served or not shapes.vision:
+        return held
+    return ShardBytes({**held.by_kind, "vision": _numel(shapes.vision) * dtype.num_bytes})
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """``total``: of the whole checkpoint. ``vision``: of it, vision encoder and projector. ``active``: what one token
+    of text uses: all of the text model but the experts that it is not sent to."""
+
+    total: int
+    vision: int
+    active: int
+
+
+def count_parameters(shapes: ModelShapes) -> ParameterCounts:
+    """Of the model before it was quantized."""
+    model = shapes.with_quantization(None).build(Mesh(), Dtype.BFLOAT16)
+    text = experts = 0
+    for name, parameter in model.named_parameters():
+        text += parameter.numel()
+        experts += parameter.numel() if _kind(name) == "experts" else 0
+    moe = next((layer.moe for layer in shapes.config.layers if layer.moe), None)
+    idle = experts - experts // moe.num_experts * moe.num_experts_per_token if moe else 0
+    vision = _numel(shapes.vision)
+    return ParameterCounts(text + vision, vision, text - idle)
 
 
 def kv_block_bytes(config: ModelConfig, parallel: ParallelConfig, block_size: int, dtype: Dtype) -> int:
@@ -42,6 +79,36 @@ def kv_block_bytes(config: ModelConfig, parallel: ParallelConfig, block_size: in
     layers_per_group = len(kv_groups(config)[0].layers)
     heads = num_local_kv_heads(config, parallel)
     return 2 * layers_per_group * block_size * heads * config.head_dim * dtype.num_bytes
+
+
+@dataclass(frozen=True)
+class StageKv:
+    """The KV cache of a rank: its layers in groups, and the bytes of one block."""
+
+    groups: tuple[KvGroupConfig, ...]
+    block_bytes: int
+
+
+def stage_kv(shapes: ModelShapes, mesh: Mesh, block_size: int, dtype: Dtype) -> StageKv:
+    """Of the rank that ``mesh`` stands for; of a pipeline stage, its own layers only."""
+    config = shapes.config
+    layers = mesh.stage_layers(config.num_layers)
+    kept = tuple(config.layers[i] for i in layers if i not in shapes.cross_attention_layers)
+    stage = replace(config, layers=kept)
+    if shapes.latent_kv_size is None:
+        return StageKv(kv_groups(stage), kv_block_bytes(stage, mesh.config, block_size, dtype))
+    groups = kv_groups(stage)
+    return StageKv(groups, len(groups[0].layers) * block_size * shapes.latent_kv_size * dtype.num_bytes)
+
+
+def kv_token_bytes(shapes: ModelShapes, dtype: Dtype) -> int:
+    """Bytes that one token keeps in the cache of the whole, undivided model."""
+    kv = stage_kv(shapes, Mesh(), 1, dtype)
+    return kv.block_bytes * len(kv.groups)
+
+
+def _numel(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _kind(parameter_name: str) -> str:

@@ -54,7 +54,7 @@ def read_shapes(config: Mapping[str, Any]) -> ModelShapes:
     model = planned_config("DeepseekV3ForCausalLM", config, layers, head_dim=sizes.nope + sizes.rope)
     return ModelShapes(
         model,
-        lambda build: DecoderShapes(model, build, partial(_Layer, model, sizes)),
+        lambda c, build: DecoderShapes(c, build, partial(_Layer, c, sizes)),
         latent_kv_size=sizes.kv_latent + sizes.rope,
     )
 

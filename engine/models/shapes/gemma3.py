@@ -45,7 +45,7 @@ def read_shapes(config: Mapping[str, Any]) -> ModelShapes:
     )
     return ModelShapes(
         model,
-        lambda build: DecoderShapes(model, build, partial(_Layer, model)),
+        lambda c, build: DecoderShapes(c, build, partial(_Layer, c)),
         vision=_vision(config["vision_config"], model.hidden_size) if has_vision else {},
     )
 

@@ -32,7 +32,7 @@ def read_shapes(config: Mapping[str, Any]) -> ModelShapes:
     )
     return ModelShapes(
         model,
-        lambda build: DecoderShapes(model, build, partial(_Layer, model, cross), _NUM_EXTRA_TOKENS),
+        lambda c, build: DecoderShapes(c, build, partial(_Layer, c, cross), _NUM_EXTRA_TOKENS),
         vision=_vision(config["vision_config"], model.hidden_size),
         cross_attention_layers=cross,
     )

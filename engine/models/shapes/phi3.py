@@ -22,7 +22,7 @@ def read_shapes(config: Mapping[str, Any]) -> ModelShapes:
     layer = LayerConfig(int(config["intermediate_size"]), window_size=int(window) if window else None)
     layers = (layer,) * int(config["num_hidden_layers"])
     model = planned_config("Phi3ForCausalLM", config, layers, head_dim=head_dim)
-    return ModelShapes(model, lambda build: DecoderShapes(model, build, partial(_Layer, model)))
+    return ModelShapes(model, lambda c, build: DecoderShapes(c, build, partial(_Layer, c)))
 
 
 class _Layer(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from engine.errors import CheckpointError
-from engine.model_config import ARCHITECTURES, PLAN_ONLY_ARCHITECTURES, ModelConfig
+from engine.model_config import ARCHITECTURES, ModelConfig
 from engine.models.registry import make_model
 from engine.models.shapes.llama4_vision import vision_shapes
 from engine.models.shapes.model_shapes import ModelShapes
@@ -21,7 +21,6 @@ _READERS = {
     "Phi3ForCausalLM": "engine.models.shapes.phi3",
 }
 """Architecture that is not served → the module whose ``read_shapes`` reads its config.json."""
-assert set(_READERS) == set(PLAN_ONLY_ARCHITECTURES)
 
 
 def shapes_of(config: Mapping[str, Any]) -> ModelShapes:
@@ -44,11 +43,11 @@ def shapes_of(config: Mapping[str, Any]) -> ModelShapes:
 
 def served_shapes(model: ModelConfig, vision_config: Mapping[str, Any] | None = None) -> ModelShapes:
     """Of a model that is served. ``vision_config``: as in config.json, where it has one."""
-
-    def make(build: ParameterBuilder) -> nn.Module:
-        made = make_model(model, build)
-        assert isinstance(made, nn.Module)
-        return made
-
     vision = vision_shapes(vision_config, model.hidden_size) if vision_config else {}
-    return ModelShapes(model, make, is_served=True, vision=vision)
+    return ModelShapes(model, _make, is_served=True, vision=vision)
+
+
+def _make(config: ModelConfig, build: ParameterBuilder) -> nn.Module:
+    model = make_model(config, build)
+    assert isinstance(model, nn.Module)
+    return model
