@@ -21,20 +21,16 @@ class Fp8BlockMatrix(WeightMatrix):
 
     def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
         super().__init__(build, parts)
-        self._block_columns = form.block_size[1]
-        block_rows, block_columns = form.block_size
+        block_rows, block_columns = self._block_size = form.block_size
         for part in parts:
             _check(build, part, "rows", part.num_outputs, part.outputs, block_rows)
             _check(build, part, "columns", part.num_inputs, part.inputs, block_columns)
         num_blocks = [-(-part.local_outputs // block_rows) for part in parts]
         self.codes = build.empty(self.num_outputs, self.num_inputs, dtype=torch.float8_e4m3fn)
         self.scales = build.empty(sum(num_blocks), -(-self.num_inputs // block_columns), dtype=torch.float32)
-        blocks = [
-            sum(num_blocks[:i]) + torch.arange(part.local_outputs, device=build.device) // block_rows
-            for i, part in enumerate(parts)
-        ]
-        self.register_buffer("_block_of_row", torch.cat(blocks), persistent=False)
         sizes = [part.local_outputs for part in parts]
+        self._part_starts = [(sum(sizes[:i]), sum(num_blocks[:i])) for i in range(len(parts))]
+        """First row and first block of each part."""
         for part, codes, scales in zip(parts, self.codes.split(sizes), self.scales.split(num_blocks), strict=True):
             build.fill(codes, f"{part.name}.weight", (part.num_outputs, part.num_inputs), part.start)
             shape = -(-part.num_outputs // block_rows), -(-part.num_inputs // block_columns)
@@ -42,9 +38,17 @@ class Fp8BlockMatrix(WeightMatrix):
             build.fill(scales, f"{part.name}.{form.scale_name}", shape, start)
 
     def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
-        scales = self.scales[self.get_buffer("_block_of_row")[index]]
-        scales = scales.repeat_interleave(self._block_columns, dim=1)[:, : self.num_inputs]
+        scales = self.scales[self._blocks_of(index)]
+        scales = scales.repeat_interleave(self._block_size[1], dim=1)[:, : self.num_inputs]
         return (decode_e4m3(self.codes[index]).float() * scales).to(self.dtype)
+
+    def _blocks_of(self, index: slice | torch.Tensor) -> torch.Tensor:
+        """The block of each row."""
+        rows = torch.arange(self.num_outputs, device=self.codes.device)[index]
+        blocks = rows
+        for first_row, first_block in self._part_starts:
+            blocks = torch.where(rows >= first_row, first_block + (rows - first_row) // self._block_size[0], blocks)
+        return blocks
 
 
 def _check(build: ParameterBuilder, part: MatrixPart, what: str, total: int, split: Split, block: int) -> None:
