@@ -60,7 +60,8 @@ class SourceSlice:
 
     ``name``: the whole name. ``shape``: of the whole tensor. ``start``, ``size``: the rectangle. ``formats``: which
     formats, as safetensors names them, are allowed. ``stored_shapes``: shapes that the file may have instead of
-    ``shape``, of as many elements in the same order (a flat [n / 2, 1] for [rows, columns / 2]).
+    ``shape``, of as many elements in the same order (a flat [n / 2, 1] for [rows, columns / 2]); (-1,): the tensor has
+    one dimension and is read whole, ``shape`` is the most that it may have.
     """
 
     name: str

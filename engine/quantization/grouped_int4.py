@@ -1,6 +1,6 @@
 """The one form in which every int4 format is held: two codes to a byte, and a scale for each group of inputs.
 
-A weight is (code − zero) · scale, computed in the scales' format and then rounded to that of the activations.
+A weight is (code − zero) · scale, rounded once to the format of the activations.
 """
 
 import math
@@ -118,7 +118,9 @@ class GroupedInt4Matrix(WeightMatrix):
             zeros = None if zeros is None else zeros.gather(1, group)
         grouped = codes.view(len(codes), -1, self._group_size)
         centred = grouped - (_MIDDLE if zeros is None else zeros.unsqueeze(-1))
-        weights = centred.to(scales.dtype).mul_(scales.unsqueeze(-1))
+        # Where scale and result are of one format, rounding is that of the multiplication.
+        dtype = self.dtype if scales.dtype == self.dtype else torch.float32
+        weights = centred.to(dtype).mul_(scales.unsqueeze(-1))
         return weights.view(codes.shape).to(self.dtype)
 
 

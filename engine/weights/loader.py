@@ -86,7 +86,9 @@ def _run_conversion(
     sources: list[torch.Tensor] = []
     device = conversion.destinations[0].device
     for entry, source in zip(entries, conversion.sources, strict=True):
-        tensor = torch.empty(source.size, dtype=TORCH_DTYPES[entry.format])
+        # A tensor that may be shorter than its source is read whole.
+        size = source.size if entry.shape == source.shape else entry.shape
+        tensor = torch.empty(size, dtype=TORCH_DTYPES[entry.format])
         piece = TensorSlice(source.name, source.shape, source.start, tensor)
         for _ in read_slice(files, entry, piece, staging):
             pass
