@@ -12,7 +12,7 @@ from engine.model_config import ModelConfig
 from engine.models.registry import build_model
 from engine.parallel.mesh import Mesh
 from engine.weights.loader import load_weights
-from tests.parity.architectures import CONFIGS, PROMPT_LENGTHS, Reference
+from tests.parity.architectures import ARCHITECTURES, PROMPT_LENGTHS, Reference
 from tests.parity.mutations import MUTATIONS, Mutation
 from tests.support.model_driver import ModelDriver, forced_logits
 
@@ -29,7 +29,7 @@ def largest_difference(made: Reference, config: ModelConfig) -> float:
     return float(np.abs(logits - expected.logits).max())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_unchanged(reference: Callable[[str], Reference], name: str) -> None:
     made = reference(name)
     assert largest_difference(made, ModelConfig.from_directory(made.directory)) <= TOLERANCE

@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 
 from engine.config import Dtype
-from tests.parity.architectures import Reference
+from tests.parity.architectures import ARCHITECTURES, Reference
 from tests.parity.conftest import LayoutRunner
+from tests.support.conformance import Conforms
 from tests.support.model_driver import Generated
 
 pytestmark = pytest.mark.timeout(120)
 
-DENSE_LAYOUTS = [(1, 1), (2, 1), (4, 1)]
-MOE_LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 CASES = [
-    *[(name, *layout) for name in ("llama2", "llama3.1") for layout in DENSE_LAYOUTS],
-    *[(name, *layout) for name in ("llama4-scout", "llama4-maverick") for layout in MOE_LAYOUTS],
-    *[(name, tp, 1) for name in ("biases", "dynamic") for tp in (1, 2)],
-    ("llama4-top2", 2, 2),
-    ("linear", 1, 1),
-    ("yarn", 1, 1),
+    pytest.param(
+        name,
+        *layout,
+        id=f"{name}-tp{layout[0]}-ep{layout[1]}",
+        marks=[] if layout in architecture.layouts else pytest.mark.full,
+    )
+    for name, architecture in ARCHITECTURES.items()
+    for layout in architecture.legal_layouts
 ]
-LAYOUT_IDS = [f"{name}-tp{tp}-ep{ep}" for name, tp, ep in CASES]
 
 
 def assert_equal(ours: list[Generated], oracle: list[Generated], tolerance: float) -> None:
@@ -33,9 +33,16 @@ def assert_equal(ours: list[Generated], oracle: list[Generated], tolerance: floa
 
 
 @pytest.mark.parametrize("how", ["alone", "together"])
-@pytest.mark.parametrize(("name", "tp", "ep"), CASES, ids=LAYOUT_IDS)
+@pytest.mark.parametrize(("name", "tp", "ep"), CASES)
 def test_float32(
-    reference: Callable[[str], Reference], run_layout: LayoutRunner, name: str, tp: int, ep: int, how: str
+    reference: Callable[[str], Reference],
+    run_layout: LayoutRunner,
+    conforms: Conforms,
+    name: str,
+    tp: int,
+    ep: int,
+    how: str,
 ) -> None:
     """ "alone": each prompt in one step. "together": prompts in chunks while other sequences decode."""
+    conforms(ARCHITECTURES[name].title, "float32", tp=tp, ep=ep, oracle="transformers")
     assert_equal(run_layout(name, tp, ep, Dtype.FLOAT32)[how], reference(name).generated, 1e-4)
