@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from engine.kernels.linear import linear
 from engine.parameter import ParameterBuilder
 from engine.quantization.matrix import MatrixPart
 from engine.quantization.registry import make_matrix
@@ -79,5 +80,5 @@ class VocabEmbedding(nn.Module):
     def _products(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] to [R, num_rows]."""
         if not self._is_quantized:
-            return functional.linear(hidden_rows, self.weight)
+            return linear(hidden_rows, self.weight)
         return functional.pad(self.matrix.forward(hidden_rows), (0, self._num_rows - self._num_real))
