@@ -41,7 +41,8 @@ class MatrixFormat:
     ``group_size``: inputs that share a scale, for the int4 formats; 0: a whole row. ``symmetric``: no zero points.
     ``scale_per_row``: FP8 and INT8 with one scale a row, not one a tensor. ``block_size``: (rows, columns) of
     FP8_BLOCKS; ``scale_name``: what the checkpoint calls their scales. ``input_bound``: fbgemm's upper bound of what
-    activations are scaled by. ``stores_zero_minus_one``: GPTQ's first form. ``reorders_inputs``: int4 with ``g_idx``
+    activations are scaled by. ``rounds_inputs``: INT8 with activations that may be rounded to int8 too, each token by
+    a scale of its own. ``stores_zero_minus_one``: GPTQ's first form. ``reorders_inputs``: int4 with ``g_idx``
     out of order. ``nested_scales``: NF4 whose scales are quantized too. ``gguf_type``: the block format's name in GGUF,
     such as Q4_K.
     """
@@ -53,6 +54,7 @@ class MatrixFormat:
     block_size: tuple[int, int] = (128, 128)
     scale_name: str = "weight_scale"
     input_bound: float | None = None
+    rounds_inputs: bool = False
     stores_zero_minus_one: bool = False
     reorders_inputs: bool = False
     nested_scales: bool = False
@@ -96,7 +98,7 @@ def online_quantization(name: str) -> QuantizationConfig:
     """``--quantization``: a float checkpoint, quantized while it is loaded. Raises InvalidOption."""
     kinds = {
         "fp8": MatrixFormat(WeightFormat.ONLINE_FP8),
-        "int8": MatrixFormat(WeightFormat.ONLINE_INT8),
+        "int8": MatrixFormat(WeightFormat.ONLINE_INT8, rounds_inputs=True),
         "int4": MatrixFormat(WeightFormat.ONLINE_INT4, group_size=128, symmetric=False),
     }
     if name not in kinds:
@@ -150,7 +152,8 @@ def _compressed_format(group: Mapping[str, Any], layout: str) -> MatrixFormat:
             rows, columns = weights["block_structure"]
             return MatrixFormat(WeightFormat.FP8_BLOCKS, block_size=(int(rows), int(columns)))
         case ("int-quantized" | "naive-quantized", "int", 8, "channel" | "tensor" as strategy) if weights["symmetric"]:
-            return MatrixFormat(WeightFormat.INT8, scale_per_row=strategy == "channel")
+            rounds_inputs = (group.get("input_activations") or {}).get("num_bits") == 8
+            return MatrixFormat(WeightFormat.INT8, scale_per_row=strategy == "channel", rounds_inputs=rounds_inputs)
         case ("pack-quantized", "int", 4, "group" | "channel"):
             size = max(int(weights.get("group_size") or 0), 0)
             reorders = weights.get("actorder") in (True, "group")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.kernels.linear import can_multiply_int8, linear_int8
 from engine.parameter import ParameterBuilder
 from engine.quantization.matrix import MatrixPart
 from engine.quantization.online import quantize_while_loading
@@ -12,16 +13,23 @@ from engine.quantization.row_scaled import RowScaledMatrix
 from engine.quantization_config import MatrixFormat
 
 _LARGEST = 127.0
-_MAX_FAST_TOKENS = 32
-"""The CPU's int8 operation reads each weight as a byte, but is slow for each token: tiles win from about 50 tokens."""
+_MAX_FAST_TOKENS = 8
+"""torch's operation reads each weight as a byte, but is slow for each token: converting a tile wins above."""
 
 
 class SignedByteMatrix(RowScaledMatrix):
-    """On CPUs, few bfloat16 tokens are multiplied by the bytes themselves."""
+    """On a CPU with tile units, bfloat16 activations are rounded to int8 too where the format allows it, and on any
+    CPU few tokens are multiplied by the bytes themselves."""
 
-    def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart]) -> None:
+    def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
         super().__init__(build, parts, torch.int8)
         self._is_fast = build.device.type == "cpu"
+        self._rounds_inputs = form.rounds_inputs and can_multiply_int8(self.codes, build.dtype)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._rounds_inputs and hidden.dtype == torch.bfloat16:
+            return linear_int8(hidden, self.codes, self.scales)
+        return super().forward(hidden)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         return codes.to(torch.bfloat16)
@@ -39,18 +47,18 @@ class Int8Matrix(SignedByteMatrix):
     """compressed-tensors' form."""
 
     def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
-        super().__init__(build, parts)
+        super().__init__(build, parts, form)
         self.fill_from(build, parts, form.scale_per_row, "weight_scale")
 
 
 class BnbInt8Matrix(SignedByteMatrix):
     """bitsandbytes' form: ``scales`` are the rows' largest numbers (``SCB``), weight = code · scale / 127.
 
-    Its separate treatment of outliers among the activations is left out, as these are not quantized.
+    Activations are never rounded, so there is no need to treat the outliers among them apart, as bitsandbytes does.
     """
 
     def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
-        super().__init__(build, parts)
+        super().__init__(build, parts, form)
         sizes = [part.local_outputs for part in parts]
         for part, codes, scales in zip(parts, self.codes.split(sizes), self.scales.split(sizes), strict=True):
             build.fill(codes, f"{part.name}.weight", (part.num_outputs, part.num_inputs), part.start)
@@ -67,7 +75,7 @@ class OnlineInt8Matrix(SignedByteMatrix):
     """Quantized while loading, row by row."""
 
     def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
-        super().__init__(build, parts)
+        super().__init__(build, parts, form)
         quantize_while_loading(build, parts, [self.codes, self.scales], quantize_rows)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from engine.kernels.linear import linear
 from engine.parameter import WHOLE, ParameterBuilder, Split
 
 TILE_BYTES = 8 * 2**20
@@ -82,5 +83,5 @@ def multiply_by_tiles(hidden: torch.Tensor, num_outputs: int, rows: Callable[[sl
     tile = max(1, TILE_BYTES // (hidden.shape[-1] * hidden.element_size()))
     for first in range(0, num_outputs, tile):
         last = min(first + tile, num_outputs)
-        torch.matmul(hidden, rows(slice(first, last)).t(), out=output[..., first:last])
+        output[..., first:last] = linear(hidden, rows(slice(first, last)))
     return output
