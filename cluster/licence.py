@@ -14,6 +14,10 @@ from typing import Any
 
 import yaml
 
+from engine.errors import CheckpointError
+from engine.gguf.header import is_gguf
+from engine.gguf.model import read_model
+
 UNKNOWN = "unknown"
 _MAX_READ_BYTES = 65_536
 _MAX_NAME_CHARS = 120
@@ -84,13 +88,16 @@ _LLAMA_3_1_OR_3_3 = _Terms("", "Llama 3.1 or Llama 3.3 Community License", "(?!)
 
 
 def licence_of(checkpoint: str | Path | Mapping[str, Any]) -> Licence:
-    """The licence of a checkpoint's directory, of one config.json, or of the content of one. Pure but for reading.
+    """The licence of a checkpoint's directory, of a GGUF file, of one config.json, or of the content of one. Pure but
+    for reading.
 
     A file that cannot be read or parsed tells nothing; where nothing tells, the name is "unknown".
     """
     if isinstance(checkpoint, Mapping):
         return _from_config(checkpoint)
     path = Path(checkpoint)
+    if is_gguf(path):
+        return _from_gguf(path)
     if not path.is_dir():
         return _from_config(_read_config(path))
     config = _read_config(path / "config.json")
@@ -105,6 +112,22 @@ def licence_of(checkpoint: str | Path | Mapping[str, Any]) -> Licence:
             if terms is not None:
                 return _licence(terms, name, config, by_shape)
     return _from_config(config)
+
+
+def _from_gguf(path: Path) -> Licence:
+    """The hub's name for it in the metadata, else the shapes."""
+    try:
+        model = read_model(path)
+    except CheckpointError:
+        return Licence()
+    metadata, rope = model.header.metadata, model.config["rope_parameters"]
+    if model.rope_divisors:
+        rope = rope | {"factor": max(model.rope_divisors)}
+    by_shape = _terms_of_shape(dict(model.config) | {"rope_parameters": rope})
+    for key in ("general.license", "general.license.name"):
+        if terms := _by_name(metadata.get(key)):
+            return _licence(terms, f"{key} in its metadata", model.config, by_shape)
+    return _licence(by_shape, "its shapes", model.config, by_shape) if by_shape else Licence()
 
 
 def _from_config(config: Mapping[str, Any]) -> Licence:
@@ -145,6 +168,11 @@ def _by_front_matter(text: str) -> _Terms | None:
     name = card.get("license")
     if name == "other":
         name = card.get("license_name")
+    return _by_name(name)
+
+
+def _by_name(name: Any) -> _Terms | None:
+    """From the hub's name for a licence, or another's."""
     if not isinstance(name, str) or not name.isprintable() or name.lower() in ("", "other", UNKNOWN):
         return None
     return _BY_ID.get(name.lower()) or _Terms("", name[:_MAX_NAME_CHARS], "(?!)")

@@ -1,4 +1,4 @@
-"""What the front end reads of a checkpoint: small JSON files, never weights."""
+"""What the front end reads of a checkpoint: small JSON files or a GGUF file's metadata, never weights."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.frontend.gguf_files import gguf_as_json
 from cluster.licence import Licence, licence_of
 from engine.errors import CheckpointError
+from engine.gguf.header import is_gguf
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -35,9 +37,12 @@ class ModelFiles:
 
 def read_model_files(path: Path) -> ModelFiles:
     """Raises CheckpointError where a file is missing or is not what it should be."""
-    config = _read_object(path / "config.json", required=True)
-    generation = _read_object(path / "generation_config.json")
-    tokenizer = _read_object(path / "tokenizer_config.json")
+    if is_gguf(path):
+        config, generation, tokenizer = gguf_as_json(path)
+    else:
+        config = _read_object(path / "config.json", required=True)
+        generation = _read_object(path / "generation_config.json")
+        tokenizer = _read_object(path / "tokenizer_config.json")
     text_config = config.get("text_config") or config
     vocab_size = text_config.get("vocab_size")
     if not isinstance(vocab_size, int):

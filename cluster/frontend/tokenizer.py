@@ -11,15 +11,18 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from cluster.frontend.chat_template import ChatTemplate
 from cluster.frontend.detokenizer import decode_text
+from cluster.frontend.gguf_tokenizer import tokenizer_definition
 from cluster.frontend.model_files import ModelFiles
 from cluster.frontend.token_bytes import TokenBytes
 from engine.errors import CheckpointError, InvalidRequest
+from engine.gguf.header import is_gguf
 
 # Unicode noncharacters: they stand in no text that was meant as such.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -30,22 +33,14 @@ class Tokenizer:
     """One checkpoint's tokenizer. Threads may share it; encoding releases the interpreter lock.
 
     Args:
-        files: where tokenizer.json and the template are.
+        files: where the tokenizer and the template are: a directory with tokenizer.json, or a GGUF file.
 
     Raises:
-        CheckpointError: tokenizer.json is missing, broken or of an unsupported kind.
+        CheckpointError: the tokenizer is missing, broken or of an unsupported kind.
     """
 
     def __init__(self, files: ModelFiles) -> None:
-        path = files.path / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; Remuda needs a fast tokenizer's tokenizer.json")
-        try:
-            text = path.read_text(encoding="utf-8")
-            definition = json.loads(text)
-            self._original = _load(text)
-        except Exception as error:  # tokenizers raises no narrower class
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        definition, self._original = _read(files.path)
         special = {entry["content"]: entry["id"] for entry in definition["added_tokens"] if entry["special"]}
         self._nonce = secrets.token_hex(8)
         # The longest first, so that the pattern prefers it.
@@ -154,6 +149,21 @@ def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     """As ``encode``, which holds Python's lock all the while, for seconds if the text is long. This lets others run."""
     ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
     return ids
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
+    """What tokenizer.json says, or would say, and the tokenizer made of it. Raises CheckpointError."""
+    if is_gguf(checkpoint):
+        path, text = checkpoint, json.dumps(tokenizer_definition(checkpoint))
+    else:
+        path = checkpoint / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; Remuda needs a fast tokenizer's tokenizer.json")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return json.loads(text), _load(text)
+    except Exception as error:  # tokenizers raises no narrower class
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _load(text: str) -> tokenizers.Tokenizer:

@@ -45,11 +45,12 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """``metadata``: by key; arrays are lists. ``tensors``: by name."""
+    """``metadata``: by key; arrays are lists. ``tensors``: by name. ``num_bytes``: of the whole file."""
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    num_bytes: int
 
 
 def read_header(path: str | Path) -> GgufHeader:
@@ -94,7 +95,7 @@ class _Reader:
             if tensor.name in tensors:
                 raise self._broken(f"the tensor {tensor.name!r} stands there twice")
             tensors[tensor.name] = self._placed(tensor, start, alignment)
-        return GgufHeader(self._path, metadata, tensors)
+        return GgufHeader(self._path, metadata, tensors, self._num_bytes)
 
     def _broken(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._path} is broken: {what}")

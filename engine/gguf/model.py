@@ -126,16 +126,17 @@ def _config(facts: _Facts, tensors: Mapping[str, NamedTensor]) -> dict[str, Any]
 def _architecture(facts: _Facts) -> dict[str, Any]:
     num_experts = int(facts.get("expert_count") or 0)
     if facts.architecture == "qwen3":
-        return {"architectures": ["Qwen3ForCausalLM"]}
+        return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     if facts.architecture == "llama" and not num_experts:
-        return {"architectures": ["LlamaForCausalLM"]}
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     experts = {"num_local_experts": num_experts, "num_experts_per_tok": facts.integer("expert_used_count")}
     if facts.architecture == "llama":
-        return experts | {"architectures": ["MixtralForCausalLM"], "sliding_window": None}
+        return experts | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
     width = facts.integer("expert_feed_forward_length")
     # llama.cpp always divides by the sum; no released Qwen3 mixture does otherwise.
     return experts | {
         "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
         "num_experts": num_experts,
         "moe_intermediate_size": width,
         "norm_topk_prob": True,
