@@ -165,6 +165,14 @@ class ModelConfig:
         return self.max_position_embeddings
 
     @property
+    def notice(self) -> str | None:
+        """For people: what the checkpoint has and is not served. None: nothing."""
+        if not self.skipped_prefixes:
+            return None
+        tensors = ", ".join(f"{prefix}*" for prefix in self.skipped_prefixes)
+        return f"only text is served; the checkpoint's vision tensors ({tensors}) are skipped"
+
+    @property
     def num_experts(self) -> int:
         """Routed experts of each mixture-of-experts layer; 0 for a dense model."""
         return max((layer.moe.num_experts for layer in self.layers if layer.moe), default=0)

@@ -78,6 +78,8 @@ class _Serving:
             f"tp={plan.tensor_parallel_size} ep={plan.expert_parallel_size}{copies}\n"
             f"HTTP http://{config.host}:{front_end.port}/v1, gRPC {config.host}:{front_end.grpc_port} (Ctrl-C stops)"
         )
+        if self._checked.model.notice:
+            self._console.print(f"  notice: {self._checked.model.notice}", markup=False)
         licence = front_end.service.licence
         for line in (licence.describe(), *(f"  notice: {notice}" for notice in licence.notices)):
             self._console.print(line, markup=False)

@@ -26,6 +26,9 @@ SERVED = [
     "Llama-4-Scout-17B-16E-Instruct",
     "Llama-4-Maverick-17B-128E-Instruct",
     "Llama-Guard-4-12B",
+    "Mixtral-8x7B",
+    "Mixtral-8x22B",
+    "Qwen3-30B-A3B",
 ]
 
 

@@ -2,14 +2,15 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.config import Dtype, ParallelConfig
+from engine.config import Dtype, KvGroupConfig, ParallelConfig
 from engine.errors import CheckpointError, LayoutError
-from engine.layer_config import QkNorm
+from engine.layer_config import LayerConfig, QkNorm
 from engine.model_config import (
     PLAN_ONLY_ARCHITECTURES,
     ModelConfig,
@@ -20,6 +21,21 @@ from engine.model_config import (
 from engine.rope_config import RopeType
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
+
+SERVED = sorted(
+    path.stem
+    for path in MODELS.glob("*.json")
+    if path.stem != "params" and json.loads(path.read_text())["architectures"][0] not in PLAN_ONLY_ARCHITECTURES
+)
+CONFIG_CLASSES = {
+    "LlamaForCausalLM": "LlamaConfig",
+    "Llama4ForCausalLM": "Llama4TextConfig",
+    "Llama4ForConditionalGeneration": "Llama4Config",
+    "MistralForCausalLM": "MistralConfig",
+    "MixtralForCausalLM": "MixtralConfig",
+    "Qwen3ForCausalLM": "Qwen3Config",
+    "Qwen3MoeForCausalLM": "Qwen3MoeConfig",
+}
 
 LLAMA_V4: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -62,15 +78,39 @@ def test_both_forms_of_a_llama_config_are_equal() -> None:
     assert config.dtype is Dtype.BFLOAT16
 
 
-def test_transformers_own_rewriting_of_a_hub_config_means_the_same(tmp_path: Path) -> None:
-    """The v5 form as transformers itself writes it: explicit moe_layers, layer_types and no_rope_layers."""
+@pytest.mark.parametrize("name", SERVED)
+def test_transformers_own_rewriting_of_a_hub_config_means_the_same(name: str, tmp_path: Path) -> None:
+    """The v5 form as transformers itself writes it: rope_parameters, explicit lists of layers, num_local_experts."""
     transformers = pytest.importorskip("transformers")
-    for name in ("Llama-4-Scout-17B-16E-Instruct", "Llama-4-Maverick-17B-128E-Instruct"):
-        old = {**hub_config(name)["text_config"], "architectures": ["Llama4ForCausalLM"]}
-        assert old["no_rope_layers"] == []
-        transformers.Llama4TextConfig(**old).save_pretrained(tmp_path)
-        assert "rope_parameters" in json.loads((tmp_path / "config.json").read_text())
-        assert ModelConfig.from_directory(tmp_path) == ModelConfig.from_hf(old)
+    old = hub_config(name)
+    # Quantization is written as it was read; Guard 4's null chunk breaks transformers.
+    old = {key: value for key, value in old.items() if key != "quantization_config"}
+    if name == "Llama-Guard-4-12B":
+        old["text_config"] = old["text_config"] | {"interleave_moe_layer_step": 1}
+    config_class = getattr(transformers, CONFIG_CLASSES[old["architectures"][0]])
+    config_class.from_dict(old).save_pretrained(tmp_path)
+    new = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in new.get("text_config", new)
+    assert ModelConfig.from_directory(tmp_path) == ModelConfig.from_hf(old)
+
+
+@pytest.mark.parametrize("architecture", CONFIG_CLASSES)
+def test_what_transformers_assumes_is_assumed(architecture: str, tmp_path: Path) -> None:
+    """A config.json that says next to nothing, against the same one with transformers' defaults written out."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 30, "num_attention_heads": 8}
+    sizes |= {"num_key_value_heads": 8, "intermediate_size": 96, "intermediate_size_mlp": 96, "num_local_experts": 4}
+    sizes |= {"moe_intermediate_size": 32}
+    short: dict[str, Any] = {"architectures": [architecture]}
+    if architecture == "Llama4ForConditionalGeneration":
+        short |= {"text_config": sizes}
+    else:
+        short |= sizes
+    getattr(transformers, CONFIG_CLASSES[architecture])(**short).save_pretrained(tmp_path)
+    full = ModelConfig.from_directory(tmp_path)
+    assert replace(ModelConfig.from_hf(short), bos_token_id=None, eos_token_ids=()) == replace(
+        full, bos_token_id=None, eos_token_ids=()
+    )
 
 
 def test_llama4_layers() -> None:
@@ -94,6 +134,81 @@ def test_scout_norms_queries_in_rope_layers_only() -> None:
     assert all(layer.moe for layer in config.layers)
     assert all((layer.qk_norm is QkNorm.UNWEIGHTED_AFTER_ROPE) == layer.use_rope for layer in config.layers)
     assert config.rope.low_freq_factor == config.rope.high_freq_factor == 1.0
+
+
+def test_vision_tensors_are_named_and_skipped() -> None:
+    config = ModelConfig.from_hf(hub_config("Llama-4-Scout-17B-16E-Instruct"))
+    assert config.skipped_prefixes == ("vision_model.", "multi_modal_projector.")
+    assert config.notice and "only text is served" in config.notice and "vision_model.*" in config.notice
+    text_only = hub_config("Llama-4-Scout-17B-16E-Instruct")["text_config"] | {"architectures": ["Llama4ForCausalLM"]}
+    assert (ModelConfig.from_hf(text_only).skipped_prefixes, ModelConfig.from_hf(text_only).notice) == ((), None)
+
+
+def test_llama_guard_4_is_dense_and_unchunked() -> None:
+    config = ModelConfig.from_hf(hub_config("Llama-Guard-4-12B"))
+    assert set(config.layers) == {LayerConfig(intermediate_size=8192)}
+    assert config.num_experts == 0 and len(kv_groups(config)) == 1
+
+
+def test_llama_1_has_neither_kv_heads_nor_theta() -> None:
+    absent = ("num_key_value_heads", "rope_theta", "rope_scaling", "max_position_embeddings")
+    old = {key: value for key, value in LLAMA_V4.items() if key not in absent}
+    config = ModelConfig.from_hf(old | {"architectures": ["LLaMAForCausalLM"], "max_sequence_length": 1024})
+    assert config.architecture == "LlamaForCausalLM"
+    assert (config.num_kv_heads, config.max_position_embeddings, config.rope.theta) == (8, 1024, 10000.0)
+    assert ModelConfig.from_hf(old).max_position_embeddings == 2048
+
+
+MISTRAL = LLAMA_V4 | {"architectures": ["MistralForCausalLM"], "rope_scaling": None, "num_hidden_layers": 4}
+QWEN3 = MISTRAL | {"architectures": ["Qwen3ForCausalLM"]}
+QWEN3_MOE = MISTRAL | {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "moe_intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (MISTRAL | {"sliding_window": 32}, [32] * 4),
+        (MISTRAL | {"sliding_window": None}, [None] * 4),
+        (MISTRAL, [4096] * 4),
+        (QWEN3 | {"sliding_window": 32, "max_window_layers": 3}, [None] * 4),
+        (QWEN3 | {"sliding_window": 32, "max_window_layers": 3, "use_sliding_window": True}, [None] * 3 + [32]),
+        (
+            QWEN3
+            | {"sliding_window": 32, "use_sliding_window": True}
+            | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+            [32, None, 32, None],
+        ),
+        (QWEN3_MOE | {"sliding_window": 32}, [None] * 4),
+        (QWEN3_MOE | {"sliding_window": 32, "use_sliding_window": True}, [32] * 4),
+    ],
+)
+def test_windows(config: dict[str, Any], windows: list[int | None]) -> None:
+    assert [layer.window_size for layer in ModelConfig.from_hf(config).layers] == windows
+
+
+@pytest.mark.parametrize(
+    ("change", "mixtures"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"decoder_sparse_step": 2}, [1, 3]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, [1]),
+        ({"mlp_only_layers": [0, 2]}, [1, 3]),
+        ({"num_experts": 0}, []),
+    ],
+)
+def test_mixtures_of_qwen3(change: dict[str, Any], mixtures: list[int]) -> None:
+    config = ModelConfig.from_hf(QWEN3_MOE | change)
+    assert [i for i, layer in enumerate(config.layers) if layer.moe] == mixtures
+    renamed = QWEN3_MOE | change
+    renamed["num_local_experts"] = renamed.pop("num_experts")
+    assert ModelConfig.from_hf(renamed) == config
+
+
+def test_kv_groups_of_windows_and_full_layers() -> None:
+    kinds = ["full_attention", "sliding_attention"] * 2
+    config = ModelConfig.from_hf(QWEN3 | {"use_sliding_window": True, "sliding_window": 32, "layer_types": kinds})
+    assert kv_groups(config) == (KvGroupConfig((0, 2)), KvGroupConfig((1, 3), window_size=32))
+    assert kv_groups(ModelConfig.from_hf(MISTRAL)) == (KvGroupConfig((0, 1, 2, 3), window_size=4096),)
 
 
 def test_explicit_layer_lists_win() -> None:
@@ -126,7 +241,10 @@ def test_end_tokens_of_both_files_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel'; served are Llama4ForCausalLM, Llama4For"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "'GPT2LMHeadModel'; served are Llama4ForCausalLM, .*Qwen3MoeForCausalLM",
+        ),
         ({"quantization_config": {"quant_method": "quip"}}, "quantized by quip; served are awq"),
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'; served are default, linear"),
@@ -210,12 +328,21 @@ def test_illegal_layouts_of_a_dense_model(change: dict[str, Any], layout: dict[s
         ({"num_local_experts": 6}, {"tp": 4, "ep": 4}, "ep=4 does not divide the model's 6 experts"),
         ({"intermediate_size": 50}, {"tp": 4, "ep": 2}, "feed-forward width 50"),
         ({"intermediate_size_mlp": 50, "interleave_moe_layer_step": 2}, {"tp": 4}, "feed-forward width 50"),
+        (
+            {"architectures": ["MixtralForCausalLM"], "intermediate_size": 50},
+            {"tp": 4},
+            "tp / ep = 4 does not divide the experts' width 50",
+        ),
     ],
 )
 def test_illegal_layouts_of_a_mixture(change: dict[str, Any], layout: dict[str, int], message: str) -> None:
     text = hub_config("Llama-4-Scout-17B-16E-Instruct")["text_config"] | {"architectures": ["Llama4ForCausalLM"]}
     with pytest.raises(LayoutError, match=message):
         validate_layout(ModelConfig.from_hf(text | change), ParallelConfig(**layout))
+
+
+def test_experts_without_a_shared_one_need_only_be_divided_as_experts_are() -> None:
+    validate_layout(ModelConfig.from_hf(QWEN3_MOE | {"moe_intermediate_size": 49}), ParallelConfig(tp=4, ep=4))
 
 
 def test_ep_must_divide_the_ranks() -> None:
