@@ -69,6 +69,7 @@ def worker_configs(
                 quantization=plan.quantization,
                 device=plan.device,
                 relay=relay,
+                host_ranks=tuple(by_host[placed.host]),
                 store_host=store_host,
                 store_port=store_port,
                 bind_address=placed.host,

@@ -34,6 +34,7 @@ from engine.parallel.mesh import Mesh
 from engine.parallel.store import connect_store
 from engine.slot_table import SlotTable
 from engine.weights.ledger import kv_block_bytes
+from engine.weights.load_check import HostShare
 from engine.weights.loader import load_weights
 
 _PROGRESS_INTERVAL_S = 0.1
@@ -78,7 +79,8 @@ class _Startup:
             mesh = self._join(store)
         with self._phase("load"):
             model = build_model(model_config, mesh, config.dtype, self._device)
-            weight_bytes = load_weights(model, config.model, config.load_format, self._report_bytes)
+            share = _host_share(config)
+            weight_bytes = load_weights(model, config.model, config.load_format, self._report_bytes, share)
             self._await_others(store)
         with self._phase("profile"):
             kv_bytes = self._profile(model, mesh)
@@ -197,6 +199,12 @@ class _Startup:
             dp_group=mesh.dp_rank,
         )
         return ModelRunner(model, mesh, cache, slots, depth=config.depth, device=self._device)
+
+
+def _host_share(config: WorkerConfig) -> HostShare:
+    if not config.host_ranks:
+        return HostShare()
+    return HostShare(config.host_ranks.index(config.rank), len(config.host_ranks))
 
 
 def _device(config: WorkerConfig) -> torch.device:

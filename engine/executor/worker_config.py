@@ -38,6 +38,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"
     """cpu, cuda (the first that the process sees) or cuda:N."""
     relay: RelayConfig | None = None
+    host_ranks: tuple[int, ...] = ()
+    """The ranks on this one's host, itself among them, which share the check of the checkpoint's hashes."""
     store_host: str = "127.0.0.1"
     store_port: int = 0
     bind_address: str = "127.0.0.1"

@@ -5,8 +5,10 @@ A checkpoint is one file or several shards with an index. Torch-free.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from engine.errors import CheckpointError
 from engine.weights.other_forms import describe_other_form
@@ -16,18 +18,29 @@ __all__ = ["FLOAT_FORMATS", "Checkpoint", "TensorEntry"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_DOUBLED = re.compile(r"\.self_attn\.[kv]_proj\.(weight|weight_scale|bias)$")
+"""What has a row, or a number, for each element of each key-value head."""
 
 
 class Checkpoint:
     """The tensors of a directory, by name. Opening it reads headers, no weights.
 
-    ``file_bytes``: of each of its files, as they were then. Raises CheckpointError, naming the file, where one is
-    missing, truncated or not safetensors, and where two hold the same tensor.
+    ``kv_head_dim``: size of a key-value head, where heads that are stored twice shall be recognised. ``aliases``: the
+    tensor to take where another is missing. ``file_bytes``: of each of its files, as they were then.
+    ``has_doubled_heads``: whether an ``entry`` so far was one of doubled heads.
+
+    Raises CheckpointError, naming the file, where one is missing, truncated or not safetensors, and where two hold the
+    same tensor.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(
+        self, directory: str | Path, kv_head_dim: int | None = None, aliases: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.directory = Path(directory)
         self.file_bytes: dict[Path, int] = {}
+        self.has_doubled_heads = False
+        self._kv_head_dim = kv_head_dim
+        self._aliases = aliases
         self._index = _read_index(self.directory)
         self._entries: dict[str, TensorEntry] = {}
         for name in sorted(set(self._index.values())) or [SINGLE_FILE]:
@@ -46,10 +59,6 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: tensor {entry.name!r} stands in {other} too, and the index in neither")
             self._entries[entry.name] = entry
 
-    def find(self, name: str) -> TensorEntry | None:
-        """The tensor ``name``, if there is one."""
-        return self._entries.get(name)
-
     def entry(
         self,
         name: str,
@@ -61,14 +70,21 @@ class Checkpoint:
         it is given as one of ``shape``; (-1,) for one dimension of at most that size) and whose format one of
         ``formats``.
 
+        Meta's first form of Llama 3.1 405B has every key-value head twice. Such a tensor of ``shape`` [heads × dim, …]
+        is given as one of [heads, 2, dim, …], of which the first of each pair is to be read.
+
         Raises CheckpointError, naming file and tensor, where it is missing or different.
         """
-        entry = self._entries.get(name)
+        entry = self._entries.get(name) or self._entries.get(self._aliases.get(name, ""))
         if entry is None:
             where = self.directory / self._index[name] if name in self._index else self.directory
             raise CheckpointError(f"{where} has no tensor {name!r}, which the model of its config.json needs")
         if entry.shape in stored_shapes:
             entry = dataclasses.replace(entry, shape=shape)
+        elif self._kv_head_dim and _DOUBLED.search(name) and entry.shape == (2 * shape[0], *shape[1:]):
+            shape = (shape[0] // self._kv_head_dim, 2, self._kv_head_dim, *shape[1:])
+            entry = dataclasses.replace(entry, shape=shape)
+            self.has_doubled_heads = True
         is_shorter = (-1,) in stored_shapes and len(entry.shape) == 1 and entry.shape < shape
         if entry.shape != shape and not is_shorter:
             raise CheckpointError(

@@ -1,29 +1,35 @@
 """Fills a rank's parameters. Each rank reads only its own slices, by offset."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from engine.config import LoadFormat
+from engine.gguf.header import is_gguf
 from engine.model_config import ModelConfig
 from engine.models.registry import Model, build_model
 from engine.parallel.mesh import Mesh
 from engine.parameter import Conversion, TensorSlice, total_bytes
 from engine.weights.checkpoint import FLOAT_FORMATS, Checkpoint, TensorEntry
 from engine.weights.dummy import ProgressCallback, fill_with_random_values
+from engine.weights.gguf_checkpoint import GgufCheckpoint
+from engine.weights.load_check import HostShare, LoadCheck, open_manifest
 from engine.weights.slice_reader import TORCH_DTYPES, OpenFiles, read_slice
 
 _STAGING_BYTES = 8 * 1024 * 1024
+_log = logging.getLogger(__name__)
 
 
 def verify_checkpoint(directory: str | Path, config: ModelConfig) -> None:
     """Check from the headers that ``directory`` holds every tensor of the model, rightly shaped.
 
-    Reads no weights. Raises CheckpointError naming file and tensor.
+    Reads no weights; compares sizes with the manifest, where there is one. Raises CheckpointError naming file and
+    tensor.
     """
-    model = build_model(config, Mesh(), config.dtype, torch.device("meta"))
-    _find_tensors(Checkpoint(directory), model)
+    open_manifest(Path(directory))
+    _find_tensors(_open(directory, config), _whole_model(config))
 
 
 def load_weights(
@@ -31,38 +37,80 @@ def load_weights(
     directory: str | Path,
     load_format: LoadFormat = LoadFormat.SAFETENSORS,
     on_progress: ProgressCallback = lambda done, total: None,
+    share: HostShare = HostShare(),
 ) -> int:
     """Fill ``model``'s parameters and return how many bytes they have.
 
-    Raises CheckpointError before any weight is read where the checkpoint does not suit the model, and while reading
-    where a weight is NaN or infinite or a file ends early.
+    Where the checkpoint has a manifest, this rank checks its ``share`` of the hashes meanwhile.
+
+    Raises CheckpointError before any weight is read where the checkpoint does not suit the model or its manifest, and
+    while reading where a weight is NaN or infinite, a file changes its size or a hash is wrong.
     """
     total = total_bytes(model.slices) + total_bytes(model.conversions)
     if load_format is LoadFormat.DUMMY:
         fill_with_random_values(model.slices, model.conversions, on_progress)
         return total
-    work = _find_tensors(Checkpoint(directory), model)
+    checkpoint = _open(directory, model.config)
+    work = _find_tensors(checkpoint, model)
+    if checkpoint.has_doubled_heads and share.index == 0:
+        _log.warning("%s stores every key-value head twice; one of each pair is read", directory)
     # In the order of the files' bytes, so that reading ahead helps.
     work.sort(key=lambda item: (item[0][0].file, item[0][0].offset))
     staging = bytearray(_STAGING_BYTES)
     done = 0
-    with OpenFiles() as files:
+    with _hash_check(checkpoint, model.config, share) as check, OpenFiles(checkpoint.file_bytes) as files:
         for entries, piece in work:
             if isinstance(piece, Conversion):
                 _run_conversion(files, entries, piece, staging)
                 done += piece.num_bytes
                 on_progress(done, total)
-                continue
-            for num_bytes in read_slice(files, entries[0], piece, staging):
-                done += num_bytes
-                on_progress(done, total)
+            else:
+                for num_bytes in read_slice(files, entries[0], _as_stored(piece, entries[0]), staging):
+                    done += num_bytes
+                    on_progress(done, total)
+            check.raise_failure()
+        files.check_sizes()
+        check.finish()
     return total
+
+
+def _open(directory: str | Path, config: ModelConfig) -> Checkpoint | GgufCheckpoint:
+    if is_gguf(directory):
+        return GgufCheckpoint(directory)
+    aliases = {}
+    if config.tie_word_embeddings:
+        prefix = config.tensor_prefix
+        aliases[f"{prefix}model.embed_tokens.weight"] = f"{prefix}lm_head.weight"
+    return Checkpoint(directory, config.head_dim, aliases)
+
+
+def _whole_model(config: ModelConfig) -> Model:
+    return build_model(config, Mesh(), config.dtype, torch.device("meta"))
+
+
+def _hash_check(checkpoint: Checkpoint | GgufCheckpoint, config: ModelConfig, share: HostShare) -> LoadCheck:
+    manifest = open_manifest(checkpoint.directory)
+    needed: list[TensorEntry] = []
+    if manifest is not None:
+        # Of all ranks, so that those of a host divide the same list.
+        needed = [entry for entries, _ in _find_tensors(checkpoint, _whole_model(config)) for entry in entries]
+    return LoadCheck(checkpoint.directory, manifest, needed, share)
+
+
+def _as_stored(piece: TensorSlice, entry: TensorEntry) -> TensorSlice:
+    """The same rectangle in the dimensions of ``entry``, which has one of each pair of heads to be read."""
+    if len(entry.shape) == len(piece.shape):
+        return piece
+    head_dim = entry.shape[2]
+    heads, first_head = piece.destination.shape[0] // head_dim, piece.start[0] // head_dim
+    destination = piece.destination.unflatten(0, (heads, 1, head_dim))
+    return TensorSlice(piece.name, entry.shape, (first_head, 0, 0, *piece.start[1:]), destination)
 
 
 _Work = list[tuple[list[TensorEntry], TensorSlice | Conversion]]
 
 
-def _find_tensors(checkpoint: Checkpoint, model: Model) -> _Work:
+def _find_tensors(checkpoint: Checkpoint | GgufCheckpoint, model: Model) -> _Work:
     """What to read for each piece of the model. Raises CheckpointError where a tensor is missing or different."""
     work: _Work = []
     for piece in model.slices:
@@ -87,10 +135,11 @@ def _run_conversion(
     device = conversion.destinations[0].device
     for entry, source in zip(entries, conversion.sources, strict=True):
         # A tensor that may be shorter than its source is read whole.
-        size = source.size if entry.shape == source.shape else entry.shape
+        is_shorter = len(entry.shape) == 1 and entry.shape != source.shape
+        size = entry.shape if is_shorter else source.size
         tensor = torch.empty(size, dtype=TORCH_DTYPES[entry.format])
         piece = TensorSlice(source.name, source.shape, source.start, tensor)
-        for _ in read_slice(files, entry, piece, staging):
+        for _ in read_slice(files, entry, _as_stored(piece, entry), staging):
             pass
         sources.append(tensor.to(device))
     conversion.convert(*sources)

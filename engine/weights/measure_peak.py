@@ -23,6 +23,7 @@ from engine.model_config import ModelConfig
 from engine.models.registry import build_model
 from engine.parallel.distributed import init_distributed
 from engine.weights.ledger import shard_bytes
+from engine.weights.load_check import HostShare
 from engine.weights.loader import load_weights
 
 _TIMEOUT_S = 600.0
@@ -86,7 +87,7 @@ def _run_rank(arguments: argparse.Namespace, parallel: ParallelConfig) -> None:
     build_model(config, mesh, arguments.dtype, torch.device("meta"))
     if arguments.load:
         model = build_model(config, mesh, arguments.dtype, torch.device("cpu"))
-        load_weights(model, arguments.directory)
+        load_weights(model, arguments.directory, share=HostShare(arguments.rank, parallel.num_ranks))
     peak = peak_resident_bytes()
     # Nobody leaves while another still needs the connection.
     mesh.tp.all_reduce(torch.ones(1))

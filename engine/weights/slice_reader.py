@@ -6,15 +6,18 @@ Files are read, not mapped: mapped pages would count as the rank's memory.
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 import torch
 
 from engine.errors import CheckpointError
+from engine.gguf.block_types import QUANTIZED_TYPES
 from engine.parameter import TensorSlice
+from engine.weights.gguf_checkpoint import GgufEntry
+from engine.weights.gguf_slices import finish_slice
 from engine.weights.safetensors_file import TensorEntry
 
 _MIN_RUN_BYTES = 4096
@@ -29,13 +32,18 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
     "I32": torch.int32,
     "I64": torch.int64,
+    **dict.fromkeys(QUANTIZED_TYPES, torch.uint8),
 }
 
 
 class OpenFiles:
-    """File descriptors by path, opened when first asked for and closed together."""
+    """File descriptors by path, opened when first asked for and closed together.
 
-    def __init__(self) -> None:
+    ``file_bytes``: how large the files were when their headers were read.
+    """
+
+    def __init__(self, file_bytes: Mapping[Path, int] = MappingProxyType({})) -> None:
+        self._file_bytes = file_bytes
         self._descriptors: dict[Path, int] = {}
 
     def __enter__(self) -> Self:
@@ -51,6 +59,13 @@ class OpenFiles:
         if path not in self._descriptors:
             self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._descriptors[path]
+
+    def check_sizes(self) -> None:
+        """Raises CheckpointError where a file that was read has changed its size."""
+        for path, descriptor in self._descriptors.items():
+            now = os.fstat(descriptor).st_size
+            if now != self._file_bytes.get(path, now):
+                raise CheckpointError(f"{path} changed from {self._file_bytes[path]} to {now} bytes while it was read")
 
 
 def read_slice(files: OpenFiles, entry: TensorEntry, piece: TensorSlice, staging: bytearray) -> Iterator[int]:
@@ -77,6 +92,8 @@ def read_slice(files: OpenFiles, entry: TensorEntry, piece: TensorSlice, staging
         _check_finite(values, entry)
         destination.copy_(values)
         yield destination.numel() * destination.element_size()
+    if isinstance(entry, GgufEntry):
+        finish_slice(entry, piece.destination)
 
 
 def _dim_to_widen(entry: TensorEntry, size: Sequence[int], limit: int) -> int | None:
