@@ -28,6 +28,7 @@ _CLOSING = ("</tool_call>", "</function>", _PYTHON_END)
 TOKENS = tuple(dict.fromkeys((*OPENING, *_CLOSING)))
 """Those of these that are control tokens of a tokenizer have to be kept in the text."""
 
+_MEMBERS = ("name", "parameters", "arguments", "type", "id")
 _MAX_KEYWORD_CHARS = 256
 _NAME_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
 _KEYWORD = re.compile(r"[^\W\d]\w*")
@@ -139,6 +140,8 @@ def _json_call(cursor: Cursor, names: Collection[str]) -> Steps[None]:
     while True:
         yield from skip_whitespace(cursor)
         key = yield from _string(cursor)
+        if key not in _MEMBERS:
+            raise Malformed
         yield from skip_whitespace(cursor)
         yield from expect(cursor, ":")
         yield from skip_whitespace(cursor)

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.frontend.tools.cursor import MAX_DEPTH
 from engine.errors import InvalidRequest
 
 MAX_TOOLS = 256
@@ -68,6 +69,11 @@ def _check_tool(tool: Mapping[str, Any], number: int) -> dict[str, Any]:
     return dict(tool)
 
 
+def _is_shallow(value: Any, num_levels: int) -> bool:
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return all(num_levels > 1 and _is_shallow(entry, num_levels - 1) for entry in inside)
+
+
 def past_calls(calls: Any, param: str) -> list[dict[str, Any]]:
     """A message's ``tool_calls`` for a template, which expects the arguments as a mapping. Raises InvalidRequest."""
     if not isinstance(calls, list):
@@ -88,6 +94,9 @@ def _past_call(call: Any, param: str) -> dict[str, Any]:
             arguments = msgspec.json.decode(arguments)
         except (ValueError, RecursionError):
             arguments = None
-    if not isinstance(arguments, Mapping):
-        raise InvalidRequest("the arguments of a tool call must be a JSON object", f"{param}.function.arguments")
+    if not isinstance(arguments, Mapping) or not _is_shallow(arguments, MAX_DEPTH):
+        raise InvalidRequest(
+            f"the arguments of a tool call must be a JSON object, at most {MAX_DEPTH} deep",
+            f"{param}.function.arguments",
+        )
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
