@@ -15,6 +15,8 @@ from engine.quantization_config import MatrixFormat
 _LARGEST = 127.0
 _MAX_FAST_TOKENS = 8
 """torch's operation reads each weight as a byte, but is slow for each token: converting a tile wins above."""
+_FAST_INPUTS = 32
+"""It takes whole vectors of inputs without asking whether there are any left (torch 2.13 reads past the end)."""
 
 
 class SignedByteMatrix(RowScaledMatrix):
@@ -23,7 +25,7 @@ class SignedByteMatrix(RowScaledMatrix):
 
     def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
         super().__init__(build, parts, torch.int8)
-        self._is_fast = build.device.type == "cpu"
+        self._is_fast = build.device.type == "cpu" and self.num_inputs % _FAST_INPUTS == 0
         self._rounds_inputs = form.rounds_inputs and can_multiply_int8(self.codes, build.dtype)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,7 @@ def load_matrix(
     config = ModelConfig.from_directory(directory, quantization)
     build = ParameterBuilder(Mesh(), dtype, torch.device("cpu"), prefix, config.quantization)
     matrix = make_matrix(build, parts)
-    load_weights(SimpleNamespace(slices=build.slices, conversions=build.conversions), directory)  # type: ignore[arg-type]
+    load_weights(SimpleNamespace(config=config, slices=build.slices, conversions=build.conversions), directory)  # type: ignore[arg-type]
     return matrix
 
 
