@@ -58,8 +58,10 @@ def byte_level(path: Path, template: str = LLAMA3_TEMPLATE) -> Path:
     )
     names = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     names += ["<|header_start|>", "<|header_end|>", "<|eot|>"]
+    names += ["<|python_tag|>", "<|eom_id|>", "<|python_start|>", "<|python_end|>", "[TOOL_CALLS]", "[INST]", "[/INST]"]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    plain = ["<think>", "<tool_call>", "</tool_call>"]
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in plain])
     bos = tokenizer.token_to_id("<|begin_of_text|>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)]
