@@ -96,6 +96,14 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Bounds of what adapters may take: how many at once, and the rank of each one's matrices."""
+
+    max_loras: int = 8
+    max_rank: int = 64
+
+
+@dataclass(frozen=True)
 class KvGroupConfig:
     """Layers that share one block table. All groups of a model have equally many layers, so one pool of blocks of one
     size serves them all: a block holds ``block_size`` tokens' keys and values of the ``len(layers)`` layers of the

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
+from engine.config import CacheConfig, KvGroupConfig, LoraConfig, SchedulerConfig
 from engine.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, Overloaded, ProtocolViolation
 from engine.executor.executor import Executor
 from engine.messages import StepPlan, StepResult
-from engine.request import FinishReason, Output, Request
+from engine.request import AdapterInfo, FinishReason, Output, Request
+from engine.scheduler.adapter_table import AdapterTable
 from engine.scheduler.policy import FirstComeFirstServed, Policy
 from engine.scheduler.request_state import RequestState
 from engine.scheduler.scheduler import Scheduler
@@ -50,6 +51,7 @@ class Engine:
         epoch: of the gang; every change goes through ``reset``.
         input_references: see Scheduler.
         policy: makes one policy per dp group.
+        lora_config: bounds of adapters.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Engine:
         epoch: int = 0,
         input_references: bool = True,
         policy: Callable[[], Policy] = FirstComeFirstServed,
+        lora_config: LoraConfig = LoraConfig(),
     ) -> None:
         self._kv_groups = tuple(kv_groups)
         self._vocab_size = vocab_size
@@ -71,6 +74,7 @@ class Engine:
         self._num_dp_groups = num_dp_groups
         self._input_references = input_references
         self._policy = policy
+        self._adapters = AdapterTable(lora_config)
         self._states: dict[str, RequestState] = {}
         self._outputs: list[Output] = []
         self._num_arrivals = 0
@@ -101,7 +105,8 @@ class Engine:
     def _schedule(self) -> StepPlan | None:
         step = self._next_step
         batches = [scheduler.schedule(step) for scheduler in self._schedulers]
-        if all(batch is None for batch in batches):
+        changes = self._adapters.take_changes(self._used_adapters()) if self._adapters.has_work else []
+        if all(batch is None for batch in batches) and not changes:
             return None
         self._next_step += 1
         return StepPlan(
@@ -111,7 +116,11 @@ class Engine:
                 scheduler.schedule_idle(step) if batch is None else batch
                 for scheduler, batch in zip(self._schedulers, batches, strict=True)
             ],
+            changes,
         )
+
+    def _used_adapters(self) -> set[int]:
+        return {state.adapter for state in self._states.values()}
 
     def _update(self, plan: StepPlan, results: list[StepResult]) -> None:
         if [(result.epoch, result.step) for result in results] != [(plan.epoch, plan.step)] * self._num_dp_groups:
@@ -119,6 +128,8 @@ class Engine:
                 f"epoch {plan.epoch}, step {plan.step} was answered by (epoch, step) "
                 f"{[(result.epoch, result.step) for result in results]} for {self._num_dp_groups} dp groups"
             )
+        if plan.adapters:
+            self._end_without_adapter(self._adapters.returned(plan.adapters, results[0].adapters))
         for scheduler, result in zip(self._schedulers, results, strict=True):
             outputs = scheduler.update(result)
             self._outputs += outputs
@@ -126,14 +137,41 @@ class Engine:
                 if output.finish_reason is not None:
                     del self._states[output.request_id]
 
+    def _end_without_adapter(self, slots: set[int]) -> None:
+        """Only after a reset can requests have an adapter that cannot be loaded (again)."""
+        for state in [state for state in self._states.values() if state.adapter in slots]:
+            del self._states[state.request_id]
+            self._schedulers[state.dp_group].abort(state)
+            message = "the request's adapter could not be loaded again"
+            self._outputs.append(Output(state.request_id, [], FinishReason.ERROR, error=message))
+
+    def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
+        """Has every rank load the LoRA adapter in a directory of its host; later steps do it. ``name``: for requests.
+
+        The future raises AdapterError where a rank could not; then none holds it. Raises AdapterError at once where the
+        name is taken or there is no room.
+        """
+        return self._adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> "Future[None]":
+        """No request can name it from now on; its memory is freed, and the future ends, when the last that has it has
+        ended. Raises AdapterError where there is none."""
+        return self._adapters.unload(name)
+
+    @property
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """Those that requests can name."""
+        return self._adapters.loaded
+
     def add(self, request: Request) -> None:
         """Queues a request; its outputs come from later steps and end with exactly one finish reason.
 
         Raises InvalidRequest, ContextLengthExceeded or Overloaded, and then has done nothing.
         """
         self._validate(request)
+        adapter = self._adapters.slot_of(request.adapter)
         loads = [scheduler.num_running + scheduler.num_waiting for scheduler in self._schedulers]
-        state = RequestState.of(request, self._num_arrivals, loads.index(min(loads)))
+        state = RequestState.of(request, self._num_arrivals, loads.index(min(loads)), adapter)
         scheduler = self._schedulers[state.dp_group]
         if not scheduler.fits(state):
             raise ContextLengthExceeded(
@@ -180,7 +218,8 @@ class Engine:
         return True
 
     def reset(self, epoch: int, *, executor: Executor | None = None, cache_config: CacheConfig | None = None) -> None:
-        """The gang has re-formed: plans in flight are forgotten, every request waits again with the tokens it has.
+        """The gang has re-formed: plans in flight are forgotten, every request waits again with the tokens it has, and
+        adapters are loaded again. A request whose adapter cannot be ends with ERROR.
 
         ``cache_config``: where the new gang's cache has another size. A request that no longer fits ends with ERROR.
         """
@@ -197,6 +236,7 @@ class Engine:
                 del self._states[state.request_id]
                 message = f"the cache has shrunk to {scheduler.num_blocks} KV blocks, too few for this request"
                 self._outputs.append(Output(state.request_id, [], FinishReason.ERROR, error=message))
+        self._adapters.restart(self._used_adapters())
 
     def _begin_epoch(self, epoch: int, executor: Executor, cache_config: CacheConfig) -> None:
         self._epoch = epoch
@@ -219,7 +259,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do or to hand out."""
-        return bool(self._states or self._in_flight or self._outputs)
+        return bool(self._states or self._in_flight or self._outputs or self._adapters.has_work)
 
     def stats(self) -> EngineStats:
         schedulers = self._schedulers
@@ -235,6 +275,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Asserts what must hold between two calls (tests call it after each)."""
+        self._adapters.check_integrity()
         for scheduler in self._schedulers:
             scheduler.check_integrity()
         num_held = sum(scheduler.num_running + scheduler.num_waiting for scheduler in self._schedulers)

@@ -11,19 +11,23 @@ from engine.request import SamplingParams, TopLogprobs
 NULL_BLOCK = 0
 """Block id 0 is never handed out: it pads block tables and stands where a chunked layer's block was freed."""
 NO_STEP = -1
+NO_ADAPTER = -1
+"""Adapter slot of a request to the base model."""
 
 
 class NewRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A request that the ranks do not know yet, in full.
 
     ``token_ids``: prompt, then tokens generated before (preemption or failover). ``slot``: the number by which plans
-    name it from now on, until a plan lists it in ``removed``; 0 ≤ slot < max_num_seqs.
+    name it from now on, until a plan lists it in ``removed``; 0 ≤ slot < max_num_seqs. ``adapter``: the slot of its
+    LoRA adapter.
     """
 
     slot: int
     token_ids: list[int]
     num_prompt_tokens: int
     sampling: SamplingParams
+    adapter: int = NO_ADAPTER
 
 
 class ScheduledRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -55,12 +59,36 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """(source, destination) block ids, copied before the step."""
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="load"):
+    """Every rank reads the LoRA adapter in the directory ``path`` of its own host into the free adapter slot ``slot``.
+
+    Whether or not that succeeds, the slot is in use until it is unloaded. ``max_rank`` bounds the adapter's rank.
+    """
+
+    slot: int
+    path: str
+    max_rank: int
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="unload"):
+    """The adapter slot is free. No request in a slot has it any more once the plan's ``removed`` are gone."""
+
+    slot: int
+
+
+AdapterChange = LoadAdapter | UnloadAdapter
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="plan"):
-    """One forward pass of the whole gang. ``batches[d]`` belongs to dp group d. Steps of an epoch count from 0."""
+    """One forward pass of the whole gang. ``batches[d]`` belongs to dp group d. Steps of an epoch count from 0.
+
+    ``adapters`` take effect first, in order and on all ranks.
+    """
 
     epoch: int
     step: int
     batches: list[BatchPlan]
+    adapters: list[AdapterChange] = []
 
 
 class InitCache(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="init_cache"):
@@ -103,10 +131,20 @@ class SlotError(msgspec.Struct, frozen=True, array_like=True, gc=False):
     message: str
 
 
+class AdapterOutcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What became of a LoadAdapter on one rank: ``num_bytes`` that it holds, or why it failed (``error``)."""
+
+    rank: int
+    slot: int
+    num_bytes: int = 0
+    error: str = ""
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="result"):
     """A rank's answer to a plan, one per rank and plan, in order of steps.
 
-    Only the sampling rank of each dp group (tp rank 0 of the last stage) fills the lists.
+    Only the sampling rank of each dp group (tp rank 0 of the last stage) fills the lists of its batch; every rank fills
+    ``adapters``, one for each LoadAdapter.
     """
 
     epoch: int
@@ -116,6 +154,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="re
     prompt_logprobs: list[PromptLogprobs] = []
     errors: list[SlotError] = []
     duration_us: int = 0
+    adapters: list[AdapterOutcome] = []
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="hello"):

@@ -111,6 +111,16 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     sampling: SamplingParams
     priority: int = 0
     """Lower goes first."""
+    adapter: str = ""
+    """Name of a loaded LoRA adapter; empty for the base model."""
+
+
+class AdapterInfo(msgspec.Struct, frozen=True, gc=False):
+    """A loaded LoRA adapter: the directory it came from, and the bytes that all ranks together hold for it."""
+
+    name: str
+    path: str
+    num_bytes: int = 0
 
 
 class TopLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):

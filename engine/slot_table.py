@@ -11,7 +11,16 @@ from typing import NamedTuple
 from engine.config import KvGroupConfig
 from engine.errors import ProtocolViolation
 from engine.kv_groups import first_visible_block
-from engine.messages import NO_STEP, NULL_BLOCK, BatchPlan, NewRequest, ScheduledRequest, StepPlan
+from engine.messages import (
+    NO_ADAPTER,
+    NO_STEP,
+    NULL_BLOCK,
+    BatchPlan,
+    LoadAdapter,
+    NewRequest,
+    ScheduledRequest,
+    StepPlan,
+)
 from engine.request import SamplingParams
 
 
@@ -34,6 +43,8 @@ class SlotState:
     """The last step after which this slot's next token was wanted."""
     sample_known: bool = False
     """Whether this rank has that token (``record_sample``)."""
+    adapter: int = NO_ADAPTER
+    """The slot of its LoRA adapter."""
 
     @property
     def num_generated(self) -> int:
@@ -85,12 +96,14 @@ class SlotTable:
         self._epoch = epoch
         self._dp_group = dp_group
         self._next_step = 0
+        self._adapters: set[int] = set()
 
     def apply(self, plan: StepPlan) -> list[ScheduledSlot]:
         """Takes over one plan and returns what is to be computed, in the plan's order.
 
         Raises ProtocolViolation where the plan is of another epoch or out of order, names an unknown slot, leaves a
-        gap in a request's positions or its block table, or refers to a sample that this rank does not have.
+        gap in a request's positions or its block table, refers to a sample that this rank does not have, or leaves a
+        request with an adapter that is not loaded.
         """
         if plan.epoch != self._epoch:
             raise ProtocolViolation(f"plan of epoch {plan.epoch} reached a rank of epoch {self._epoch}")
@@ -103,6 +116,8 @@ class SlotTable:
         self._next_step += 1
         batch = plan.batches[self._dp_group]
         self._remove(plan.step, batch)
+        if plan.adapters:
+            self._change_adapters(plan)
         for request in batch.new:
             self._add(plan.step, request)
         scheduled = [self._advance(plan.step, share) for share in batch.scheduled]
@@ -140,6 +155,19 @@ class SlotTable:
                 raise ProtocolViolation(f"step {step} removes slot {slot}, which holds no request")
             self._slots[slot] = None
 
+    def _change_adapters(self, plan: StepPlan) -> None:
+        for change in plan.adapters:
+            is_load = isinstance(change, LoadAdapter)
+            if change.slot < 0 or is_load == (change.slot in self._adapters):
+                raise ProtocolViolation(
+                    f"step {plan.step} {'loads' if is_load else 'unloads'} adapter slot {change.slot}; loaded are "
+                    f"{sorted(self._adapters)}"
+                )
+            self._adapters ^= {change.slot}
+        for slot, state in enumerate(self._slots):
+            if state is not None and state.adapter not in self._adapters | {NO_ADAPTER}:
+                raise ProtocolViolation(f"step {plan.step} unloads adapter slot {state.adapter}, which slot {slot} has")
+
     def _add(self, step: int, request: NewRequest) -> None:
         if not 0 <= request.slot < len(self._slots):
             raise ProtocolViolation(f"step {step} uses slot {request.slot}; slots are 0 to {len(self._slots) - 1}")
@@ -149,12 +177,15 @@ class SlotTable:
             raise ProtocolViolation(
                 f"slot {request.slot}: {request.num_prompt_tokens} prompt tokens of {len(request.token_ids)} tokens"
             )
+        if request.adapter not in self._adapters | {NO_ADAPTER}:
+            raise ProtocolViolation(f"slot {request.slot}: adapter slot {request.adapter} is not loaded")
         self._slots[request.slot] = SlotState(
             token_ids=list(request.token_ids),
             num_prompt_tokens=request.num_prompt_tokens,
             sampling=request.sampling,
             block_tables=[[] for _ in self._kv_groups],
             num_unseen_blocks=[0] * len(self._kv_groups),
+            adapter=request.adapter,
         )
 
     def _advance(self, step: int, share: ScheduledRequest) -> ScheduledSlot:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.batch import ForwardBatch
-from engine.messages import NULL_BLOCK
+from engine.batch import ForwardBatch, StepAdapters
+from engine.messages import NO_ADAPTER, NULL_BLOCK
 from engine.slot_table import ScheduledSlot
 
 
@@ -31,6 +31,10 @@ def build_batch(
         slots = table[rows, positions // block_size] * block_size + positions % block_size
         slot_mapping.append(torch.from_numpy(slots).to(device))
     sampling_rows = [int(end) - 1 for share, end in zip(scheduled, ends, strict=True) if share.sample]
+    adapters = None
+    if any(share.state.adapter != NO_ADAPTER for share in scheduled):
+        slots = [share.state.adapter for share in scheduled for _ in range(share.num_tokens)]
+        adapters = StepAdapters.of(slots, device)
     return ForwardBatch(
         token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
         positions=torch.from_numpy(positions.astype(np.int64)).to(device),
@@ -40,4 +44,5 @@ def build_batch(
         slot_mapping=tuple(slot_mapping),
         logits_rows=torch.tensor(sampling_rows, dtype=torch.int64, device=device),
         prompt_lens=tuple(share.state.num_prompt_tokens for share in scheduled),
+        adapters=adapters,
     )

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import msgspec
+
 from engine.config import ParallelConfig
 from engine.errors import EngineFailure, ProtocolViolation, RankFailure, RemudaError
 from engine.executor.blame import find_culprit, unanswered
@@ -150,7 +152,7 @@ class ChannelExecutor:
             if len(due.results) < self._num_ranks:
                 return
             self._pending.popleft()
-        due.future.set_result([due.results[sampling_rank] for sampling_rank in self._sampling_ranks])
+        due.future.set_result(_by_dp_group(due.results, self._sampling_ranks))
 
     def _fail(self, error: RemudaError) -> None:
         """Of all failures the first is kept."""
@@ -180,3 +182,13 @@ class ChannelExecutor:
         self._channel.close()
         if self._collector not in (None, threading.current_thread()):  # on_failure may close, in the collector's thread
             self._collector.join()
+
+
+def _by_dp_group(results: dict[int, StepResult], sampling_ranks: list[int]) -> list[StepResult]:
+    """The sampling ranks' results, the first with all ranks' news of adapters."""
+    groups = [results[rank] for rank in sampling_ranks]
+    if any(result.adapters for result in results.values()):
+        outcomes = [outcome for rank in sorted(results) for outcome in results[rank].adapters]
+        groups = [msgspec.structs.replace(result, adapters=[]) for result in groups]
+        groups[0] = msgspec.structs.replace(groups[0], adapters=outcomes)
+    return groups

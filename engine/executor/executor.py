@@ -14,7 +14,8 @@ class Executor(Protocol):
 
         Plans are computed in the order in which they were submitted, and their futures end in that order too. A future
         ends when *every* rank has answered: with one result per dp group, in the groups' order (the answer of the
-        group's sampling rank), or with RankFailure or ProtocolViolation, after which no later future succeeds.
+        group's sampling rank, the first with the AdapterOutcomes of all ranks), or with RankFailure or
+        ProtocolViolation, after which no later future succeeds.
         """
         ...
 

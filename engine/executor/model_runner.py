@@ -1,5 +1,7 @@
 """One rank's side of a step: a plan in, a result out."""
 
+import functools
+import logging
 import time
 from collections.abc import Sequence
 
@@ -9,17 +11,29 @@ import torch
 from engine.attention.backend import KvCacheView
 from engine.attention.registry import attention_backend
 from engine.batch import ForwardBatch
+from engine.errors import AdapterError
 from engine.executor.batch_builder import build_batch
 from engine.executor.kv_cache import copy_blocks
 from engine.executor.logprobs import top_logprobs
 from engine.executor.sampler import SamplerOutput, sample
 from engine.executor.sampling_row import SamplingRow
-from engine.messages import PromptLogprobs, SampledToken, SlotError, StepPlan, StepResult
+from engine.messages import (
+    AdapterOutcome,
+    LoadAdapter,
+    PromptLogprobs,
+    SampledToken,
+    SlotError,
+    StepPlan,
+    StepResult,
+)
 from engine.model_config import kv_groups
 from engine.models.registry import Model
 from engine.parallel.mesh import Mesh
 from engine.request import TopLogprobs
 from engine.slot_table import ScheduledSlot, SlotTable
+from engine.weights.adapter_loader import AdapterLoader
+
+_log = logging.getLogger(__name__)
 
 _PROMPT_LOGPROB_ROWS = 128
 """Rows of logits held at once for prompt log-probabilities, so that memory does not grow with the chunk."""
@@ -52,10 +66,33 @@ class ModelRunner:
         began = time.perf_counter()
         scheduled = self._slots.apply(plan)
         copy_blocks(self._cache, plan.batches[self._mesh.dp_rank].block_copies)
+        outcomes = self._change_adapters(plan) if plan.adapters else []
         result = StepResult(plan.epoch, plan.step, self._mesh.rank)
         if scheduled:
             result = self._compute(plan, scheduled)
-        return msgspec.structs.replace(result, duration_us=int((time.perf_counter() - began) * 1e6))
+        duration_us = int((time.perf_counter() - began) * 1e6)
+        return msgspec.structs.replace(result, duration_us=duration_us, adapters=outcomes)
+
+    @functools.cached_property
+    def _adapters(self) -> AdapterLoader:
+        """Made when the first one comes."""
+        return AdapterLoader(self._model)
+
+    def _change_adapters(self, plan: StepPlan) -> list[AdapterOutcome]:
+        """An adapter that cannot be loaded is reported, whatever the reason; the rank lives on."""
+        outcomes = []
+        for change in plan.adapters:
+            if not isinstance(change, LoadAdapter):
+                self._adapters.unload(change.slot)
+                continue
+            try:
+                num_bytes = self._adapters.load(change.slot, change.path, change.max_rank)
+                outcomes.append(AdapterOutcome(self._mesh.rank, change.slot, num_bytes))
+            except Exception as error:  # noqa: BLE001  (the leader unloads it again everywhere and tells who asked)
+                _log.warning("the adapter in %s could not be loaded", change.path, exc_info=error)
+                message = str(error) if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"
+                outcomes.append(AdapterOutcome(self._mesh.rank, change.slot, error=message))
+        return outcomes
 
     def _compute(self, plan: StepPlan, scheduled: Sequence[ScheduledSlot]) -> StepResult:
         try:

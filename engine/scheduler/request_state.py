@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from engine.messages import NO_STEP
+from engine.messages import NO_ADAPTER, NO_STEP
 from engine.request import Request, SamplingParams
 
 NO_SLOT = -1
@@ -27,6 +27,8 @@ class RequestState:
     max_num_tokens: int
     """Prompt and ``max_tokens`` together."""
     dp_group: int = 0
+    adapter: int = NO_ADAPTER
+    """The slot of its LoRA adapter, from its arrival to its end."""
 
     slot: int = NO_SLOT
     num_computed: int = 0
@@ -53,7 +55,7 @@ class RequestState:
     finished: bool = False
 
     @classmethod
-    def of(cls, request: Request, arrival: int, dp_group: int) -> "RequestState":
+    def of(cls, request: Request, arrival: int, dp_group: int, adapter: int = NO_ADAPTER) -> "RequestState":
         return cls(
             request_id=request.request_id,
             token_ids=list(request.token_ids),
@@ -63,6 +65,7 @@ class RequestState:
             arrival=arrival,
             max_num_tokens=request.num_prompt_tokens + request.sampling.max_tokens,
             dp_group=dp_group,
+            adapter=adapter,
             num_prompt_logprobs=request.num_prompt_tokens if request.sampling.prompt_logprobs is None else 0,
         )
 

@@ -166,7 +166,8 @@ class Scheduler:
             if self._tables.num_needed(len(state.token_ids)) + num_reserved > self._pool.num_free:
                 break
             self._enter_slot(state)
-            batch.new.append(NewRequest(state.slot, state.token_ids.copy(), state.num_prompt_tokens, state.sampling))
+            token_ids = state.token_ids.copy()
+            batch.new.append(NewRequest(state.slot, token_ids, state.num_prompt_tokens, state.sampling, state.adapter))
             num_tokens = min(len(state.token_ids), budget, self._tables.room(state))
             self._share(state, num_tokens, batch, flight)
             budget -= num_tokens
