@@ -1,16 +1,18 @@
 """The one form in which every int4 format is held: two codes to a byte, and a scale for each group of inputs.
 
-A weight is (code − zero) · scale, rounded once to the format of the activations.
+A weight is (code − zero) · scale, rounded once to the format of the activations. Where a CPU has a product of its own
+for bfloat16 activations, bytes stand in the order that it wants, and few tokens are multiplied by it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from engine.errors import CheckpointError
 from engine.parameter import ParameterBuilder
+from engine.quantization import cpu_int4
 from engine.quantization.division import Extent, inputs_of, require_whole
 from engine.quantization.matrix import MatrixPart, WeightMatrix
 
@@ -44,12 +46,14 @@ def grouping_of(build: ParameterBuilder, part: MatrixPart, group_size: int, reor
 @dataclass(frozen=True)
 class Int4Rows:
     """One part's rows: views of the parameters. ``codes`` [n, in / 2] uint8, ``scales`` and uint8 ``zeros`` (None: 8
-    everywhere) [n, groups], ``group_of_input`` [in] int32 (None: in order)."""
+    everywhere) [n, groups], ``group_of_input`` [in] int32 (None: in order). ``pack``: from codes [n, in], one a byte,
+    to their bytes."""
 
+    pack: Callable[[torch.Tensor], torch.Tensor]
     codes: torch.Tensor
     scales: torch.Tensor
-    zeros: torch.Tensor | None = None
-    group_of_input: torch.Tensor | None = None
+    zeros: torch.Tensor | None
+    group_of_input: torch.Tensor | None
 
     @property
     def destinations(self) -> list[torch.Tensor]:
@@ -58,7 +62,7 @@ class Int4Rows:
 
     def fill(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None) -> None:
         """``codes`` [n, in] uint8 from 0 to 15, one a byte; ``scales``, ``zeros`` as above."""
-        self.codes.copy_(pack_nibbles(codes))
+        self.codes.copy_(self.pack(codes))
         self.scales.copy_(scales)
         if self.zeros is not None:
             assert zeros is not None
@@ -93,6 +97,9 @@ class GroupedInt4Matrix(WeightMatrix):
         super().__init__(build, parts)
         self._group_size = grouping.size
         self._sizes = [part.local_outputs for part in parts]
+        self._is_blocked = not reorders_inputs and cpu_int4.can_multiply(
+            build.dtype, build.device, grouping.size, self._sizes
+        )
         num_groups = grouping.groups.size
         self.codes = build.empty(self.num_outputs, self.num_inputs // 2, dtype=torch.uint8)
         self.scales = build.empty(self.num_outputs, num_groups, dtype=scale_dtype)
@@ -105,10 +112,20 @@ class GroupedInt4Matrix(WeightMatrix):
         codes, scales = self.codes.split(self._sizes), self.scales.split(self._sizes)
         zeros = nothing if self.zeros is None else self.zeros.split(self._sizes)
         orders = nothing if self.group_of_input is None else self.group_of_input.unbind()
-        return [Int4Rows(*views) for views in zip(codes, scales, zeros, orders, strict=True)]
+        return [Int4Rows(self.pack, *views) for views in zip(codes, scales, zeros, orders, strict=True)]
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [n, in] uint8 from 0 to 15 to the bytes [n, in / 2] of ``codes``."""
+        return cpu_int4.pack_blocks(codes) if self._is_blocked else codes[:, 0::2] | codes[:, 1::2] << 4
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._is_blocked and 0 < len(hidden) <= cpu_int4.MAX_TOKENS:
+            return cpu_int4.multiply(hidden, self.codes, self.scales, self.zeros, self._group_size)
+        return super().forward(hidden)
 
     def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
-        codes = unpack_nibbles(self.codes[index]).view(torch.int8)
+        unpacked = cpu_int4.unpack_rows(self.codes, index) if self._is_blocked else unpack_nibbles(self.codes[index])
+        codes = unpacked.view(torch.int8)
         scales = self.scales[index]
         zeros = None if self.zeros is None else self.zeros[index].view(torch.int8)
         if self.group_of_input is not None:
@@ -128,11 +145,6 @@ def half_scales(dtype: torch.dtype) -> torch.dtype:
     """The format in which AWQ's and GPTQ's scales are held under activations of ``dtype``: float16, as these formats
     define it, though activations may be bfloat16."""
     return torch.float32 if dtype == torch.float32 else torch.float16
-
-
-def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """The reverse of ``unpack_nibbles``."""
-    return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:

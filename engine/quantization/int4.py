@@ -14,7 +14,6 @@ from engine.quantization.grouped_int4 import (
     Grouping,
     Int4Rows,
     grouping_of,
-    pack_nibbles,
     unpack_words,
 )
 from engine.quantization.matrix import MatrixPart
@@ -68,8 +67,11 @@ class OnlineInt4Matrix(GroupedInt4Matrix):
     def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
         super().__init__(build, parts, _online_grouping(build, parts[0]), build.dtype)
         assert self.zeros is not None
-        quantize = partial(quantize_groups, num_groups=self.scales.shape[1], scale_dtype=build.dtype)
-        quantize_while_loading(build, parts, (self.codes, self.scales, self.zeros), quantize)
+        quantize_while_loading(build, parts, (self.codes, self.scales, self.zeros), self._quantize)
+
+    def _quantize(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        codes, scales, zeros = quantize_groups(weights, self.scales.shape[1], self.scales.dtype)
+        return self.pack(codes), scales, zeros
 
 
 def _online_grouping(build: ParameterBuilder, part: MatrixPart) -> Grouping:
@@ -86,8 +88,8 @@ def _online_grouping(build: ParameterBuilder, part: MatrixPart) -> Grouping:
 def quantize_groups(
     weights: torch.Tensor, num_groups: int, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[n, in] float32 to codes [n, in / 2] uint8, scales [n, groups] of ``scale_dtype`` and zero points [n, groups]
-    uint8."""
+    """[n, in] float32 to codes [n, in] and zero points [n, groups] uint8, and scales [n, groups] of ``scale_dtype``, as
+    codes, scales, zero points."""
     grouped = weights.unflatten(1, (num_groups, -1))
     low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
     scales = ((high - low) / 15).to(scale_dtype)
@@ -95,4 +97,4 @@ def quantize_groups(
     divisors = scales.float().masked_fill_(scales == 0, 1)
     zeros = (-low / divisors).round_().clamp_(0, 15)
     codes = (grouped / divisors.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, 15)
-    return pack_nibbles(codes.to(torch.uint8).flatten(1)), scales, zeros.to(torch.uint8)
+    return codes.to(torch.uint8).flatten(1), scales, zeros.to(torch.uint8)

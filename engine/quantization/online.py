@@ -13,6 +13,8 @@ from engine.quantization.matrix import TILE_BYTES, MatrixPart
 
 FLOAT_FORMATS = ("F32", "F16", "BF16")
 """What the checkpoint may hold, as safetensors names it."""
+_ROW_BLOCK = 64
+"""A tile has a multiple of so many rows: some formats keep as many together."""
 
 
 def quantize_while_loading(
@@ -43,7 +45,7 @@ class _Quantizing:
     def __call__(self, rows: torch.Tensor) -> None:
         if rows.dim() == 3:
             rows = rows[0].t()
-        tile = max(1, TILE_BYTES // (rows.shape[1] * torch.float32.itemsize))
+        tile = max(1, TILE_BYTES // (rows.shape[1] * torch.float32.itemsize * _ROW_BLOCK)) * _ROW_BLOCK
         for first in range(0, rows.shape[0], tile):
             quantized = self._quantize(rows[first : first + tile].float())
             for destination, values in zip(self._destinations, quantized, strict=True):
