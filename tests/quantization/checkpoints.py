@@ -71,6 +71,12 @@ def make_float_moe(directory: Path) -> None:
     _save(transformers.Llama4ForCausalLM, config, directory, seed=12)
 
 
+def make_float_mixtral(directory: Path) -> None:
+    """A float32 checkpoint of Mixtral's architecture: a layer of four experts, stored one by one."""
+    config = transformers.MixtralConfig(**_SIZES, num_hidden_layers=1, intermediate_size=256, num_local_experts=4)
+    _save(transformers.MixtralForCausalLM, config, directory, seed=13)
+
+
 def _save(model_class: Any, config: transformers.PretrainedConfig, directory: Path, seed: int) -> None:
     torch.manual_seed(seed)
     model = model_class._from_config(config).eval()

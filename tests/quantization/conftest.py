@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.quantization.checkpoints import Format, make_float_llama, make_float_moe
+from tests.quantization.checkpoints import Format, make_float_llama, make_float_mixtral, make_float_moe
 from tests.quantization.comparison import Made, make, run_gang
 from tests.support.model_driver import Generated
 
 Quantized = Callable[[Format, str], Made]
 Answers = Callable[[Mapping[str, Format], str, int, int], dict[str, list[Generated]]]
-MAKERS = {"llama": make_float_llama, "moe": make_float_moe}
+MAKERS = {"llama": make_float_llama, "moe": make_float_moe, "mixtral": make_float_mixtral}
 
 
 @pytest.fixture(scope="session")
 def float_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The unquantized checkpoint, "llama" or "moe"."""
+    """The unquantized checkpoint, "llama", "moe" or "mixtral"."""
     torch.set_num_threads(1)
     made: dict[str, Path] = {}
 
@@ -33,7 +33,7 @@ def float_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def quantized(float_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Quantized:
-    """A checkpoint in a format, "llama" or "moe"."""
+    """A checkpoint in a format, "llama", "moe" or "mixtral"."""
     made: dict[tuple[str, str], Made] = {}
 
     def get(form: Format, kind: str) -> Made:

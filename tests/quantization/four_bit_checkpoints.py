@@ -15,16 +15,18 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _ONE_IN_EACH = 0x11111111
 
 
-def quantize_groups(weight: np.ndarray, group_of_input: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Round [in, out] to the nearest: codes [in, out], zero points [groups, out], scales [groups, out] float16."""
+def quantize_groups(
+    weight: np.ndarray, group_of_input: np.ndarray, scale_type: type[np.floating[Any]] = np.float16
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Round [in, out] to the nearest: codes [in, out], zero points and scales [groups, out]."""
     num_groups = int(group_of_input.max()) + 1
     codes = np.zeros(weight.shape, np.uint32)
     zeros = np.zeros((num_groups, weight.shape[1]), np.uint32)
-    scales = np.zeros((num_groups, weight.shape[1]), np.float16)
+    scales = np.zeros((num_groups, weight.shape[1]), scale_type)
     for group in range(num_groups):
         mine = group_of_input == group
         low, high = np.minimum(weight[mine].min(0), 0), np.maximum(weight[mine].max(0), 0)
-        scales[group] = ((high - low) / 15).astype(np.float16)
+        scales[group] = ((high - low) / 15).astype(scale_type)
         scale = scales[group].astype(np.float32)
         zeros[group] = np.clip(np.round(-low / scale), 0, 15)
         codes[mine] = np.clip(np.round(weight[mine] / scale) + zeros[group], 0, 15)
