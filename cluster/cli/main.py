@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import typer
 
-from cluster.cli import chat, drain, generate, serve, status
+from cluster.cli import chat, drain, generate, serve, status, verify
 from cluster.config import quiet_libraries
 from cluster.errors import mapping_of
 from engine.errors import RemudaError
@@ -29,6 +29,7 @@ app.command(name="generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command(name="chat", epilog=chat.EXAMPLES)(chat.chat)
 app.command(name="status", epilog=status.EXAMPLES)(status.status)
 app.command(name="drain", epilog=drain.EXAMPLES)(drain.drain)
+app.command(name="verify", epilog=verify.EXAMPLES)(verify.verify)
 
 
 def _show_version(wanted: bool) -> None:

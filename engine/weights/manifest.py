@@ -45,19 +45,16 @@ def manifest_path(checkpoint: Path) -> Path:
 
 
 def covered_files(checkpoint: Path) -> list[Path]:
-    """What a manifest of ``checkpoint`` holds, in order of name. Raises CheckpointError where there are no weights."""
+    """What a manifest of ``checkpoint`` holds, in order of name. Raises CheckpointError where there is nothing."""
     if not checkpoint.is_dir():
         if not checkpoint.is_file():
             raise CheckpointError(f"{checkpoint} is neither a directory nor a file; name a checkpoint")
         return [checkpoint]
-    files = sorted(
+    return sorted(
         path
         for path in checkpoint.iterdir()
         if path.suffix in _COVERED_SUFFIXES and not path.name.endswith(MANIFEST_FILE) and path.is_file()
     )
-    if not any(path.suffix in (".safetensors", ".gguf") for path in files):
-        raise CheckpointError(f"{checkpoint} holds no safetensors or GGUF files, so it is no checkpoint to verify")
-    return files
 
 
 def read_manifest(path: Path) -> Manifest:

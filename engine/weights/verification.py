@@ -43,9 +43,11 @@ def make_manifest(
 ) -> tuple[Manifest, list[Damage]]:
     """Hash all files. The damage is what differs from the hub's own hashes, by which its cache names the files.
 
-    Raises CheckpointError where a file cannot be read.
+    Raises CheckpointError where there are no weights or a file cannot be read.
     """
     files = covered_files(checkpoint)
+    if not any(path.suffix in (".safetensors", ".gguf") for path in files):
+        raise CheckpointError(f"{checkpoint} holds no safetensors or GGUF files, so it is no checkpoint to verify")
     sizes = [path.stat().st_size for path in files]
     # Of the whole file first: no other thread can help with it.
     ranges = [(path, 0, size) for path, size in zip(files, sizes, strict=True)]

@@ -1,0 +1,90 @@
+"""``remuda verify``: write the manifest of a checkpoint's hashes, or check its files against it."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from cluster.cli import options
+from engine.weights.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from engine.weights.verification import Damage, ProgressCallback, describe, find_damage, make_manifest
+
+EXAMPLES = "Examples: remuda verify /models/Llama-3.1-8B | remuda verify model.gguf --json"
+
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="A directory with safetensors, or a GGUF file.")],
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="Where the manifest is. [in the directory; serving looks only there]", show_default=False),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Check a checkpoint's files against its manifest of hashes; the first time, write the manifest.
+
+    Names the files, ranges of bytes and tensors that are damaged. Where a manifest is in place, serving checks it while
+    it loads. What lies in the hub's cache is compared with the hub's own hashes when the manifest is written.
+
+    Exit status 0: written, or all is as it was; 1: something differs; 2: there is nothing to check.
+    """
+    path = manifest or manifest_path(checkpoint)
+    with _progress() as on_progress:
+        try:
+            found, is_new = read_manifest(path), False
+        except FileNotFoundError:
+            is_new = True
+            found, damage = make_manifest(checkpoint, on_progress)
+        else:
+            damage = find_damage(checkpoint, found, on_progress)
+    if is_new and not damage:
+        write_manifest(path, found)
+    if as_json:
+        sys.stdout.write(json.dumps(_as_object(checkpoint, path, found, is_new, damage)) + "\n")
+    else:
+        _print_text(path, found, is_new, damage)
+    raise typer.Exit(1 if damage else 0)
+
+
+@contextmanager
+def _progress() -> Iterator[ProgressCallback]:
+    """A bar on stderr, if that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("hashing"), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("hashing", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _as_object(
+    checkpoint: Path, path: Path, manifest: Manifest, is_new: bool, damage: Sequence[Damage]
+) -> dict[str, Any]:
+    return {
+        "checkpoint": str(checkpoint),
+        "manifest": str(path),
+        "action": "written" if is_new and not damage else "checked",
+        "ok": not damage,
+        "num_files": len(manifest.files),
+        "num_bytes": sum(record.size for record in manifest.files.values()),
+        "damage": [asdict(item) for item in damage],
+    }
+
+
+def _print_text(path: Path, manifest: Manifest, is_new: bool, damage: Sequence[Damage]) -> None:
+    num_bytes = sum(record.size for record in manifest.files.values())
+    for item in damage:
+        print(describe(item))
+    if damage:
+        remedy = "download again what is damaged"
+        if not is_new:
+            remedy += f", or delete {path} and run this once more if the change is meant"
+        print(f"{len(damage)} {'difference' if len(damage) == 1 else 'differences'}; {remedy}")
+    else:
+        what = f"wrote {path}" if is_new else f"all is as {path} says"
+        print(f"{what}: {len(manifest.files)} files, {num_bytes:,} bytes")
