@@ -47,6 +47,9 @@ def _fill(destination: torch.Tensor, name: str, seed: str) -> None:
     elif destination.dtype == torch.int32:
         # Indices: the first is always one.
         destination.zero_()
+    elif destination.dtype == torch.uint8:
+        # GGUF's blocks have float16 scales among the bytes: like this they are below 0.01.
+        destination.random_(0, 32, generator=generator)
     else:
         limits = torch.iinfo(destination.dtype)
         destination.random_(limits.min, limits.max, generator=generator)
