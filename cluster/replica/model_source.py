@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 
 from cluster.config import EMBEDDED_MODEL
 from engine.errors import CheckpointError
+from engine.weights.other_forms import describe_other_form
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -63,7 +64,9 @@ def _local_directory(model: str) -> Path:
             f"a hub id as in organisation/name, or {EMBEDDED_MODEL}"
         )
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{model} has no config.json, so it is not a checkpoint in Hugging Face form")
+        raise CheckpointError(
+            describe_other_form(path) or f"{model} has no config.json, so it is not a checkpoint in Hugging Face form"
+        )
     return path.resolve()
 
 
