@@ -1,4 +1,4 @@
-"""Chat templates of every served family, tools included: golden strings, and as transformers renders the same template."""
+"""Chat templates of every served family, with tools: golden strings, and as transformers renders the same templates."""
 
 import json
 from pathlib import Path
