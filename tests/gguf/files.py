@@ -10,20 +10,23 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from engine.gguf.block_types import QUANTIZED_TYPES
 
-_SCALE = 2.0**-7
-"""About the size of the scales in random blocks."""
+_SPREAD = {"Q4_0": (4.6,), "Q8_0": (74.0,), "Q4_K": (250.0, 7.5), "Q5_K": (500.0, 15.5), "Q6_K": (1370.0,)}
+"""Standard deviation of random codes with a scale of one, and how much larger the scale of minima must be, so that the
+values have a mean of zero."""
 
 
-def random_blocks(kind: str, shape: tuple[int, ...], generator: np.random.Generator, scale: float = _SCALE) -> Any:
-    """Blocks of a quantized ``kind`` in random bytes, with finite scales: [*shape[:-1], bytes of a row] uint8.
+def random_blocks(kind: str, shape: tuple[int, ...], generator: np.random.Generator, deviation: float = 1.0) -> Any:
+    """Blocks of a quantized ``kind`` in random bytes, with finite scales: [*shape[:-1], bytes of a row] uint8. What
+    they stand for has about the standard ``deviation``.
 
     The gguf package cannot encode all kinds; any bytes with finite scales are valid ones.
     """
     elements, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     assert shape[-1] % elements == 0
     blocks = generator.integers(0, 256, (*shape[:-1], shape[-1] // elements, num_bytes), dtype=np.uint8)
-    for offset in QUANTIZED_TYPES[kind].scale_offsets:
-        scales = generator.uniform(0.5, 1.5, blocks.shape[:-1]) * scale
+    spread, *of_minima = _SPREAD[kind]
+    for offset, factor in zip(QUANTIZED_TYPES[kind].scale_offsets, [1.0, *of_minima], strict=True):
+        scales = generator.uniform(0.5, 1.5, blocks.shape[:-1]) * factor * deviation / spread
         blocks[..., offset : offset + 2] = scales.astype(np.float16)[..., None].view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)
 
