@@ -1,41 +1,80 @@
 """Perplexity of a remuda-tiny directory on the held-out text: `python bench/tiny/perplexity.py [DIRECTORY]`.
 
-Weights are computed in float32 whatever their type on disk. `chat` counts the assistant's tokens, `verse` all tokens.
+`chat` counts the assistant's tokens, `verse` all tokens. Without an option transformers computes it in float32 whatever
+the type on disk. With `--quantization`, or where the directory is quantized already, it is the engine that serves the
+model, in the directory's own type. `--table` compares bf16, int8, int4, fp8 and NF4 (made by bitsandbytes) so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 import torch
-from tiny_data import Encoder
+from served_score import served_perplexity
+from tiny_data import Document, Encoder
 from tiny_eval import read_held_out, score
 from tokenizers import Tokenizer
 from transformers import Llama4ForCausalLM
 
+from engine.model_config import ModelConfig
+
 ASSET = Path(__file__).resolve().parents[2] / "engine" / "assets" / "remuda-tiny"
+FORMATS = ("int8", "int4", "fp8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", nargs="?", type=Path, default=ASSET)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quantization", choices=FORMATS)
+    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     encoder = Encoder(Tokenizer.from_file(str(options.directory / "tokenizer.json")))
-    model = Llama4ForCausalLM.from_pretrained(options.directory, dtype=torch.float32)
+    held_out = read_held_out(encoder)
+    if options.table:
+        print_table(options.directory, held_out)
+    elif options.quantization or ModelConfig.from_directory(options.directory).quantization:
+        print(json.dumps(served_perplexity(options.directory, options.quantization, held_out), indent=2))
+    else:
+        print(json.dumps(float32_report(options.directory, held_out), indent=2))
+
+
+def float32_report(directory: Path, held_out: dict[str, list[Document]]) -> dict[str, object]:
+    """By transformers, with the share of the tokens that each expert gets."""
+    model = Llama4ForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.train(False)
-    report = {}
-    for kind, docs in read_held_out(encoder).items():
-        found = score(model, docs)
+    report: dict[str, object] = {}
+    for kind, documents in held_out.items():
+        found = score(model, documents)
         report[kind] = {
             "perplexity": round(found.perplexity, 4),
             "num_tokens": found.num_tokens,
             "expert_shares": found.shares,
         }
-    print(json.dumps(report, indent=2))
+    return report
+
+
+def print_table(directory: Path, held_out: dict[str, list[Document]]) -> None:
+    """Markdown: each format's perplexity, and how much it is above that of bf16."""
+    print("| weights | chat | verse |\n|---|---|---|")
+    before = print_row("bf16", served_perplexity(directory, None, held_out), None)
+    for name in FORMATS:
+        print_row(name, served_perplexity(directory, name, held_out), before)
+    with tempfile.TemporaryDirectory() as scratch:
+        from nf4 import write_nf4
+
+        write_nf4(directory, Path(scratch))
+        print_row("NF4", served_perplexity(Path(scratch), None, held_out), before)
+
+
+def print_row(name: str, found: dict[str, float], before: dict[str, float] | None) -> dict[str, float]:
+    changes = {kind: "" if before is None else f" ({found[kind] / before[kind] - 1:+.2%})" for kind in found}
+    print(f"| {name} | {found['chat']:.4f}{changes['chat']} | {found['verse']:.2f}{changes['verse']} |", flush=True)
+    return found
 
 
 if __name__ == "__main__":
