@@ -37,6 +37,19 @@ def test_a_block_given_away_while_its_owner_still_needs_it() -> None:
         gang.submit(decode(2, 0, 4, [[4]], input_step=0))
 
 
+def test_a_block_given_away_while_a_window_still_sees_it() -> None:
+    """Positions 2 to 4 are visible from position 4; the block of the first two is behind the window."""
+    gang = new_gang((KvGroupConfig((0,), window_size=3),))
+    gang.submit(prefill(0, 0, [[1, 2]])).result()
+    gang.submit(prefill(1, 1, [[1, 3]])).result()
+    gang.submit(decode(2, 0, 4, [[4]], input_step=0)).result()
+    gang = new_gang((KvGroupConfig((0,), window_size=4),))
+    gang.submit(prefill(0, 0, [[1, 2]])).result()
+    gang.submit(prefill(1, 1, [[1, 3]])).result()
+    with pytest.raises(AssertionError, match="block 1, offset 1"):
+        gang.submit(decode(2, 0, 4, [[4]], input_step=0))
+
+
 def test_a_memory_that_changes_before_a_plan_returns() -> None:
     gang = new_gang()
     gang._check_reuse = lambda plan: None  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""The reference backend against attention written out naively: tiles, padded batches, chunks, grouped heads."""
+"""The reference backend against naive attention: tiles, padded batches, chunks, windows, grouped heads."""
 
 import random
 
@@ -17,13 +17,24 @@ Work = list[tuple[int, int]]
 """(positions before the step, positions in the step) of each request."""
 
 
-def naive(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, chunk: int | None) -> torch.Tensor:
+FULL = KvGroupConfig((0,))
+
+
+def sees(group: KvGroupConfig, position: int, other: int) -> bool:
+    if group.chunk_size is not None and other // group.chunk_size != position // group.chunk_size:
+        return False
+    return other <= position and (group.window_size is None or position - other < group.window_size)
+
+
+def naive(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, group: KvGroupConfig
+) -> torch.Tensor:
     """[n, h, d] queries at positions start… over [L, k, d] keys, one query and head at a time, in float64."""
     output = torch.empty_like(query)
     heads_per_kv = query.shape[1] // keys.shape[1]
     for i in range(query.shape[0]):
         position = start + i
-        visible = [j for j in range(position + 1) if chunk is None or j // chunk == position // chunk]
+        visible = [j for j in range(position + 1) if sees(group, position, j)]
         for head in range(query.shape[1]):
             scores = keys[visible, head // heads_per_kv].double() @ query[i, head].double() / HEAD_DIM**0.5
             output[i, head] = scores.softmax(0) @ values[visible, head // heads_per_kv].double()
@@ -33,8 +44,8 @@ def naive(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: 
 class Pool:
     """A cache of NaN in which the given requests' past is written, block tables in random order."""
 
-    def __init__(self, work: Work, num_kv_heads: int, chunk: int | None, seed: int) -> None:
-        self.work, self.chunk = work, chunk
+    def __init__(self, work: Work, num_kv_heads: int, group: KvGroupConfig, seed: int) -> None:
+        self.work, self.group = work, group
         generator = torch.Generator().manual_seed(seed)
         shape = (NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, HEAD_DIM)
         self.key_cache, self.value_cache = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
@@ -52,10 +63,10 @@ class Pool:
             self._free_invisible(request, start)
 
     def _free_invisible(self, request: int, start: int) -> None:
-        if self.chunk is not None:
-            for i in range(start // self.chunk * self.chunk // BLOCK_SIZE):
-                self.key_cache[self.tables[request][i]] = self.value_cache[self.tables[request][i]] = torch.nan
-                self.tables[request][i] = NULL_BLOCK
+        first = next(j for j in range(start + 1) if sees(self.group, start, j))
+        for i in range(first // BLOCK_SIZE):
+            self.key_cache[self.tables[request][i]] = self.value_cache[self.tables[request][i]] = torch.nan
+            self.tables[request][i] = NULL_BLOCK
 
     def batch(self) -> ForwardBatch:
         width = max(map(len, self.tables))
@@ -84,23 +95,31 @@ WORK: list[Work] = [
 
 
 @pytest.mark.parametrize("limits", [(512, 32768), (5, 40)], ids=["one tile", "many tiles"])
-@pytest.mark.parametrize("chunk", [None, 8, 6])
+@pytest.mark.parametrize(
+    "group",
+    [
+        FULL,
+        *(KvGroupConfig((0,), chunk_size=n) for n in (8, 6)),
+        *(KvGroupConfig((0,), window_size=n) for n in (1, 8, 7)),
+    ],
+    ids=["full", "chunk 8", "chunk 6", "window 1", "window 8", "window 7"],
+)
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("work", WORK, ids=str)
 def test_equals_naive_attention(
-    monkeypatch: pytest.MonkeyPatch, work: Work, num_kv_heads: int, chunk: int | None, limits: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch, work: Work, num_kv_heads: int, group: KvGroupConfig, limits: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(reference, "_MAX_TILE_QUERIES", limits[0])
     monkeypatch.setattr(reference, "_MAX_GATHERED_POSITIONS", limits[1])
-    pool = Pool(work, num_kv_heads, chunk, seed=len(work))
+    pool = Pool(work, num_kv_heads, group, seed=len(work))
     query = torch.randn(sum(n for _, n in work), 4, HEAD_DIM, generator=torch.Generator().manual_seed(5))
     new_keys = torch.cat([keys[start:] for keys, (start, _) in zip(pool.keys, work, strict=True)])
     new_values = torch.cat([values[start:] for values, (start, _) in zip(pool.values, work, strict=True)])
-    plan = attention_backend().plan(pool.batch(), (KvGroupConfig((0,), chunk),), BLOCK_SIZE)
+    plan = attention_backend().plan(pool.batch(), (group,), BLOCK_SIZE)
     output = plan.forward(0, query, new_keys, new_values, KvCacheView((pool.key_cache,), (pool.value_cache,)))
     row = 0
     for request, (start, count) in enumerate(work):
-        expected = naive(query[row : row + count], pool.keys[request], pool.values[request], start, chunk)
+        expected = naive(query[row : row + count], pool.keys[request], pool.values[request], start, group)
         torch.testing.assert_close(output[row : row + count], expected, rtol=1e-5, atol=1e-5)
         row += count
     assert pool.key_cache[NULL_BLOCK].eq(0).all()
@@ -108,7 +127,7 @@ def test_equals_naive_attention(
 
 def test_layers_use_the_slot_of_their_group() -> None:
     """Layer 2 is the first of the second group: its keys go to slot 0, into the second group's blocks."""
-    pool = Pool([(0, 3)], 1, None, seed=0)
+    pool = Pool([(0, 3)], 1, FULL, seed=0)
     batch = pool.batch()
     second = torch.tensor([[7]])
     batch = ForwardBatch(

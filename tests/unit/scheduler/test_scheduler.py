@@ -256,8 +256,26 @@ def test_a_chunked_group_gives_blocks_back_when_its_chunk_has_passed() -> None:
     assert bed.scheduler.num_blocks_used == 0
 
 
-def test_a_chunked_prompt_longer_than_the_cache_is_served_in_pieces() -> None:
-    bed = Bed(kv_groups=(KvGroupConfig((0,), chunk_size=4),), num_blocks=4)
+def test_a_sliding_group_gives_back_what_is_behind_its_window() -> None:
+    bed = Bed(kv_groups=(KvGroupConfig((0,), window_size=4),), budget=10)
+    bed.add(10, max_tokens=6)
+    bed.schedule()
+    assert bed.scheduler.num_blocks_used == 5, "a step needs all its positions"
+    bed.update(0, {0: 7})
+    assert bed.scheduler.num_blocks_used == 2, "position 10 sees positions 7 to 9, in blocks 3 and 4"
+    for step, num_in_flight in enumerate([3, 2, 3, 2], start=1):
+        bed.schedule()
+        assert bed.scheduler.num_blocks_used == num_in_flight
+        bed.update(step, {0: 7})
+        assert bed.scheduler.num_blocks_used == 2, f"after position {9 + step}"
+    bed.schedule()
+    bed.update(5, {0: 7})
+    assert bed.scheduler.num_blocks_used == 0
+
+
+@pytest.mark.parametrize("group", [KvGroupConfig((0,), chunk_size=4), KvGroupConfig((0,), window_size=3)], ids=str)
+def test_a_prompt_longer_than_the_cache_is_served_in_pieces(group: KvGroupConfig) -> None:
+    bed = Bed(kv_groups=(group,), num_blocks=4)
     bed.add(20, max_tokens=2)
     sizes = []
     while bed.num_steps < 20:
