@@ -187,16 +187,33 @@ def _awq(config: Mapping[str, Any]) -> QuantizationConfig:
 
 
 def _gptq(config: Mapping[str, Any]) -> QuantizationConfig:
+    layout = str(config.get("checkpoint_format") or "gptq")
     if (bits := config.get("bits", 4)) != 4:
         raise CheckpointError(f"GPTQ with {bits} bits; served are 4")
+    if layout not in ("gptq", "gptq_v2"):
+        raise CheckpointError(f"GPTQ in checkpoint_format {layout} is not served; gptq and gptq_v2 are")
     form = MatrixFormat(
         WeightFormat.GPTQ,
         max(int(config.get("group_size", 128)), 0),
         symmetric=False,
-        stores_zero_minus_one=str(config.get("checkpoint_format", "gptq")) != "gptq_v2",
+        stores_zero_minus_one=layout == "gptq",
         reorders_inputs=bool(config.get("desc_act", False)),
     )
-    return QuantizationConfig("int4 (GPTQ)", ((("Linear",), form),), _skipped(config))
+    listed = config.get("modules_in_block_to_quantize") or ()
+    names = [name for entry in listed for name in ([entry] if isinstance(entry, str) else entry)]
+    targets = tuple(rf"re:.*\.{re.escape(name)}$" for name in names) or ("Linear",)
+    ignored = (*_skipped(config), *_gptq_exclusions(config.get("dynamic") or {}))
+    return QuantizationConfig("int4 (GPTQ)", ((targets, form),), ignored)
+
+
+def _gptq_exclusions(dynamic: Mapping[str, Any]) -> list[str]:
+    """Targets of GPTQModel's ``dynamic``: keys ``-:`` and a regular expression for what is not quantized."""
+    for key in dynamic:
+        if not key.startswith("-:"):
+            raise CheckpointError(f"GPTQ with rules of its own for {key} is not served; only exclusions (-:) are")
+    targets = [f"re:{key[2:]}" for key in dynamic]
+    _check_expressions(targets)
+    return targets
 
 
 def _bitsandbytes(config: Mapping[str, Any]) -> QuantizationConfig:

@@ -1,11 +1,14 @@
 """Checkpoints in every four-bit format. Where no library of a format is here, it is written and read in numpy, straight
 from the format's description: AutoAWQ's and GPTQModel's packing."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.quantization.checkpoints import Format, Tensors, compressed_tensors_format, module_format
 
@@ -193,3 +196,13 @@ _MAKERS: dict[str, Callable[[str], Format]] = {
     "nf4-single": lambda name: _nf4(name, is_nested=False),
 }
 FORMATS: dict[str, Format] = {name: make(name) for name, make in _MAKERS.items()}
+
+INT4_EXPERTS = {name: FORMATS[name] for name in ("int4-group", "int4-awq", "int4-gptq", "int4-gptq-desc-act")}
+"""Formats in which mixtures of experts are held against their oracles."""
+
+
+def change_tensors(directory: Path, out_dir: Path, change: Mapping[str, torch.Tensor | None]) -> None:
+    """A copy of a checkpoint with other tensors, or without where one is None."""
+    tensors = load_file(directory / "model.safetensors") | change
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, out_dir / "model.safetensors")
+    shutil.copy(directory / "config.json", out_dir)
