@@ -11,7 +11,7 @@ ARGS ?=
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-setup: $(VENV)/.stamp-install  ## make .venv with everything that the other targets need
+setup: $(VENV)/.stamp-install $(VENV)/.stamp-wheels  ## make .venv with everything that the other targets need
 
 demo: setup  ## start Ray, serve remuda-tiny with tp=2 ep=2, stream an answer over gRPC and one over HTTP, clean up
 	$(PY) bench/demo.py $(ARGS)
@@ -75,4 +75,9 @@ $(VENV)/.stamp-install: $(VENV)/.stamp-venv pyproject.toml constraints.txt $(wil
 	@echo "installing into $(VENV) (torch first; a few minutes on a fresh machine)"
 	$(PIP_INSTALL) torch -c constraints.txt
 	$(PIP_INSTALL) -e '.[test]' -c constraints.txt
+	@touch $@
+
+# Only read by tests, for the tokenizers inside; installed it would put a package named `models` on the path.
+$(VENV)/.stamp-wheels: $(VENV)/.stamp-venv
+	$(PY) -m pip download --disable-pip-version-check --quiet --no-deps --dest $(VENV)/wheels llama-models==0.3.0
 	@touch $@
