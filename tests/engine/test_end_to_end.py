@@ -41,6 +41,11 @@ def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return make_reference("dynamic", tmp_path_factory.mktemp("dynamic"))
 
 
+@pytest.fixture(scope="module")
+def sliding(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return make_reference("mistral", tmp_path_factory.mktemp("sliding"))
+
+
 def worker_config(directory: Path, **changes: Any) -> WorkerConfig:
     values = {
         "rank": 0,
@@ -142,7 +147,7 @@ def sampled(reference: Reference) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("name", ["dense", "mixture", "dynamic"])
+@pytest.mark.parametrize("name", ["dense", "mixture", "dynamic", "sliding"])
 @pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 8, "max_num_seqs": 3}], ids=["whole", "chunked"])
 def test_greedy_tokens_are_those_of_transformers(
     request: pytest.FixtureRequest, serve: Serve, name: str, limits: dict[str, int]
@@ -222,6 +227,14 @@ def test_preempted_requests_lose_nothing(dense: Reference, serve: Serve) -> None
     assert tight.executor.ready.cache.num_blocks == 24
     assert tight.tokens(requests) == expected
     assert tight.engine.stats().num_preemptions > 0
+
+
+def test_a_window_serves_texts_longer_than_the_cache(sliding: Reference, serve: Serve) -> None:
+    """A window of 8 positions sees 3 blocks of 4 at most, of 5 that there are; prompts have up to 38."""
+    block_bytes = 2**20 // serve(sliding).executor.ready.cache.num_blocks
+    tight = serve(sliding, kv_cache_memory_bytes=6 * block_bytes, depth=2)
+    assert tight.executor.ready.cache.num_blocks == 6
+    assert tight.tokens(greedy(sliding)) == expected_tokens(sliding)
 
 
 def test_abort_gives_all_blocks_back(mixture: Reference, serve: Serve) -> None:
