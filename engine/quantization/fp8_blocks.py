@@ -39,8 +39,12 @@ class Fp8BlockMatrix(WeightMatrix):
 
     def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
         scales = self.scales[self._blocks_of(index)]
-        scales = scales.repeat_interleave(self._block_size[1], dim=1)[:, : self.num_inputs]
-        return (decode_e4m3(self.codes[index]).float() * scales).to(self.dtype)
+        weights = decode_e4m3(self.codes[index]).float()
+        width = self._block_size[1]
+        in_blocks = self.num_inputs - self.num_inputs % width
+        weights[:, :in_blocks].unflatten(1, (-1, width)).mul_(scales[:, : in_blocks // width, None])
+        weights[:, in_blocks:].mul_(scales[:, -1:])
+        return weights.to(self.dtype)
 
     def _blocks_of(self, index: slice | torch.Tensor) -> torch.Tensor:
         """The block of each row."""

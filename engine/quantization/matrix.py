@@ -13,8 +13,11 @@ from torch import nn
 from engine.kernels.linear import linear
 from engine.parameter import WHOLE, ParameterBuilder, Split
 
-TILE_BYTES = 8 * 2**20
-"""How much of a quantized matrix is held in the activations' format at once, where there is no faster way."""
+TILE_BYTES = 2**20
+"""How much of a quantized matrix is held in the activations' format at once, where there is no faster way: what a CPU's
+own cache holds."""
+_GPU_TILE_BYTES = 64 * TILE_BYTES
+"""The same on a GPU, where each operation takes its time to begin."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ class WeightMatrix(nn.Module, abc.ABC):
 def multiply_by_tiles(hidden: torch.Tensor, num_outputs: int, rows: Callable[[slice], torch.Tensor]) -> torch.Tensor:
     """[T, in] to [T, out] by a matrix [out, in], of which ``rows`` gives a tile at a time in ``hidden``'s format."""
     output = hidden.new_empty(*hidden.shape[:-1], num_outputs)
-    tile = max(1, TILE_BYTES // (hidden.shape[-1] * hidden.element_size()))
+    tile_bytes = TILE_BYTES if hidden.device.type == "cpu" else _GPU_TILE_BYTES
+    # In steps of 32 rows, which the CPU's tile units take together.
+    tile = max(32, tile_bytes // (hidden.shape[-1] * hidden.element_size()) // 32 * 32)
     for first in range(0, num_outputs, tile):
         last = min(first + tile, num_outputs)
         output[..., first:last] = linear(hidden, rows(slice(first, last)))

@@ -23,7 +23,7 @@ class RowScaledMatrix(WeightMatrix):
         self.scales = build.empty(self.num_outputs, 1, dtype=torch.float32)
 
     def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
-        return (self.decode(self.codes[index]).float() * self.scales[index]).to(self.dtype)
+        return self.decode(self.codes[index]).float().mul_(self.scales[index]).to(self.dtype)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """In float32 by the exact weights. In bfloat16, which holds every code exactly but not every weight, the
