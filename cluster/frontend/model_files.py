@@ -47,13 +47,10 @@ def read_model_files(path: Path) -> ModelFiles:
     vocab_size = text_config.get("vocab_size")
     if not isinstance(vocab_size, int):
         raise CheckpointError(f"{path / 'config.json'} has no vocab_size")
-    eos_source = generation if generation.get("eos_token_id") is not None else text_config
-    if eos_source.get("eos_token_id") is None:
-        eos_source = config
     return ModelFiles(
         path=path,
         vocab_size=vocab_size,
-        eos_ids=_ids(eos_source.get("eos_token_id")),
+        eos_ids=_eos_ids(generation, text_config, config),
         named_tokens=_named_tokens(path, tokenizer),
         chat_template=_chat_template(path, tokenizer),
         tool_template=_tool_template(path, tokenizer),
@@ -76,10 +73,13 @@ def _read_object(path: Path, required: bool = False) -> dict[str, Any]:
     return value
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def _eos_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
+    """What any of the files says: there are checkpoints in which one of them forgets the end of a turn or of a call."""
+    ids: list[int] = []
+    for source in sources:
+        value = source.get("eos_token_id")
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(ids))
 
 
 def _named_tokens(path: Path, tokenizer: Mapping[str, Any]) -> dict[str, str]:

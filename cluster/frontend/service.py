@@ -77,6 +77,9 @@ class Service:
         self.licence = files.licence
         self.admission = admission
         self._files = files
+        # The tokenizer's own end token counts too: some checkpoints name the end of a turn only there.
+        named_ends = self.tokenizer.control_tokens([files.named_tokens.get("eos_token", "")])
+        self._eos_ids = tuple(dict.fromkeys([*files.eos_ids, *named_ends]))
         self._metrics = metrics
         self._clock = clock
         self._limits = limits
@@ -191,7 +194,7 @@ class Service:
             options,
             max_tokens_of(call, len(token_ids), max_model_len),
             self._draw_seed() if options.seed is None else options.seed,
-            self._files.eos_ids,
+            self._eos_ids,
             self._files.sampling_defaults,
             self.encoder.vocab_size,
         )
