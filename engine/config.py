@@ -63,6 +63,8 @@ class CacheConfig:
     block_size: int = 16
     """Tokens per block."""
     num_blocks: int = 0
+    keeps_prefixes: bool = True
+    """Whether requests share blocks that hold equal beginnings (prefix caching)."""
 
     def __post_init__(self) -> None:
         if self.block_size < 1:

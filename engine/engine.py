@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from engine.block_hash import root_hash
 from engine.config import CacheConfig, KvGroupConfig, LoraConfig, SchedulerConfig
 from engine.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, Overloaded, ProtocolViolation
 from engine.executor.executor import Executor
@@ -172,6 +173,7 @@ class Engine:
         adapter = self._adapters.slot_of(request.adapter)
         loads = [scheduler.num_running + scheduler.num_waiting for scheduler in self._schedulers]
         state = RequestState.of(request, self._num_arrivals, loads.index(min(loads)), adapter)
+        state.root_hash = root_hash(self._adapters.identity_of(request.adapter))
         scheduler = self._schedulers[state.dp_group]
         if not scheduler.fits(state):
             raise ContextLengthExceeded(

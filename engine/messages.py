@@ -20,7 +20,8 @@ class NewRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     ``token_ids``: prompt, then tokens generated before (preemption or failover). ``slot``: the number by which plans
     name it from now on, until a plan lists it in ``removed``; 0 ≤ slot < max_num_seqs. ``adapter``: the slot of its
-    LoRA adapter.
+    LoRA adapter. ``block_ids[g]``: its block table of KV group g at the beginning, of blocks that hold its first tokens
+    already (NULL_BLOCK where they can no longer be seen); empty where there are none.
     """
 
     slot: int
@@ -28,6 +29,7 @@ class NewRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_prompt_tokens: int
     sampling: SamplingParams
     adapter: int = NO_ADAPTER
+    block_ids: list[list[int]] = []
 
 
 class ScheduledRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -183,10 +183,28 @@ class SlotTable:
             token_ids=list(request.token_ids),
             num_prompt_tokens=request.num_prompt_tokens,
             sampling=request.sampling,
-            block_tables=[[] for _ in self._kv_groups],
+            block_tables=[list(table) for table in request.block_ids] or [[] for _ in self._kv_groups],
             num_unseen_blocks=[0] * len(self._kv_groups),
+            num_computed=self._num_shared_tokens(request),
             adapter=request.adapter,
         )
+
+    def _num_shared_tokens(self, request: NewRequest) -> int:
+        """How many leading tokens the blocks hold that the request begins with."""
+        if not request.block_ids:
+            return 0
+        lengths = {len(table) for table in request.block_ids}
+        num_tokens = min(lengths) * self._block_size
+        if len(request.block_ids) != len(self._kv_groups) or len(lengths) > 1 or num_tokens >= len(request.token_ids):
+            raise ProtocolViolation(
+                f"slot {request.slot}: begins with {[len(table) for table in request.block_ids]} blocks of "
+                f"{self._block_size} tokens, of {len(request.token_ids)} tokens in {len(self._kv_groups)} KV groups"
+            )
+        for group, table in zip(self._kv_groups, request.block_ids, strict=True):
+            first = first_visible_block(group, num_tokens, self._block_size)
+            if table[:first] != [NULL_BLOCK] * first or not all(0 < b < self._num_blocks for b in table[first:]):
+                raise ProtocolViolation(f"slot {request.slot}: begins with blocks {table}, of which {first} are unseen")
+        return num_tokens
 
     def _advance(self, step: int, share: ScheduledRequest) -> ScheduledSlot:
         state = self.state(share.slot)

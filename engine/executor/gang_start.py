@@ -66,7 +66,7 @@ class GangStart:
         ready = [self._ready[rank] for rank in sorted(self._ready)]
         phases = dict.fromkeys(phase for message in ready for phase in message.phase_seconds)
         return GangReady(
-            cache=CacheConfig(block_size, size.num_blocks),
+            cache=CacheConfig(block_size, size.num_blocks, keeps_prefixes=not model.rope.depends_on_prompt_length),
             max_model_len=size.max_model_len,
             ranks=tuple(self._hellos[rank] for rank in sorted(self._hellos)),
             weight_bytes=tuple(self._loaded[rank].weight_bytes for rank in sorted(self._loaded)),

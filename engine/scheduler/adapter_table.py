@@ -17,6 +17,8 @@ class _Adapter:
 
     info: AdapterInfo
     slot: int
+    number: int
+    """Counts loads, so that the same name loaded again is another adapter."""
     loaded: "Future[AdapterInfo]" = field(default_factory=Future)
     unloaded: "Future[None] | None" = None
 
@@ -26,6 +28,7 @@ class AdapterTable:
 
     def __init__(self, config: LoraConfig) -> None:
         self._config = config
+        self._num_loads = 0
         self._by_name: dict[str, _Adapter] = {}
         """Loaded and being loaded."""
         self._leaving: list[_Adapter] = []
@@ -42,7 +45,8 @@ class AdapterTable:
             raise AdapterError(f"the adapter {name!r} is loaded already; unload it first, or choose another name")
         if not self._free_slots:
             raise AdapterError(f"there is room for {self._config.max_loras} adapters (--max-loras); unload one first")
-        adapter = _Adapter(AdapterInfo(name, path), self._free_slots.pop())
+        self._num_loads += 1
+        adapter = _Adapter(AdapterInfo(name, path), self._free_slots.pop(), self._num_loads)
         self._by_name[name] = adapter
         self._queue.append(adapter)
         return adapter.loaded
@@ -70,6 +74,10 @@ class AdapterTable:
         if adapter is None or not adapter.loaded.done():
             raise InvalidRequest(f"the adapter {name!r} is not loaded", "model")
         return adapter.slot
+
+    def identity_of(self, name: str) -> str:
+        """Differs for any two adapters that ever had the same name or slot. The base model's is empty."""
+        return f"{name}#{self._by_name[name].number}" if name else ""
 
     @property
     def loaded(self) -> tuple[AdapterInfo, ...]:

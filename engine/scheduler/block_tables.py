@@ -1,8 +1,10 @@
 """Grows and shrinks the block tables of requests, over all KV groups."""
 
+import itertools
 import sys
 from collections.abc import Sequence
 
+from engine.block_hash import extend_hashes
 from engine.config import KvGroupConfig
 from engine.kv_groups import first_visible_block, next_release, num_blocks_needed
 from engine.messages import NULL_BLOCK
@@ -17,17 +19,83 @@ class BlockTables:
     NULL_BLOCK stands in their place.
     """
 
-    def __init__(self, pool: BlockPool, kv_groups: Sequence[KvGroupConfig], block_size: int) -> None:
+    def __init__(
+        self, pool: BlockPool, kv_groups: Sequence[KvGroupConfig], block_size: int, *, keeps_prefixes: bool
+    ) -> None:
         self._pool = pool
         self._kv_groups = tuple(kv_groups)
         self._block_size = block_size
         self._narrow_groups = [(g, group) for g, group in enumerate(kv_groups) if not group.is_full]
+        self._keeps_prefixes = keeps_prefixes
 
-    def open(self, state: RequestState) -> None:
-        state.block_tables = [[] for _ in self._kv_groups]
+    def find_prefix(self, state: RequestState) -> list[list[int]]:
+        """Tables of blocks that hold the request's first tokens already, in all groups; NULL_BLOCK where a chunked or
+        sliding group no longer needs one. At least one token is left to compute.
+        """
+        if not self._keeps_prefixes or state.sampling.prompt_logprobs is not None:
+            return [[] for _ in self._kv_groups]
+        num_most = (len(state.token_ids) - 1) // self._block_size
+        extend_hashes(state.block_hashes, state.root_hash, state.token_ids, num_most, self._block_size)
+        found = [self._find_blocks(group, state.block_hashes[:num_most]) for group in range(len(self._kv_groups))]
+        num_blocks = self._longest_held(found)
+        end = num_blocks * self._block_size
+        firsts = [first_visible_block(group, end, self._block_size) for group in self._kv_groups]
+        return [[NULL_BLOCK] * first + blocks[first:num_blocks] for blocks, first in zip(found, firsts, strict=True)]
+
+    def _find_blocks(self, group: int, hashes: list[bytes]) -> list[int]:
+        """Of a full group the blocks up to the first that is missing; of others all, NULL_BLOCK for those missing."""
+        blocks: list[int] = []
+        for name in hashes:
+            block_id = self._pool.find((group, name))
+            if block_id is None and self._kv_groups[group].is_full:
+                break
+            blocks.append(NULL_BLOCK if block_id is None else block_id)
+        return blocks
+
+    def _longest_held(self, found: list[list[int]]) -> int:
+        """The most blocks after which the next position finds all that it sees."""
+        runs = [
+            # How many blocks are held without a gap before each.
+            list(itertools.accumulate(found[index], lambda run, b: 0 if b == NULL_BLOCK else run + 1, initial=0))
+            for index, _ in self._narrow_groups
+        ]
+        for num_blocks in range(min(map(len, found)), 0, -1):
+            end = num_blocks * self._block_size
+            if all(
+                run[num_blocks] >= num_blocks - first_visible_block(group, end, self._block_size)
+                for run, (_, group) in zip(runs, self._narrow_groups, strict=True)
+            ):
+                return num_blocks
+        return 0
+
+    def num_to_take(self, num_tokens: int, prefix: list[list[int]]) -> int:
+        """Free blocks that a request of this many positions takes, ``prefix`` included, where nobody else uses it."""
+        shared = [block_id for table in prefix for block_id in table if block_id != NULL_BLOCK]
+        return max(0, self.num_needed(num_tokens) - len(shared)) + sum(map(self._pool.is_free, shared))
+
+    def open(self, state: RequestState, tables: list[list[int]]) -> None:
+        """Begins with the blocks that ``find_prefix`` found."""
+        state.block_tables = tables
+        num_tokens = len(tables[0]) * self._block_size
         state.num_unseen_blocks = [0] * len(self._kv_groups)
-        state.num_block_tokens = 0
-        state.unseen_at = self._next_release(0)
+        for index, group in self._narrow_groups:
+            state.num_unseen_blocks[index] = first_visible_block(group, num_tokens, self._block_size)
+        for table, num_unseen in zip(tables, state.num_unseen_blocks, strict=True):
+            self._pool.share(table[num_unseen:])
+        state.num_computed = state.num_block_tokens = state.num_kept_tokens = num_tokens
+        state.unseen_at = self._next_release(num_tokens)
+
+    def keep(self, state: RequestState, num_computed: int) -> None:
+        """The first ``num_computed`` positions have been computed without error: their full blocks can be shared,
+        except those that a chunked or sliding group gave back in the very step that computed them."""
+        first, last = state.num_kept_tokens // self._block_size, num_computed // self._block_size
+        if not self._keeps_prefixes or last <= first:
+            return
+        extend_hashes(state.block_hashes, state.root_hash, state.token_ids, last, self._block_size)
+        for group, table in enumerate(state.block_tables):
+            for index in range(max(first, state.num_unseen_blocks[group]), last):
+                self._pool.keep(table[index], (group, state.block_hashes[index]))
+        state.num_kept_tokens = last * self._block_size
 
     def room(self, state: RequestState) -> int:
         """Positions after ``num_computed`` that its blocks, with all free ones, would hold."""

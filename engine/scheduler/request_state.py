@@ -35,6 +35,8 @@ class RequestState:
     num_pending: int = 0
     num_sent: int = 0
     """Leading tokens that the ranks know, by value or because they sampled them."""
+    entry_step: int = NO_STEP
+    """The plan in which it got its slot."""
     sample_step: int = NO_STEP
     """The last plan that samples for this request."""
     last_step: int = NO_STEP
@@ -47,6 +49,14 @@ class RequestState:
     """Positions that the block tables reach."""
     unseen_at: int = 0
     """The next position whose scheduling lets a chunked or sliding group give blocks back."""
+    root_hash: bytes = b""
+    """Where the names of its blocks begin (engine.block_hash)."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Names of its leading full blocks, as far as they were needed."""
+    num_kept_tokens: int = 0
+    """Leading positions whose blocks others may share."""
+    num_cached_tokens: int = 0
+    """Positions that it did not have to compute when it last entered a slot, because others had."""
     num_prompt_logprobs: int = 0
     """Prompt positions whose log-probabilities went out already, all of them where none were asked for. Preemption
     does not send them again."""
@@ -76,4 +86,4 @@ class RequestState:
         self.sample_step = self.last_step = NO_STEP
         self.block_tables = []
         self.num_unseen_blocks = []
-        self.num_block_tokens = 0
+        self.num_block_tokens = self.num_kept_tokens = self.num_cached_tokens = 0

@@ -40,13 +40,15 @@ class Scheduler:
         self._policy = policy or FirstComeFirstServed()
         self._input_references = input_references
         self._pool = BlockPool(cache.num_blocks)
-        self._tables = BlockTables(self._pool, kv_groups, cache.block_size)
+        self._tables = BlockTables(self._pool, kv_groups, cache.block_size, keeps_prefixes=cache.keeps_prefixes)
         self._waiting: list[RequestState] = []
         self._running: list[RequestState] = []  # in the policy's order
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._removed: list[int] = []  # slots that the ranks must be told are free
         self._in_flight: deque[StepInFlight] = deque()
         self.num_preemptions = 0
+        self.num_tokens_admitted = 0
+        self.num_tokens_cached = 0
 
     @property
     def num_waiting(self) -> int:
@@ -157,22 +159,22 @@ class Scheduler:
         """Admits in the policy's order, and nobody past one that does not fit, so that nobody starves.
 
         A request is admitted when all its known tokens fit, with one block left for each running request, so that it
-        is not preempted again at once. While a prompt is only partly scheduled nobody is admitted behind it.
+        is not preempted again at once. It shares the blocks that hold its beginning already (prefix caching). While a
+        prompt is only partly scheduled nobody is admitted behind it.
         """
         num_reserved = len(self._running)
         for state in self._policy.order(self._waiting):
             if budget <= 0 or not self._free_slots or state.num_pending:
                 break
-            if self._tables.num_needed(len(state.token_ids)) + num_reserved > self._pool.num_free:
+            prefix = self._tables.find_prefix(state)
+            if self._tables.num_to_take(len(state.token_ids), prefix) + num_reserved > self._pool.num_free:
                 break
-            self._enter_slot(state)
-            token_ids = state.token_ids.copy()
-            batch.new.append(NewRequest(state.slot, token_ids, state.num_prompt_tokens, state.sampling, state.adapter))
-            num_tokens = min(len(state.token_ids), budget, self._tables.room(state))
+            batch.new.append(self._enter_slot(state, flight.step, prefix))
+            num_tokens = min(len(state.token_ids) - state.num_computed, budget, self._tables.room(state))
             self._share(state, num_tokens, batch, flight)
             budget -= num_tokens
             num_reserved += 1
-            if num_tokens < len(state.token_ids):
+            if state.num_computed < len(state.token_ids):
                 break
         if batch.new:
             self._waiting = [state for state in self._waiting if state.slot == NO_SLOT]
@@ -197,6 +199,7 @@ class Scheduler:
         )
         state.num_computed = end
         state.last_step = flight.step
+        flight.ends[state.slot] = end
         if sample:
             state.num_pending += 1
             state.sample_step = flight.step
@@ -220,6 +223,7 @@ class Scheduler:
         prompt_logprobs = flight.new_prompt_logprobs(result)
         # From here on nothing raises: what was taken in is always given out.
         self._pool.step_returned(result.step)
+        self._keep_blocks(flight, {error.slot for error in result.errors})
         outputs: list[Output] = []
         for error in result.errors:
             failed = flight.sampling.pop(error.slot, None) or flight.prefilling.pop(error.slot)
@@ -241,6 +245,12 @@ class Scheduler:
         if any(output.finish_reason is not None for output in outputs):
             self._forget_finished()
         return outputs
+
+    def _keep_blocks(self, flight: StepInFlight, failed_slots: set[int]) -> None:
+        """What this step computed can be shared from now on. A request that left its slot meanwhile is passed over."""
+        for slot, state in (*flight.sampling.items(), *flight.prefilling.items()):
+            if state.slot == slot and state.entry_step <= flight.step and slot not in failed_slots:
+                self._tables.keep(state, flight.ends[slot])
 
     def _accept(
         self, state: RequestState, sampled: SampledToken, prompt_logprobs: list[TopLogprobs | None] | None
@@ -266,11 +276,23 @@ class Scheduler:
 
     # ---- slots ----------------------------------------------------------------------------------------------------
 
-    def _enter_slot(self, state: RequestState) -> None:
+    def _enter_slot(self, state: RequestState, step: int, prefix: list[list[int]]) -> NewRequest:
         state.slot = self._free_slots.pop()
+        state.entry_step = step
         state.num_sent = len(state.token_ids)
-        self._tables.open(state)
+        self._tables.open(state, prefix)
+        state.num_cached_tokens = state.num_computed
+        self.num_tokens_admitted += len(state.token_ids)
+        self.num_tokens_cached += state.num_cached_tokens
         self._running.append(state)
+        return NewRequest(
+            state.slot,
+            state.token_ids.copy(),
+            state.num_prompt_tokens,
+            state.sampling,
+            state.adapter,
+            [table.copy() for table in prefix] if state.num_cached_tokens else [],
+        )
 
     def _leave_slot(self, state: RequestState) -> None:
         self._tables.release_all(state)

@@ -17,6 +17,8 @@ class StepInFlight:
     """Slot to request, where a next token is expected."""
     prefilling: dict[int, RequestState] = field(default_factory=dict)
     """Slot to request, where a prompt has more chunks to come."""
+    ends: dict[int, int] = field(default_factory=dict)
+    """Slot to how many positions have been computed when the step is over."""
     prompts_ending: list[tuple[int, RequestState]] = field(default_factory=list)
     """(Slot, request) whose prompt's log-probabilities must be complete with this step."""
 

@@ -46,6 +46,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_spare_blocks=st.integers(-4, 8),
         max_num_seqs=st.integers(1, 6),
         extra_budget=st.integers(0, 12),
+        keeps_prefixes=st.booleans(),
     )
     def begin(
         self,
@@ -54,10 +55,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_spare_blocks: int,
         max_num_seqs: int,
         extra_budget: int,
+        keeps_prefixes: bool,
     ) -> None:
+        self.block_size, self.keeps_prefixes = block_size, keeps_prefixes
         self.config = SchedulerConfig(max_num_seqs, max_num_seqs + extra_budget)
         num_blocks = 1 + num_blocks_needed(kv_groups, MAX_NUM_TOKENS, block_size) + num_spare_blocks
-        self.scheduler = Scheduler(self.config, CacheConfig(block_size, num_blocks), kv_groups)
+        self.scheduler = Scheduler(self.config, CacheConfig(block_size, num_blocks, keeps_prefixes), kv_groups)
         self.live: dict[str, Live] = {}
         self.slots: dict[int, str] = {}
         self.in_flight: deque[tuple[int, BatchPlan]] = deque()
@@ -117,6 +120,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             live = next(live for live in self.live.values() if live.state.slot == new.slot)
             assert live.num_computed == 0
             assert new.token_ids == live.state.token_ids
+            live.num_computed = len(new.block_ids[0]) * self.block_size if new.block_ids else 0
+            assert live.num_computed < len(new.token_ids) and (self.keeps_prefixes or not new.block_ids)
             self.slots[new.slot] = live.state.request_id
             live.admitted = True
         for share in batch.scheduled:

@@ -4,6 +4,7 @@ Whatever is added, aborted, preempted or begun anew: every block holds what each
 request ends exactly once, nothing is left over, and the tokens are those of a request that runs alone.
 """
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,12 +13,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
+from engine.config import CacheConfig, KvGroupConfig, LoraConfig, SchedulerConfig
 from engine.engine import Engine
-from engine.errors import ContextLengthExceeded, EngineFailure, Overloaded, RankFailure
+from engine.errors import AdapterError, ContextLengthExceeded, EngineFailure, Overloaded, RankFailure
 from engine.kv_groups import num_blocks_needed
 from engine.messages import NO_STEP
-from engine.request import FinishReason, Output, Request, SamplingParams, TopLogprobs
+from engine.request import AdapterInfo, FinishReason, Output, Request, SamplingParams, TopLogprobs
 from tests.support.simulated_gang import SimulatedGang, sequential_tokens
 
 VOCAB_SIZE = 23
@@ -49,9 +50,16 @@ requests = st.tuples(
     st.integers(-1, 1),
     st.integers(0, 3),
     st.sampled_from([False] * 9 + [True]),
+    st.integers(0, 2),
 )
-"""Tokens given, sampling, priority, how many of the tokens given were generated before (after a failover), and whether
-the first position after them cannot be computed."""
+"""Tokens given, sampling, priority, how many of the tokens given were generated before (after a failover), whether the
+first position after them cannot be computed, and which of the loaded adapters it has (0: none)."""
+
+
+def beginning(number: int, position: int) -> int:
+    """The token of request ``number`` at ``position``: many begin alike, and part sooner or later."""
+    own = number if position >= number * 7 % 17 else 0
+    return (number % 2 * 31 + position * 5 + position // 3 + own) % VOCAB_SIZE
 
 
 @dataclass
@@ -61,6 +69,7 @@ class Record:
     prompt_logprobs: list[TopLogprobs | None] = field(default_factory=list)
     finish: Output | None = None
     aborted: bool = False
+    adapter_path: str = ""
 
 
 class StepProtocolMachine(RuleBasedStateMachine):
@@ -92,6 +101,10 @@ class StepProtocolMachine(RuleBasedStateMachine):
         self.epoch = 0
         self.fails_at: set[tuple[int, int]] = set()
         self.records: dict[str, Record] = {}
+        self.adapter_of: dict[int, str] = {}
+        self.broken_adapters: set[str] = set()
+        self.loads: list[tuple[str, Future[AdapterInfo]]] = []
+        self.unloads: list[tuple[str, Future[None]]] = []
         self.gang = self.new_gang()
         self.engine = Engine(
             executor=self.gang,
@@ -101,6 +114,7 @@ class StepProtocolMachine(RuleBasedStateMachine):
             cache_config=self.cache,
             num_dp_groups=num_dp_groups,
             input_references=self.input_references,
+            lora_config=LoraConfig(max_loras=2),
         )
 
     def new_gang(self) -> SimulatedGang:
@@ -114,30 +128,42 @@ class StepProtocolMachine(RuleBasedStateMachine):
             epoch=self.epoch,
             num_dp_groups=self.num_dp_groups,
             fails_at=self.fails_at,
+            adapter_of=self.adapter_of,
+            broken_adapters=self.broken_adapters,
         )
 
     def live(self) -> list[str]:
         return [request_id for request_id, record in self.records.items() if record.finish is None]
 
     @rule(batch=st.lists(requests, min_size=1, max_size=6))
-    def add(self, batch: list[tuple[int, SamplingParams, int, int, bool]]) -> None:
+    def add(self, batch: list[tuple[int, SamplingParams, int, int, bool, int]]) -> None:
         for parts in batch:
             self.add_one(*parts)
         self.engine.check_integrity()
 
     def add_one(
-        self, num_tokens: int, sampling: SamplingParams, priority: int, num_generated: int, poisoned: bool
+        self,
+        num_tokens: int,
+        sampling: SamplingParams,
+        priority: int,
+        num_generated: int,
+        poisoned: bool,
+        adapter_index: int,
     ) -> None:
         number = len(self.records)
-        token_ids = [(number * 31 + position * 5 + position // 3) % VOCAB_SIZE for position in range(num_tokens)]
+        token_ids = [beginning(number, position) for position in range(num_tokens)]
         sampling = SamplingParams(*(number if name == "seed" else getattr(sampling, name) for name in FIELDS))
         num_prompt_tokens = max(1, len(token_ids) - min(num_generated, sampling.max_tokens - 1))
-        request = Request(f"request-{number}", token_ids, num_prompt_tokens, sampling, priority)
+        adapter = (("", ""), *((info.name, info.path) for info in self.engine.adapters))[
+            adapter_index % (1 + len(self.engine.adapters))
+        ]
+        request = Request(f"request-{number}", token_ids, num_prompt_tokens, sampling, priority, adapter[0])
         try:
             self.engine.add(request)
         except (ContextLengthExceeded, Overloaded):
             return
-        self.records[request.request_id] = Record(request)
+        self.records[request.request_id] = Record(request, adapter_path=adapter[1])
+        self.adapter_of[number] = adapter[1]
         if poisoned:
             self.fails_at.add((number, len(token_ids)))
 
@@ -147,6 +173,37 @@ class StepProtocolMachine(RuleBasedStateMachine):
             self.take(self.engine.step())
             self.engine.check_integrity()
             self.check_plans()
+            self.check_adapters()
+
+    @rule(name=st.sampled_from("abc"), broken=st.sampled_from([False, False, True]))
+    def load_adapter(self, name: str, broken: bool) -> None:
+        path = f"{name}-{len(self.loads)}"
+        try:
+            self.loads.append((path, self.engine.load_adapter(name, path)))
+        except AdapterError:
+            return
+        if broken:
+            self.broken_adapters.add(path)
+
+    @rule(name=st.sampled_from("abc"))
+    def unload_adapter(self, name: str) -> None:
+        paths = [info.path for info in self.engine.adapters if info.name == name]
+        if not paths:
+            with pytest.raises(AdapterError):
+                self.engine.unload_adapter(name)
+            return
+        self.unloads.append((paths[0], self.engine.unload_adapter(name)))
+        assert name not in [info.name for info in self.engine.adapters]
+
+    @precondition(lambda self: self.engine.adapters)
+    @rule(data=st.data())
+    def adapter_breaks(self, data: st.DataObject) -> None:
+        """Its file is gone or another: when the gang forms anew, it cannot be loaded again."""
+        self.broken_adapters.add(data.draw(st.sampled_from(self.engine.adapters)).path)
+
+    def check_adapters(self) -> None:
+        used = {record.adapter_path for record in self.records.values() if record.finish is None}
+        assert not used & {path for path, future in self.unloads if future.done()}, "unloaded while a request has it"
 
     @precondition(lambda self: self.live())
     @rule(data=st.data())
@@ -202,6 +259,8 @@ class StepProtocolMachine(RuleBasedStateMachine):
         assert record.token_ids == expected[: len(record.token_ids)], "the tokens depend on what else was computed"
         if record.aborted:
             assert finish.finish_reason == FinishReason.ABORT and not finish.token_ids
+        elif finish.error == "the request's adapter could not be loaded again":
+            assert record.adapter_path in self.broken_adapters
         elif finish.finish_reason == FinishReason.ERROR:
             assert sampling.seed in {seed for seed, _ in self.fails_at}
             assert finish.error == f"position {len(request.token_ids)} is not a number"
@@ -233,6 +292,11 @@ class StepProtocolMachine(RuleBasedStateMachine):
         self.engine.check_integrity()
         stats = self.engine.stats()
         assert (stats.num_blocks_used, stats.num_running, stats.num_waiting, stats.num_in_flight) == (0, 0, 0, 0)
+        for path, loaded in self.loads:
+            assert loaded.exception(timeout=0) is None or path in self.broken_adapters
+        assert all(unloaded.done() for _, unloaded in self.unloads)
+        assert sorted(self.gang.adapters.values()) == sorted(info.path for info in self.engine.adapters)
+        assert all(info.num_bytes > 0 for info in self.engine.adapters)
 
 
 FIELDS = SamplingParams.__struct_fields__

@@ -6,15 +6,20 @@ names it is caught, as is a block freed too early, a gap, and a table that point
 """
 
 import zlib
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import msgspec
+
 from engine.config import KvGroupConfig
 from engine.errors import RankFailure
 from engine.messages import (
     NULL_BLOCK,
+    AdapterOutcome,
+    LoadAdapter,
     PromptLogprobs,
     SampledToken,
     SlotError,
@@ -25,7 +30,7 @@ from engine.messages import (
     encode,
 )
 from engine.request import SamplingParams, TopLogprobs
-from engine.slot_table import ScheduledSlot, SlotTable
+from engine.slot_table import ScheduledSlot, SlotState, SlotTable
 
 
 def next_token(sampling: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int, vocab_size: int) -> int:
@@ -51,11 +56,12 @@ def sequential_tokens(
 
 
 Cell = tuple[int, int, int, int]
-"""KV group, block, offset within the block, and what must be there: a number made of request, position and token."""
+"""KV group, block, offset within the block, and what must be there: a number made of the tokens so far."""
 
 
-def _cell_value(seed: int, position: int, token_id: int) -> int:
-    return (seed * 100_003 + position) * 100_003 + token_id
+def _cell_value(state: SlotState, position: int, adapter_path: str) -> int:
+    """Keys and values depend on all tokens so far and on the adapter, not on the request."""
+    return zlib.crc32(array("I", state.token_ids[: position + 1]).tobytes(), zlib.crc32(adapter_path.encode()))
 
 
 @dataclass
@@ -63,7 +69,8 @@ class SimulatedRank:
     """One rank: its slots, its memory, and what its plans in flight read from there.
 
     ``records_samples``: whether it learns the tokens that are sampled (all ranks do at depth above 1, the sampling
-    rank always); ``fails_at`` positions of a request (by seed) answer with a SlotError.
+    rank always); ``fails_at`` positions of a request (by seed) answer with a SlotError. ``adapter_of``: path of
+    the adapter that a request (by seed) must have; ``broken_adapters``: paths that cannot be loaded.
     """
 
     table: SlotTable
@@ -74,18 +81,36 @@ class SimulatedRank:
     fails_at: set[tuple[int, int]] = field(default_factory=set)
     memory: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     """(block, offset) to (KV group, value): blocks of all groups are of one pool."""
+    adapter_of: dict[int, str] = field(default_factory=dict)
+    broken_adapters: set[str] = field(default_factory=set)
+    adapters: dict[int, str] = field(default_factory=dict)
+    """Adapter slot to path."""
 
     def compute(self, plan: StepPlan) -> tuple[StepResult, list[Cell]]:
         """The result of a plan, and all cells that it read."""
         scheduled = self.table.apply(plan)
+        outcomes = self._change_adapters(plan)
         for share in scheduled:
+            path = self.adapters.get(share.state.adapter, "")
+            assert path == self.adapter_of.get(share.state.sampling.seed, ""), f"slot {share.slot} has adapter {path!r}"
             self._write(share)
         cells = [cell for share in scheduled for cell in self._cells_read(share)]
         self.check(cells)
-        result = StepResult(plan.epoch, plan.step, rank=0, sampled=[], prompt_logprobs=[], errors=[])
+        result = StepResult(plan.epoch, plan.step, rank=0, sampled=[], prompt_logprobs=[], errors=[], adapters=outcomes)
         for share in scheduled:
             self._answer(share, plan.step, result)
         return result, cells
+
+    def _change_adapters(self, plan: StepPlan) -> list[AdapterOutcome]:
+        outcomes = []
+        for change in plan.adapters:
+            if isinstance(change, LoadAdapter):
+                self.adapters[change.slot] = change.path
+                error = "it is broken" if change.path in self.broken_adapters else ""
+                outcomes.append(AdapterOutcome(0, change.slot, 0 if error else len(change.path), error))
+            else:
+                del self.adapters[change.slot]
+        return outcomes
 
     def check(self, cells: list[Cell]) -> None:
         for group, block, offset, value in cells:
@@ -95,8 +120,12 @@ class SimulatedRank:
     def _cell(self, share: ScheduledSlot, group: int, position: int) -> Cell:
         block = share.state.block_tables[group][position // self.block_size]
         assert block != NULL_BLOCK, f"slot {share.slot} reads position {position}, whose block was given back"
-        value = _cell_value(share.state.sampling.seed, position, share.state.token_ids[position])
-        return group, block, position % self.block_size, value
+        return (
+            group,
+            block,
+            position % self.block_size,
+            _cell_value(share.state, position, self.adapters.get(share.state.adapter, "")),
+        )
 
     def _write(self, share: ScheduledSlot) -> None:
         for group in range(len(self.kv_groups)):
@@ -159,6 +188,8 @@ class SimulatedGang:
 
     Args:
         fails_at: (seed, position) pairs whose computation answers with a SlotError.
+        adapter_of: path of the adapter that each request, by seed, must be computed with.
+        broken_adapters: paths that the last rank cannot load.
         depth: plans that may be in flight.
     """
 
@@ -175,6 +206,8 @@ class SimulatedGang:
         num_dp_groups: int = 1,
         ranks_per_group: int = 2,
         fails_at: set[tuple[int, int]] | None = None,
+        adapter_of: dict[int, str] | None = None,
+        broken_adapters: set[str] | None = None,
     ) -> None:
         self.depth = depth
         self.dead = False
@@ -196,11 +229,14 @@ class SimulatedGang:
                     vocab_size=vocab_size,
                     records_samples=depth > 1 or index == 0,
                     fails_at=fails_at if fails_at is not None else set(),
+                    adapter_of=adapter_of if adapter_of is not None else {},
                 )
                 for index in range(ranks_per_group)
             ]
             for dp_group in range(num_dp_groups)
         ]
+        if broken_adapters is not None:
+            self._groups[-1][-1].broken_adapters = broken_adapters
 
     def submit(self, plan: StepPlan) -> Future[list[StepResult]]:
         assert len(self._flights) < self.depth, f"more than {self.depth} plans in flight"
@@ -210,12 +246,15 @@ class SimulatedGang:
         self.plans.append(plan)
         self._check_reuse(plan)
         results, read, blocks = [], [], []
+        outcomes: list[AdapterOutcome] = []
         for ranks in self._groups:
             answers = [rank.compute(plan) for rank in ranks]
             assert all(cells == answers[0][1] for _, cells in answers), "ranks disagree about what they read"
-            results.append(answers[0][0])
+            outcomes += [outcome for result, _ in answers for outcome in result.adapters]
+            results.append(msgspec.structs.replace(answers[0][0], adapters=[]))
             read += [(rank, cells) for rank, (_, cells) in zip(ranks, answers, strict=True)]
             blocks.append({block for _, block, _, _ in answers[0][1]})
+        results[0] = msgspec.structs.replace(results[0], adapters=outcomes)
         future = LateFuture(self._finish_up_to)
         self._flights.append(Flight(plan, future, results, read, blocks))
         return future
@@ -241,6 +280,13 @@ class SimulatedGang:
 
     def close(self) -> None:
         self.dead = True
+
+    @property
+    def adapters(self) -> dict[int, str]:
+        """Slot to path, the same on all ranks."""
+        held = [rank.adapters for ranks in self._groups for rank in ranks]
+        assert all(adapters == held[0] for adapters in held)
+        return held[0]
 
     @property
     def num_live_slots(self) -> int:

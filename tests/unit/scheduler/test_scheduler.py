@@ -27,7 +27,7 @@ class Bed:
         input_references: bool = True,
     ) -> None:
         config = SchedulerConfig(max_num_seqs, budget)
-        cache = CacheConfig(block_size=2, num_blocks=num_blocks)
+        cache = CacheConfig(block_size=2, num_blocks=num_blocks, keeps_prefixes=False)
         self.scheduler = Scheduler(config, cache, kv_groups, input_references=input_references)
         self.num_added = 0
         self.num_steps = 0
