@@ -1,6 +1,7 @@
 """Which matrices of a checkpoint are quantized, and how, as config.json's ``quantization_config`` says. Torch-free.
 
-The layouts are those of compressed-tensors, fbgemm, DeepSeek, AutoAWQ, GPTQ and bitsandbytes; see engine.quantization.
+The layouts are those of compressed-tensors, fbgemm, DeepSeek, AutoFP8, AutoAWQ, GPTQ and bitsandbytes; see
+engine.quantization.
 """
 
 import enum
@@ -169,10 +170,15 @@ def _fbgemm_fp8(config: Mapping[str, Any]) -> QuantizationConfig:
     return QuantizationConfig("fp8 (fbgemm)", ((("Linear",), form),), _skipped(config))
 
 
-def _deepseek_fp8(config: Mapping[str, Any]) -> QuantizationConfig:
-    size = config.get("weight_block_size", (128, 128))
+def _fp8(config: Mapping[str, Any]) -> QuantizationConfig:
+    """DeepSeek's blocks, or, where no block sizes are named, AutoFP8's one scale a tensor."""
+    if "weight_block_size" not in config:
+        form = MatrixFormat(WeightFormat.FP8, scale_per_row=False)
+        ignored = "lm_head", *map(str, config.get("ignored_layers") or ())
+        return QuantizationConfig("fp8 (AutoFP8)", ((("Linear",), form),), ignored)
+    size = config["weight_block_size"]
     if size is None:
-        raise CheckpointError("quantization_config: fp8 without weight_block_size is not served; give its block sizes")
+        raise CheckpointError("quantization_config: fp8 with weight_block_size null is not served; block sizes are")
     form = MatrixFormat(WeightFormat.FP8_BLOCKS, block_size=(int(size[0]), int(size[1])), scale_name="weight_scale_inv")
     name = f"fp8 ({size[0]} × {size[1]} blocks)"
     return QuantizationConfig(name, ((("Linear",), form),), _skipped(config))
@@ -245,7 +251,7 @@ def _skipped(config: Mapping[str, Any]) -> tuple[str, ...]:
 _PARSERS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "compressed-tensors": _compressed_tensors,
     "fbgemm_fp8": _fbgemm_fp8,
-    "fp8": _deepseek_fp8,
+    "fp8": _fp8,
     "awq": _awq,
     "gptq": _gptq,
     "bitsandbytes": _bitsandbytes,

@@ -226,6 +226,25 @@ def _fbgemm() -> Format:
     return Format("fp8-fbgemm", _with_scheme(channel, config), channel.dequantized)
 
 
+def _autofp8() -> Format:
+    """One scale a tensor, without dimensions, as AutoFP8 (the library is gone) wrote it."""
+    tensor = compressed_tensors_format(
+        "fp8-autofp8",
+        "float-quantized",
+        _FLOAT8 | {"strategy": "tensor"},
+        _FLOAT8 | {"strategy": "tensor"},
+    )
+    config = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+
+    def quantize(float_dir: Path, out_dir: Path) -> None:
+        _with_scheme(tensor, config)(float_dir, out_dir)
+        tensors = load_file(out_dir / "model.safetensors")
+        scalars = {name: t.reshape(()) for name, t in tensors.items() if name.endswith("_scale")}
+        save_file(tensors | scalars, out_dir / "model.safetensors", {"format": "pt"})
+
+    return Format("fp8-autofp8", quantize, tensor.dequantized)
+
+
 def _with_scheme(made: Format, scheme: Mapping[str, Any]) -> Callable[[Path, Path], None]:
     def quantize(float_dir: Path, out_dir: Path) -> None:
         made.quantize(float_dir, out_dir)
@@ -294,6 +313,7 @@ def _all_formats() -> list[Format]:
         compressed_tensors_format("fp8-block", "float-quantized", _FLOAT8 | block | {"block_structure": [128, 128]}),
         compressed_tensors_format("int8-channel", "int-quantized", _INT8 | channel, _INT8 | _TOKEN),
         _fbgemm(),
+        _autofp8(),
         _deepseek(),
         _bnb_int8(),
     ]

@@ -33,6 +33,7 @@ ORACLES = {
     "fp8-tensor-static": "compressed-tensors",
     "fp8-block": "compressed-tensors",
     "fp8-fbgemm": "compressed-tensors",
+    "fp8-autofp8": "compressed-tensors",
     "fp8-deepseek": "transformers",
 }
 QKV = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]

@@ -126,15 +126,19 @@ ENTRIES = NAMES | st.sampled_from(
 @pytest.mark.parametrize("method", ["fp8", "bitsandbytes", "awq"])
 def test_exclusions_as_transformers_matches_them(method: str, name: str, entries: list[str]) -> None:
     key = "llm_int8_skip_modules" if method == "bitsandbytes" else "modules_to_not_convert"
-    config = parse_quantization({"quant_method": method, "load_in_8bit": True, key: entries})
+    common = {"load_in_8bit": True, "weight_block_size": [128, 128]}
+    config = parse_quantization({"quant_method": method, key: entries} | common)
     assert (config.format_of(name) is not None) == should_convert_module(name, entries)
 
 
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        ({"quant_method": "fp8", "weight_block_size": None}, "fp8 without weight_block_size is not served"),
-        ({"quant_method": "fp8", "modules_to_not_convert": ["("]}, r"'\(' is no regular expression"),
+        ({"quant_method": "fp8", "weight_block_size": None}, "fp8 with weight_block_size null is not served"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["("]},
+            r"'\(' is no regular expression",
+        ),
         (
             {
                 "quant_method": "compressed-tensors",
