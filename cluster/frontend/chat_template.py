@@ -92,6 +92,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 class ChatTemplate:
     """One compiled template.
 
@@ -113,6 +117,14 @@ class ChatTemplate:
         self.takes_tools = "tools" in names
         """Whether it looks at the tools that a request has."""
         self._named_tokens = dict(named_tokens)
+        self._wants_parts = not self._shows("probe") and self._shows([{"type": "text", "text": "probe"}])
+
+    def _shows(self, content: Any) -> bool:
+        """Whether a message in this form gets into the prompt: templates for text and images drop a plain string."""
+        try:
+            return "probe" in self._render([{"role": "user", "content": content}], True, {}, ())
+        except InvalidRequest:
+            return False
 
     def render(
         self,
@@ -126,7 +138,18 @@ class ChatTemplate:
         Raises:
             InvalidRequest: the template refuses these messages; its own words are in the message.
         """
-        names = {**self._named_tokens, "tools": None, "documents": None, **(variables or {})}
+        if self._wants_parts:
+            messages = [{**message, "content": _as_parts(message["content"])} for message in messages]
+        return self._render(messages, add_generation_prompt, variables or {}, tools)
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]],
+    ) -> str:
+        names = {**self._named_tokens, "tools": None, "documents": None, **variables}
         names.update(messages=messages, add_generation_prompt=add_generation_prompt, range=_range_within_bounds())
         if tools:
             names["tools"] = tools

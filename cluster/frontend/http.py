@@ -24,7 +24,8 @@ from cluster.frontend.health import Health
 from cluster.frontend.http_body import parse_body, read_body, while_connected
 from cluster.frontend.http_errors import JsonResponse, error_response, log_defect, plain_error
 from cluster.frontend.metrics import CONTENT_TYPE, Metrics
-from cluster.frontend.openai_schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from cluster.frontend.moderations import ModerationForm, guard_categories, moderation_call
+from cluster.frontend.openai_schema import ChatBody, CompletionBody, DetokenizeBody, ModerationBody, TokenizeBody
 from cluster.frontend.service import Service
 from cluster.frontend.sse import EventStream
 
@@ -48,6 +49,7 @@ class HttpApi:
         self._health = health
         self._metrics = metrics
         self._settings = settings
+        self._guard_categories = guard_categories(service.tokenizer)
 
     def routes(self) -> list[Route]:
         return [
@@ -55,6 +57,7 @@ class HttpApi:
             Route("/v1/models/{model:path}", self.get_model),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+            Route("/v1/moderations", self.moderations, methods=["POST"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/livez", self.livez),
@@ -101,6 +104,18 @@ class HttpApi:
         service = self._service
         form = ChatForm(call, body, service.name, _now_unix_s(), service.tokenizer.bytes)
         return await self._answer(request, call, form, bool(body.stream))
+
+    async def moderations(self, request: Request) -> Response:
+        body = parse_body(ModerationBody, await self._body(request))
+        service, categories = self._service, self._guard_categories
+        call = moderation_call(body, f"modr-{uuid.uuid4().hex}", categories)
+        form = ModerationForm(call, categories or {}, service.name, service.tokenizer.bytes)
+        events = service.generate(call)
+
+        async def collect() -> list[Event]:
+            return [event async for event in events]
+
+        return JsonResponse(form.whole(await while_connected(request.receive, collect())))
 
     async def _answer(self, request: Request, call: Call, form: CompletionForm | ChatForm, streams: bool) -> Response:
         failed = asyncio.Event()

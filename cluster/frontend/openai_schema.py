@@ -196,7 +196,11 @@ class Message(BaseModel):
             more["tool_calls"] = calls
         # OpenAI's newer name for the same thing; templates know the older one.
         role = "system" if self.role == "developer" else self.role
-        content = self.content if isinstance(self.content, str) else _text_of(self.content or [], position)
+        content = (
+            self.content
+            if isinstance(self.content, str)
+            else _text_of(self.content or [], f"messages.{position}.content")
+        )
         return {"role": role, "content": content, **more}
 
 
@@ -211,10 +215,10 @@ _MEDIA = {
 }
 
 
-def _text_of(parts: list[dict[str, Any]], position: int) -> str:
+def _text_of(parts: list[dict[str, Any]], where: str) -> str:
     texts = []
     for number, part in enumerate(parts):
-        param = f"messages.{position}.content.{number}"
+        param = f"{where}.{number}"
         kind = part.get("type")
         if isinstance(kind, str) and kind in _MEDIA:
             raise InvalidRequest(f"{_MEDIA[kind]} are not served yet; send text only", param)
@@ -293,6 +297,24 @@ class TokenizeBody(Body):
             return ChatPrompt(messages, self.add_generation_prompt, variables, bool(self.add_special_tokens), tools)
         assert self.prompt is not None
         return TextPrompt(self.prompt, self.add_special_tokens is not False, self.parse_special_tokens)
+
+
+class ModerationBody(Body):
+    """POST /v1/moderations."""
+
+    input: Any = None
+
+    def texts(self) -> list[str]:
+        """One per result: each string is an input, and so is a list of parts. Raises InvalidRequest."""
+        given = self.input
+        if isinstance(given, str):
+            return [given]
+        if isinstance(given, list) and 0 < len(given) <= MAX_PROMPTS:
+            if all(isinstance(entry, str) for entry in given):
+                return list(given)
+            if all(isinstance(entry, dict) for entry in given):
+                return [_text_of(given, "input")]
+        raise InvalidRequest(f"input must be a string, or a list of 1 to {MAX_PROMPTS} strings or text parts", "input")
 
 
 class DetokenizeBody(Body):
