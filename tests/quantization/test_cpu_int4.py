@@ -73,6 +73,16 @@ def test_product(form: MatrixFormat, num_tokens: int) -> None:
     assert ((matrix.forward(hidden).float() - exact).abs() <= bound).all()
 
 
+@pytest.mark.skipif(not HAS_PRODUCT, reason="needs a CPU with AVX-512")
+@pytest.mark.parametrize("num_tokens", [1, cpu_int4.MAX_TOKENS])
+def test_few_tokens_convert_no_weights(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    matrix = example(AWQ)
+    hidden = torch.randn(num_tokens, 256).bfloat16()
+    expected = matrix.forward(hidden)
+    monkeypatch.delattr(GroupedInt4Matrix, "rows")
+    assert torch.equal(matrix.forward(hidden), expected)
+
+
 def test_no_tokens() -> None:
     assert example(AWQ).forward(torch.empty(0, 256).bfloat16()).shape == (0, 192)
 

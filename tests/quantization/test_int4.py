@@ -16,6 +16,7 @@ from engine.config import Dtype, ParallelConfig
 from engine.errors import CheckpointError, LayoutError
 from engine.model_config import ModelConfig
 from engine.parameter import Split
+from engine.quantization import online
 from engine.quantization.int4 import OnlineInt4Matrix
 from engine.quantization.matrix import FloatSource, MatrixPart
 from engine.weights.ledger import shard_bytes
@@ -202,11 +203,27 @@ def test_online_shares_that_no_group_divides_are_refused(float_dir: FloatDir) ->
         load_matrix(float_dir("llama"), [MatrixPart(QKV[0], 256, 256, Split(), Split(16, 1))], quantization="int4")
 
 
-def test_online_groups_of_zeros(float_dir: FloatDir, tmp_path: Path) -> None:
+def test_online_groups_of_one_sign(float_dir: FloatDir, tmp_path: Path) -> None:
+    """Zero is always among a group's sixteen values, so that codes reach from it to the farthest weight."""
     values: dict[str, Any] = matrices(float_dir("llama"))
-    values[QKV[0]] = values[QKV[0]].clone()
-    values[QKV[0]][3, :128] = 0
-    write_float(float_dir("llama"), tmp_path, values)
+    rows = values[QKV[0]].clone()
+    rows[3, :128] = 0
+    rows[4, :128] = rows[4, :128].abs() + 10
+    rows[5, :128] = -rows[5, :128].abs() - 10
+    write_float(float_dir("llama"), tmp_path, values | {QKV[0]: rows})
     matrix = load_matrix(tmp_path, [MatrixPart(QKV[0], 256, 256)], quantization="int4")
+    assert isinstance(matrix, OnlineInt4Matrix)
     assert matrix.rows(slice(3, 4))[:, :128].abs().max() == 0
     assert matrix.rows(slice(3, 4))[:, 128:].abs().max() > 0
+    for row in (4, 5):
+        difference = (matrix.rows(slice(row, row + 1)) - rows[row])[0, :128]
+        assert (difference.abs() <= matrix.scales[row, 0] * 0.501).all()
+
+
+def test_online_does_not_depend_on_tiles(float_dir: FloatDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a CPU's product wants together are never in two tiles."""
+    parts = [MatrixPart(name, 256, 256) for name in QKV]
+    whole = load_matrix(float_dir("llama"), parts, torch.bfloat16, quantization="int4")
+    monkeypatch.setattr(online, "TILE_BYTES", 100 * 256 * 4)
+    in_tiles = load_matrix(float_dir("llama"), parts, torch.bfloat16, quantization="int4")
+    assert torch.equal(in_tiles.rows(slice(None)), whole.rows(slice(None)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine.config import Dtype, ParallelConfig
 from engine.errors import CheckpointError, LayoutError
@@ -23,6 +23,16 @@ from tests.support.conformance import Conforms
 KINDS = ["nf4", "nf4-single"]
 QKV = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
 DOWN = ["model.layers.1.mlp.down_proj"]
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 97,
+    "hidden_size": 384,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
 STATE = f"{QKV[0]}.weight.quant_state.bitsandbytes__nf4"
 
 
@@ -33,6 +43,23 @@ def test_rows_are_the_librarys(quantized: Quantized, name: str, outputs: Split, 
     made = quantized(FORMATS[name], "llama")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert_matrix_equals(made.directory, DOWN if inputs.degree > 1 else QKV, made.values, outputs, inputs, dtype)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), SLICES)
+def test_nested_blocks_that_begin_within_a_row(tmp_path: Path, outputs: Split, inputs: Split) -> None:
+    """256 scales share one of their own: 42⅔ rows of 384 inputs."""
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(
+        torch.randn(256, 384) * torch.rand(256, 1), quant_type="nf4", compress_statistics=True
+    )
+    tensors = {f"m.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file(tensors | {"m.weight": packed}, tmp_path / "model.safetensors")
+    scheme = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = LLAMA | {"quantization_config": scheme | {"bnb_4bit_use_double_quant": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    values = {"m": functional.dequantize_4bit(packed, state)}
+    assert_matrix_equals(tmp_path, ["m"], values, outputs, inputs, torch.float32)
 
 
 @pytest.mark.parametrize(("name", "tp"), [("nf4", 2), ("nf4", 1), ("nf4-single", 2)])
