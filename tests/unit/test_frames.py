@@ -11,11 +11,13 @@ from engine.executor.frames import Frame, FrameKind, FrameReader, frame_head
 from engine.executor.plan_ring import PlanRing, PlanRingReader
 from engine.messages import (
     BatchPlan,
+    LoadAdapter,
     NewRequest,
     SampledToken,
     ScheduledRequest,
     StepPlan,
     StepResult,
+    UnloadAdapter,
     decode_from_rank,
     encode,
 )
@@ -91,13 +93,15 @@ def test_an_independent_decoder_reads_our_messages() -> None:
                 [4], [NewRequest(0, [1, 2], 2, sampling)], [ScheduledRequest(0, 0, 2, [], [[1], [2]], True)], [(1, 2)]
             )
         ],
+        [UnloadAdapter(1), LoadAdapter(1, "a", 64)],
     )
-    tag, epoch, step, batches = msgpack.unpackb(encode(plan), strict_map_key=False)
+    tag, epoch, step, batches, adapters = msgpack.unpackb(encode(plan), strict_map_key=False)
     assert (tag, epoch, step) == ("plan", 3, 9)
     removed, new, scheduled, copies = batches[0]
     assert (removed, copies) == ([4], [[1, 2]])
     assert new[0][:3] == [0, [1, 2], 2] and new[0][3][:3] == [5, -3, 0] and {7: 1.5} in new[0][3]
     assert scheduled == [[0, 0, 2, [], [[1], [2]], True, -1]]
+    assert adapters == [["unload", 1], ["load", 1, "a", 64]]
 
 
 def test_we_read_what_an_independent_encoder_writes() -> None:
