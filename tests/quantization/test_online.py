@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluster.config import EMBEDDED_MODEL, load_serve_config
 from cluster.control.preflight import preflight
-from engine.config import Dtype, ParallelConfig
+from engine.config import Dtype, LoadFormat, ParallelConfig
 from engine.errors import InvalidOption
 from engine.model_config import ModelConfig
 from engine.models.registry import build_model
@@ -22,10 +23,12 @@ from engine.quantization.int8 import SignedByteMatrix
 from engine.quantization.matrix import TILE_BYTES, FloatSource, MatrixPart
 from engine.quantization.row_scaled import RowScaledMatrix
 from engine.weights.ledger import shard_bytes
+from engine.weights.loader import load_weights
 from tests.quantization.checkpoints import FORMATS, matrices, write_float
 from tests.quantization.comparison import assert_same_answers, cut, load_matrix, part_of, run_gang
 from tests.quantization.conftest import Quantized
 from tests.support.conformance import Conforms
+from tests.support.model_driver import ModelDriver, generate_alone
 from tests.support.served import Served, run_remuda
 
 QKV = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
@@ -163,6 +166,18 @@ def test_the_ledger_shows_what_is_saved(float_dir: Callable[[str], Path], name: 
     share = after.by_kind["experts"] / before.by_kind["experts"]
     assert (0.25 < share < 0.32) if name == "int4" else (0.5 < share < 0.52)
     assert after.by_kind["embedding"] == before.by_kind["embedding"]
+
+
+@pytest.mark.parametrize("name", [*BITS_8, "int4"])
+def test_random_weights_for_sizing(float_dir: Callable[[str], Path], name: str) -> None:
+    """``--load-format dummy``: a model that computes numbers, in the bytes that the ledger names."""
+    config = ModelConfig.from_directory(float_dir("moe"), name)
+    model = build_model(config, Mesh(), Dtype.BFLOAT16, torch.device("cpu"))
+    num_bytes = load_weights(model, float_dir("moe"), LoadFormat.DUMMY)
+    assert num_bytes == shard_bytes(config, ParallelConfig(), 0, Dtype.BFLOAT16).total
+    (generated,) = generate_alone(ModelDriver(model, Mesh(), torch.bfloat16), [[3, 1, 4]], 2)
+    assert np.isfinite(generated.logits).all()
+    assert generated.logits.std() > 0
 
 
 def test_a_quantized_checkpoint_is_refused(quantized: Quantized) -> None:
