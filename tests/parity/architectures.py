@@ -164,7 +164,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama4-scout": Architecture(
         "Llama 4 Scout",
         transformers.Llama4TextConfig(**_LLAMA4 | _SCOUT | {"interleave_moe_layer_step": 1}),
-        MOE_LAYOUTS,
+        ((1, 1), (2, 1), (4, 2)),
         MOE_LAYOUTS,
     ),
     "llama4-maverick": Architecture(

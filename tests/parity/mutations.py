@@ -224,7 +224,7 @@ MUTATIONS = [
     Mutation("feed-forward bias", "biases", lambda config: replace(config, mlp_bias=False)),
     Mutation("RMS epsilon", "llama2", lambda config: replace(config, rms_norm_eps=1e-2)),
     Mutation("theta of Code Llama", "codellama", rope(theta=10000.0)),
-    Mutation("as many KV heads as heads", "llama1", lambda config: replace(config, num_kv_heads=2), is_refused=True),
+    Mutation("as many KV heads as heads", "llama1", lambda config: replace(config, num_kv_heads=1), is_refused=True),
     Mutation("full attention where chunk size is null", "guard4", every_layer(chunk_size=8)),
     Mutation("rotation where the list says so", "guard4", layers(lambda i, layer: replace(layer, use_rope=i != 3))),
     Mutation("dense where no layer is a mixture", "guard4", every_layer(intermediate_size=48), is_refused=True),
