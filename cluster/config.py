@@ -91,7 +91,7 @@ class ServeConfig(BaseSettings):
     @property
     def name(self) -> str:
         """The name under which clients ask for the model."""
-        return self.served_model_name or Path(self.model).name or self.model
+        return self.served_model_name or Path(self.model).name.removesuffix(".gguf") or self.model
 
 
 def load_serve_config(flags: Mapping[str, Any], file: Path | None = None) -> ServeConfig:

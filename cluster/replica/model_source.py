@@ -1,4 +1,4 @@
-"""From what the user typed (a directory, a hub id, the embedded model) to a checkpoint's directory on this host."""
+"""From what the user typed (a directory, a GGUF file, a hub id, the embedded model) to where it is on this host."""
 
 import importlib.resources
 import os
@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 
 from cluster.config import EMBEDDED_MODEL
 from engine.errors import CheckpointError
+from engine.gguf.header import is_gguf
 from engine.weights.other_forms import describe_other_form
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
@@ -35,8 +36,8 @@ class ModelSource:
     revision: str | None = None
 
     def directory(self) -> Path:
-        """The checkpoint's directory on this host, downloaded first where it is a hub id (resumable; one process per
-        host downloads, others wait). Raises CheckpointError."""
+        """The checkpoint's directory (or GGUF file) on this host, downloaded first where it is a hub id (resumable; one
+        process per host downloads, others wait). Raises CheckpointError."""
         if self.model == EMBEDDED_MODEL:
             return Path(str(importlib.resources.files("engine"))) / "assets" / EMBEDDED_MODEL
         if self.revision is None:
@@ -58,10 +59,12 @@ def resolve(model: str, revision: str | None) -> ModelSource:
 
 def _local_directory(model: str) -> Path:
     path = Path(model)
+    if path.is_file() and is_gguf(path):
+        return path.resolve()
     if not path.is_dir():
         raise CheckpointError(
             f"{model} is not a directory on {os.uname().nodename}; give a directory in Hugging Face form, "
-            f"a hub id as in organisation/name, or {EMBEDDED_MODEL}"
+            f"a GGUF file, a hub id as in organisation/name, or {EMBEDDED_MODEL}"
         )
     if not (path / "config.json").is_file():
         raise CheckpointError(

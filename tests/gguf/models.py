@@ -18,7 +18,7 @@ from tests.parity.architectures import NUM_NEW, continue_greedily, prompts, rand
 from tests.support.model_driver import Generated
 
 VOCAB_SIZE = 97
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "num_hidden_layers": 2,
     "rms_norm_eps": 1e-5,
@@ -38,7 +38,7 @@ def _all(kind: str) -> Kinds:
     return lambda name: "F32" if "norm" in name or name.endswith(".bias") or "gate.weight" in name else kind
 
 
-def _q4_k_m(name: str) -> str:
+def q4_k_m(name: str) -> str:
     """As llama.cpp mixes: values and down projections of half of the layers, and the head, have more bits."""
     if "norm" in name:
         return "F32"
@@ -48,7 +48,7 @@ def _q4_k_m(name: str) -> str:
 
 
 def _mixed(name: str) -> str:
-    return "Q5_K" if "down_proj" in name or "embed" in name else _q4_k_m(name)
+    return "Q5_K" if "down_proj" in name or "embed" in name else q4_k_m(name)
 
 
 @dataclass(frozen=True)
@@ -61,41 +61,41 @@ class Case:
     weights: str
 
 
-_WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
 CASES: Mapping[str, Case] = {
-    "q8": Case("llama", transformers.LlamaConfig(**_COMMON | _SMALL, intermediate_size=128), _all("Q8_0"), "GGUF Q8_0"),
+    "q8": Case("llama", transformers.LlamaConfig(**COMMON | _SMALL, intermediate_size=128), _all("Q8_0"), "GGUF Q8_0"),
     "q4_k_m": Case(
-        "llama", transformers.LlamaConfig(**_COMMON | _WIDE, intermediate_size=512), _q4_k_m, "GGUF Q4_K + Q6_K"
+        "llama", transformers.LlamaConfig(**COMMON | WIDE, intermediate_size=512), q4_k_m, "GGUF Q4_K + Q6_K"
     ),
     "llama3.1-tied": Case(
         "llama",
         transformers.LlamaConfig(
-            **_COMMON | _WIDE | {"rope_parameters": _LLAMA3}, intermediate_size=512, tie_word_embeddings=True
+            **COMMON | WIDE | {"rope_parameters": _LLAMA3}, intermediate_size=512, tie_word_embeddings=True
         ),
         _mixed,
         "GGUF Q4_K + Q5_K, tied",
     ),
     "biases-f16": Case(
         "llama",
-        transformers.LlamaConfig(**_COMMON | _SMALL, intermediate_size=96, attention_bias=True, mlp_bias=True),
+        transformers.LlamaConfig(**COMMON | _SMALL, intermediate_size=96, attention_bias=True, mlp_bias=True),
         _all("F16"),
         "GGUF F16",
     ),
     "mixtral": Case(
         "llama",
         transformers.MixtralConfig(
-            **_COMMON | _SMALL, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+            **COMMON | _SMALL, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
         ),
         _all("Q8_0"),
         "GGUF Q8_0",
     ),
     "qwen3": Case(
-        "qwen3", transformers.Qwen3Config(**_COMMON | _SMALL, intermediate_size=128), _all("Q4_0"), "GGUF Q4_0"
+        "qwen3", transformers.Qwen3Config(**COMMON | _SMALL, intermediate_size=128), _all("Q4_0"), "GGUF Q4_0"
     ),
     "qwen3-moe": Case(
         "qwen3moe",
         transformers.Qwen3MoeConfig(
-            **_COMMON | _SMALL,
+            **COMMON | _SMALL,
             intermediate_size=128,
             moe_intermediate_size=64,
             num_experts=4,
@@ -118,8 +118,11 @@ class Reference:
     generated: list[Generated]
 
 
-def make_reference(name: str, folder: Path) -> Reference:
-    case = CASES[name]
+def make_reference(
+    name: str, folder: Path, case: Case | None = None, more: Mapping[str, Any] | None = None
+) -> Reference:
+    """``case``: by default that of CASES. ``more``: metadata besides the model's own."""
+    case = case or CASES[name]
     directory = folder / name
     torch.manual_seed(len(name))
     made = transformers.AutoModelForCausalLM.from_config(case.config)
@@ -131,7 +134,7 @@ def make_reference(name: str, folder: Path) -> Reference:
     if case.config.rope_parameters["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = ("F32", _rope_factors(case.config))
     path = folder / f"{name}.gguf"
-    write_gguf(path, case.architecture, metadata(case.architecture, case.config), tensors)
+    write_gguf(path, case.architecture, {**metadata(case.architecture, case.config), **(more or {})}, tensors)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
