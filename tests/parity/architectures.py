@@ -228,7 +228,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 """Every served architecture, by a short name, with the variants of it that take another way through the code."""
 
-_MODEL_CLASSES: Mapping[type, Any] = {
+MODEL_CLASSES: Mapping[type, Any] = {
     transformers.LlamaConfig: transformers.LlamaForCausalLM,
     transformers.Llama4TextConfig: transformers.Llama4ForCausalLM,
     transformers.Llama4Config: transformers.Llama4ForConditionalGeneration,
@@ -252,7 +252,7 @@ def make_reference(name: str, directory: Path) -> Reference:
     """Save a random checkpoint of ARCHITECTURES[name] and run it in float32."""
     architecture = ARCHITECTURES[name]
     torch.manual_seed(len(name))
-    model_class = _MODEL_CLASSES[type(architecture.config)]
+    model_class = MODEL_CLASSES[type(architecture.config)]
     model = model_class._from_config(architecture.config, attn_implementation="eager").eval()
     randomize(model)
     model.save_pretrained(directory)

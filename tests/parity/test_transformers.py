@@ -5,8 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+import engine.model_config as served
 from engine.config import Dtype
-from tests.parity.architectures import ARCHITECTURES, Reference
+from tests.parity.architectures import ARCHITECTURES, DENSE_LAYOUTS, MODEL_CLASSES, MOE_LAYOUTS, Reference
 from tests.parity.conftest import LayoutRunner
 from tests.support.conformance import Conforms
 from tests.support.model_driver import Generated
@@ -23,6 +24,15 @@ CASES = [
     for name, architecture in ARCHITECTURES.items()
     for layout in architecture.legal_layouts
 ]
+
+
+def test_the_table_covers_what_is_served() -> None:
+    tested = {MODEL_CLASSES[type(architecture.config)].__name__ for architecture in ARCHITECTURES.values()}
+    assert tested == set(served.ARCHITECTURES)
+    by_default = {layout for architecture in ARCHITECTURES.values() for layout in architecture.layouts}
+    assert by_default == set(DENSE_LAYOUTS) | set(MOE_LAYOUTS)
+    for architecture in ARCHITECTURES.values():
+        assert set(architecture.layouts) <= set(architecture.legal_layouts)
 
 
 def assert_equal(ours: list[Generated], oracle: list[Generated], tolerance: float) -> None:
