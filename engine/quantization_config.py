@@ -185,10 +185,11 @@ def _fp8(config: Mapping[str, Any]) -> QuantizationConfig:
 
 
 def _awq(config: Mapping[str, Any]) -> QuantizationConfig:
-    bits, version = config.get("bits", config.get("w_bit", 4)), str(config.get("version", "gemm")).lower()
+    bits, version = config.get("bits", config.get("w_bit", 4)), str(config.get("version") or "gemm").lower()
     if bits != 4 or version != "gemm":
         raise CheckpointError(f"AWQ with {bits} bits in version {version} is not served; 4 bits in version gemm is")
-    form = MatrixFormat(WeightFormat.AWQ, int(config.get("group_size", config.get("q_group_size", 128))), False)
+    group_size = max(int(config.get("group_size", config.get("q_group_size", 128))), 0)
+    form = MatrixFormat(WeightFormat.AWQ, group_size, symmetric=False)
     return QuantizationConfig("int4 (AWQ)", ((("Linear",), form),), _skipped(config))
 
 

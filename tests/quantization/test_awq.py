@@ -94,3 +94,10 @@ def test_a_wrong_tensor_is_refused(quantized: Quantized, tmp_path: Path) -> None
 def test_other_versions_are_refused(config: dict[str, object], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         parse_quantization({"quant_method": "awq", **config})
+
+
+def test_groups_of_a_whole_row() -> None:
+    config = parse_quantization({"quant_method": "awq", "bits": 4, "group_size": -1, "version": None})
+    form = config.format_of("model.layers.0.mlp.down_proj")
+    assert form is not None
+    assert form.group_size == 0
