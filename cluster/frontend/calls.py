@@ -13,11 +13,14 @@ MAX_CHOICES = 128
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """Text. Control tokens in it are text unless ``parse_special_tokens``."""
+    """Text. Control tokens in it are text unless ``parse_special_tokens``. With ``suffix``, what stands between the two
+    is asked for.
+    """
 
     text: str
     add_special_tokens: bool = True
     parse_special_tokens: bool = False
+    suffix: str = ""
 
 
 @dataclass(frozen=True)

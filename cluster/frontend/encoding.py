@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from cluster.frontend.calls import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from cluster.frontend.infilling import Infilling
 from cluster.frontend.sampling import check_token_ids
 from cluster.frontend.tokenizer import Tokenizer
 from engine.errors import ContextLengthExceeded, InvalidRequest
@@ -24,6 +25,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.tokenizer = tokenizer
+        self.infilling = Infilling(tokenizer)
         self.vocab_size = vocab_size
         self._short = ThreadPoolExecutor(2, thread_name_prefix="encode")
         self._long = ThreadPoolExecutor(1, thread_name_prefix="encode-long")
@@ -57,9 +59,11 @@ class PromptEncoder:
     def _encode_now(self, prompt: TextPrompt | ChatPrompt, max_tokens: int | None) -> list[int]:
         tokenizer = self.tokenizer
         if isinstance(prompt, TextPrompt):
-            if not prompt.text and not prompt.add_special_tokens:
+            if not prompt.text and not prompt.suffix and not prompt.add_special_tokens:
                 return []
-            _check_length(tokenizer.fewest_tokens(prompt.text), max_tokens)
+            _check_length(tokenizer.fewest_tokens(prompt.text + prompt.suffix), max_tokens)
+            if prompt.suffix:
+                return self.infilling.encode(prompt.text, prompt.suffix, prompt.add_special_tokens)
             return tokenizer.encode(prompt.text, prompt.add_special_tokens, prompt.parse_special_tokens)
         text = tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt, prompt.variables, prompt.tools)
         # Of the template's output: it may leave out what the client wrote, and write what the client did not.
@@ -79,7 +83,7 @@ def _check_length(fewest: int, max_tokens: int | None) -> None:
 def _num_chars(value: Any) -> int:
     """All that a prompt's encoding may have to go through."""
     if isinstance(value, TextPrompt):
-        return len(value.text)
+        return len(value.text) + len(value.suffix)
     if isinstance(value, ChatPrompt):
         return _num_chars(value.messages) + _num_chars(value.variables) + _num_chars(value.tools)
     if isinstance(value, str):

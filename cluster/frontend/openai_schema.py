@@ -18,7 +18,6 @@ from engine.errors import InvalidRequest
 _NOT_SERVED = {
     "tools": "tool calling outside of chats",
     "audio": "audio",
-    "suffix": "insertion before a suffix",
     "use_beam_search": "beam search",
     "prompt_embeds": "prompt embeddings",
     "structured_outputs": "structured output",
@@ -138,6 +137,7 @@ class CompletionBody(_GenerateBody):
     max_values: ClassVar[int] = _MAX_IDS
 
     prompt: Any = None
+    suffix: str | None = None
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
@@ -150,6 +150,8 @@ class CompletionBody(_GenerateBody):
         if isinstance(given, str):
             return [self._text(given)]
         if isinstance(given, list) and given:
+            if self.suffix and not all(isinstance(entry, str) for entry in given):
+                raise InvalidRequest("suffix needs a prompt of text, not of token ids", "suffix")
             if _are_ids(given):
                 return [TokenPrompt(given)]
             if len(given) > MAX_PROMPTS:
@@ -165,9 +167,12 @@ class CompletionBody(_GenerateBody):
         )
 
     def _text(self, text: str) -> TextPrompt:
-        if not text:
+        if not text and not self.suffix:
             raise InvalidRequest("prompt must not be empty", "prompt")
-        return TextPrompt(text, self.add_special_tokens, self.parse_special_tokens)
+        if self.suffix and (self.echo or self.parse_special_tokens):
+            what = "echo" if self.echo else "parse_special_tokens"
+            raise InvalidRequest(f"{what} cannot be combined with suffix; leave one of them out", what)
+        return TextPrompt(text, self.add_special_tokens, self.parse_special_tokens, self.suffix or "")
 
 
 def _are_ids(entries: list[Any]) -> bool:

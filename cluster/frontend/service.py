@@ -190,11 +190,13 @@ class Service:
         max_model_len = self.max_model_len
         token_ids = await self.encoder.encode(prompt, max_model_len)
         options = call.options
+        is_infill = isinstance(prompt, TextPrompt) and bool(prompt.suffix)
+        ends = [*self._eos_ids, *(self.encoder.infilling.end_ids if is_infill else ())]
         sampling = build_sampling(
             options,
             max_tokens_of(call, len(token_ids), max_model_len),
             self._draw_seed() if options.seed is None else options.seed,
-            self._eos_ids,
+            ends,
             self._files.sampling_defaults,
             self.encoder.vocab_size,
         )

@@ -120,6 +120,11 @@ class Tokenizer:
         """The ids of those of these that are control tokens here."""
         return frozenset(self._id_of_special[name] for name in names if name in self._id_of_special)
 
+    def token_id(self, name: str) -> int | None:
+        """The token that tokenizer.json writes so."""
+        token_id: int | None = self._original.token_to_id(name)
+        return token_id
+
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         """Each token as tokenizer.json writes it."""
         return [self._original.id_to_token(token_id) or "" for token_id in token_ids]
