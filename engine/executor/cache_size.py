@@ -8,7 +8,7 @@ from engine.errors import DoesNotFit, InvalidOption
 from engine.kv_groups import num_blocks_needed
 from engine.messages import Loaded
 
-_MIN_MODEL_LEN = 2
+MIN_MODEL_LEN = 2
 """A prompt of one token and one answer."""
 
 
@@ -42,11 +42,11 @@ def size_cache(
     tightest = min(loaded, key=lambda rank: rank.kv_bytes_available // rank.block_bytes)
     num_blocks = tightest.kv_bytes_available // tightest.block_bytes
     num_usable = max(num_blocks - 1, 0)
-    fitting = _longest_fitting(groups, block_size, num_usable, longest)
-    wanted = max_model_len or max(fitting, _MIN_MODEL_LEN)
+    fitting = longest_fitting(groups, block_size, num_usable, longest)
+    wanted = max_model_len or max(fitting, MIN_MODEL_LEN)
     if wanted > fitting:
         needed = num_blocks_needed(groups, wanted - 1, block_size) + 1
-        advice = f", or --max-model-len to at most {fitting}" if fitting >= _MIN_MODEL_LEN else ""
+        advice = f", or --max-model-len to at most {fitting}" if fitting >= MIN_MODEL_LEN else ""
         raise DoesNotFit(
             f"one context of {wanted} tokens needs {needed} KV blocks of {tightest.block_bytes} bytes = "
             f"{needed * tightest.block_bytes} bytes on each rank; rank {tightest.rank} has "
@@ -57,7 +57,7 @@ def size_cache(
     return CacheSize(num_blocks, wanted)
 
 
-def _longest_fitting(groups: Sequence[KvGroupConfig], block_size: int, num_usable: int, longest: int) -> int:
+def longest_fitting(groups: Sequence[KvGroupConfig], block_size: int, num_usable: int, longest: int) -> int:
     """The largest length up to ``longest`` whose blocks fit; 1 where none does. A request's last token is never
     computed, so it needs no place."""
     low, high = 1, longest

@@ -1,0 +1,107 @@
+"""The layout that a model gets on given machines, and the nearest on which it fits."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+
+from cluster.plan.devices import Machines
+from cluster.plan.layout_plan import LayoutPlan, plan_layout
+from cluster.plan.layouts import Degrees, candidates, larger, refusal, unserved
+from cluster.plan.rank_memory import PlanOptions, budget_of, weights_by_rank
+from engine.config import ParallelConfig
+from engine.errors import LayoutError
+from engine.models.shapes.model_shapes import ModelShapes
+from engine.quantization_config import WeightFormat
+from engine.weights.ledger import count_parameters
+
+_MAX_TRIED = 8
+"""Layouts that are built on the same machines. They differ in what is held twice, which is little."""
+_HALF_A_BYTE = (
+    WeightFormat.INT4,
+    WeightFormat.AWQ,
+    WeightFormat.GPTQ,
+    WeightFormat.NF4,
+    WeightFormat.GGUF,
+    WeightFormat.ONLINE_INT4,
+)
+
+
+class LayoutSearch:
+    """For one model and set of options; shapes of a layout are built once."""
+
+    def __init__(self, shapes: ModelShapes, options: PlanOptions) -> None:
+        self._shapes = shapes
+        self._options = options
+        self.counts = count_parameters(shapes)
+        self._weights: dict[ParallelConfig, Sequence[Mapping[str, int]] | LayoutError] = {}
+
+    def choose(self, machines: Machines, fixed: Degrees) -> LayoutPlan:
+        """The best legal layout that fits; where none does, the best.
+
+        Raises LayoutError where the degrees that the user fixed are impossible.
+        """
+        first: LayoutPlan | None = None
+        hopeless = self._is_hopeless(machines)
+        for plan in self._plans(machines, fixed):
+            if plan.fits or hopeless:
+                return plan
+            first = first or plan
+        if first is not None:
+            return first
+        refused = [error for error in self._weights.values() if isinstance(error, LayoutError)]
+        raise refused[0] if refused else LayoutError(self._impossible(machines, fixed))
+
+    def nearest(self, machines: Machines, *, only_served: bool) -> LayoutPlan | None:
+        """The first that fits on these machines or the fewest more of their kind; None where none was found.
+
+        ``only_served``: none that this version does not serve.
+        """
+        for grown in (machines, *larger(machines)):
+            if self._is_hopeless(grown):
+                continue
+            for plan in self._plans(grown, Degrees(), only_served=only_served):
+                if plan.fits:
+                    return plan
+        return None
+
+    def _plans(self, machines: Machines, fixed: Degrees, *, only_served: bool = False) -> Iterator[LayoutPlan]:
+        config = self._shapes.config
+        layouts = (
+            layout
+            for layout in candidates(config, machines, fixed)
+            if not (only_served and unserved(config, layout)) and self._weights_of(layout) is not None
+        )
+        for layout in islice(layouts, _MAX_TRIED):
+            weights = self._weights_of(layout)
+            assert weights is not None
+            yield plan_layout(self._shapes, layout, machines, self._options, weights)
+
+    def _weights_of(self, layout: ParallelConfig) -> Sequence[Mapping[str, int]] | None:
+        """None where a quantized matrix cannot be cut so."""
+        if layout not in self._weights:
+            try:
+                self._weights[layout] = weights_by_rank(self._shapes, layout, self._options)
+            except LayoutError as error:
+                self._weights[layout] = error
+        found = self._weights[layout]
+        return None if isinstance(found, LayoutError) else found
+
+    def _is_hopeless(self, machines: Machines) -> bool:
+        """Whether all the weights, each in as few bytes as there can be, are more than all the memory."""
+        text = self.counts.total - self.counts.vision
+        return int(text * self._least_bytes()) > machines.num_devices * budget_of(machines.device, self._options)
+
+    def _least_bytes(self) -> float:
+        """Of one parameter."""
+        quantization = self._shapes.config.quantization
+        if quantization is None:
+            return self._options.dtype.num_bytes
+        forms = [*quantization.by_name.values(), *(form for _, form in quantization.rules)]
+        return 0.5 if any(form.kind in _HALF_A_BYTE for form in forms) else 1.0
+
+    def _impossible(self, machines: Machines, fixed: Degrees) -> str:
+        tp, pp, dp = fixed.tp or 1, fixed.pp or 1, fixed.dp or 1
+        if tp * pp * dp > machines.num_devices:
+            return f"tp × pp × dp = {tp} × {pp} × {dp} needs {tp * pp * dp} devices; there are {machines.num_devices}"
+        layout = ParallelConfig(tp=tp, pp=pp, dp=dp, ep=(fixed.ep or 1) if fixed.tp else 1)
+        why = refusal(self._shapes.config, layout) or f"{machines} cannot be divided so"
+        return f"no layout has the degrees asked for: {why}"
