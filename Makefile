@@ -5,6 +5,8 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
 # More arguments for the command of a target, as in `make test ARGS='-k router'`.
 ARGS ?=
 
+TEXT_CONFORMANCE := $(addprefix tests/frontend/test_,templates.py tool_parser.py meta_tokenizers.py infilling.py)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test conformance test-full lint type fmt protos bench bench-models clean
 
@@ -23,7 +25,7 @@ test: setup  ## the whole test run: linters, types, import contracts, unit, inte
 	$(PY) -m pytest $(ARGS)
 
 conformance: setup  ## every architecture, format and layout against independent implementations; prints the table
-	$(PY) -m pytest -m '' tests/parity tests/quantization tests/gguf tests/lora --conformance-table $(ARGS)
+	$(PY) -m pytest -m '' tests/parity tests/quantization tests/gguf tests/lora $(TEXT_CONFORMANCE) --conformance-table $(ARGS)
 
 test-full: setup  ## the same with the heavy tests
 	$(PY) -m pytest -m '' $(ARGS)
