@@ -3,6 +3,8 @@
 import enum
 from dataclasses import dataclass, field
 
+from engine.request import AdapterInfo
+
 
 class ReplicaState(enum.StrEnum):
     STARTING = "starting"
@@ -44,3 +46,4 @@ class ReplicaInfo:
     error: str = ""
     progress_age_s: float = 0.0
     """While there is work: seconds since a step last finished. 0 when idle."""
+    adapters: tuple[AdapterInfo, ...] = ()

@@ -31,6 +31,7 @@ PHASE_TEXT = {
     "load": "loading weights",
     "profile": "profiling a step",
     "warm_up": "warming up",
+    "adapters": "loading adapters",
 }
 
 

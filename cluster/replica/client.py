@@ -19,12 +19,14 @@ from cluster.rpc.shared_secret import secret_metadata
 from cluster.rpc.status import error_from_rpc
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.errors import ContextLengthExceeded, Overloaded, ProtocolViolation, RemudaError
-from engine.request import FinishReason, Output, Request
+from engine.request import AdapterInfo, FinishReason, Output, Request
 
 _log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 2.0
+ADAPTER_TIMEOUT_S = 900.0
+"""Loading waits for disks, unloading for requests."""
 MAX_REQUEST_TOKENS = 10_000_000
 """At 5 bytes each still below channel.MAX_MESSAGE_BYTES: a message over it would break the stream for all."""
 
@@ -136,6 +138,27 @@ class ReplicaClient:
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
         return self._note(convert.replica_info_from_proto(answer))
+
+    async def load_adapter(self, name: str, path: str, timeout_s: float = ADAPTER_TIMEOUT_S) -> AdapterInfo:
+        """On all ranks of this replica, or on none. Raises AdapterError, and as ``info`` does."""
+        if self._stub is None:
+            raise self._last_error
+        request = replica_pb2.LoadAdapterRequest(name=name, path=path)
+        try:
+            answer = await self._stub.LoadAdapter(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return convert.adapter_from_proto(answer)
+
+    async def unload_adapter(self, name: str, timeout_s: float = ADAPTER_TIMEOUT_S) -> None:
+        """Waits for the requests that use it. Raises AdapterError, and as ``info`` does."""
+        if self._stub is None:
+            raise self._last_error
+        request = replica_pb2.UnloadAdapterRequest(name=name)
+        try:
+            await self._stub.UnloadAdapter(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
 
     def _note(self, info: ReplicaInfo) -> ReplicaInfo:
         if self.is_connected:

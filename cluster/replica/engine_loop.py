@@ -9,14 +9,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from cluster.errors import Draining, Unavailable
 from cluster.types import ReplicaState
 from engine.engine import EngineStats
 from engine.errors import EngineFailure, InvalidRequest, Overloaded, RemudaError
-from engine.request import Output, Request
+from engine.request import AdapterInfo, Output, Request
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> bool: ...
     def step(self) -> list[Output]: ...
     def stats(self) -> EngineStats: ...
+    def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]": ...
+    def unload_adapter(self, name: str) -> "Future[None]": ...
+    @property
+    def adapters(self) -> tuple[AdapterInfo, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,15 @@ class Load:
     """While there is work: seconds since a step last finished. 0 when idle."""
 
 
+@dataclass(frozen=True, eq=False)
+class _AdapterChange:
+    """``begin`` asks the engine for it, which says with a future of its own when it is done; ``future`` is for whoever
+    waits in another thread."""
+
+    begin: Callable[[Engine], "Future[Any]"]
+    future: "Future[Any]" = field(default_factory=Future)
+
+
 class EngineLoop:
     """Runs an engine in a thread of its own.
 
@@ -74,12 +88,15 @@ class EngineLoop:
         self._engine = engine
         self._clock = clock
         self._wake = threading.Condition()
-        self._inbox: deque[Request | str] = deque()
-        """Filled by other threads. An entry is a request to add, or the id of one to abort."""
-        self._taken: deque[Request | str] = deque()
+        self._inbox: deque[Request | str | _AdapterChange] = deque()
+        """Filled by other threads. An entry is a request to add, the id of one to abort, or a change of adapters."""
+        self._taken: deque[Request | str | _AdapterChange] = deque()
         """What the engine has yet to see of the inbox. Empty between turns."""
         self._refused: list[tuple[str, RemudaError]] = []
         self._live: set[str] = set()
+        self._begun: list[tuple[Future[Any], _AdapterChange]] = []
+        """Changes of adapters that the engine has taken, each with the engine's own future."""
+        self._adapters: tuple[AdapterInfo, ...] = ()
         self._state = ReplicaState.STARTING
         self._stopping = False
         self._broken: RemudaError | None = None
@@ -96,6 +113,7 @@ class EngineLoop:
         assert self._thread is None, "an engine loop starts once"
         self._publish = publish
         self._stats = self._engine.stats()
+        self._adapters = self._engine.adapters
         self._state = ReplicaState.READY
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
@@ -141,6 +159,33 @@ class EngineLoop:
         with self._wake:
             self._inbox.append(request_id)
             self._wake.notify()
+
+    def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
+        """From any thread, as engine.engine.Engine has it; whatever goes wrong, the future says it."""
+        return self._change(lambda engine: engine.load_adapter(name, path))
+
+    def unload_adapter(self, name: str) -> "Future[None]":
+        """From any thread, as engine.engine.Engine has it; whatever goes wrong, the future says it."""
+        return self._change(lambda engine: engine.unload_adapter(name))
+
+    def _change(self, begin: Callable[[Engine], "Future[Any]"]) -> "Future[Any]":
+        change = _AdapterChange(begin)
+        # Nobody can cancel it from now on: the engine's thread will end it.
+        change.future.set_running_or_notify_cancel()
+        with self._wake:
+            try:
+                self._check_accepting()
+            except Unavailable as error:
+                change.future.set_exception(error)
+            else:
+                self._inbox.append(change)
+                self._wake.notify()
+        return change.future
+
+    @property
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """Those that requests can name; at most one step old."""
+        return self._adapters
 
     def drain(self) -> None:
         """Refuses new requests from now on; what runs may finish."""
@@ -208,6 +253,7 @@ class EngineLoop:
                 if output.finish_reason is not None:
                     self._live.discard(output.request_id)
         self._stats = self._engine.stats()
+        self._end_changes()
         errors, self._refused = self._refused, []
         if outputs or errors:
             self._publish(StepOutputs(outputs, errors))
@@ -222,6 +268,9 @@ class EngineLoop:
                     self._live.remove(item)
                     self._engine.abort(item)
                 continue
+            if isinstance(item, _AdapterChange):
+                self._begin_change(item)
+                continue
             request_id = item.request_id
             if request_id in self._live:
                 self._refused.append((request_id, InvalidRequest(f"request {request_id} is running already")))
@@ -232,6 +281,23 @@ class EngineLoop:
             except RemudaError as error:
                 self._live.remove(request_id)
                 self._refused.append((request_id, error))
+
+    def _begin_change(self, change: _AdapterChange) -> None:
+        try:
+            self._begun.append((change.begin(self._engine), change))
+        except RemudaError as error:
+            change.future.set_exception(error)
+
+    def _end_changes(self) -> None:
+        """Tells whoever waits for changes of adapters that have ended."""
+        self._adapters = self._engine.adapters
+        ended = [(done, change) for done, change in self._begun if done.done()]
+        self._begun = [(done, change) for done, change in self._begun if not done.done()]
+        for done, change in ended:
+            if (error := done.exception()) is not None:
+                change.future.set_exception(error)
+            else:
+                change.future.set_result(done.result())
 
     def _end(self, failure: RemudaError) -> None:
         """Ends every live and every waiting request with ``failure``."""
@@ -246,6 +312,10 @@ class EngineLoop:
         ended = [*self._live, *(item.request_id for item in waiting if isinstance(item, Request))]
         errors = self._refused + [(request_id, failure) for request_id in ended if request_id not in aborted]
         self._live.clear()
+        for change in [*(change for _, change in self._begun), *waiting]:
+            if isinstance(change, _AdapterChange):
+                change.future.set_exception(failure)
+        self._begun.clear()
         if errors or self._failure is not None:
             self._publish(StepOutputs([], errors, self._failure))
 

@@ -25,6 +25,10 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     kv_cache_memory_bytes: int
     quantization: str | None = None
     """int8, int4 or fp8: a float checkpoint is quantized while it is loaded."""
+    lora_modules: dict[str, str] = {}
+    """LoRA adapters that are there from the beginning: name to directory."""
+    max_loras: int = 8
+    max_lora_rank: int = 64
 
     @property
     def parallel(self) -> ParallelConfig:

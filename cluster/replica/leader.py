@@ -29,7 +29,7 @@ from cluster.replica.model_source import ModelSource
 from cluster.replica.rank_plan import GangEndpoints, listen_addresses
 from cluster.replica.server import LeaderServer
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
-from engine.config import CacheConfig, SchedulerConfig
+from engine.config import CacheConfig, LoraConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import RemudaError
 from engine.executor.channel_executor import ChannelExecutor
@@ -149,8 +149,19 @@ class Leader:
             vocab_size=model.vocab_size,
             scheduler_config=scheduler,
             cache_config=gang.cache,
+            lora_config=LoraConfig(plan.max_loras, plan.max_lora_rank),
         )
+        self._load_adapters(engine)
         return engine, self._info(gang)
+
+    def _load_adapters(self, engine: Engine) -> None:
+        """Those that are there from the beginning. Raises AdapterError."""
+        for name, path in self._config.plan.lora_modules.items():
+            self._events.append(PhaseStarted("adapters", self._config.replica_id))
+            loaded = engine.load_adapter(name, path)
+            while not loaded.done():
+                engine.step()
+            loaded.result()
 
     def _info(self, gang: GangReady) -> ReplicaInfo:
         return ReplicaInfo(

@@ -7,6 +7,7 @@ stream breaks, what came over it is aborted.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from cluster.rpc.health import Health, add_health_and_reflection
 from cluster.rpc.shared_secret import check_secret
 from cluster.types import RankInfo, ReplicaInfo
 from engine.errors import EngineFailure, InvalidRequest, RankFailure, RemudaError
+from engine.request import AdapterInfo
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +105,7 @@ class LeaderServer:
             num_steps=load.num_steps,
             progress_age_s=load.progress_age_s,
             error="" if failure is None else str(failure),
+            adapters=self._engine_loop.adapters,
         )
 
     def _ranks(self, failure: RemudaError | None) -> tuple[RankInfo, ...]:
@@ -120,6 +123,12 @@ class LeaderServer:
         """Refuses new requests from now on; what runs may finish."""
         self._engine_loop.drain()
         await self._set_not_serving()
+
+    def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
+        return self._engine_loop.load_adapter(name, path)
+
+    def unload_adapter(self, name: str) -> "Future[None]":
+        return self._engine_loop.unload_adapter(name)
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Ends the engine loop and the server. What still runs ends with Unavailable; ``drain`` first to avoid that."""
@@ -290,3 +299,21 @@ class _ReplicaService(replica_pb2_grpc.ReplicaServicer):
         await self._leader.authenticate(context)
         await self._leader.drain()
         return convert.replica_info_to_proto(self._leader.info())
+
+    async def LoadAdapter(self, request: replica_pb2.LoadAdapterRequest, context: _Context) -> replica_pb2.Adapter:
+        await self._leader.authenticate(context)
+        try:
+            loaded = await asyncio.wrap_future(self._leader.load_adapter(request.name, request.path))
+        except RemudaError as error:
+            await status.abort(context, error)
+        return convert.adapter_to_proto(loaded)
+
+    async def UnloadAdapter(
+        self, request: replica_pb2.UnloadAdapterRequest, context: _Context
+    ) -> replica_pb2.UnloadAdapterResponse:
+        await self._leader.authenticate(context)
+        try:
+            await asyncio.wrap_future(self._leader.unload_adapter(request.name))
+        except RemudaError as error:
+            await status.abort(context, error)
+        return replica_pb2.UnloadAdapterResponse()

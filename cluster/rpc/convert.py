@@ -9,7 +9,7 @@ from cluster.rpc.generated.remuda.v1 import common_pb2, replica_pb2
 from cluster.rpc.status import ErrorFields, error_of, fields_of
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from engine.errors import EngineFailure, InvalidRequest, RemudaError
-from engine.request import FinishReason, Output, Request, SamplingParams, TopLogprobs
+from engine.request import AdapterInfo, FinishReason, Output, Request, SamplingParams, TopLogprobs
 
 _FINISH_TO_PROTO: dict[FinishReason, common_pb2.FinishReason.ValueType] = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
@@ -93,6 +93,7 @@ def request_to_proto(stream: int, request: Request) -> replica_pb2.Submit:
             sampling=sampling_to_proto(request.sampling),
             choice=request.sampling.choice,
             priority=request.priority,
+            adapter=request.adapter,
         )
     except InvalidRequest:
         raise
@@ -111,6 +112,7 @@ def request_from_proto(message: replica_pb2.Submit) -> Request:
         num_prompt_tokens=message.num_prompt_tokens,
         sampling=sampling_from_proto(message.sampling, _NO_DEFAULTS, message.choice),
         priority=message.priority,
+        adapter=message.adapter,
     )
 
 
@@ -274,6 +276,14 @@ def _finish_error(finish: replica_pb2.StreamFinish) -> RemudaError | None:
     )
 
 
+def adapter_to_proto(info: AdapterInfo) -> replica_pb2.Adapter:
+    return replica_pb2.Adapter(name=info.name, path=info.path, num_bytes=info.num_bytes)
+
+
+def adapter_from_proto(message: replica_pb2.Adapter) -> AdapterInfo:
+    return AdapterInfo(message.name, message.path, message.num_bytes)
+
+
 def replica_info_to_proto(info: ReplicaInfo) -> replica_pb2.ReplicaInfo:
     return replica_pb2.ReplicaInfo(
         id=info.id,
@@ -296,6 +306,7 @@ def replica_info_to_proto(info: ReplicaInfo) -> replica_pb2.ReplicaInfo:
         phase_seconds=info.phase_seconds,
         error=info.error,
         progress_age_s=info.progress_age_s,
+        adapters=map(adapter_to_proto, info.adapters),
     )
 
 
@@ -319,4 +330,5 @@ def replica_info_from_proto(message: replica_pb2.ReplicaInfo) -> ReplicaInfo:
         phase_seconds=dict(message.phase_seconds),
         error=message.error,
         progress_age_s=message.progress_age_s,
+        adapters=tuple(map(adapter_from_proto, message.adapters)),
     )

@@ -195,7 +195,8 @@ async def test_info_health_and_reflection(bed: Bed) -> None:
         with grpc.insecure_channel(bed.address) as channel:
             database = ProtoReflectionDescriptorDatabase(channel)
             service = DescriptorPool(database).FindServiceByName(SERVICE_NAME)
-            assert {method.name for method in service.methods} == {"Attach", "GetInfo", "Drain"}
+            names = {"Attach", "GetInfo", "Drain", "LoadAdapter", "UnloadAdapter"}
+            assert {method.name for method in service.methods} == names
             return set(database.get_services())
 
     assert {SERVICE_NAME, "grpc.health.v1.Health"} <= await asyncio.to_thread(reflected)

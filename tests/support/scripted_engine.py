@@ -1,10 +1,11 @@
 """An engine without scheduler and model: each step gives every request its next token, which anyone can predict."""
 
 import threading
+from concurrent.futures import Future
 
 from engine.engine import EngineStats
-from engine.errors import InvalidRequest
-from engine.request import FinishReason, Output, Request
+from engine.errors import AdapterError, InvalidRequest
+from engine.request import AdapterInfo, FinishReason, Output, Request
 
 
 def token_at(request: Request, index: int) -> int:
@@ -34,6 +35,7 @@ class ScriptedEngine:
         self._tokens_per_step = tokens_per_step
         self._live: dict[str, tuple[Request, int]] = {}
         self._outputs: list[Output] = []
+        self._adapters: dict[str, AdapterInfo] = {}
 
     @property
     def has_work(self) -> bool:
@@ -70,6 +72,30 @@ class ScriptedEngine:
                 self._live[request_id] = (request, end)
                 outputs.append(Output(request_id, tokens))
         return outputs
+
+    def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
+        """At once; a path that ends in ``broken`` fails as if a rank could not read it."""
+        if name in self._adapters:
+            raise AdapterError(f"{name} is loaded already")
+        future: Future[AdapterInfo] = Future()
+        if path.endswith("broken"):
+            future.set_exception(AdapterError(f"{path} is broken"))
+        else:
+            self._adapters[name] = AdapterInfo(name, path, 1000)
+            future.set_result(self._adapters[name])
+        return future
+
+    def unload_adapter(self, name: str) -> "Future[None]":
+        if name not in self._adapters:
+            raise AdapterError(f"there is no {name}")
+        del self._adapters[name]
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @property
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        return tuple(self._adapters.values())
 
     @property
     def num_live(self) -> int:

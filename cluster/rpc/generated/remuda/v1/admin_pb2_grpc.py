@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from cluster.rpc.generated.remuda.v1 import admin_pb2 as remuda_dot_v1_dot_admin__pb2
+from cluster.rpc.generated.remuda.v1 import replica_pb2 as remuda_dot_v1_dot_replica__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -26,7 +27,7 @@ if _version_not_supported:
 
 
 class AdminStub:
-    """For operators: remuda status, remuda drain.
+    """For operators: remuda status, remuda drain, remuda adapters.
     """
 
     def __init__(self, channel):
@@ -45,10 +46,25 @@ class AdminStub:
                 request_serializer=remuda_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=remuda_dot_v1_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/remuda.v1.Admin/ListAdapters',
+                request_serializer=remuda_dot_v1_dot_admin__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=remuda_dot_v1_dot_admin__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/remuda.v1.Admin/LoadAdapter',
+                request_serializer=remuda_dot_v1_dot_replica__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=remuda_dot_v1_dot_replica__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/remuda.v1.Admin/UnloadAdapter',
+                request_serializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
-    """For operators: remuda status, remuda drain.
+    """For operators: remuda status, remuda drain, remuda adapters.
     """
 
     def GetStatus(self, request, context):
@@ -59,6 +75,26 @@ class AdminServicer:
 
     def Drain(self, request, context):
         """No new work; what runs may finish. Answers at once; follow it with GetStatus.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadAdapter(self, request, context):
+        """On all replicas or, where one fails, on none. Only from below the directory that the server was given for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Answers when the last request that used it has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -77,6 +113,21 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=remuda_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=remuda_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
             ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=remuda_dot_v1_dot_admin__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=remuda_dot_v1_dot_admin__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=remuda_dot_v1_dot_replica__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=remuda_dot_v1_dot_replica__pb2.Adapter.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'remuda.v1.Admin', rpc_method_handlers)
@@ -86,7 +137,7 @@ def add_AdminServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Admin:
-    """For operators: remuda status, remuda drain.
+    """For operators: remuda status, remuda drain, remuda adapters.
     """
 
     @staticmethod
@@ -133,6 +184,87 @@ class Admin:
             '/remuda.v1.Admin/Drain',
             remuda_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             remuda_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/remuda.v1.Admin/ListAdapters',
+            remuda_dot_v1_dot_admin__pb2.ListAdaptersRequest.SerializeToString,
+            remuda_dot_v1_dot_admin__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/remuda.v1.Admin/LoadAdapter',
+            remuda_dot_v1_dot_replica__pb2.LoadAdapterRequest.SerializeToString,
+            remuda_dot_v1_dot_replica__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/remuda.v1.Admin/UnloadAdapter',
+            remuda_dot_v1_dot_replica__pb2.UnloadAdapterRequest.SerializeToString,
+            remuda_dot_v1_dot_replica__pb2.UnloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

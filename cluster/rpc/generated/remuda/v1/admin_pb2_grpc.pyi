@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from grpc import aio as _aio
 from cluster.rpc.generated.remuda.v1 import admin_pb2 as _admin_pb2
+from cluster.rpc.generated.remuda.v1 import replica_pb2 as _replica_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -27,7 +28,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminStub:
-    """For operators: remuda status, remuda drain."""
+    """For operators: remuda status, remuda drain, remuda adapters."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,18 +37,28 @@ class AdminStub:
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]
     Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
     """No new work; what runs may finish. Answers at once; follow it with GetStatus."""
+    ListAdapters: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAdaptersRequest, _admin_pb2.ListAdaptersResponse]
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_replica_pb2.LoadAdapterRequest, _replica_pb2.Adapter]
+    """On all replicas or, where one fails, on none. Only from below the directory that the server was given for it."""
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_replica_pb2.UnloadAdapterRequest, _replica_pb2.UnloadAdapterResponse]
+    """Answers when the last request that used it has ended."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
-    """For operators: remuda status, remuda drain."""
+    """For operators: remuda status, remuda drain, remuda adapters."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
     Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
     """No new work; what runs may finish. Answers at once; follow it with GetStatus."""
+    ListAdapters: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAdaptersRequest, _admin_pb2.ListAdaptersResponse]  # type: ignore[assignment]
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_replica_pb2.LoadAdapterRequest, _replica_pb2.Adapter]  # type: ignore[assignment]
+    """On all replicas or, where one fails, on none. Only from below the directory that the server was given for it."""
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_replica_pb2.UnloadAdapterRequest, _replica_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """Answers when the last request that used it has ended."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
-    """For operators: remuda status, remuda drain."""
+    """For operators: remuda status, remuda drain, remuda adapters."""
 
     @_abc_1.abstractmethod
     def GetStatus(
@@ -63,5 +74,28 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.DrainResponse, _abc.Awaitable[_admin_pb2.DrainResponse]]:
         """No new work; what runs may finish. Answers at once; follow it with GetStatus."""
+
+    @_abc_1.abstractmethod
+    def ListAdapters(
+        self,
+        request: _admin_pb2.ListAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListAdaptersResponse, _abc.Awaitable[_admin_pb2.ListAdaptersResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _replica_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replica_pb2.Adapter, _abc.Awaitable[_replica_pb2.Adapter]]:
+        """On all replicas or, where one fails, on none. Only from below the directory that the server was given for it."""
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _replica_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replica_pb2.UnloadAdapterResponse, _abc.Awaitable[_replica_pb2.UnloadAdapterResponse]]:
+        """Answers when the last request that used it has ended."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

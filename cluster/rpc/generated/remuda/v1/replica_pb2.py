@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.rpc.generated.remuda.v1 import common_pb2 as remuda_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17remuda/v1/replica.proto\x12\tremuda.v1\x1a\x16remuda/v1/common.proto\"\x90\x01\n\rFrontEndFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.remuda.v1.AttachHelloH\x00\x12#\n\x06submit\x18\x02 \x01(\x0b\x32\x11.remuda.v1.SubmitH\x00\x12(\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x17.remuda.v1.AbortRequestH\x00\x42\x07\n\x05\x66rame\"#\n\x0b\x41ttachHello\x12\x14\n\x0c\x66ront_end_id\x18\x01 \x01(\t\"\xa9\x01\n\x06Submit\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.remuda.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x11\"\x1e\n\x0c\x41\x62ortRequest\x12\x0e\n\x06stream\x18\x01 \x01(\r\"\xc4\x01\n\x0bLeaderFrame\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0f\n\x07streams\x18\x03 \x03(\r\x12\x12\n\nnum_tokens\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.remuda.v1.StreamLogprobs\x12)\n\x08\x66inishes\x18\x07 \x03(\x0b\x32\x17.remuda.v1.StreamFinish\"t\n\x0eStreamLogprobs\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.remuda.v1.TokenLogprobs\x12(\n\x06prompt\x18\x03 \x03(\x0b\x32\x18.remuda.v1.TokenLogprobs\"\x93\x02\n\x0cStreamFinish\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.remuda.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x12\n\nerror_kind\x18\x05 \x01(\t\x12\x15\n\rerror_message\x18\x06 \x01(\t\x12\x18\n\x0b\x65rror_param\x18\x07 \x01(\tH\x01\x88\x01\x01\x12\x1a\n\rretry_after_s\x18\x08 \x01(\x01H\x02\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x0e\n\x0c_error_paramB\x10\n\x0e_retry_after_s\"\x10\n\x0eGetInfoRequest\"\x15\n\x13\x44rainReplicaRequest\"\xdd\x03\n\x0bReplicaInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.remuda.v1.ReplicaState\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\x04\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\x04\x12\x13\n\x0bnum_running\x18\n \x01(\r\x12\x13\n\x0bnum_waiting\x18\x0b \x01(\r\x12\x16\n\x0ekv_cache_usage\x18\x0c \x01(\x01\x12\x11\n\tnum_steps\x18\r \x01(\x04\x12\x1e\n\x05ranks\x18\x0e \x03(\x0b\x32\x0f.remuda.v1.Rank\x12?\n\rphase_seconds\x18\x0f \x03(\x0b\x32(.remuda.v1.ReplicaInfo.PhaseSecondsEntry\x12\r\n\x05\x65rror\x18\x10 \x01(\t\x12\x16\n\x0eprogress_age_s\x18\x11 \x01(\x01\x1a\x33\n\x11PhaseSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"N\n\x04Rank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t*\x98\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x04\x32\xc8\x01\n\x07Replica\x12>\n\x06\x41ttach\x12\x18.remuda.v1.FrontEndFrame\x1a\x16.remuda.v1.LeaderFrame(\x01\x30\x01\x12<\n\x07GetInfo\x12\x19.remuda.v1.GetInfoRequest\x1a\x16.remuda.v1.ReplicaInfo\x12?\n\x05\x44rain\x12\x1e.remuda.v1.DrainReplicaRequest\x1a\x16.remuda.v1.ReplicaInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17remuda/v1/replica.proto\x12\tremuda.v1\x1a\x16remuda/v1/common.proto\"\x90\x01\n\rFrontEndFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.remuda.v1.AttachHelloH\x00\x12#\n\x06submit\x18\x02 \x01(\x0b\x32\x11.remuda.v1.SubmitH\x00\x12(\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x17.remuda.v1.AbortRequestH\x00\x42\x07\n\x05\x66rame\"#\n\x0b\x41ttachHello\x12\x14\n\x0c\x66ront_end_id\x18\x01 \x01(\t\"\xba\x01\n\x06Submit\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.remuda.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\"\x1e\n\x0c\x41\x62ortRequest\x12\x0e\n\x06stream\x18\x01 \x01(\r\"\xc4\x01\n\x0bLeaderFrame\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0f\n\x07streams\x18\x03 \x03(\r\x12\x12\n\nnum_tokens\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.remuda.v1.StreamLogprobs\x12)\n\x08\x66inishes\x18\x07 \x03(\x0b\x32\x17.remuda.v1.StreamFinish\"t\n\x0eStreamLogprobs\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.remuda.v1.TokenLogprobs\x12(\n\x06prompt\x18\x03 \x03(\x0b\x32\x18.remuda.v1.TokenLogprobs\"\x93\x02\n\x0cStreamFinish\x12\x0e\n\x06stream\x18\x01 \x01(\r\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.remuda.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x12\n\nerror_kind\x18\x05 \x01(\t\x12\x15\n\rerror_message\x18\x06 \x01(\t\x12\x18\n\x0b\x65rror_param\x18\x07 \x01(\tH\x01\x88\x01\x01\x12\x1a\n\rretry_after_s\x18\x08 \x01(\x01H\x02\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x0e\n\x0c_error_paramB\x10\n\x0e_retry_after_s\"\x10\n\x0eGetInfoRequest\"\x15\n\x13\x44rainReplicaRequest\"0\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"8\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\"\x83\x04\n\x0bReplicaInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.remuda.v1.ReplicaState\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\x04\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\x04\x12\x13\n\x0bnum_running\x18\n \x01(\r\x12\x13\n\x0bnum_waiting\x18\x0b \x01(\r\x12\x16\n\x0ekv_cache_usage\x18\x0c \x01(\x01\x12\x11\n\tnum_steps\x18\r \x01(\x04\x12\x1e\n\x05ranks\x18\x0e \x03(\x0b\x32\x0f.remuda.v1.Rank\x12?\n\rphase_seconds\x18\x0f \x03(\x0b\x32(.remuda.v1.ReplicaInfo.PhaseSecondsEntry\x12\r\n\x05\x65rror\x18\x10 \x01(\t\x12\x16\n\x0eprogress_age_s\x18\x11 \x01(\x01\x12$\n\x08\x61\x64\x61pters\x18\x12 \x03(\x0b\x32\x12.remuda.v1.Adapter\x1a\x33\n\x11PhaseSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"N\n\x04Rank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t*\x98\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REPLICA_STATE_STARTING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x04\x32\xde\x02\n\x07Replica\x12>\n\x06\x41ttach\x12\x18.remuda.v1.FrontEndFrame\x1a\x16.remuda.v1.LeaderFrame(\x01\x30\x01\x12<\n\x07GetInfo\x12\x19.remuda.v1.GetInfoRequest\x1a\x16.remuda.v1.ReplicaInfo\x12?\n\x05\x44rain\x12\x1e.remuda.v1.DrainReplicaRequest\x1a\x16.remuda.v1.ReplicaInfo\x12@\n\x0bLoadAdapter\x12\x1d.remuda.v1.LoadAdapterRequest\x1a\x12.remuda.v1.Adapter\x12R\n\rUnloadAdapter\x12\x1f.remuda.v1.UnloadAdapterRequest\x1a .remuda.v1.UnloadAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,32 +34,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REPLICAINFO_PHASESECONDSENTRY']._loaded_options = None
   _globals['_REPLICAINFO_PHASESECONDSENTRY']._serialized_options = b'8\001'
-  _globals['_REPLICASTATE']._serialized_start=1647
-  _globals['_REPLICASTATE']._serialized_end=1799
+  _globals['_REPLICASTATE']._serialized_start=1873
+  _globals['_REPLICASTATE']._serialized_end=2025
   _globals['_FRONTENDFRAME']._serialized_start=63
   _globals['_FRONTENDFRAME']._serialized_end=207
   _globals['_ATTACHHELLO']._serialized_start=209
   _globals['_ATTACHHELLO']._serialized_end=244
   _globals['_SUBMIT']._serialized_start=247
-  _globals['_SUBMIT']._serialized_end=416
-  _globals['_ABORTREQUEST']._serialized_start=418
-  _globals['_ABORTREQUEST']._serialized_end=448
-  _globals['_LEADERFRAME']._serialized_start=451
-  _globals['_LEADERFRAME']._serialized_end=647
-  _globals['_STREAMLOGPROBS']._serialized_start=649
-  _globals['_STREAMLOGPROBS']._serialized_end=765
-  _globals['_STREAMFINISH']._serialized_start=768
-  _globals['_STREAMFINISH']._serialized_end=1043
-  _globals['_GETINFOREQUEST']._serialized_start=1045
-  _globals['_GETINFOREQUEST']._serialized_end=1061
-  _globals['_DRAINREPLICAREQUEST']._serialized_start=1063
-  _globals['_DRAINREPLICAREQUEST']._serialized_end=1084
-  _globals['_REPLICAINFO']._serialized_start=1087
-  _globals['_REPLICAINFO']._serialized_end=1564
-  _globals['_REPLICAINFO_PHASESECONDSENTRY']._serialized_start=1513
-  _globals['_REPLICAINFO_PHASESECONDSENTRY']._serialized_end=1564
-  _globals['_RANK']._serialized_start=1566
-  _globals['_RANK']._serialized_end=1644
-  _globals['_REPLICA']._serialized_start=1802
-  _globals['_REPLICA']._serialized_end=2002
+  _globals['_SUBMIT']._serialized_end=433
+  _globals['_ABORTREQUEST']._serialized_start=435
+  _globals['_ABORTREQUEST']._serialized_end=465
+  _globals['_LEADERFRAME']._serialized_start=468
+  _globals['_LEADERFRAME']._serialized_end=664
+  _globals['_STREAMLOGPROBS']._serialized_start=666
+  _globals['_STREAMLOGPROBS']._serialized_end=782
+  _globals['_STREAMFINISH']._serialized_start=785
+  _globals['_STREAMFINISH']._serialized_end=1060
+  _globals['_GETINFOREQUEST']._serialized_start=1062
+  _globals['_GETINFOREQUEST']._serialized_end=1078
+  _globals['_DRAINREPLICAREQUEST']._serialized_start=1080
+  _globals['_DRAINREPLICAREQUEST']._serialized_end=1101
+  _globals['_LOADADAPTERREQUEST']._serialized_start=1103
+  _globals['_LOADADAPTERREQUEST']._serialized_end=1151
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1153
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1189
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1191
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1214
+  _globals['_ADAPTER']._serialized_start=1216
+  _globals['_ADAPTER']._serialized_end=1272
+  _globals['_REPLICAINFO']._serialized_start=1275
+  _globals['_REPLICAINFO']._serialized_end=1790
+  _globals['_REPLICAINFO_PHASESECONDSENTRY']._serialized_start=1739
+  _globals['_REPLICAINFO_PHASESECONDSENTRY']._serialized_end=1790
+  _globals['_RANK']._serialized_start=1792
+  _globals['_RANK']._serialized_end=1870
+  _globals['_REPLICA']._serialized_start=2028
+  _globals['_REPLICA']._serialized_end=2378
 # @@protoc_insertion_point(module_scope)

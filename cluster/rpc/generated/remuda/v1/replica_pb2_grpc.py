@@ -50,6 +50,16 @@ class ReplicaStub:
                 request_serializer=remuda_dot_v1_dot_replica__pb2.DrainReplicaRequest.SerializeToString,
                 response_deserializer=remuda_dot_v1_dot_replica__pb2.ReplicaInfo.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/remuda.v1.Replica/LoadAdapter',
+                request_serializer=remuda_dot_v1_dot_replica__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=remuda_dot_v1_dot_replica__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/remuda.v1.Replica/UnloadAdapter',
+                request_serializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class ReplicaServicer:
@@ -77,6 +87,20 @@ class ReplicaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Answers when all ranks have loaded the LoRA adapter; one that a rank could not load is on none of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """No request can name it from now on. Answers when the last that did has ended and the memory is free.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReplicaServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +118,16 @@ def add_ReplicaServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=remuda_dot_v1_dot_replica__pb2.DrainReplicaRequest.FromString,
                     response_serializer=remuda_dot_v1_dot_replica__pb2.ReplicaInfo.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=remuda_dot_v1_dot_replica__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=remuda_dot_v1_dot_replica__pb2.Adapter.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +212,60 @@ class Replica:
             '/remuda.v1.Replica/Drain',
             remuda_dot_v1_dot_replica__pb2.DrainReplicaRequest.SerializeToString,
             remuda_dot_v1_dot_replica__pb2.ReplicaInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/remuda.v1.Replica/LoadAdapter',
+            remuda_dot_v1_dot_replica__pb2.LoadAdapterRequest.SerializeToString,
+            remuda_dot_v1_dot_replica__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/remuda.v1.Replica/UnloadAdapter',
+            remuda_dot_v1_dot_replica__pb2.UnloadAdapterRequest.SerializeToString,
+            remuda_dot_v1_dot_replica__pb2.UnloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,10 @@ class ReplicaStub:
     GetInfo: _grpc.UnaryUnaryMultiCallable[_replica_pb2.GetInfoRequest, _replica_pb2.ReplicaInfo]
     Drain: _grpc.UnaryUnaryMultiCallable[_replica_pb2.DrainReplicaRequest, _replica_pb2.ReplicaInfo]
     """Refuses new requests from now on; what runs may finish. Answers at once; follow it with GetInfo."""
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_replica_pb2.LoadAdapterRequest, _replica_pb2.Adapter]
+    """Answers when all ranks have loaded the LoRA adapter; one that a rank could not load is on none of them."""
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_replica_pb2.UnloadAdapterRequest, _replica_pb2.UnloadAdapterResponse]
+    """No request can name it from now on. Answers when the last that did has ended and the memory is free."""
 
 @_typing.type_check_only
 class ReplicaAsyncStub(ReplicaStub):
@@ -53,6 +57,10 @@ class ReplicaAsyncStub(ReplicaStub):
     GetInfo: _aio.UnaryUnaryMultiCallable[_replica_pb2.GetInfoRequest, _replica_pb2.ReplicaInfo]  # type: ignore[assignment]
     Drain: _aio.UnaryUnaryMultiCallable[_replica_pb2.DrainReplicaRequest, _replica_pb2.ReplicaInfo]  # type: ignore[assignment]
     """Refuses new requests from now on; what runs may finish. Answers at once; follow it with GetInfo."""
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_replica_pb2.LoadAdapterRequest, _replica_pb2.Adapter]  # type: ignore[assignment]
+    """Answers when all ranks have loaded the LoRA adapter; one that a rank could not load is on none of them."""
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_replica_pb2.UnloadAdapterRequest, _replica_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """No request can name it from now on. Answers when the last that did has ended and the memory is free."""
 
 class ReplicaServicer(metaclass=_abc_1.ABCMeta):
     """Between front ends and a replica's leader. Not for clients."""
@@ -81,5 +89,21 @@ class ReplicaServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_replica_pb2.ReplicaInfo, _abc.Awaitable[_replica_pb2.ReplicaInfo]]:
         """Refuses new requests from now on; what runs may finish. Answers at once; follow it with GetInfo."""
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _replica_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replica_pb2.Adapter, _abc.Awaitable[_replica_pb2.Adapter]]:
+        """Answers when all ranks have loaded the LoRA adapter; one that a rank could not load is on none of them."""
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _replica_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replica_pb2.UnloadAdapterResponse, _abc.Awaitable[_replica_pb2.UnloadAdapterResponse]]:
+        """No request can name it from now on. Answers when the last that did has ended and the memory is free."""
 
 def add_ReplicaServicer_to_server(servicer: ReplicaServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
