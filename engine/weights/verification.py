@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import CheckpointError
+from engine.gguf.header import is_gguf
+from engine.gguf.header import read_header as read_gguf_header
 from engine.weights.checkpoint import INDEX_FILE
 from engine.weights.hashing import sha256_of
 from engine.weights.manifest import DEFAULT_CHUNK_BYTES, FileRecord, Manifest, covered_files
@@ -140,7 +142,9 @@ def _joined(pieces: Sequence[_Range]) -> Iterator[_Range]:
 
 
 def _tensors_in(path: Path, begin: int, end: int) -> tuple[str, ...]:
-    """Tensors of a safetensors file with bytes in [begin, end); all that the index knows where the header is broken."""
+    """Tensors of a file with bytes in [begin, end); all that the index knows where the header is broken."""
+    if is_gguf(path):
+        return _gguf_tensors_in(path, begin, end)
     if path.suffix != ".safetensors":
         return ()
     try:
@@ -149,6 +153,18 @@ def _tensors_in(path: Path, begin: int, end: int) -> tuple[str, ...]:
         return (_HEADER, *_tensors_of_index(path))
     names = header.overlapping(begin, end)
     return (*((_HEADER,) if begin < header.data_start else ()), *names)
+
+
+def _gguf_tensors_in(path: Path, begin: int, end: int) -> tuple[str, ...]:
+    try:
+        header = read_gguf_header(path)
+    except CheckpointError:
+        return (_HEADER,)
+    tensors = sorted(header.tensors.values(), key=lambda tensor: tensor.offset)
+    limits = [*(tensor.offset for tensor in tensors[1:]), header.num_bytes]
+    before = (_HEADER,) if not tensors or begin < tensors[0].offset else ()
+    inside = [t.name for t, limit in zip(tensors, limits, strict=False) if max(t.offset, begin) < min(limit, end)]
+    return (*before, *inside)
 
 
 def _tensors_of_index(path: Path) -> list[str]:

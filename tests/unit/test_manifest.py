@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,6 +20,7 @@ from engine.weights.hashing import sha256_of
 from engine.weights.load_check import HostShare, LoadCheck, open_manifest
 from engine.weights.manifest import MANIFEST_FILE, Manifest, covered_files, manifest_path, read_manifest, write_manifest
 from engine.weights.verification import Damage, describe, find_damage, make_manifest
+from tests.gguf.files import write_gguf
 
 CHUNK_BYTES = 4096
 
@@ -155,6 +158,19 @@ def test_the_hubs_cache_is_compared_with_its_own_hashes(
     assert damage[0].tensors == ("(header)", "a", "b")
 
 
+def test_damage_in_a_gguf_file_names_its_tensors(tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    tensors = {name: ("F32", np.zeros((64, 64), np.float32)) for name in ("one", "two", "three")}
+    write_gguf(model, "llama", {"general.name": "pony"}, tensors)
+    add_manifest(model)
+    two = next(tensor for tensor in gguf.GGUFReader(model).tensors if tensor.name == "two")
+    flip(model, int(two.data_offset) + 8000)
+    (damage,) = damage_of(model)
+    assert damage.tensors == ("two",)
+    flip(model, 0)
+    assert damage_of(model)[0].tensors == ("(header)",)
+
+
 def test_a_single_file_has_its_manifest_beside_it(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(os.urandom(3 * CHUNK_BYTES))
@@ -162,7 +178,7 @@ def test_a_single_file_has_its_manifest_beside_it(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", f"model.gguf.{MANIFEST_FILE}"}
     flip(model, CHUNK_BYTES)
     assert damage_of(model) == [
-        Damage("model.gguf", "content", "differs in bytes 4096 to 8192", CHUNK_BYTES, 2 * CHUNK_BYTES)
+        Damage("model.gguf", "content", "differs in bytes 4096 to 8192", CHUNK_BYTES, 2 * CHUNK_BYTES, ("(header)",))
     ]
 
 
