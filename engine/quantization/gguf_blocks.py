@@ -39,9 +39,9 @@ def _signed(blocks: torch.Tensor) -> torch.Tensor:
 def _fields(packed: torch.Tensor, width: int, bits: int) -> torch.Tensor:
     """Cut bytes [n, m] into runs of ``width``; each run's bytes give their lowest ``bits`` bits, then the next, and so
     on: uint8 [n, m × 8 / bits]."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    runs = packed.unflatten(1, (packed.shape[1] // width, 1, width)) >> shifts[:, None]
-    return torch.bitwise_and(runs, 2**bits - 1).flatten(1)
+    runs = packed.unflatten(1, (packed.shape[1] // width, width))
+    # One shift after the other: by a tensor of shifts it takes four times as long.
+    return torch.stack([(runs >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=2).flatten(1)
 
 
 def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
