@@ -31,7 +31,7 @@ class _DecodeTile:
 
 
 @dataclass(frozen=True)
-class _PrefillTile:
+class PrefillTile:
     """Neighbouring tokens of one request and chunk: rows [start, stop) of T; ``slots`` [L]; ``mask`` [n, L]."""
 
     start: int
@@ -46,7 +46,7 @@ class _GroupPlan:
 
     slot_mapping: torch.Tensor
     decodes: list[_DecodeTile] = field(default_factory=list)
-    prefills: list[_PrefillTile] = field(default_factory=list)
+    prefills: list[PrefillTile] = field(default_factory=list)
 
 
 class ReferenceStepAttention:
@@ -69,7 +69,7 @@ class ReferenceStepAttention:
             output[decode.rows] = _decode(query[decode.rows], keys, values, decode)
         for prefill in plan.prefills:
             rows = slice(prefill.start, prefill.stop)
-            output[rows] = _prefill(query[rows], keys, values, prefill)
+            output[rows] = attend_prefill(query[rows], keys, values, prefill)
         return output
 
 
@@ -95,7 +95,7 @@ def _decode(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile:
     return attended.flatten(1, 2)
 
 
-def _prefill(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: _PrefillTile) -> torch.Tensor:
+def attend_prefill(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: PrefillTile) -> torch.Tensor:
     """[n, h, d] queries. KV heads are the batch, and each one's query heads share its keys without a copy."""
     num_kv_heads = keys.shape[1]
     grouped = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
@@ -118,16 +118,16 @@ def _plan_group(batch: ForwardBatch, group: int, config: KvGroupConfig, block_si
             first = config.first_visible(kv_len - 1)
             decodes.append((kv_len - first, row, request, first))
         else:
-            plan.prefills.extend(_prefill_tiles(tables[request], row, kv_len - query_len, kv_len, config, block_size))
+            plan.prefills.extend(prefill_tiles(tables[request], row, kv_len - query_len, kv_len, config, block_size))
         row += query_len
     for members in _decode_batches(sorted(decodes)):
         plan.decodes.append(_decode_tile(tables, members, block_size))
     return plan
 
 
-def _prefill_tiles(
+def prefill_tiles(
     table: torch.Tensor, row: int, start: int, stop: int, config: KvGroupConfig, block_size: int
-) -> Iterator[_PrefillTile]:
+) -> Iterator[PrefillTile]:
     """Cut positions [start, stop) of one request at the borders of chunks and into tiles of bounded size."""
     device = table.device
     for tile_start, tile_stop in _tile_bounds(start, stop, config.chunk_size):
@@ -138,7 +138,7 @@ def _prefill_tiles(
             mask &= positions > queries - config.window_size
         slots = table[positions // block_size] * block_size + positions % block_size
         offset = row - start
-        yield _PrefillTile(tile_start + offset, tile_stop + offset, slots, mask)
+        yield PrefillTile(tile_start + offset, tile_stop + offset, slots, mask)
 
 
 def _tile_bounds(start: int, stop: int, chunk_size: int | None) -> Iterator[tuple[int, int]]:

@@ -2,13 +2,20 @@
 
 import importlib
 
+import torch
+
 from engine.attention.backend import AttentionBackend
 
-BACKENDS = {"reference": "engine.attention.reference:ReferenceAttention"}
+BACKENDS = {
+    "reference": "engine.attention.reference:ReferenceAttention",
+    "cpu": "engine.attention.cpu:CpuAttention",
+}
 """Name to "module:class"."""
 
 
-def attention_backend(name: str = "reference") -> AttentionBackend:
+def attention_backend(name: str | None = None) -> AttentionBackend:
+    """Without a name, the best for this machine."""
+    name = name or ("reference" if torch.cuda.is_available() else "cpu")
     module, _, class_name = BACKENDS[name].partition(":")
     backend: AttentionBackend = getattr(importlib.import_module(module), class_name)()
     return backend

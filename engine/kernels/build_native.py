@@ -22,7 +22,7 @@ _FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-w"]
 
 def build() -> bool:
     """Compile; False, with a message on stderr, where that is not possible."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         print("remuda: no C++ compiler found (g++); built without its native kernels", file=sys.stderr)
         return False

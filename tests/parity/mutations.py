@@ -143,14 +143,14 @@ def no_shared_expert(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prefill_sees_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of prefill look back as far as their first token does, whoever asks."""
-    make = reference_attention._PrefillTile
+    make = reference_attention.PrefillTile
 
-    def widened(start: int, stop: int, slots: torch.Tensor, mask: torch.Tensor) -> reference_attention._PrefillTile:
+    def widened(start: int, stop: int, slots: torch.Tensor, mask: torch.Tensor) -> reference_attention.PrefillTile:
         num_before = slots.numel() - (stop - start)
         positions = torch.arange(slots.numel())
         return make(start, stop, slots, positions <= torch.arange(num_before, slots.numel())[:, None])
 
-    monkeypatch.setattr(reference_attention, "_PrefillTile", widened)
+    monkeypatch.setattr(reference_attention, "PrefillTile", widened)
 
 
 def window_for_chunk(i: int, layer: LayerConfig) -> LayerConfig:

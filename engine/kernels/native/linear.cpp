@@ -98,6 +98,7 @@ REMUDA_AMX void multiply(const Work &work, int64_t row, int token) {
     const uint8_t *left = work.tokens.block(token), *right = left + kTileRows * depth;
     const uint8_t *next = weights + kRowTiles * kTileRows * depth;
     const bool has_two = work.num_tokens - token > kTileRows;
+    finish_writes();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

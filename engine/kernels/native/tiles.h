@@ -16,6 +16,9 @@ namespace remuda {
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = 64;  // of a row of a tile
 
+// GCC's tile intrinsics do not say what memory they read: what was written before must be in memory by then.
+inline void finish_writes() { __asm__ volatile("" ::: "memory"); }
+
 struct alignas(64) TileConfig {
     uint8_t palette = 1;
     uint8_t start_row = 0;
@@ -34,10 +37,13 @@ class FullTiles {
             ours.row_bytes[i] = kTileBytes;
             ours.rows[i] = kTileRows;
         }
+        finish_writes();
         _tile_storeconfig(&former_);
+        finish_writes();
         _tile_loadconfig(&ours);
     }
     REMUDA_AMX ~FullTiles() {
+        finish_writes();
         if (former_.palette == 0) {
             _tile_release();
         } else {

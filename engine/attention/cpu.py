@@ -1,0 +1,93 @@
+"""Attention on CPUs with tile units: decoding requests by a native kernel, prompts as the reference does it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.attention.backend import KvCacheView, StepAttention
+from engine.attention.reference import PrefillTile, ReferenceAttention, attend_prefill, prefill_tiles
+from engine.batch import ForwardBatch
+from engine.config import KvGroupConfig
+from engine.kernels.decode_attention import DecodeRequests, can_attend, decode_attention
+
+
+@dataclass(frozen=True)
+class _GroupPlan:
+    """One KV group's share of a step."""
+
+    slot_mapping: torch.Tensor
+    block_tables: torch.Tensor
+    decodes: DecodeRequests | None
+    prefills: list[PrefillTile]
+
+
+class CpuStepAttention:
+    """A planned step; see StepAttention."""
+
+    def __init__(self, plans: list[_GroupPlan], places: dict[int, tuple[int, int]]) -> None:
+        self._plans = plans
+        self._places = places
+
+    def forward(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: KvCacheView
+    ) -> torch.Tensor:
+        group, slot = self._places[layer]
+        plan = self._plans[group]
+        key_cache, value_cache = kv_cache.key_cache[slot], kv_cache.value_cache[slot]
+        keys, values = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
+        keys.index_copy_(0, plan.slot_mapping, key)
+        values.index_copy_(0, plan.slot_mapping, value)
+        query = query.contiguous()
+        output = torch.empty_like(query)
+        for prefill in plan.prefills:
+            rows = slice(prefill.start, prefill.stop)
+            output[rows] = attend_prefill(query[rows], keys, values, prefill)
+        if plan.decodes is not None:
+            decode_attention(query, output, key_cache, value_cache, plan.block_tables, plan.decodes)
+        return output
+
+
+class _EitherStep:
+    """Whichever of the two the first layer's tensors allow. All layers' are alike."""
+
+    def __init__(self, batch: ForwardBatch, groups: Sequence[KvGroupConfig], block_size: int) -> None:
+        self._batch, self._groups, self._block_size = batch, groups, block_size
+        self._step: StepAttention | None = None
+
+    def forward(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: KvCacheView
+    ) -> torch.Tensor:
+        if self._step is None:
+            if can_attend(query, kv_cache.key_cache[0]):
+                self._step = _plan(self._batch, self._groups, self._block_size)
+            else:
+                self._step = ReferenceAttention().plan(self._batch, self._groups, self._block_size)
+        return self._step.forward(layer, query, key, value, kv_cache)
+
+
+class CpuAttention:
+    """See AttentionBackend. Tensors that the kernel does not take (float32) go to the reference."""
+
+    def plan(self, batch: ForwardBatch, groups: Sequence[KvGroupConfig], block_size: int) -> StepAttention:
+        return _EitherStep(batch, groups, block_size)
+
+
+def _plan(batch: ForwardBatch, groups: Sequence[KvGroupConfig], block_size: int) -> CpuStepAttention:
+    places = {layer: (g, s) for g, group in enumerate(groups) for s, layer in enumerate(group.layers)}
+    return CpuStepAttention([_plan_group(batch, g, group, block_size) for g, group in enumerate(groups)], places)
+
+
+def _plan_group(batch: ForwardBatch, group: int, config: KvGroupConfig, block_size: int) -> _GroupPlan:
+    tables = batch.block_tables[group].contiguous()
+    decodes: list[tuple[int, int, int, int]] = []
+    prefills: list[PrefillTile] = []
+    row = 0
+    for request, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
+        if query_len == 1:
+            decodes.append((row, request, config.first_visible(kv_len - 1), kv_len))
+        else:
+            prefills.extend(prefill_tiles(tables[request], row, kv_len - query_len, kv_len, config, block_size))
+        row += query_len
+    requests = DecodeRequests(*torch.tensor(decodes).t().contiguous()) if decodes else None
+    return _GroupPlan(batch.slot_mapping[group], tables, requests, prefills)
