@@ -32,10 +32,8 @@ def read_shapes(config: Mapping[str, Any]) -> ModelShapes:
     has_vision = "vision_config" in config
     architecture = "Gemma3ForConditionalGeneration" if has_vision else "Gemma3ForCausalLM"
     text = {**_DEFAULTS, **config, **(config.get("text_config") or {})}
-    # Only the full layers stretch their rotation: transformers v5 nests the settings of both kinds.
-    rope = text.get("rope_parameters")
-    if rope and "full_attention" in rope:
-        text["rope_parameters"] = rope["full_attention"]
+    # Of the rotation, which differs between the kinds of layers, nothing has a shape; the positions are stretched ones.
+    text["rope_parameters"] = text["rope_scaling"] = None
     model = planned_config(
         architecture,
         text,

@@ -1,0 +1,83 @@
+"""``remuda plan``: whether a model fits on given devices, to the byte, without its weights."""
+
+import gc
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cluster.cli import options
+
+EXAMPLES = (
+    "Examples: remuda plan config.json --gpus 16xH100-80 | remuda plan /models/Llama-4-Scout --gpus 2x4xA100-80 --tp 4 "
+    "| remuda plan remuda-tiny --gpus 2xcpu-4 --json | remuda plan Llama-3.1-70B.json --gpus 2xNewGPU-100 "
+    "--quantization int4"
+)
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="A directory, a config.json alone, a GGUF file, a hub id in the cache, or remuda-tiny."),
+    ],
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="As in 16xH100-80, 2x8xH100-80 (hosts first), 4xAnyName-96, 8xcpu-32. [this machine]"),
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option("--tensor-parallel-size", "--tp", min=1, help="Fix it. [chosen]")
+    ] = None,
+    pipeline_parallel_size: Annotated[
+        int | None, typer.Option("--pipeline-parallel-size", "--pp", min=1, help="Fix it. [chosen]")
+    ] = None,
+    data_parallel_size: Annotated[
+        int | None, typer.Option("--data-parallel-size", "--dp", min=1, help="Attention replicas. [1]")
+    ] = None,
+    expert_parallel_size: Annotated[
+        int | None, typer.Option("--expert-parallel-size", "--ep", min=1, help="Fix it. [chosen]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="int8, int4 or fp8, of a float checkpoint.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the longest request. [the most that fits]")
+    ] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests that run at once. [by device]")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in one step. [by device]")] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of each GPU's memory.")] = 0.9,
+    revision: Annotated[str | None, typer.Option(help="Of a hub model in the cache. [main]")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Tell what each rank of a layout would hold, whether it fits, why not, and where it would. Reads no weights.
+
+    Exit status 0, also where it does not fit: look at "fits" of --json; 2: the model or an option is wrong.
+    """
+    # Shapes of large mixtures are many small objects that live to the end: collecting them would take half the time.
+    gc.disable()
+    from cluster.plan.devices import parse_machines
+    from cluster.plan.layouts import Degrees
+    from cluster.plan.local import this_machine
+    from cluster.plan.make_report import make_report, plan_options
+    from cluster.plan.report import as_object
+    from cluster.plan.source import find_model
+
+    found = find_model(model, revision, quantization)
+    machines = this_machine() if gpus is None else parse_machines(gpus)
+    wanted = plan_options(
+        found,
+        machines,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        utilization=gpu_memory_utilization,
+    )
+    fixed = Degrees(tensor_parallel_size, pipeline_parallel_size, data_parallel_size, expert_parallel_size)
+    report = make_report(found, machines, fixed, wanted)
+    if as_json:
+        sys.stdout.write(json.dumps(as_object(report)) + "\n")
+        return
+    from cluster.cli.plan_text import WIDTH, print_plan
+
+    print_plan(report, Console(width=WIDTH, highlight=False, markup=False))

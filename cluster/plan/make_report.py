@@ -1,0 +1,55 @@
+"""From what the user asks to the whole answer."""
+
+from cluster.plan.devices import Machines
+from cluster.plan.layouts import Degrees
+from cluster.plan.rank_memory import PlanOptions
+from cluster.plan.report import PlanReport
+from cluster.plan.search import LayoutSearch
+from cluster.plan.source import FoundModel
+from engine.config import Dtype, SchedulerConfig
+from engine.errors import InvalidOption
+from engine.executor.defaults import default_limits
+
+
+def plan_options(
+    model: FoundModel,
+    machines: Machines,
+    *,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: int | None = None,
+    utilization: float = 0.9,
+) -> PlanOptions:
+    """With the defaults of ``remuda serve``. Raises InvalidOption, naming the option."""
+    config = model.shapes.config
+    if dtype not in ("auto", *Dtype):
+        raise InvalidOption(f"--dtype {dtype} is not known; use auto, {' or '.join(Dtype)}")
+    if not 0 < utilization <= 1:
+        raise InvalidOption(f"--gpu-memory-utilization must be above 0 and at most 1, not {utilization}")
+    longest = config.max_context_len
+    if max_model_len is not None and max_model_len > longest:
+        raise InvalidOption(f"--max-model-len {max_model_len} is more than the model's {longest} positions")
+    limits = default_limits("cuda" if machines.device.is_gpu else "cpu")
+    num_seqs = max_num_seqs or limits.max_num_seqs
+    batched = max_num_batched_tokens or max(limits.max_num_batched_tokens, num_seqs)
+    SchedulerConfig(max_num_seqs=num_seqs, max_num_batched_tokens=batched)
+    return PlanOptions(
+        dtype=config.dtype if dtype == "auto" else Dtype(dtype),
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=batched,
+        max_model_len=max_model_len,
+        utilization=utilization,
+    )
+
+
+def make_report(model: FoundModel, machines: Machines, fixed: Degrees, options: PlanOptions) -> PlanReport:
+    """Raises LayoutError where the fixed degrees are impossible."""
+    search = LayoutSearch(model.shapes, options)
+    plan = search.choose(machines, fixed)
+    nearest = None if plan.fits else search.nearest(machines, only_served=False)
+    shown = plan if plan.fits else nearest
+    served = None
+    if model.shapes.is_served and shown is not None and shown.unserved:
+        served = search.nearest(machines, only_served=True)
+    return PlanReport(model, options, search.counts, plan, nearest, served)
