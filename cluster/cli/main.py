@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import typer
 
-from cluster.cli import chat, drain, generate, serve, status, verify
+from cluster.cli import chat, drain, generate, plan, serve, status, verify
 from cluster.config import quiet_libraries
 from cluster.errors import mapping_of
 from engine.errors import RemudaError
@@ -25,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(name="serve", epilog=serve.EXAMPLES)(serve.serve)
+app.command(name="plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command(name="generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command(name="chat", epilog=chat.EXAMPLES)(chat.chat)
 app.command(name="status", epilog=status.EXAMPLES)(status.status)
