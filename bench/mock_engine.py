@@ -3,9 +3,11 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import Future
 
 from engine.engine import EngineStats
-from engine.request import FinishReason, Output, Request
+from engine.errors import AdapterError
+from engine.request import AdapterInfo, FinishReason, Output, Request
 
 FIRST_TOKEN_ID = 300
 NUM_TOKEN_IDS = 1000
@@ -55,6 +57,16 @@ class MockEngine:
         if any(output.finish_reason is not None for output in outputs):
             self._live = {request_id: state for request_id, state in self._live.items() if state[0] > 0}
         return outputs
+
+    def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
+        raise AdapterError("this engine computes nothing, so it has no adapters")
+
+    def unload_adapter(self, name: str) -> "Future[None]":
+        raise AdapterError("this engine computes nothing, so it has no adapters")
+
+    @property
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        return ()
 
     def _pace(self) -> None:
         if self._step_s > 0:

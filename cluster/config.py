@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from engine.errors import InvalidOption
 
@@ -49,6 +49,21 @@ def _length_field(value: Any) -> Any:
     raise ValueError("write auto or a number of tokens")
 
 
+def _adapters_field(value: Any) -> Any:
+    """Several ``name=path`` (flags), one text with commas between them (the environment), or a mapping (the file)."""
+    if isinstance(value, Mapping):
+        return {str(name): str(path) for name, path in value.items()}
+    pairs: dict[str, str] = {}
+    for text in value.split(",") if isinstance(value, str) else value:
+        name, _, path = str(text).partition("=")
+        if not name.strip() or not path.strip():
+            raise ValueError(f"write name=path, not {text!r}")
+        if name.strip() in pairs:
+            raise ValueError(f"the name {name.strip()!r} is given twice")
+        pairs[name.strip()] = path.strip()
+    return pairs
+
+
 Degree = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -79,6 +94,10 @@ class ServeConfig(BaseSettings):
     revision: str | None = None
     quantization: str | None = None
     served_model_name: str | None = None
+    lora_modules: Annotated[dict[str, str], NoDecode, BeforeValidator(_adapters_field)] = {}
+    lora_dir: Path | None = None
+    max_loras: Annotated[int, Field(ge=1, le=1024)] = 8
+    max_lora_rank: Annotated[int, Field(ge=1, le=4096)] = 64
     api_key_file: Path | None = None
     address: str | None = None
     cpu_slots: Degree = 8

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import typer
 
-from cluster.cli import chat, drain, generate, plan, serve, status, verify
+from cluster.cli import adapters, chat, drain, generate, plan, serve, status, verify
 from cluster.config import quiet_libraries
 from cluster.errors import mapping_of
 from engine.errors import RemudaError
@@ -30,6 +30,7 @@ app.command(name="generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command(name="chat", epilog=chat.EXAMPLES)(chat.chat)
 app.command(name="status", epilog=status.EXAMPLES)(status.status)
 app.command(name="drain", epilog=drain.EXAMPLES)(drain.drain)
+app.add_typer(adapters.app, name="adapters")
 app.command(name="verify", epilog=verify.EXAMPLES)(verify.verify)
 
 

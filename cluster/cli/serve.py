@@ -19,6 +19,12 @@ ModelArgument = Annotated[
         help="A directory in Hugging Face form, a hub id, or remuda-tiny (the default).", show_default=False
     ),
 ]
+LoraModules = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=PATH", help="LoRA adapter to load, once for each; clients name it as model. [none]"),
+]
+LoraDirectory = Annotated[Path | None, typer.Option(help="Adapters below it may be loaded while serving. [none may]")]
+DrainTimeout = Annotated[float | None, typer.Option(help="Seconds that running requests get after SIGTERM. [30]")]
 
 
 def serve(
@@ -56,6 +62,10 @@ def serve(
         str | None, typer.Option(help="int8, int4 or fp8: quantize a float checkpoint while loading. [as it is]")
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name for clients. [the model's last part]")] = None,
+    lora_modules: LoraModules = None,
+    lora_dir: LoraDirectory = None,
+    max_loras: Annotated[int | None, typer.Option(help="Adapters that may be loaded at once. [8]")] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank of an adapter. [64]")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File with one API key per line. [no keys]")] = None,
     address: Annotated[
         str | None, typer.Option(help="host:port of a running Ray to join. [a private one is started]")
@@ -65,9 +75,7 @@ def serve(
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take. [600]")] = None,
     queue_timeout: Annotated[float | None, typer.Option(help="Seconds that it may wait before it runs. [60]")] = None,
     first_token_timeout: Annotated[float | None, typer.Option(help="Seconds until its first token. [120]")] = None,
-    drain_timeout: Annotated[
-        float | None, typer.Option(help="Seconds that running requests get after SIGTERM. [30]")
-    ] = None,
+    drain_timeout: DrainTimeout = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with the same options, with underscores.")] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API and over gRPC.

@@ -115,6 +115,11 @@ class _Serving:
             await fleet.add(ready.replica, ReplicaClient(ready.address, front_end_id, self._checked.launch.secret))
         settle_heap()
         self._is_ready = True
+        for info in fleet.replicas():
+            for adapter in info.adapters:
+                self._console.print(
+                    f"{info.id}: adapter {adapter.name}, {adapter.num_bytes} bytes on its ranks together"
+                )
 
     def _front_end_config(self) -> FrontEndConfig:
         config = self._config
@@ -125,6 +130,8 @@ class _Serving:
             port=config.port,
             grpc_port=config.grpc_port,
             api_key_file=config.api_key_file,
+            lora_dir=config.lora_dir,
+            max_lora_rank=config.max_lora_rank,
             limits=TimeLimits(config.request_timeout, config.queue_timeout, config.first_token_timeout),
         )
 

@@ -12,6 +12,7 @@ from engine.config import ParallelConfig, SchedulerConfig
 from engine.errors import InvalidOption, LayoutError
 from engine.executor.defaults import default_limits
 from engine.model_config import ModelConfig, validate_layout
+from engine.weights.adapter_config import read_adapter_config
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,27 @@ def preflight(config: ServeConfig) -> Preflight:
     directory = source.directory()
     model = ModelConfig.from_directory(directory, config.quantization)
     validate_layout(model, parallel)
+    _check_adapters(config)
     return Preflight(_launch_config(config, parallel, device, source, model), directory, model)
 
 
 def _refuse_what_comes_later(config: ServeConfig) -> None:
     if config.deterministic:
         raise InvalidOption("--deterministic is not available in this version; leave it out")
+
+
+def _check_adapters(config: ServeConfig) -> None:
+    """Raises InvalidOption, and AdapterError where one is not served."""
+    if len(config.lora_modules) > config.max_loras:
+        raise InvalidOption(
+            f"--lora-modules names {len(config.lora_modules)} adapters; --max-loras {config.max_loras} is less"
+        )
+    if config.name in config.lora_modules:
+        raise InvalidOption(f"--lora-modules: {config.name!r} is the base model's name; choose another")
+    for path in config.lora_modules.values():
+        read_adapter_config(path, config.max_lora_rank)
+    if config.lora_dir is not None and not config.lora_dir.is_dir():
+        raise InvalidOption(f"--lora-dir {config.lora_dir}: there is no such directory")
 
 
 def _check_exposure(config: ServeConfig) -> None:
@@ -107,6 +123,9 @@ def _launch_config(
         gpu_memory_utilization=config.gpu_memory_utilization,
         kv_cache_memory_bytes=config.kv_cache_memory,
         quantization=config.quantization,
+        lora_modules={name: str(Path(path).resolve()) for name, path in config.lora_modules.items()},
+        max_loras=config.max_loras,
+        max_lora_rank=config.max_lora_rank,
     )
     return LaunchConfig(
         replica=plan,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cluster.config import is_loopback
 from cluster.errors import Draining
+from cluster.frontend.adapters import Adapters
 from cluster.frontend.admission import Admission
 from cluster.frontend.auth import ApiKeys, read_api_keys
 from cluster.frontend.backend import Backend
@@ -24,6 +25,7 @@ from cluster.frontend.metrics import Metrics
 from cluster.frontend.model_files import read_model_files
 from cluster.frontend.service import Service
 from cluster.frontend.tokenizer import Tokenizer
+from engine.config import LoraConfig
 from engine.errors import InvalidOption
 
 _log = logging.getLogger(__name__)
@@ -38,7 +40,8 @@ _LIMITS = TimeLimits(total_s=600.0, queue_s=60.0, first_token_s=120.0)
 @dataclass(frozen=True)
 class FrontEndConfig:
     """``model_path`` has the checkpoint's tokenizer and small JSON files. Port 0 takes a free one. ``stall_s``: work
-    without a finished step for so long is a stall. ``max_live_sequences`` bounds choices, not requests.
+    without a finished step for so long is a stall. ``max_live_sequences`` bounds choices, not requests. ``lora_dir``:
+    clients may have adapters below it loaded; None: none at all.
     """
 
     name: str
@@ -50,6 +53,8 @@ class FrontEndConfig:
     limits: TimeLimits = _LIMITS
     max_live_sequences: int = 1024
     stall_s: float = 60.0
+    lora_dir: Path | None = None
+    max_lora_rank: int = LoraConfig.max_rank
     http: HttpSettings = field(default_factory=HttpSettings)
     http_limits: HttpLimits = field(default_factory=HttpLimits)
 
@@ -74,8 +79,17 @@ class FrontEnd:
         self._admission = Admission(config.max_live_sequences)
         metrics = Metrics(config.name, backend.replicas)
         metrics.watch_live(lambda: self._admission.num_requests)
+        adapters = Adapters(config.name, backend, config.lora_dir, config.max_lora_rank)
         self.service = Service(
-            config.name, files, self._encoder, backend, self._admission, metrics, clock, config.limits
+            config.name,
+            files,
+            self._encoder,
+            backend,
+            self._admission,
+            metrics,
+            clock,
+            config.limits,
+            adapters=adapters,
         )
         self.health = Health(backend.replicas, lambda: self._admission.is_closed, clock, config.stall_s)
         http_app = build_http_app(self.service, self.health, metrics, keys, config.http)

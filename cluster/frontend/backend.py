@@ -19,6 +19,14 @@ class Backend(Protocol):
         """What each replica last said of itself. Does not wait."""
         ...
 
+    async def load_adapter(self, name: str, path: str) -> None:
+        """On all replicas, or on none. Raises AdapterError; ``replicas`` shows it from now on."""
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """From all replicas; returns when the requests that use it have ended. Raises AdapterError."""
+        ...
+
     async def drain(self, replica: str) -> None:
         """Give this replica no more work. Raises InvalidRequest where there is none of that name."""
         ...

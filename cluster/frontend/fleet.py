@@ -13,7 +13,7 @@ from cluster.router.replica_table import ReplicaTable
 from cluster.router.router import least_load_router
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.errors import InvalidRequest, RemudaError
-from engine.request import Output, Request
+from engine.request import AdapterInfo, Output, Request
 
 REFRESH_INTERVAL_S = 0.5
 
@@ -72,6 +72,33 @@ class Fleet:
             view.info if view.is_connected else replace(view.info, state=ReplicaState.FAILED, error="not reachable")
             for view in self._table.views()
         ]
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """As cluster.frontend.backend.Backend says."""
+        clients = self._connected()
+        answers = await asyncio.gather(*(client.load_adapter(name, path) for client in clients), return_exceptions=True)
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        if errors:
+            have = [client for client, answer in zip(clients, answers, strict=True) if isinstance(answer, AdapterInfo)]
+            await asyncio.gather(*(client.unload_adapter(name) for client in have), return_exceptions=True)
+        await self._refresh()
+        if errors:
+            raise errors[0]
+
+    async def unload_adapter(self, name: str) -> None:
+        """As cluster.frontend.backend.Backend says."""
+        clients = self._connected()
+        answers = await asyncio.gather(*(client.unload_adapter(name) for client in clients), return_exceptions=True)
+        await self._refresh()
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+
+    def _connected(self) -> list[ReplicaClient]:
+        clients = [client for client in self._clients.values() if client.is_connected]
+        if not clients:
+            raise Unavailable("no replica is ready; try again shortly")
+        return clients
 
     async def drain(self, replica: str) -> None:
         if replica not in self._clients:

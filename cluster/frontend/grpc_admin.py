@@ -1,11 +1,11 @@
-"""remuda.v1.Admin: what ``remuda status`` and ``remuda drain`` talk to."""
+"""remuda.v1.Admin: what ``remuda status``, ``remuda drain`` and ``remuda adapters`` talk to."""
 
 from cluster.frontend.auth import ApiKeys
 from cluster.frontend.grpc_service import Context, check_key
 from cluster.frontend.http_errors import log_defect
 from cluster.frontend.service import Service
-from cluster.rpc.convert import replica_info_to_proto
-from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc
+from cluster.rpc.convert import adapter_to_proto, replica_info_to_proto
+from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, replica_pb2
 from cluster.rpc.status import abort
 
 
@@ -45,6 +45,35 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             else:
                 self._service.admission.close()
             return admin_pb2.DrainResponse(num_live_requests=self._service.admission.num_requests)
+        except Exception as error:  # noqa: BLE001  as above
+            log_defect(error)
+            await abort(context, error)
+
+    async def ListAdapters(
+        self, request: admin_pb2.ListAdaptersRequest, context: Context
+    ) -> admin_pb2.ListAdaptersResponse:
+        try:
+            check_key(self._keys, context)
+            return admin_pb2.ListAdaptersResponse(adapters=map(adapter_to_proto, self._service.adapters.loaded()))
+        except Exception as error:  # noqa: BLE001  as above
+            log_defect(error)
+            await abort(context, error)
+
+    async def LoadAdapter(self, request: replica_pb2.LoadAdapterRequest, context: Context) -> replica_pb2.Adapter:
+        try:
+            check_key(self._keys, context)
+            return adapter_to_proto(await self._service.adapters.load(request.name, request.path))
+        except Exception as error:  # noqa: BLE001  as above
+            log_defect(error)
+            await abort(context, error)
+
+    async def UnloadAdapter(
+        self, request: replica_pb2.UnloadAdapterRequest, context: Context
+    ) -> replica_pb2.UnloadAdapterResponse:
+        try:
+            check_key(self._keys, context)
+            await self._service.adapters.unload(request.name)
+            return replica_pb2.UnloadAdapterResponse()
         except Exception as error:  # noqa: BLE001  as above
             log_defect(error)
             await abort(context, error)

@@ -115,10 +115,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         try:
             check_key(self._keys, context)
             service = self._service
-            model = inference_pb2.Model(
-                id=service.name, max_model_len=service.max_model_len, created_unix_s=service.created_unix_s
-            )
-            return inference_pb2.ListModelsResponse(models=[model])
+            length, created_unix_s = service.max_model_len, service.created_unix_s
+            models = [inference_pb2.Model(id=service.name, max_model_len=length, created_unix_s=created_unix_s)]
+            models += [
+                inference_pb2.Model(
+                    id=info.name, max_model_len=length, created_unix_s=created_unix_s, parent=service.name
+                )
+                for info in service.adapters.loaded()
+            ]
+            return inference_pb2.ListModelsResponse(models=models)
         except Exception as error:  # noqa: BLE001  as above
             log_defect(error)
             await abort(context, error)

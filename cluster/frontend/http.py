@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,7 +25,15 @@ from cluster.frontend.http_body import parse_body, read_body, while_connected
 from cluster.frontend.http_errors import JsonResponse, error_response, log_defect, plain_error
 from cluster.frontend.metrics import CONTENT_TYPE, Metrics
 from cluster.frontend.moderations import ModerationForm, guard_categories, moderation_call
-from cluster.frontend.openai_schema import ChatBody, CompletionBody, DetokenizeBody, ModerationBody, TokenizeBody
+from cluster.frontend.openai_schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    LoadAdapterBody,
+    ModerationBody,
+    TokenizeBody,
+    UnloadAdapterBody,
+)
 from cluster.frontend.service import Service
 from cluster.frontend.sse import EventStream
 
@@ -58,6 +66,8 @@ class HttpApi:
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
             Route("/v1/moderations", self.moderations, methods=["POST"]),
+            Route("/v1/load_lora_adapter", self.load_adapter, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self.unload_adapter, methods=["POST"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/livez", self.livez),
@@ -67,20 +77,23 @@ class HttpApi:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        return JsonResponse({"object": "list", "data": [self._model_object()]})
+        names = [self._service.name, *(info.name for info in self._service.adapters.loaded())]
+        return JsonResponse({"object": "list", "data": [self._model_object(name) for name in names]})
 
     async def get_model(self, request: Request) -> Response:
-        self._service.check_model(request.path_params["model"] or "?")
-        return JsonResponse(self._model_object())
+        name = request.path_params["model"] or "?"
+        self._service.check_model(name)
+        return JsonResponse(self._model_object(name))
 
-    def _model_object(self) -> dict[str, object]:
+    def _model_object(self, name: str) -> dict[str, object]:
+        """``parent``: of an adapter, its base model, whose licence is shown."""
         try:
             max_model_len: int | None = self._service.max_model_len
         except Unavailable:
             max_model_len = None
         licence = self._service.licence
         return {
-            "id": self._service.name,
+            "id": name,
             "object": "model",
             "created": self._service.created_unix_s,
             "owned_by": "remuda",
@@ -89,20 +102,21 @@ class HttpApi:
             "license_source": licence.source,
             "license_notices": licence.notices,
             "attribution": licence.attribution,
+            **({} if name == self._service.name else {"parent": self._service.name}),
         }
 
     async def completions(self, request: Request) -> Response:
         body = parse_body(CompletionBody, await self._body(request))
         call = completion_call(body, f"cmpl-{uuid.uuid4().hex}")
         service = self._service
-        form = CompletionForm(call, body, service.name, _now_unix_s(), service.tokenizer.bytes)
+        form = CompletionForm(call, body, call.model or service.name, _now_unix_s(), service.tokenizer.bytes)
         return await self._answer(request, call, form, bool(body.stream))
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse_body(ChatBody, await self._body(request))
         call = chat_call(body, f"chatcmpl-{uuid.uuid4().hex}")
         service = self._service
-        form = ChatForm(call, body, service.name, _now_unix_s(), service.tokenizer.bytes)
+        form = ChatForm(call, body, call.model or service.name, _now_unix_s(), service.tokenizer.bytes)
         return await self._answer(request, call, form, bool(body.stream))
 
     async def moderations(self, request: Request) -> Response:
@@ -127,6 +141,16 @@ class HttpApi:
             return [event async for event in events]
 
         return JsonResponse(form.whole(await while_connected(request.receive, collect())))
+
+    async def load_adapter(self, request: Request) -> Response:
+        body = parse_body(LoadAdapterBody, await self._body(request))
+        await self._service.adapters.load(body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def unload_adapter(self, request: Request) -> Response:
+        body = parse_body(UnloadAdapterBody, await self._body(request))
+        await self._service.adapters.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     async def tokenize(self, request: Request) -> Response:
         body = parse_body(TokenizeBody, await self._body(request))

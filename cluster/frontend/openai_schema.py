@@ -304,6 +304,19 @@ class TokenizeBody(Body):
         return TextPrompt(self.prompt, self.add_special_tokens is not False, self.parse_special_tokens)
 
 
+class LoadAdapterBody(Body):
+    """POST /v1/load_lora_adapter, as vLLM has it."""
+
+    lora_name: str
+    lora_path: str
+
+
+class UnloadAdapterBody(Body):
+    """POST /v1/unload_lora_adapter, as vLLM has it."""
+
+    lora_name: str
+
+
 class ModerationBody(Body):
     """POST /v1/moderations."""
 

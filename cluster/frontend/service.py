@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from cluster.errors import ModelNotFound, Unavailable
+from cluster.frontend.adapters import Adapters
 from cluster.frontend.admission import Admission
 from cluster.frontend.backend import Backend
 from cluster.frontend.calls import Call, Event, Prompt, Started, TextPrompt, TimeLimits, Usage
@@ -54,6 +55,7 @@ class Service:
     clock: for deadlines and latencies.
     limits: bounds of every request's own.
     draw_seed: seeds for requests that name none.
+    adapters: LoRA adapters that clients can name as models; None: those that the replicas have, unchangeable.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Service:
         clock: Clock,
         limits: TimeLimits = TimeLimits(),
         draw_seed: Callable[[], int] = draw_seed,
+        adapters: Adapters | None = None,
     ) -> None:
         self.name = name
         self.created_unix_s = int(time.time())
@@ -74,6 +77,7 @@ class Service:
         self.tokenizer = encoder.tokenizer
         self._tool_token_ids = encoder.tokenizer.control_tokens(TOOL_TOKENS)
         self.backend = backend
+        self.adapters = adapters or Adapters(name, backend)
         self.licence = files.licence
         self.admission = admission
         self._files = files
@@ -87,9 +91,10 @@ class Service:
         self._live: set[LiveRequest] = set()
 
     def check_model(self, model: str) -> None:
-        """Raises ModelNotFound unless this model is served; the empty name is the only one there is."""
-        if model not in ("", self.name):
-            raise ModelNotFound(f"the model {model!r} does not exist here; this server has {self.name!r}")
+        """Raises ModelNotFound unless this model or adapter is served; the empty name is the base model's."""
+        if model not in ("", self.name) and not self.adapters.has(model):
+            names = ", ".join(repr(name) for name in (self.name, *(info.name for info in self.adapters.loaded())))
+            raise ModelNotFound(f"the model {model!r} does not exist here; this server has {names}")
 
     @property
     def max_model_len(self) -> int:
@@ -153,6 +158,7 @@ class Service:
 
     async def _events(self, call: Call, arrived_s: float, failed: asyncio.Event | None) -> AsyncGenerator[Event, None]:
         self.check_model(call.model)
+        adapter = call.model if call.model != self.name else ""
         check_call(call)
         with self.admission.admitted(len(call.prompts) * call.n):
             planned = [await self._plan(prompt, call) for prompt in call.prompts]
@@ -164,11 +170,10 @@ class Service:
                 for number in range(call.n):
                     index = len(choices)
                     sampling = msgspec.structs.replace(plan.sampling, choice=number)
-                    requests.append(
-                        Request(f"{call.request_id}.{index}", plan.token_ids, len(plan.token_ids), sampling)
-                    )
+                    request_id, num_tokens = f"{call.request_id}.{index}", len(plan.token_ids)
+                    requests.append(Request(request_id, plan.token_ids, num_tokens, sampling, adapter=adapter))
                     choices.append(self._choice(index, plan, call, echo))
-            yield Started(self.name, [plan.token_ids for plan in planned])
+            yield Started(call.model or self.name, [plan.token_ids for plan in planned])
             limits = call.limits.within(self._limits)
             live = LiveRequest(requests, choices, self.backend, limits, self._clock, arrived_s, self._metrics, failed)
             self._live.add(live)

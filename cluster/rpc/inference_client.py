@@ -8,11 +8,19 @@ import grpc
 
 from cluster.errors import Unauthenticated, Unavailable
 from cluster.rpc.channel import CLIENT_OPTIONS
-from cluster.rpc.convert import replica_info_from_proto
-from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
+from cluster.rpc.convert import adapter_from_proto, replica_info_from_proto
+from cluster.rpc.generated.remuda.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    common_pb2,
+    inference_pb2,
+    inference_pb2_grpc,
+    replica_pb2,
+)
 from cluster.rpc.status import error_from_rpc
 from cluster.types import ReplicaInfo
 from engine.errors import InvalidOption
+from engine.request import AdapterInfo
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,31 @@ class InferenceClient:
         except grpc.RpcError as error:
             raise self._explained(error) from error
         return int(answer.num_live_requests)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Those that requests can name; their bytes over all replicas."""
+        try:
+            answer = self._admin.ListAdapters(
+                admin_pb2.ListAdaptersRequest(), timeout=self._timeout_s, metadata=self._metadata
+            )
+        except grpc.RpcError as error:
+            raise self._explained(error) from error
+        return [adapter_from_proto(adapter) for adapter in answer.adapters]
+
+    def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """However long it takes."""
+        try:
+            request = replica_pb2.LoadAdapterRequest(name=name, path=path)
+            return adapter_from_proto(self._admin.LoadAdapter(request, metadata=self._metadata))
+        except grpc.RpcError as error:
+            raise self._explained(error) from error
+
+    def unload_adapter(self, name: str) -> None:
+        """Waits for the requests that use it."""
+        try:
+            self._admin.UnloadAdapter(replica_pb2.UnloadAdapterRequest(name=name), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._explained(error) from error
 
     def _explained(self, error: grpc.RpcError) -> Exception:
         known = error_from_rpc(error)
