@@ -96,6 +96,21 @@ def test_blocks_stay_blocks_in_memory(reference: References) -> None:
     assert {p.dtype for name, p in model.named_parameters() if "norm" not in name} == {torch.uint8}
 
 
+def test_float_files_are_quantized_while_they_load(reference: References) -> None:
+    """As the same weights from safetensors are: the rows of queries and keys are in their order by then."""
+    made = reference("biases-f16")
+    mesh = Mesh(ParallelConfig(tp=2), 1)
+    held = []
+    for path in (made.path, made.directory):
+        model = build_model(ModelConfig.from_directory(path, "int8"), mesh, Dtype.FLOAT32, torch.device("cpu"))
+        load_weights(model, path)
+        assert isinstance(model, torch.nn.Module)
+        held.append(model.state_dict())
+    assert {values.dtype for values in held[0].values()} >= {torch.int8}
+    for name, values in held[1].items():
+        assert torch.equal(held[0][name], values), name
+
+
 def test_bfloat16_rounds_what_float32_computes(reference: References) -> None:
     made = reference("q4_k_m")
     config = ModelConfig.from_directory(made.path)
