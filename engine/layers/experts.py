@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from engine.batch import StepAdapters
+from engine.kernels.linear import linear
 from engine.layer_config import MoeConfig
 from engine.layers.activation import silu_and_multiply
 from engine.layers.lora import LoraExperts
@@ -82,24 +83,22 @@ class Experts(nn.Module, abc.ABC):
 
 
 class StackedExperts(Experts):
-    """Unquantized: all experts' matrices in two tensors, stored as their checkpoint stores them."""
+    """Unquantized: all experts' matrices in two tensors, [E, 2 × local I, H], gate first, and [E, H, local I]."""
 
     def __init__(self, build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames) -> None:
         super().__init__(build, hidden_size, config, names)
-        self._is_transposed = names.is_fused
         width, local_width = config.intermediate_size, self.by_width.size(config.intermediate_size)
         start = self.by_width.start(width)
-        if names.is_fused:
-            self.gate_up_weights = build.empty(self.num_experts, hidden_size, 2 * local_width)
-            self.down_weights = build.empty(self.num_experts, local_width, hidden_size)
-            shape, first = (config.num_experts, hidden_size, 2 * width), self.first_expert
-            gate, up = self.gate_up_weights.chunk(2, dim=-1)
-            build.fill(gate, "gate_up_proj", shape, (first, 0, start))
-            build.fill(up, "gate_up_proj", shape, (first, 0, width + start))
-            build.fill(self.down_weights, "down_proj", (config.num_experts, width, hidden_size), (first, start, 0))
-            return
         self.gate_up_weights = build.empty(self.num_experts, 2 * local_width, hidden_size)
         self.down_weights = build.empty(self.num_experts, hidden_size, local_width)
+        if names.is_fused:
+            shape, first = (config.num_experts, hidden_size, 2 * width), self.first_expert
+            gate, up = self.gate_up_weights.transpose(1, 2).chunk(2, dim=-1)
+            down = self.down_weights.transpose(1, 2)
+            build.fill(gate, "gate_up_proj", shape, (first, 0, start))
+            build.fill(up, "gate_up_proj", shape, (first, 0, width + start))
+            build.fill(down, "down_proj", (config.num_experts, width, hidden_size), (first, start, 0))
+            return
         for expert in range(self.num_experts):
             at = build.at(str(self.first_expert + expert))
             gate, up = self.gate_up_weights[expert].chunk(2)
@@ -108,13 +107,10 @@ class StackedExperts(Experts):
             at.fill(self.down_weights[expert], f"{names.down}.weight", (hidden_size, width), (0, start))
 
     def gate_up(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens @ self._as_inputs_by_outputs(self.gate_up_weights[expert])
+        return linear(tokens, self.gate_up_weights[expert])
 
     def down(self, expert: int, inner: torch.Tensor) -> torch.Tensor:
-        return inner @ self._as_inputs_by_outputs(self.down_weights[expert])
-
-    def _as_inputs_by_outputs(self, weights: torch.Tensor) -> torch.Tensor:
-        return weights if self._is_transposed else weights.t()
+        return linear(inner, self.down_weights[expert])
 
 
 class QuantizedExperts(Experts):
