@@ -3,11 +3,15 @@
 import torch
 from torch import nn
 
+from engine.kernels.elementwise import rms_norm
 from engine.parameter import ParameterBuilder
 
 
 def rms_normalize(hidden: torch.Tensor, eps: float) -> torch.Tensor:
     """Divide each row of [..., n] by its root mean square; no weights."""
+    normalized = rms_norm(hidden, None, eps)
+    if normalized is not None:
+        return normalized
     wide = hidden.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
 
@@ -22,4 +26,5 @@ class RmsNorm(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., size] to [..., size]."""
-        return rms_normalize(hidden, self._eps) * self.weight
+        normalized = rms_norm(hidden, self.weight, self._eps)
+        return rms_normalize(hidden, self._eps) * self.weight if normalized is None else normalized

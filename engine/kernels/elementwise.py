@@ -1,0 +1,82 @@
+"""What lies between matrix products, each in one pass over bfloat16 numbers on CPUs with tile units.
+
+Each returns None where the kernel does not take its arguments: torch's own operations then do it.
+"""
+
+import ctypes
+import functools
+
+import torch
+
+from engine.kernels.native_library import native_library
+
+_STEP = 16
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor | None:
+    """[..., n] ÷ the root mean square of each row, rounded, × ``weight`` [n]."""
+    library = _library()
+    size = hidden.shape[-1]
+    if library is None or not _is_bfloat16_on_cpu(hidden) or size % _STEP:
+        return None
+    hidden = hidden.contiguous()
+    output = torch.empty_like(hidden)
+    pointer = None if weight is None else weight.data_ptr()
+    library.remuda_rms_norm(hidden.data_ptr(), pointer, output.data_ptr(), hidden.numel() // size, size, eps)
+    return output
+
+
+def silu_multiply(gate_and_up: torch.Tensor) -> torch.Tensor | None:
+    """silu(gate), rounded, × up, of [..., 2 × n] with the gate in the first half: [..., n]."""
+    library = _library()
+    size = gate_and_up.shape[-1] // 2
+    if library is None or not _is_bfloat16_on_cpu(gate_and_up) or size % _STEP:
+        return None
+    gate_and_up = gate_and_up.contiguous()
+    output = gate_and_up.new_empty(*gate_and_up.shape[:-1], size)
+    library.remuda_silu_multiply(gate_and_up.data_ptr(), output.data_ptr(), output.numel() // size, size)
+    return output
+
+
+def rotate_halves(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
+    """Rotary embedding of [T, num_heads, d], in float32 and rounded once; ``cos``, ``sin``: [T, 1, d / 2] float32."""
+    library = _library()
+    num_tokens, num_heads, head_dim = heads.shape
+    if (
+        library is None
+        or not _is_bfloat16_on_cpu(heads)
+        or head_dim % (2 * _STEP)
+        or heads.stride()[1:] != (head_dim, 1)
+        or not (cos.is_contiguous() and sin.is_contiguous())
+    ):
+        return None
+    output = heads.new_empty(heads.shape)
+    library.remuda_rotate_halves(
+        heads.data_ptr(),
+        heads.stride(0),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        output.data_ptr(),
+        num_tokens,
+        num_heads,
+        head_dim,
+    )
+    return output
+
+
+def _is_bfloat16_on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.dtype is torch.bfloat16 and tensor.device.type == "cpu" and tensor.numel() > 0
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = native_library()
+    if library is None or not library.remuda_has_tiles():
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.remuda_rms_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_float]
+    library.remuda_silu_multiply.argtypes = [pointer] * 2 + [number] * 2
+    library.remuda_rotate_halves.argtypes = [pointer, number] + [pointer] * 3 + [number] * 3
+    for function in (library.remuda_rms_norm, library.remuda_silu_multiply, library.remuda_rotate_halves):
+        function.restype = None
+    return library

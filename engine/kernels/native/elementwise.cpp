@@ -1,0 +1,98 @@
+// What lies between matrix products, in bfloat16 with float32 arithmetic, each in one pass. For the CPUs that linear.cpp
+// is for.
+
+#include <cmath>
+#include <cstdint>
+
+#include "tiles.h"
+
+#ifdef REMUDA_TILES
+
+namespace {
+
+REMUDA_AMX inline __m512 load(const uint16_t *values) {
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(values));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+}
+
+REMUDA_AMX inline void store(uint16_t *target, __m512 values) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(target), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+}
+
+REMUDA_AMX inline __m512 rounded(__m512 values) {
+    const __m256i narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+}
+
+// exp(x) for x ≤ 88, to about 1e-7.
+REMUDA_AMX inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0F)), _mm512_set1_ps(-87.0F));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504F)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375F), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4F), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4F);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3F));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3F));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2F));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1F));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1F));
+    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0F));
+    return _mm512_scalef_ps(p, n);
+}
+
+}  // namespace
+
+extern "C" {
+
+// output [rows, n] = input ÷ root mean square of its row, rounded, × weight [n] where it is not null. n: multiple of 16.
+REMUDA_AMX void remuda_rms_norm(const uint16_t *input, const uint16_t *weight, uint16_t *output, int64_t num_rows,
+                                int64_t n, float eps) {
+    for (int64_t row = 0; row < num_rows; row++, input += n, output += n) {
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t i = 0; i < n; i += 16) {
+            const __m512 x = load(input + i);
+            squares = _mm512_fmadd_ps(x, x, squares);
+        }
+        const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(n);
+        const __m512 factor = _mm512_set1_ps(1.0F / std::sqrt(mean + eps));
+        for (int64_t i = 0; i < n; i += 16) {
+            __m512 x = _mm512_mul_ps(load(input + i), factor);
+            if (weight) x = _mm512_mul_ps(rounded(x), load(weight + i));
+            store(output + i, x);
+        }
+    }
+}
+
+// output [rows, n] = silu(gate), rounded, × up, of input [rows, 2n] with the gate first. n: multiple of 16.
+REMUDA_AMX void remuda_silu_multiply(const uint16_t *input, uint16_t *output, int64_t num_rows, int64_t n) {
+    for (int64_t row = 0; row < num_rows; row++, input += 2 * n, output += n) {
+        for (int64_t i = 0; i < n; i += 16) {
+            const __m512 gate = load(input + i);
+            const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate));
+            const __m512 silu = _mm512_div_ps(gate, _mm512_add_ps(e, _mm512_set1_ps(1.0F)));
+            store(output + i, _mm512_mul_ps(rounded(silu), load(input + n + i)));
+        }
+    }
+}
+
+// Rotary embedding: element i turns with i + head_dim / 2. input: rows of num_heads × head_dim, row_stride apart; output
+// contiguous; cosines and sines float32 [rows, head_dim / 2]. head_dim: multiple of 32.
+REMUDA_AMX void remuda_rotate_halves(const uint16_t *input, int64_t row_stride, const float *cosines,
+                                     const float *sines, uint16_t *output, int64_t num_rows, int64_t num_heads,
+                                     int64_t head_dim) {
+    const int64_t half = head_dim / 2;
+    for (int64_t row = 0; row < num_rows; row++, input += row_stride, cosines += half, sines += half) {
+        for (int64_t head = 0; head < num_heads; head++, output += head_dim) {
+            const uint16_t *values = input + head * head_dim;
+            for (int64_t i = 0; i < half; i += 16) {
+                const __m512 c = _mm512_loadu_ps(cosines + i), s = _mm512_loadu_ps(sines + i);
+                const __m512 first = load(values + i), second = load(values + half + i);
+                store(output + i, _mm512_fmsub_ps(first, c, _mm512_mul_ps(second, s)));
+                store(output + half + i, _mm512_fmadd_ps(second, c, _mm512_mul_ps(first, s)));
+            }
+        }
+    }
+}
+}
+
+#endif
