@@ -56,6 +56,11 @@ class LoraLayer(nn.Module):
     def put(self, slot: int, update: LoraUpdate) -> None:
         self._updates.setdefault(slot, []).append(update)
 
+    @property
+    def slots(self) -> set[int]:
+        """Of the adapters that change this layer."""
+        return set(self._updates)
+
     def drop(self, slot: int) -> None:
         """Forgets the slot's adapter, if there is one."""
         self._updates.pop(slot, None)
