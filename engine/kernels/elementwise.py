@@ -74,7 +74,7 @@ def _library() -> ctypes.CDLL | None:
     if library is None or not library.remuda_has_tiles():
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.remuda_rms_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_float]
+    library.remuda_rms_norm.argtypes = (pointer, pointer, pointer, number, number, ctypes.c_float)
     library.remuda_silu_multiply.argtypes = [pointer] * 2 + [number] * 2
     library.remuda_rotate_halves.argtypes = [pointer, number] + [pointer] * 3 + [number] * 3
     for function in (library.remuda_rms_norm, library.remuda_silu_multiply, library.remuda_rotate_halves):
