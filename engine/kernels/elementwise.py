@@ -5,6 +5,7 @@ Each returns None where the kernel does not take its arguments: torch's own oper
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 
@@ -73,7 +74,8 @@ def _library() -> ctypes.CDLL | None:
     library = native_library()
     if library is None or not library.remuda_has_tiles():
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    pointer: Any = ctypes.c_void_p
+    number: Any = ctypes.c_int64
     library.remuda_rms_norm.argtypes = (pointer, pointer, pointer, number, number, ctypes.c_float)
     library.remuda_silu_multiply.argtypes = [pointer] * 2 + [number] * 2
     library.remuda_rotate_halves.argtypes = [pointer, number] + [pointer] * 3 + [number] * 3
