@@ -56,7 +56,7 @@ class RequestState:
     num_kept_tokens: int = 0
     """Leading positions whose blocks others may share."""
     num_cached_tokens: int = 0
-    """Positions that it did not have to compute when it last entered a slot, because others had."""
+    """Positions of the prompt that it did not have to compute when it began, because others had."""
     num_prompt_logprobs: int = 0
     """Prompt positions whose log-probabilities went out already, all of them where none were asked for. Preemption
     does not send them again."""
@@ -86,4 +86,4 @@ class RequestState:
         self.sample_step = self.last_step = NO_STEP
         self.block_tables = []
         self.num_unseen_blocks = []
-        self.num_block_tokens = self.num_kept_tokens = self.num_cached_tokens = 0
+        self.num_block_tokens = self.num_kept_tokens = 0

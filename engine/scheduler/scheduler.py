@@ -272,7 +272,8 @@ class Scheduler:
         if prompt_logprobs is not None:
             state.num_prompt_logprobs += len(prompt_logprobs)
         logprobs = None if sampled.logprobs is None else [sampled.logprobs]
-        return Output(state.request_id, [token_id], reason, stop_token_id, logprobs, prompt_logprobs)
+        num_cached = state.num_cached_tokens if reason is not None else 0
+        return Output(state.request_id, [token_id], reason, stop_token_id, logprobs, prompt_logprobs, num_cached)
 
     # ---- slots ----------------------------------------------------------------------------------------------------
 
@@ -281,9 +282,10 @@ class Scheduler:
         state.entry_step = step
         state.num_sent = len(state.token_ids)
         self._tables.open(state, prefix)
-        state.num_cached_tokens = state.num_computed
+        if not state.has_begun:
+            state.num_cached_tokens = min(state.num_computed, state.num_prompt_tokens)
         self.num_tokens_admitted += len(state.token_ids)
-        self.num_tokens_cached += state.num_cached_tokens
+        self.num_tokens_cached += state.num_computed
         self._running.append(state)
         return NewRequest(
             state.slot,
@@ -291,7 +293,7 @@ class Scheduler:
             state.num_prompt_tokens,
             state.sampling,
             state.adapter,
-            [table.copy() for table in prefix] if state.num_cached_tokens else [],
+            [table.copy() for table in prefix] if state.num_computed else [],
         )
 
     def _leave_slot(self, state: RequestState) -> None:

@@ -117,6 +117,16 @@ def test_what_was_generated_can_be_shared() -> None:
     assert bed.run([0, 1, 2, 7, 7, 7, 7, 7, 7]).block_ids == [[1, 2, 3]]
 
 
+def test_the_last_output_says_how_much_of_the_prompt_was_found() -> None:
+    bed = Bed()
+    bed.run(range(6))
+    bed.add(range(6))
+    batch = bed.schedule()
+    sampled = [SampledToken(share.slot, 7) for share in batch.scheduled]
+    outputs = bed.scheduler.update(StepResult(0, bed.num_steps - 1, 0, sampled))
+    assert [output.num_cached_tokens for output in outputs] == [4]
+
+
 def test_other_roots_share_nothing() -> None:
     bed = Bed()
     for root in (root_hash(""), root_hash("adapter#1"), root_hash("adapter#2")):
