@@ -20,7 +20,16 @@ from rich.progress import (
 from rich.text import Text
 
 from cluster.cli.errors import rebuild_error
-from cluster.replica.events import Event, Failed, Loading, PhaseStarted, RankPlaced, ReplicaReady
+from cluster.replica.events import (
+    Event,
+    Failed,
+    Loading,
+    MemoryPlanned,
+    PhaseStarted,
+    RankLoaded,
+    RankPlaced,
+    ReplicaReady,
+)
 
 PHASE_TEXT = {
     "ray": "starting Ray",
@@ -72,6 +81,9 @@ class StartProgress:
         self._loading: dict[str, tuple[int, int]] = {}
         self.ready: list[ReplicaReady] = []
         self.ranks: list[RankPlaced] = []
+        self._planned: MemoryPlanned | None = None
+        self._weight_bytes: dict[tuple[str, int], int] = {}
+        """(replica, rank) → what it really holds."""
 
     def follow(self, events: Iterable[Event]) -> bool:
         """Returns whether all replicas are ready; False when the start was stopped. Raises what made it fail."""
@@ -93,6 +105,10 @@ class StartProgress:
             self._bar.update(self._task, completed=done, total=total or None)
         elif isinstance(event, RankPlaced):
             self.ranks.append(event)
+        elif isinstance(event, MemoryPlanned):
+            self._planned = event
+        elif isinstance(event, RankLoaded):
+            self._weight_bytes[event.replica, event.rank] = event.weight_bytes
         elif isinstance(event, ReplicaReady):
             self.ready.append(event)
 
@@ -107,10 +123,14 @@ class StartProgress:
             self._console.print(f"[{time.monotonic() - self._started_s:6.1f} s] {text}", markup=False)
 
     def summarize(self) -> None:
-        """Print the ranks, and the seconds of each phase."""
+        """Print the ranks, what was planned of memory beside what it became, and the seconds of each phase."""
         for rank in sorted(self.ranks, key=lambda placed: (placed.replica, placed.rank)):
             line = f"  {rank.replica} rank {rank.rank}: {rank.device} on {rank.host}, pid {rank.pid}"
-            self._console.print(line)
+            self._console.print(line + self._weights(rank))
+        for ready in self.ready:
+            planned = self._planned.num_blocks if self._planned else None
+            beside = "" if planned is None else f" (planned {planned:,})"
+            self._console.print(f"  {ready.replica}: {ready.num_blocks:,} KV blocks{beside}")
         total_s = time.monotonic() - self._started_s
         ends = [*list(self._phases.values())[1:], total_s]
         told = ", ".join(
@@ -118,3 +138,9 @@ class StartProgress:
             for (phase, begun), end in zip(self._phases.items(), ends, strict=True)
         )
         self._console.print(f"ready in {total_s:.1f} s ({told})")
+
+    def _weights(self, rank: RankPlaced) -> str:
+        held = self._weight_bytes.get((rank.replica, rank.rank))
+        if held is None or self._planned is None:
+            return ""
+        return f", {held:,} bytes of weights (planned {self._planned.weight_bytes[rank.rank]:,})"

@@ -15,12 +15,13 @@ from typing import IO, TYPE_CHECKING
 
 import setproctitle
 
-from cluster.control.placement import place_gangs
+from cluster.control.placement import HostInfo, place_gangs
 from cluster.control.ray_runtime import RayRuntime
 from cluster.replica.events import (
     Event,
     Failed,
     LaunchConfig,
+    MemoryPlanned,
     PhaseStarted,
     ReplicaPlan,
     ReplicaReady,
@@ -78,6 +79,7 @@ class Launch:
             on_gpus=config.replica.device == "cuda",
             num_gangs=config.num_replicas,
         )
+        self._events.send(self._plan_memory(gangs, self._runtime.host))
         for index, hosts in enumerate(gangs):
             if self._stop.is_set():
                 return
@@ -91,6 +93,14 @@ class Launch:
         if self._config.address is None:
             return RayRuntime.start_local(self._config.cpu_slots)
         return RayRuntime.join(self._config.address)
+
+    def _plan_memory(self, gangs: list[list[HostInfo]], this_host: str) -> MemoryPlanned:
+        """Before any actor is created. Raises DoesNotFit."""
+        # It needs torch, which _prepare has imported meanwhile.
+        from cluster.control.memory import plan_memory
+
+        num_local_ranks = sum(host.address == this_host for hosts in gangs for host in hosts)
+        return plan_memory(self._config.replica, num_local_ranks)
 
     def _watch(self) -> None:
         num_starting = len(self._supervisors)

@@ -15,20 +15,16 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def this_machine() -> Machines:
     """Its GPUs; where there are none, one CPU rank."""
-    return local_machines(on_gpus=True) or _cpu_ranks(1)
+    return local_gpus() or cpu_ranks(1)
 
 
-def local_machines(*, on_gpus: bool, num_cpu_ranks: int = 1) -> Machines | None:
-    """The GPUs of this host, or ``num_cpu_ranks`` CPU ranks that share the memory that is available now.
-
-    None where there is no GPU, or the driver does not tell.
-    """
-    if on_gpus:
-        return parse_gpus(_ask_driver())
-    return _cpu_ranks(num_cpu_ranks)
+def local_gpus() -> Machines | None:
+    """None where there is none, or the driver does not tell."""
+    return parse_gpus(_ask_driver())
 
 
-def _cpu_ranks(count: int) -> Machines:
+def cpu_ranks(count: int) -> Machines:
+    """That share the memory which this host has available now."""
     return Machines(Device("cpu", available_host_bytes() // count, is_gpu=False), 1, count)
 
 

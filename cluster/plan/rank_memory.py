@@ -26,7 +26,7 @@ FRAGMENTS = 16
 class PlanOptions:
     """``dtype`` of activations, cache and unquantized weights. ``max_model_len`` None: the longest that fits.
     ``utilization``: share of a GPU's memory that its rank may use. ``kv_cache_bytes``: what a CPU rank gives to its
-    cache; None: what is left."""
+    cache; None: what is left. ``counts_libraries``: whether what is only bounded counts as used."""
 
     dtype: Dtype
     max_num_seqs: int
@@ -34,6 +34,7 @@ class PlanOptions:
     max_model_len: int | None = None
     utilization: float = 0.9
     kv_cache_bytes: int | None = None
+    counts_libraries: bool = True
     block_size: int = 16
 
 
@@ -123,7 +124,7 @@ def rank_memories(
                 block_bytes=kv.block_bytes,
                 activations=activations,
                 buffers=input_bytes(step, len(kv.groups), options.block_size),
-                bounded=_bounded(device.is_gpu, layout.num_ranks, activations),
+                bounded=_bounded(device.is_gpu, layout.num_ranks, activations) if options.counts_libraries else {},
                 budget=budget_of(device, options),
                 kv_cache_bytes=options.kv_cache_bytes,
             )

@@ -74,11 +74,28 @@ class RankPlaced(msgspec.Struct, frozen=True, tag="rank"):
     device: str
 
 
+class MemoryPlanned(msgspec.Struct, frozen=True, tag="planned"):
+    """What is expected of every replica, before anything is loaded: bytes of each rank's weights, in order of rank, and
+    KV blocks (on GPUs at most so many; None where the devices' memory is not known here)."""
+
+    weight_bytes: list[int]
+    num_blocks: int | None
+
+
+class RankLoaded(msgspec.Struct, frozen=True, tag="loaded"):
+    """A rank holds its weights."""
+
+    replica: str
+    rank: int
+    weight_bytes: int
+
+
 class ReplicaReady(msgspec.Struct, frozen=True, tag="ready"):
     """The leader serves at ``address`` (host:port); what else there is to know, it tells itself (GetInfo)."""
 
     replica: str
     address: str
+    num_blocks: int
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -93,7 +110,7 @@ class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
     """All that was started has been stopped."""
 
 
-Event = PhaseStarted | Loading | RankPlaced | ReplicaReady | Failed | Stopped
+Event = PhaseStarted | Loading | RankPlaced | MemoryPlanned | RankLoaded | ReplicaReady | Failed | Stopped
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

@@ -19,6 +19,7 @@ from cluster.replica.events import (
     Failed,
     Loading,
     PhaseStarted,
+    RankLoaded,
     RankPlaced,
     ReplicaPlan,
     ReplicaReady,
@@ -36,7 +37,7 @@ from engine.executor.channel_executor import ChannelExecutor
 from engine.executor.gang_start import GangReady
 from engine.executor.handshake import new_secret
 from engine.executor.socket_hub import SocketHub
-from engine.messages import FromRank, Hello, LoadProgress
+from engine.messages import FromRank, Hello, Loaded, LoadProgress
 from engine.model_config import ModelConfig, kv_groups
 
 _log = logging.getLogger(__name__)
@@ -189,6 +190,8 @@ class Leader:
         if isinstance(message, Hello):
             host = self._host_of(message)
             self._events.append(RankPlaced(replica, message.rank, message.pid, host, message.device))
+        elif isinstance(message, Loaded):
+            self._events.append(RankLoaded(replica, message.rank, message.weight_bytes))
         elif isinstance(message, LoadProgress):
             if message.num_bytes_total:
                 self._bytes_by_rank[message.rank] = (message.num_bytes_done, message.num_bytes_total)
@@ -216,7 +219,7 @@ class Leader:
         )
         address = await server.start()
         settle_heap()
-        self._events.append(ReplicaReady(info.id, address))
+        self._events.append(ReplicaReady(info.id, address, info.num_blocks))
         stop = asyncio.create_task(asyncio.to_thread(self._stopping.wait))
         ends: list[asyncio.Future[Any]] = [stop, failure]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

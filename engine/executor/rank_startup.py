@@ -33,7 +33,7 @@ from engine.parallel.distributed import init_distributed
 from engine.parallel.mesh import Mesh
 from engine.parallel.store import connect_store
 from engine.slot_table import SlotTable
-from engine.weights.ledger import kv_block_bytes
+from engine.weights.ledger import held_bytes, kv_block_bytes
 from engine.weights.load_check import HostShare
 from engine.weights.loader import load_weights
 
@@ -80,7 +80,9 @@ class _Startup:
         with self._phase("load"):
             model = build_model(model_config, mesh, config.dtype, self._device)
             share = _host_share(config)
-            weight_bytes = load_weights(model, config.model, config.load_format, self._report_bytes, share)
+            load_weights(model, config.model, config.load_format, self._report_bytes, share)
+            assert isinstance(model, torch.nn.Module)
+            weight_bytes = held_bytes(model).total
             self._await_others(store)
         with self._phase("profile"):
             kv_bytes = self._profile(model, mesh)
