@@ -279,10 +279,11 @@ class Scheduler:
 
     def _enter_slot(self, state: RequestState, step: int, prefix: list[list[int]]) -> NewRequest:
         state.slot = self._free_slots.pop()
+        is_first_entry = state.entry_step == NO_STEP
         state.entry_step = step
         state.num_sent = len(state.token_ids)
         self._tables.open(state, prefix)
-        if not state.has_begun:
+        if is_first_entry:
             state.num_cached_tokens = min(state.num_computed, state.num_prompt_tokens)
         self.num_tokens_admitted += len(state.token_ids)
         self.num_tokens_cached += state.num_computed
