@@ -88,9 +88,11 @@ class ModelRunner:
             try:
                 num_bytes = self._adapters.load(change.slot, change.path, change.max_rank)
                 outcomes.append(AdapterOutcome(self._mesh.rank, change.slot, num_bytes))
+            except AdapterError as error:
+                outcomes.append(AdapterOutcome(self._mesh.rank, change.slot, error=str(error)))
             except Exception as error:  # noqa: BLE001  (the leader unloads it again everywhere and tells who asked)
                 _log.warning("the adapter in %s could not be loaded", change.path, exc_info=error)
-                message = str(error) if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"
+                message = f"{change.path} could not be loaded: {type(error).__name__}: {error}"
                 outcomes.append(AdapterOutcome(self._mesh.rank, change.slot, error=message))
         return outcomes
 

@@ -33,6 +33,8 @@ class AdapterTable:
         """Loaded and being loaded."""
         self._leaving: list[_Adapter] = []
         """To be unloaded as soon as no request has it."""
+        self._failed: list[_Adapter] = []
+        """Which some rank could not load, to be unloaded by the next plan; their slots count as free."""
         self._free_slots = list(range(config.max_loras - 1, -1, -1))
         self._queue: list[_Adapter] = []
         """Whose loading goes into the next plan."""
@@ -86,21 +88,24 @@ class AdapterTable:
     @property
     def has_work(self) -> bool:
         """Whether something is left for a later plan."""
-        return bool(self._queue or self._leaving)
+        return bool(self._queue or self._leaving or self._failed)
 
     def take_changes(self, used_slots: Set[int]) -> list[AdapterChange]:
         """For the next plan, which must be sent. ``used_slots``: of the adapters that live requests have."""
         changes: list[AdapterChange] = []
+        # What begins anew after a reset is there once it was loaded again.
+        unused = [adapter for adapter in self._leaving if adapter.slot not in used_slots and adapter not in self._queue]
+        for adapter in (*self._failed, *unused):
+            changes.append(UnloadAdapter(adapter.slot))
+            self._sent.append(adapter)
         for adapter in self._queue:
             changes.append(LoadAdapter(adapter.slot, adapter.info.path, self._config.max_rank))
             self._sent.append(adapter)
+        self._failed.clear()
         self._queue.clear()
-        for adapter in [adapter for adapter in self._leaving if adapter.slot not in used_slots]:
-            changes.append(UnloadAdapter(adapter.slot))
-            self._sent.append(adapter)
-            self._leaving.remove(adapter)
-            # Plans take effect in order, so the slot can be given away from the next one on.
-            self._free_slots.append(adapter.slot)
+        self._leaving = [adapter for adapter in self._leaving if adapter not in unused]
+        # Plans take effect in order, so the slots can be given away from now on.
+        self._free_slots += [adapter.slot for adapter in unused]
         return changes
 
     def returned(self, changes: Sequence[AdapterChange], outcomes: Sequence[AdapterOutcome]) -> set[int]:
@@ -126,7 +131,8 @@ class AdapterTable:
     def _give_up(self, adapter: _Adapter, error: str) -> None:
         if self._by_name.get(adapter.info.name) is adapter:
             del self._by_name[adapter.info.name]
-            self._leaving.append(adapter)
+            self._failed.append(adapter)
+            self._free_slots.append(adapter.slot)
         if not adapter.loaded.done():
             adapter.loaded.set_exception(AdapterError(error))
 
@@ -136,6 +142,7 @@ class AdapterTable:
         gone = [adapter for adapter in (*self._leaving, *self._sent) if adapter not in kept]
         self._leaving = [adapter for adapter in self._leaving if adapter in kept]
         self._sent.clear()
+        self._failed.clear()
         self._queue = kept
         taken = {adapter.slot for adapter in kept}
         self._free_slots = [slot for slot in reversed(range(self._config.max_loras)) if slot not in taken]
