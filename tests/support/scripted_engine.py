@@ -35,6 +35,7 @@ class ScriptedEngine:
         self._tokens_per_step = tokens_per_step
         self._live: dict[str, tuple[Request, int]] = {}
         self._outputs: list[Output] = []
+        self.broken_paths: set[str] = set()
         self._adapters: dict[str, AdapterInfo] = {}
 
     @property
@@ -74,11 +75,11 @@ class ScriptedEngine:
         return outputs
 
     def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
-        """At once; a path that ends in ``broken`` fails as if a rank could not read it."""
+        """At once; one of ``broken_paths`` fails as if a rank could not read it."""
         if name in self._adapters:
             raise AdapterError(f"{name} is loaded already")
         future: Future[AdapterInfo] = Future()
-        if path.endswith("broken"):
+        if path in self.broken_paths:
             future.set_exception(AdapterError(f"{path} is broken"))
         else:
             self._adapters[name] = AdapterInfo(name, path, 1000)
