@@ -381,6 +381,28 @@ def test_json_is_jsons(text: str) -> None:
         assert json.loads(out.text) == json.loads(text, strict=False)
 
 
+@pytest.mark.parametrize(
+    "text", [*OPENING, "<tool_call> \n", "<|python_tag|>f(a='", '<tool_call>{"type": "', "[f(a='<tool_call>{"]
+)
+def test_no_text_takes_longer_than_it_is_long(text: str) -> None:
+    """Steps of the attempts, counted: what is held back is not gone through again and again."""
+    parser = ToolCallParser(NAMES)
+    steps = 0
+    step = parser._step
+
+    def counted(char: str) -> bool:
+        nonlocal steps
+        steps += 1
+        return step(char)
+
+    parser._step = counted  # type: ignore[method-assign]
+    whole = text * (20_000 // len(text))
+    pieces = [piece for start in range(0, len(whole), 5) for piece in parser.feed(whole[start : start + 5])]
+    pieces += parser.finish()
+    assert steps < 5 * len(whole)
+    assert "".join(piece for piece in pieces if isinstance(piece, str)) == whole
+
+
 def test_depth_is_bounded() -> None:
     for text in ('{"name": "f", "parameters": {"a": ' + "[" * 2000, "[f(a=" + "[" * 2000, "[f(a=" + "(" * 2000):
         content, calls, _ = parse([text])

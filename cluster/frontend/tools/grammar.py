@@ -24,6 +24,8 @@ _FUNCTION = "<function="
 _PYTHON_END = "<|python_end|>"
 OPENING = (*_PYTHON, _PYTHON_END, "<tool_call>", _FUNCTION, "[TOOL_CALLS]")
 """What announces calls wherever it stands. Llama 4 may end a remark with <|python_end|> and then call."""
+_MAX_OPENINGS = 2
+"""In a row. Were more held back, each would have to be tried anew when the last turns out to announce nothing."""
 _CLOSING = ("</tool_call>", "</function>", _PYTHON_END)
 TOKENS = tuple(dict.fromkeys((*OPENING, *_CLOSING)))
 """Those of these that are control tokens of a tokenizer have to be kept in the text."""
@@ -47,7 +49,11 @@ def read_calls(cursor: Cursor, names: Collection[str], is_marked: bool) -> Steps
     """
     bare_names = False
     may_begin = not is_marked
-    while True:
+    num_complete = num_openings = 0
+    """Calls, and openings since the last of them."""
+    while num_openings <= _MAX_OPENINGS:
+        if cursor.num_complete > num_complete:
+            num_complete, num_openings = cursor.num_complete, 0
         if may_begin:
             yield from skip_whitespace(cursor)
         char = cursor.char
@@ -57,6 +63,7 @@ def read_calls(cursor: Cursor, names: Collection[str], is_marked: bool) -> Steps
             marker = yield from _marker(cursor)
             if marker not in OPENING and not cursor.num_complete:
                 raise Malformed
+            num_openings += marker in OPENING
             if marker == _FUNCTION:
                 yield from _function_tag(cursor, names)
             bare_names = bare_names or marker in _PYTHON
@@ -65,7 +72,7 @@ def read_calls(cursor: Cursor, names: Collection[str], is_marked: bool) -> Steps
         elif char == "{":
             yield from _json_call(cursor, names)
         elif char == "[":
-            yield from _bracket(cursor, names)
+            num_openings += yield from _bracket(cursor, names)
         elif bare_names and char in _NAME_CHARS:
             yield from _named_call(cursor, names)
         elif char and char in ";," and cursor.num_complete:
@@ -73,6 +80,7 @@ def read_calls(cursor: Cursor, names: Collection[str], is_marked: bool) -> Steps
         else:
             raise Malformed
         may_begin = True
+    raise Malformed
 
 
 def _marker(cursor: Cursor) -> Steps[str]:
@@ -97,24 +105,24 @@ def _function_tag(cursor: Cursor, names: Collection[str]) -> Steps[None]:
     yield
 
 
-def _bracket(cursor: Cursor, names: Collection[str]) -> Steps[None]:
-    """A list of calls in either form, or Mistral's marker."""
+def _bracket(cursor: Cursor, names: Collection[str]) -> Steps[bool]:
+    """A list of calls in either form; or Mistral's mark, and then True."""
     yield
     yield from skip_whitespace(cursor)
     if cursor.char == "{":
         while True:
             yield from _json_call(cursor, names)
             if not (yield from _another(cursor)):
-                return
+                return False
     choices = {*_callable(names), "TOOL_CALLS"}
     while True:
         name = yield from _name(cursor, choices)
         if name == "TOOL_CALLS" and cursor.char == "]":
             yield
-            return
+            return True
         yield from _pythonic_call(cursor, name, names)
         if not (yield from _another(cursor)):
-            return
+            return False
 
 
 def _another(cursor: Cursor) -> Steps[bool]:
