@@ -85,6 +85,8 @@ class SchedulerConfig:
     """Most requests that wait; beyond it ``add`` raises Overloaded."""
     depth: int = 1
     """Plans in flight at most."""
+    max_step_stretch: float = 3.0
+    """While requests decode, prompts may make a step so many times as long as it would be without them."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_num_waiting", "depth"):

@@ -1,7 +1,8 @@
 """Decides what one dp group computes in the next step, and takes in what it computed.
 
 A step is so many tokens for each request; prefill and decode are not told apart. A request that decodes has one token
-to compute, a prompt has many, and gets as many as the step's budget and the free blocks allow (chunked prefill).
+to compute, a prompt has many, and gets as many as the step's budget and the free blocks allow (chunked prefill), and
+no more than keeps the others' gap between tokens within bounds.
 Running requests come first, each gets at least one token; then waiting ones are admitted in the policy's order. When
 blocks run out the policy names a victim, which gives all its blocks back and is computed again later (recomputation).
 """
@@ -14,6 +15,7 @@ from engine.messages import NO_STEP, BatchPlan, NewRequest, SampledToken, Schedu
 from engine.request import FinishReason, Output, TopLogprobs
 from engine.scheduler.block_pool import BlockPool
 from engine.scheduler.block_tables import BlockTables
+from engine.scheduler.latency_budget import LatencyBudget, TokenBudget
 from engine.scheduler.policy import FirstComeFirstServed, Policy
 from engine.scheduler.request_state import NO_SLOT, RequestState
 from engine.scheduler.step_in_flight import StepInFlight
@@ -43,6 +45,7 @@ class Scheduler:
         self._tables = BlockTables(self._pool, kv_groups, cache.block_size, keeps_prefixes=cache.keeps_prefixes)
         self._waiting: list[RequestState] = []
         self._running: list[RequestState] = []  # in the policy's order
+        self._latency_budget = LatencyBudget(config.max_step_stretch)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._removed: list[int] = []  # slots that the ranks must be told are free
         self._in_flight: deque[StepInFlight] = deque()
@@ -85,8 +88,11 @@ class Scheduler:
         """The batch of plan ``step``, or None where nothing can be computed until a plan in flight returns."""
         batch = BatchPlan(removed=[], new=[], scheduled=[])
         flight = StepInFlight(step)
-        budget, short_of_blocks = self._schedule_running(batch, flight)
-        if not short_of_blocks and self._waiting and budget > 0:
+        num_decodes = sum(self._num_schedulable(state) == 1 for state in self._running)
+        prompt_budget = self._latency_budget.num_prompt_tokens(num_decodes)
+        budget = TokenBudget(self._config.max_num_batched_tokens, prompt_budget)
+        short_of_blocks = self._schedule_running(batch, flight, budget)
+        if not short_of_blocks and self._waiting and budget.for_prompts > 0:
             self._admit(batch, flight, budget)
         if not batch.scheduled:
             return None
@@ -104,16 +110,15 @@ class Scheduler:
         self._removed.clear()
         self._in_flight.append(flight)
 
-    def _schedule_running(self, batch: BatchPlan, flight: StepInFlight) -> tuple[int, bool]:
-        """Returns what is left of the token budget, and whether some request had to go without blocks."""
-        budget = self._config.max_num_batched_tokens
+    def _schedule_running(self, batch: BatchPlan, flight: StepInFlight, budget: TokenBudget) -> bool:
+        """Returns whether some request had to go without blocks."""
         short_of_blocks = False
         index = 0
         while index < len(self._running):
             state = self._running[index]
             num_tokens = self._num_schedulable(state)
             if num_tokens > 1:  # a prompt leaves one token to each request after it
-                num_tokens = min(num_tokens, budget - (len(self._running) - index - 1))
+                num_tokens = min(num_tokens, budget.for_prompts, budget.left - (len(self._running) - index - 1))
             if num_tokens > 0 and state.num_computed + num_tokens > state.num_block_tokens:
                 room = self._tables.room(state)
                 if room < num_tokens:
@@ -121,10 +126,10 @@ class Scheduler:
                     num_tokens = min(num_tokens, room or self._make_room(index))
             if num_tokens > 0:
                 self._share(state, num_tokens, batch, flight)
-                budget -= num_tokens
+                budget.take(num_tokens)
             if state.slot != NO_SLOT:  # else it was itself the victim, and the next has moved up
                 index += 1
-        return budget, short_of_blocks
+        return short_of_blocks
 
     def _num_schedulable(self, state: RequestState) -> int:
         if state.num_pending and not self._input_references:
@@ -155,7 +160,7 @@ class Scheduler:
         self._leave_slot(victim)
         self._waiting.append(victim)
 
-    def _admit(self, batch: BatchPlan, flight: StepInFlight, budget: int) -> None:
+    def _admit(self, batch: BatchPlan, flight: StepInFlight, budget: TokenBudget) -> None:
         """Admits in the policy's order, and nobody past one that does not fit, so that nobody starves.
 
         A request is admitted when all its known tokens fit, with one block left for each running request, so that it
@@ -164,15 +169,16 @@ class Scheduler:
         """
         num_reserved = len(self._running)
         for state in self._policy.order(self._waiting):
-            if budget <= 0 or not self._free_slots or state.num_pending:
+            if budget.for_prompts <= 0 or not self._free_slots or state.num_pending:
                 break
             prefix = self._tables.find_prefix(state)
             if self._tables.num_to_take(len(state.token_ids), prefix) + num_reserved > self._pool.num_free:
                 break
             batch.new.append(self._enter_slot(state, flight.step, prefix))
-            num_tokens = min(len(state.token_ids) - state.num_computed, budget, self._tables.room(state))
+            num_tokens = len(state.token_ids) - state.num_computed
+            num_tokens = min(num_tokens, budget.for_prompts, self._tables.room(state))
             self._share(state, num_tokens, batch, flight)
-            budget -= num_tokens
+            budget.take(num_tokens)
             num_reserved += 1
             if state.num_computed < len(state.token_ids):
                 break
@@ -200,6 +206,10 @@ class Scheduler:
         state.num_computed = end
         state.last_step = flight.step
         flight.ends[state.slot] = end
+        if num_tokens == 1:
+            flight.num_decodes += 1
+        else:
+            flight.num_prompt_tokens += num_tokens
         if sample:
             state.num_pending += 1
             state.sample_step = flight.step
@@ -223,6 +233,7 @@ class Scheduler:
         prompt_logprobs = flight.new_prompt_logprobs(result)
         # From here on nothing raises: what was taken in is always given out.
         self._pool.step_returned(result.step)
+        self._latency_budget.observe(flight.num_decodes, flight.num_prompt_tokens, result.duration_us * 1e-6)
         self._keep_blocks(flight, {error.slot for error in result.errors})
         outputs: list[Output] = []
         for error in result.errors:

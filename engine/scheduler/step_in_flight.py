@@ -19,6 +19,10 @@ class StepInFlight:
     """Slot to request, where a prompt has more chunks to come."""
     ends: dict[int, int] = field(default_factory=dict)
     """Slot to how many positions have been computed when the step is over."""
+    num_decodes: int = 0
+    """Requests with one token in this step."""
+    num_prompt_tokens: int = 0
+    """Tokens of the others."""
     prompts_ending: list[tuple[int, RequestState]] = field(default_factory=list)
     """(Slot, request) whose prompt's log-probabilities must be complete with this step."""
 
