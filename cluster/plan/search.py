@@ -15,6 +15,8 @@ from engine.weights.ledger import count_parameters
 
 _MAX_TRIED = 8
 """Layouts that are built on the same machines. They differ in what is held twice, which is little."""
+_USEFUL_MODEL_LEN = 4096
+"""Tokens of a request that the nearest layout must take, unless the model or the user wants fewer."""
 _HALF_A_BYTE = (
     WeightFormat.INT4,
     WeightFormat.AWQ,
@@ -51,15 +53,17 @@ class LayoutSearch:
         raise refused[0] if refused else LayoutError(self._impossible(machines, fixed))
 
     def nearest(self, machines: Machines, *, only_served: bool) -> LayoutPlan | None:
-        """The first that fits on these machines or the fewest more of their kind; None where none was found.
+        """The first that fits on these machines or the fewest more of their kind, and takes requests of a useful length;
+        None where none was found.
 
         ``only_served``: none that this version does not serve.
         """
+        wanted = self._options.max_model_len or self._shapes.config.max_context_len
         for grown in (machines, *larger(machines)):
             if self._is_hopeless(grown):
                 continue
             for plan in self._plans(grown, Degrees(), only_served=only_served):
-                if plan.fits:
+                if plan.max_model_len >= min(wanted, _USEFUL_MODEL_LEN):
                     return plan
         return None
 

@@ -1,0 +1,53 @@
+"""Layouts: legal, each once, placeable as placement places them, the preferred first."""
+
+import pytest
+
+from cluster.control.placement import HostInfo, place_gangs
+from cluster.plan.devices import Machines, parse_machines
+from cluster.plan.layouts import Degrees, candidates, host_of, larger
+from engine.config import ParallelConfig
+from engine.model_config import ModelConfig, validate_division
+from tests.plan.models import config_of
+
+DENSE = ModelConfig.from_hf(config_of("Llama-3.1-8B"))
+MIXTURE = ModelConfig.from_hf(config_of("Qwen3-30B-A3B"))
+
+
+@pytest.mark.parametrize("gpus", ["1xH100-80", "6xH100-80", "16xH100-80", "2x4xH100-80", "3x2xH100-80"])
+@pytest.mark.parametrize("model", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_all_are_legal_and_placeable(model: ModelConfig, gpus: str) -> None:
+    machines = parse_machines(gpus)
+    layouts = list(candidates(model, machines, Degrees()))
+    assert layouts and len(set(layouts)) == len(layouts)
+    hosts = [HostInfo(str(i), f"10.0.0.{i}", 0, machines.per_host) for i in range(machines.num_hosts)]
+    for layout in layouts:
+        validate_division(model, layout)
+        ours = [host_of(rank, layout, machines) for rank in range(layout.num_ranks)]
+        assert max(ours) < machines.num_hosts
+        assert all(ours.count(host) <= machines.per_host for host in ours)
+        placed = place_gangs(layout, hosts, on_gpus=True)[0]
+        if layout.tp <= machines.per_host:
+            for first in range(0, layout.num_ranks, layout.tp):
+                assert len({ours[rank] for rank in range(first, first + layout.tp)}) == 1
+                assert len({placed[rank].address for rank in range(first, first + layout.tp)}) == 1
+
+
+def test_the_preferred_order() -> None:
+    first, second, *_ = candidates(DENSE, parse_machines("16xH100-80"), Degrees())
+    assert (first, second) == (ParallelConfig(tp=8, pp=2), ParallelConfig(tp=4, pp=4))
+    assert ParallelConfig(tp=16) not in candidates(DENSE, parse_machines("2x6xH100-80"), Degrees())
+    first, second, *_ = candidates(MIXTURE, parse_machines("8xH100-80"), Degrees())
+    assert (first, second) == (ParallelConfig(tp=8, ep=8), ParallelConfig(tp=8, ep=4))
+
+
+def test_fixed_degrees_are_kept() -> None:
+    machines = parse_machines("8xH100-80")
+    found = list(candidates(MIXTURE, machines, Degrees(tp=2, dp=2, ep=4)))
+    assert found == [ParallelConfig(tp=2, dp=2, pp=2, ep=4), ParallelConfig(tp=2, dp=2, pp=1, ep=4)]
+    assert list(candidates(DENSE, machines, Degrees(tp=3))) == []
+
+
+def test_more_machines() -> None:
+    sizes = [(machines.num_hosts, machines.per_host) for machines in larger(parse_machines("2xH100-80"))]
+    assert sizes[:4] == [(1, 4), (1, 8), (2, 8), (3, 8)]
+    assert next(larger(Machines(parse_machines("1xT4-16").device, 2, 4))).num_devices == 12
