@@ -113,8 +113,13 @@ def make_adapted(name: str, directory: Path) -> Adapted:
             if parameter_name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(base)
+    return adapt(base, directory, made.adapters)
+
+
+def adapt(base: Path, directory: Path, adapters: tuple[Mapping[str, Any], Mapping[str, Any]]) -> Adapted:
+    """Two adapters of ``base`` in ``directory``, and what PEFT computes with them."""
     paths = (directory / "first", directory / "second")
-    for path, options in zip(paths, made.adapters, strict=True):
+    for path, options in zip(paths, adapters, strict=True):
         make_adapter(base, path, **options)
     generator = torch.Generator().manual_seed(5)
     texts: dict[int | None, list[int]] = {
@@ -126,7 +131,7 @@ def make_adapted(name: str, directory: Path) -> Adapted:
     }
     for which, text in texts.items():
         changed = np.abs(logits[which] - oracle_logits(base, None, text)).mean()
-        assert which is None or changed > 0.3, f"adapter {which} of {name} changes too little to be tested by"
+        assert which is None or changed > 0.3, f"adapter {which} of {base} changes too little to be tested by"
     return Adapted(base, paths, texts, logits)
 
 
