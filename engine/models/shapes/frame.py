@@ -18,7 +18,7 @@ from engine.rope_config import parse_rope
 class DecoderShapes(nn.Module):
     """The parameters of a rank's stage: embedding in the first, layers, final norm and head in the last.
 
-    ``num_extra_tokens``: rows of the embedding that the head does not have.
+    ``num_extra_tokens``: rows of the embedding that the head does not have. ``slices``: the checkpoint's tensors.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class DecoderShapes(nn.Module):
             self.norm = RmsNorm(body, "norm", config.hidden_size, config.rms_norm_eps)
         if mesh.is_last_stage and not config.tie_word_embeddings:
             self.head = VocabEmbedding(build, "lm_head", config.vocab_size, config.hidden_size)
+        self.slices = tuple(build.slices)
 
 
 class WholeParameters(nn.Module):
