@@ -16,27 +16,18 @@ import json
 import random
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import aiohttp
 
 from bench.cpu_use import CpuMeter
 from bench.load_cases import LoadCase, PromptMaker, parse_case
+from cluster.bench.http_target import HttpTarget
+from cluster.bench.load import closed_loop
+from cluster.bench.target import LoadRequest
+from cluster.bench.timing import Timing, percentile
 
 CLEAN_OTHER_CORES = 0.15
 WARM_UP = "c4"
-
-
-@dataclass
-class Timing:
-    """What one request's stream showed. Times are ``perf_counter`` seconds."""
-
-    sent_s: float
-    chunks_s: list[float] = field(default_factory=list)
-    num_input: int = 0
-    num_output: int = 0
-    num_cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,23 +55,12 @@ class LoadFailed(Exception):
     """The server refused or broke a request: a benchmark of it means nothing."""
 
 
-def percentile(values: list[float], fraction: float) -> float:
-    """Linear between the neighbours; 0 for no values."""
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * fraction
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
 class LoadGenerator:
     def __init__(
         self, url: str, model: str, token_ids: list[int], seed: int, server_pids: tuple[int, ...] = ()
     ) -> None:
         """``token_ids``: what prompts are drawn from. ``server_pids``: roots of the server's process trees."""
-        self._url = url.rstrip("/") + "/v1/completions"
+        self._url = url
         self._model = model
         self._token_ids = token_ids
         self._generator = random.Random(seed)
@@ -90,64 +70,34 @@ class LoadGenerator:
         """Run the case once, with at least four requests."""
         maker = PromptMaker(case, self._token_ids, self._generator)
         prompts = [maker.prompt() for _ in range(max(int(case.num_concurrent * requests_per_client), 4))]
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        async with aiohttp.ClientSession(connector=connector) as session:
+        target = await HttpTarget.open(self._url, self._model, keep_alive=False)
+        try:
             first = None
             if case.num_shared_tokens:
-                first = await self._request(session, maker.prompt(), case.num_output_tokens)
+                (first,) = _good(await closed_loop(target, [LoadRequest(maker.prompt(), case.num_output_tokens)], 1))
             meter, started_s = CpuMeter(*self._server_pids), time.perf_counter()
-            timings: list[Timing] = []
-
-            async def client() -> None:
-                while prompts:
-                    timings.append(await self._request(session, prompts.pop(), case.num_output_tokens))
-
-            async with asyncio.TaskGroup() as clients:
-                for _ in range(case.num_concurrent):
-                    clients.create_task(client())
+            requests = [LoadRequest(prompt, case.num_output_tokens) for prompt in prompts]
+            timings = _good(await closed_loop(target, requests, case.num_concurrent))
             own, other = meter.cores(time.perf_counter() - started_s)
+        finally:
+            await target.close()
         return _repetition(timings, own, other if self._server_pids else None, first)
 
-    async def _request(self, session: aiohttp.ClientSession, prompt: list[int], num_output: int) -> Timing:
-        body = {
-            "model": self._model,
-            "prompt": prompt,
-            "max_tokens": num_output,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        timing = Timing(time.perf_counter())
-        async with session.post(self._url, json=body) as response:
-            if response.status != 200:
-                raise LoadFailed(f"{self._url}: {response.status} {(await response.text())[:300]}")
-            async for line in response.content:
-                if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
-                    _take_event(timing, json.loads(line[5:]))
-        if not timing.chunks_s or not timing.num_output:
-            raise LoadFailed(f"{self._url}: the stream ended without text or without usage")
-        return timing
 
-
-def _take_event(timing: Timing, event: dict[str, object]) -> None:
-    now_s = time.perf_counter()
-    if event.get("error"):
-        raise LoadFailed(str(event["error"])[:300])
-    usage = event.get("usage")
-    if isinstance(usage, dict):
-        timing.num_input, timing.num_output = usage["prompt_tokens"], usage["completion_tokens"]
-        timing.num_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    choices = event.get("choices")
-    if isinstance(choices, list) and choices and (choices[0].get("text") or choices[0].get("finish_reason") is None):
-        timing.chunks_s.append(now_s)
+def _good(timings: list[Timing]) -> list[Timing]:
+    for timing in timings:
+        if timing.error is not None:
+            raise LoadFailed(timing.error)
+        if not timing.is_counted:
+            raise LoadFailed("the stream ended without usage")
+    return timings
 
 
 def _repetition(timings: list[Timing], own_cores: float, other_cores: float | None, first: Timing | None) -> Repetition:
     wall_s = max(t.chunks_s[-1] for t in timings) - min(t.sent_s for t in timings)
-    ttft = [t.chunks_s[0] - t.sent_s for t in timings]
-    itl = [after - before for t in timings for before, after in zip(t.chunks_s, t.chunks_s[1:], strict=False)]
-    tpot = [(t.chunks_s[-1] - t.chunks_s[0]) / (t.num_output - 1) for t in timings if t.num_output > 1]
+    ttft = [t.ttft_s for t in timings]
+    itl = [gap for t in timings for gap in t.gaps_s]
+    tpot = [t.token_s for t in timings if t.token_s is not None]
     return Repetition(
         num_requests=len(timings),
         out_tok_s=sum(t.num_output for t in timings) / wall_s,
@@ -161,7 +111,7 @@ def _repetition(timings: list[Timing], own_cores: float, other_cores: float | No
         wall_s=wall_s,
         own_cores=own_cores,
         other_cores=other_cores,
-        first_ttft_s=first.chunks_s[0] - first.sent_s if first else None,
+        first_ttft_s=first.ttft_s if first else None,
     )
 
 

@@ -19,7 +19,7 @@ from cluster.rpc.generated.remuda.v1 import (
 )
 from cluster.rpc.status import error_from_rpc
 from cluster.types import ReplicaInfo
-from engine.errors import InvalidOption
+from engine.errors import InvalidOption, RemudaError
 from engine.request import AdapterInfo
 
 
@@ -73,12 +73,7 @@ class InferenceClient:
     """
 
     def __init__(self, target: str, api_key: str | None = None, timeout_s: float = 10.0) -> None:
-        host, _, port = target.rpartition(":")
-        if not host or "/" in host or not port.isdecimal():
-            raise InvalidOption(
-                f"--target {target}: write HOST:PORT of the server's gRPC API, for example 127.0.0.1:50051"
-            )
-        self._target = target
+        self._target = checked_target(target)
         self._timeout_s = timeout_s
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._channel = grpc.insecure_channel(target, options=CLIENT_OPTIONS)
@@ -177,14 +172,27 @@ class InferenceClient:
             raise self._explained(error) from error
 
     def _explained(self, error: grpc.RpcError) -> Exception:
-        known = error_from_rpc(error)
-        if isinstance(known, Unauthenticated):
-            return Unauthenticated(f"the server at {self._target} wants an API key; give --api-key-file FILE")
-        if error.code() == grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
-            return Unavailable(
-                f"no gRPC API answers at {self._target}; start one with remuda serve, or give --target HOST:GRPC_PORT"
-            )
-        return known
+        return explained(error, self._target)
+
+
+def checked_target(target: str) -> str:
+    """``target`` if it is HOST:PORT. Raises InvalidOption."""
+    host, _, port = target.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise InvalidOption(f"--target {target}: write HOST:PORT of the server's gRPC API, for example 127.0.0.1:50051")
+    return target
+
+
+def explained(error: grpc.RpcError, target: str) -> RemudaError:
+    """What a user of the command line can do about it."""
+    known = error_from_rpc(error)
+    if isinstance(known, Unauthenticated):
+        return Unauthenticated(f"the server at {target} wants an API key; give --api-key-file FILE")
+    if error.code() == grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
+        return Unavailable(
+            f"no gRPC API answers at {target}; start one with remuda serve, or give --target HOST:GRPC_PORT"
+        )
+    return known
 
 
 def _finish_word(name: str) -> str:

@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from bench.load_cases import PromptMaker, parse_case
-from bench.loadgen import LoadFailed, LoadGenerator, Repetition, percentile, summary
+from bench.loadgen import LoadFailed, LoadGenerator, Repetition, summary
 
 FIRST_TOKEN_DELAY_S = 0.05
 TOKEN_DELAY_S = 0.005
@@ -95,9 +95,8 @@ async def test_a_shared_case_sends_one_request_ahead(server: tuple[KnownServer, 
 async def test_a_refusal_ends_the_measurement(server: tuple[KnownServer, str], seed: int) -> None:
     known, url = server
     known.failing = True
-    with pytest.raises(ExceptionGroup) as raised:
+    with pytest.raises(LoadFailed, match="answered 503: no"):
         await LoadGenerator(url, "m", [5], seed).run(parse_case("c1"))
-    assert isinstance(raised.value.exceptions[0], LoadFailed)
 
 
 def test_each_repetition_shares_something_new(seed: int) -> None:
@@ -111,12 +110,6 @@ def test_each_repetition_shares_something_new(seed: int) -> None:
 def test_an_unknown_case_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="use cN, longN or sharedN"):
         parse_case(name)
-
-
-def test_percentiles_lie_between_neighbours() -> None:
-    assert percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
-    assert percentile([1.0], 0.95) == 1.0
-    assert percentile([], 0.5) == 0.0
 
 
 def _repetition(out_tok_s: float, other_cores: float) -> Repetition:
