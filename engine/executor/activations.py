@@ -80,7 +80,12 @@ def _prefill_attention(config: ModelConfig, parallel: ParallelConfig, step: Step
     """Keys and values gathered from their pages, the masks of all tiles, and one tile's scores."""
     length = min(step.max_model_len, step.num_tokens)
     key = num_local_kv_heads(config, parallel) * config.head_dim
-    masks = len(kv_groups(config)) * step.num_tokens * (length + _TILE_QUERIES) // 2
+    # A row of a mask is as long as what its tile sees: half the prefill on average, or the group's span.
+    rows = [
+        min((length + _TILE_QUERIES) // 2, (group.chunk_size or group.window_size or length) + _TILE_QUERIES)
+        for group in kv_groups(config)
+    ]
+    masks = step.num_tokens * sum(rows)
     scores = min(_TILE_QUERIES, length) * length * _FLOAT32_BYTES
     return 2 * length * key * dtype.num_bytes + masks + scores
 
