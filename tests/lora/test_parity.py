@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 
 from tests.lora.adapters import load_base, oracle_logits
 from tests.lora.mixed import Adapted, mixed_logits
+from tests.support.conformance import Conforms
 from tests.support.rank_pool import run_ranks
 
+TITLES = {"llama": "Llama", "llama4": "Llama 4", "mixtral": "Mixtral"}
 LAYOUTS = [
     ("llama", 1, 1),
     ("llama", 2, 1),
@@ -29,7 +31,8 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("name", "tp", "ep"), LAYOUTS)
-def test_mixed_adapters(adapted: Callable[[str], Adapted], name: str, tp: int, ep: int) -> None:
+def test_mixed_adapters(adapted: Callable[[str], Adapted], conforms: Conforms, name: str, tp: int, ep: int) -> None:
+    conforms(TITLES[name], "float32 + 2 adapters", tp=tp, ep=ep, oracle="PEFT")
     made = adapted(name)
     ours = mixed_logits(None, made, 1, 1) if tp == 1 else run_ranks(mixed_logits, tp, made, tp, ep)[0]
     for which, expected in made.logits.items():

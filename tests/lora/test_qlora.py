@@ -11,6 +11,7 @@ from tests.lora.mixed import Adapted, mixed_logits
 from tests.quantization.checkpoints import make_float_llama
 from tests.quantization.comparison import make
 from tests.quantization.four_bit_checkpoints import FORMATS
+from tests.support.conformance import Conforms
 from tests.support.rank_pool import run_ranks
 
 
@@ -24,7 +25,8 @@ def nf4(tmp_path_factory: pytest.TempPathFactory) -> Adapted:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_mixed_adapters_on_nf4(nf4: Adapted, tp: int) -> None:
+def test_mixed_adapters_on_nf4(nf4: Adapted, conforms: Conforms, tp: int) -> None:
+    conforms("Llama", "nf4 + 2 adapters", tp=tp, oracle="PEFT, bitsandbytes")
     ours = mixed_logits(None, nf4, 1, 1) if tp == 1 else run_ranks(mixed_logits, tp, nf4, tp, 1)[0]
     for which, expected in nf4.logits.items():
         assert expected.std() >= 1.0, "an absolute tolerance means little on smaller logits"

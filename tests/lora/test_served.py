@@ -37,6 +37,12 @@ def served(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield server
 
 
+@pytest.fixture
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0, timeout=60) as made:
+        yield made
+
+
 def _text(client: openai.OpenAI, model: str, max_tokens: int = 24) -> str:
     answer = client.completions.create(
         model=model, prompt=PROMPT, max_tokens=max_tokens, temperature=0, extra_body={"ignore_eos": True}
@@ -45,8 +51,7 @@ def _text(client: openai.OpenAI, model: str, max_tokens: int = 24) -> str:
     return answer.choices[0].text
 
 
-def test_load_while_a_stream_runs(served: Served, adapters: Path) -> None:
-    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0, timeout=60)
+def test_load_while_a_stream_runs(served: Served, client: openai.OpenAI, adapters: Path) -> None:
     assert [model.id for model in client.models.list()] == ["remuda-tiny", "first"]
     alone = _text(client, "remuda-tiny", LONG)
     first = _text(client, "first")
@@ -93,13 +98,12 @@ def test_load_while_a_stream_runs(served: Served, adapters: Path) -> None:
     assert _text(client, "remuda-tiny", LONG) == alone
 
 
-def test_a_bad_adapter_is_refused_and_serving_goes_on(served: Served, adapters: Path) -> None:
+def test_a_bad_adapter_is_refused_and_serving_goes_on(served: Served, client: openai.OpenAI, adapters: Path) -> None:
     bad = Path(shutil.copytree(adapters / "second", adapters / "bad"))
     weights = (bad / "adapter_model.safetensors").read_bytes()
     (bad / "adapter_model.safetensors").write_bytes(weights[:-8])
     result = run_remuda("adapters", "load", "bad", "bad", "--target", served.target)
     assert result.returncode != 0 and "adapter_model.safetensors" in result.stderr
-    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0, timeout=60)
     assert [model.id for model in client.models.list()] == ["remuda-tiny", "first"]
     assert _text(client, "first")
 
