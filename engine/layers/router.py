@@ -21,7 +21,9 @@ class Router(nn.Module, abc.ABC):
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, H] to expert ids [T, K] int64 and scores [T, K] float32."""
-        return self.choose(functional.linear(hidden, self.weight))
+        # A matrix of so few rows is slow in bfloat16 on CPUs; the logits are rounded as if it had been used.
+        weight = self.weight.to(torch.float32)
+        return self.choose(functional.linear(hidden.to(torch.float32), weight).to(hidden.dtype))
 
     @abc.abstractmethod
     def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
