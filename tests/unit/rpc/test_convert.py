@@ -10,7 +10,7 @@ from cluster.rpc import convert
 from cluster.rpc.generated.remuda.v1 import common_pb2, replica_pb2
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from engine.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, Overloaded, RemudaError
-from engine.request import FinishReason, Output, Request, SamplingParams, TopLogprobs
+from engine.request import AdapterInfo, FinishReason, Output, Request, SamplingParams, TopLogprobs
 
 uint32 = st.integers(0, 2**32 - 1)
 real = st.floats(allow_nan=False)
@@ -41,6 +41,7 @@ requests = st.builds(
     num_prompt_tokens=uint32,
     sampling=sampling_params,
     priority=st.integers(-(2**31), 2**31 - 1),
+    adapter=st.text(max_size=5),
 )
 top_logprobs = st.builds(
     TopLogprobs,
@@ -182,6 +183,9 @@ replica_infos = st.builds(
     phase_seconds=st.dictionaries(st.text(max_size=5), real, max_size=3),
     error=st.text(max_size=5),
     progress_age_s=real,
+    adapters=st.lists(
+        st.builds(AdapterInfo, name=st.text(max_size=5), path=st.text(max_size=5), num_bytes=uint64), max_size=2
+    ).map(tuple),
 )
 
 
