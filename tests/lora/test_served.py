@@ -71,9 +71,10 @@ def test_load_while_a_stream_runs(served: Served, client: openai.OpenAI, adapter
             stream=True,
             extra_body={"ignore_eos": True},
         )
-        for chunk in chunks:
-            pieces.append(chunk.choices[0].text)
-            has_begun.set()
+        with chunks:
+            for chunk in chunks:
+                pieces.append(chunk.choices[0].text)
+                has_begun.set()
 
     reader = threading.Thread(target=stream)
     reader.start()
