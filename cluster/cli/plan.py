@@ -1,14 +1,12 @@
 """``remuda plan``: whether a model fits on given devices, to the byte, without its weights."""
 
 import gc
-import json
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from cluster.cli import options
+from cluster.plan.layouts import Degrees
 
 EXAMPLES = (
     "Examples: remuda plan config.json --gpus 16xH100-80 | remuda plan /models/Llama-4-Scout --gpus 2x4xA100-80 --tp 4 "
@@ -55,29 +53,20 @@ def plan(
     """
     # Shapes of large mixtures are many small objects that live to the end: collecting them would take half the time.
     gc.disable()
-    from cluster.plan.devices import parse_machines
-    from cluster.plan.layouts import Degrees
-    from cluster.plan.local import this_machine
-    from cluster.plan.make_report import make_report, plan_options
-    from cluster.plan.report import as_object
-    from cluster.plan.source import find_model
+    # These need torch, which takes longer to import than the rest of the command.
+    from cluster.cli.plan_text import print_answer
+    from cluster.plan.make_report import plan_model
 
-    found = find_model(model, revision, quantization)
-    machines = this_machine() if gpus is None else parse_machines(gpus)
-    wanted = plan_options(
-        found,
-        machines,
+    report = plan_model(
+        model,
+        gpus,
+        Degrees(tensor_parallel_size, pipeline_parallel_size, data_parallel_size, expert_parallel_size),
+        revision=revision,
+        quantization=quantization,
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         utilization=gpu_memory_utilization,
     )
-    fixed = Degrees(tensor_parallel_size, pipeline_parallel_size, data_parallel_size, expert_parallel_size)
-    report = make_report(found, machines, fixed, wanted)
-    if as_json:
-        sys.stdout.write(json.dumps(as_object(report)) + "\n")
-        return
-    from cluster.cli.plan_text import WIDTH, print_plan
-
-    print_plan(report, Console(width=WIDTH, highlight=False, markup=False))
+    print_answer(report, as_json=as_json)

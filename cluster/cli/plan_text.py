@@ -1,5 +1,7 @@
 """``remuda plan`` for people: a table of bytes, then sentences. At most 100 columns."""
 
+import json
+import sys
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -7,10 +9,17 @@ from rich.table import Table
 
 from cluster.plan.layout_plan import LayoutPlan
 from cluster.plan.rank_memory import RankMemory
-from cluster.plan.report import PlanReport, layout_text
+from cluster.plan.report import PlanReport, as_object, layout_text
 
 WIDTH = 100
 _MAX_COLUMNS = 4
+
+
+def print_answer(report: PlanReport, *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(as_object(report)) + "\n")
+    else:
+        print_plan(report, Console(width=WIDTH, highlight=False, markup=False))
 
 
 def print_plan(report: PlanReport, console: Console) -> None:

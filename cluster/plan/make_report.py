@@ -1,14 +1,35 @@
 """From what the user asks to the whole answer."""
 
-from cluster.plan.devices import Machines
+from typing import Any
+
+from cluster.plan.devices import Machines, parse_machines
 from cluster.plan.layouts import Degrees
+from cluster.plan.local import this_machine
 from cluster.plan.rank_memory import PlanOptions
 from cluster.plan.report import PlanReport
 from cluster.plan.search import LayoutSearch
-from cluster.plan.source import FoundModel
+from cluster.plan.source import FoundModel, find_model
 from engine.config import Dtype, SchedulerConfig
 from engine.errors import InvalidOption
 from engine.executor.defaults import default_limits
+
+
+def plan_model(
+    model: str,
+    gpus: str | None,
+    fixed: Degrees,
+    *,
+    revision: str | None = None,
+    quantization: str | None = None,
+    **wanted: Any,
+) -> PlanReport:
+    """``gpus``: as ``parse_machines`` reads it, None for this machine; ``wanted``: see ``plan_options``.
+
+    Raises CheckpointError, InvalidOption, and LayoutError where the fixed degrees are impossible.
+    """
+    found = find_model(model, revision, quantization)
+    machines = this_machine() if gpus is None else parse_machines(gpus)
+    return make_report(found, machines, fixed, plan_options(found, machines, **wanted))
 
 
 def plan_options(

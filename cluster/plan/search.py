@@ -53,7 +53,7 @@ class LayoutSearch:
         raise refused[0] if refused else LayoutError(self._impossible(machines, fixed))
 
     def nearest(self, machines: Machines, *, only_served: bool) -> LayoutPlan | None:
-        """The first that fits on these machines or the fewest more of their kind, and takes requests of a useful length;
+        """The first that fits, with requests of a useful length, on these machines or the fewest more of their kind;
         None where none was found.
 
         ``only_served``: none that this version does not serve.
