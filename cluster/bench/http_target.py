@@ -1,5 +1,6 @@
 """OpenAI's streaming ``/v1/completions`` and ``/v1/chat/completions``, of any server."""
 
+import os
 import time
 from typing import Any, Self
 
@@ -160,9 +161,9 @@ async def _only_model(session: aiohttp.ClientSession, base_url: str) -> str:
 
 def _broken(url: str, error: Exception) -> ServingError:
     if isinstance(error, aiohttp.ClientConnectorError):
-        return Unavailable(
-            f"no server answers at {url} ({error.os_error.strerror or error}); start one, or give --target URL"
-        )
+        number = error.os_error.errno or 0
+        reason = os.strerror(number) if number > 0 else error.os_error
+        return Unavailable(f"no server answers at {url} ({reason}); start one, or give --target URL")
     return ServingError(f"{url} did not answer as OpenAI's API does: {type(error).__name__}: {error}")
 
 
