@@ -16,6 +16,7 @@ MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 """These travel to every rank and are looked at in every step, so a client may not name without end."""
+MAX_GRAMMAR_CHARS = 65_536
 MIN_TEMPERATURE = 1e-5
 """Below it a token is chosen greedily: in float32 the division would leave nothing else, or nothing at all."""
 
@@ -31,6 +32,25 @@ class FinishReason(enum.StrEnum):
     """Cancelled by its caller, or its deadline passed."""
     ERROR = "error"
     """The engine could not go on with it."""
+
+
+class GrammarKind(enum.StrEnum):
+    """The language in which a grammar is written."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    """Of the whole text; in the syntax of Rust's regex crate, without look-around and back-references."""
+    LARK = "lark"
+    """As llguidance has it."""
+    GBNF = "gbnf"
+    """llama.cpp's EBNF."""
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What the generated text must follow to its end."""
+
+    kind: GrammarKind
+    text: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -57,6 +77,9 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    """A stop token is possible exactly where the grammar may end, and it alone where nothing else is possible, whatever
+    ``min_tokens`` is."""
 
     def validate(self, vocab_size: int) -> None:
         """Raises InvalidRequest, naming the field, where a value is outside its range."""
@@ -83,6 +106,14 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
                     f"logit_bias names token {token_id}; this model's tokens are 0 to {vocab_size - 1}", "logit_bias"
                 )
             _check_range("logit_bias", bias, -100.0, 100.0)
+        if self.grammar is not None:
+            if (size := len(self.grammar.text)) > MAX_GRAMMAR_CHARS:
+                raise InvalidRequest(f"a grammar may have {MAX_GRAMMAR_CHARS} characters, not {size}", "grammar")
+            if not self.stop_token_ids:
+                raise InvalidRequest(
+                    "structured output ends with an end token; leave ignore_eos out, or name stop_token_ids",
+                    "ignore_eos",
+                )
 
 
 def _check_count(name: str, count: int, most: int) -> None:

@@ -18,7 +18,7 @@ import tokenizers
 
 from cluster.frontend.chat_template import ChatTemplate
 from cluster.frontend.detokenizer import decode_text
-from cluster.frontend.gguf_tokenizer import tokenizer_definition
+from engine.gguf.tokenizer import tokenizer_definition
 from cluster.frontend.model_files import ModelFiles
 from cluster.frontend.token_bytes import TokenBytes
 from engine.errors import CheckpointError, InvalidRequest

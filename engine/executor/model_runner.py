@@ -13,10 +13,11 @@ from engine.attention.registry import attention_backend
 from engine.batch import ForwardBatch
 from engine.errors import AdapterError
 from engine.executor.batch_builder import build_batch
+from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import copy_blocks
 from engine.executor.logprobs import top_logprobs
 from engine.executor.sampler import SamplerOutput, sample
-from engine.executor.sampling_row import SamplingRow
+from engine.executor.sampling_row import GrammarMask, SamplingRow
 from engine.messages import (
     AdapterOutcome,
     LoadAdapter,
@@ -45,15 +46,26 @@ class ModelRunner:
     Args:
         depth: plans that may be in flight. Above 1 sampled tokens are shared among the tensor-parallel ranks, for a
             plan may refer to one that the leader has not seen yet.
+        grammars: of the sampling rank; other ranks do not use theirs.
     """
 
     def __init__(
-        self, model: Model, mesh: Mesh, cache: KvCacheView, slots: SlotTable, *, depth: int, device: torch.device
+        self,
+        model: Model,
+        mesh: Mesh,
+        cache: KvCacheView,
+        slots: SlotTable,
+        grammars: GrammarMasks,
+        *,
+        depth: int,
+        device: torch.device,
     ) -> None:
         self._model = model
         self._mesh = mesh
         self._cache = cache
         self._slots = slots
+        self._grammars = grammars
+        self._is_sampling_rank = mesh.tp_rank == 0 and mesh.is_last_stage
         self._shares_samples = depth > 1
         self._device = device
         self._groups = kv_groups(model.config)
@@ -65,7 +77,9 @@ class ModelRunner:
         """Raises ProtocolViolation for a plan that may not come now, RankFailure where another rank is lost."""
         began = time.perf_counter()
         scheduled = self._slots.apply(plan)
-        copy_blocks(self._cache, plan.batches[self._mesh.dp_rank].block_copies)
+        batch = plan.batches[self._mesh.dp_rank]
+        self._grammars.forget(batch.removed)
+        copy_blocks(self._cache, batch.block_copies)
         outcomes = self._change_adapters(plan) if plan.adapters else []
         result = StepResult(plan.epoch, plan.step, self._mesh.rank)
         if scheduled:
@@ -97,6 +111,7 @@ class ModelRunner:
         return outcomes
 
     def _compute(self, plan: StepPlan, scheduled: Sequence[ScheduledSlot]) -> StepResult:
+        masks = self._grammars.begin(scheduled) if self._is_sampling_rank else None
         try:
             hidden, logits = self._forward(scheduled)
             prompt_logprobs = self._prompt_logprobs(hidden, scheduled)
@@ -106,20 +121,20 @@ class ModelRunner:
             return self._out_of_memory(plan, scheduled, error)
         sampling = [share for share in scheduled if share.sample]
         output = None
-        errors: list[SlotError] = []
+        found = masks.result() if masks is not None else {}
+        failures = {slot: mask for slot, mask in found.items() if isinstance(mask, str)}
         if logits is not None and sampling:
-            rows = [_sampling_row(share) for share in sampling]
+            rows = [_sampling_row(share, found.get(share.slot)) for share in sampling]
             try:
                 output = sample(logits, rows)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                errors = [SlotError(share.slot, f"out of memory while sampling: {error}") for share in sampling]
+                failures |= {share.slot: f"out of memory while sampling: {error}" for share in sampling}
         if self._shares_samples and sampling:
             self._share_samples(plan.step, sampling, output)
-        if output is None:
-            return StepResult(plan.epoch, plan.step, self._mesh.rank, [], prompt_logprobs, errors)
-        sampled, errors = _split(sampling, output)
+        sampled = _usable(sampling, output, failures) if output is not None else []
+        errors = [SlotError(slot, message) for slot, message in failures.items()]
         return StepResult(plan.epoch, plan.step, self._mesh.rank, sampled, prompt_logprobs, errors)
 
     def _forward(self, scheduled: Sequence[ScheduledSlot]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -182,17 +197,20 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _sampling_row(share: ScheduledSlot) -> SamplingRow:
+def _sampling_row(share: ScheduledSlot, mask: GrammarMask | str | None) -> SamplingRow:
+    """What is drawn for a slot whose grammar is broken means nothing."""
     state = share.state
-    return SamplingRow(share.slot, state.sampling, state.token_ids, state.num_prompt_tokens)
+    allowed = mask if isinstance(mask, GrammarMask) else None
+    return SamplingRow(share.slot, state.sampling, state.token_ids, state.num_prompt_tokens, allowed)
 
 
-def _split(sampling: Sequence[ScheduledSlot], output: SamplerOutput) -> tuple[list[SampledToken], list[SlotError]]:
-    sampled, errors = [], []
+def _usable(sampling: Sequence[ScheduledSlot], output: SamplerOutput, failures: dict[int, str]) -> list[SampledToken]:
+    """The tokens of slots that have not failed; ``failures`` gets those with unusable logits too."""
+    sampled = []
     for share, token_id, logprobs, valid in zip(sampling, output.token_ids, output.logprobs, output.valid, strict=True):
-        if valid:
-            sampled.append(SampledToken(share.slot, token_id, logprobs))
-        else:
+        if not valid:
             position = share.start + share.num_tokens
-            errors.append(SlotError(share.slot, f"the logits for position {position} are NaN or infinite"))
-    return sampled, errors
+            failures.setdefault(share.slot, f"the logits for position {position} are NaN or infinite")
+        elif share.slot not in failures:
+            sampled.append(SampledToken(share.slot, token_id, logprobs))
+    return sampled

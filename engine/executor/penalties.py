@@ -1,4 +1,5 @@
-"""Changes to logits that come before temperature: penalties, then logit_bias, then the ban on early stop tokens."""
+"""Changes to logits that come before temperature: penalties, then logit_bias, then the ban on early stop tokens, then
+what grammars forbid."""
 
 from collections.abc import Sequence
 
@@ -22,13 +23,18 @@ def adjust_logits(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     banned = [
         (r, token_id)
         for r, row in enumerate(rows)
-        if row.num_output_tokens < row.params.min_tokens
+        if row.num_output_tokens < row.params.min_tokens and not (row.mask and row.mask.only_ends)
         for token_id in row.params.stop_token_ids
         if token_id < logits.shape[1]
     ]
     if banned:
         row_ids, token_ids = zip(*banned, strict=True)
         logits[list(row_ids), list(token_ids)] = float("-inf")
+    masks = {r: row.mask.allowed for r, row in enumerate(rows) if row.mask is not None}
+    if masks:
+        forbidden = torch.from_numpy(~np.stack(list(masks.values()))).to(logits.device)
+        masked = list(masks)
+        logits[masked] = logits[masked].masked_fill_(forbidden, float("-inf"))
 
 
 def _has_penalties(params: SamplingParams) -> bool:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,9 @@ from engine.attention.backend import KvCacheView
 from engine.errors import ProtocolViolation, RankFailure
 from engine.executor.cache_size import cuda_kv_bytes
 from engine.executor.channel import RankChannel
+from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import allocate_kv_cache
+from engine.executor.memory_check import check_memory
 from engine.executor.model_runner import ModelRunner
 from engine.executor.warm_up import MIN_BLOCKS, run_largest_steps
 from engine.executor.worker_config import WorkerConfig
@@ -78,6 +81,7 @@ class _Startup:
             store = self._connect_store()
             mesh = self._join(store)
         with self._phase("load"):
+            check_memory(model_config, mesh, config.dtype, self._device, config.gpu_memory_utilization)
             model = build_model(model_config, mesh, config.dtype, self._device)
             share = _host_share(config)
             load_weights(model, config.model, config.load_format, self._report_bytes, share)
@@ -200,7 +204,8 @@ class _Startup:
             epoch=config.epoch,
             dp_group=mesh.dp_rank,
         )
-        return ModelRunner(model, mesh, cache, slots, depth=config.depth, device=self._device)
+        grammars = GrammarMasks(Path(config.model), model.config.vocab_size)
+        return ModelRunner(model, mesh, cache, slots, grammars, depth=config.depth, device=self._device)
 
 
 def _host_share(config: WorkerConfig) -> HostShare:

@@ -1,7 +1,7 @@
 """Chooses every row's next token. It keeps no state: a token is a function of the row's logits, options and history.
 
-Order: penalties, logit_bias, ban on early stop tokens; then log-probabilities are read; then either the most likely
-token (temperature 0; the lowest id among equals) or temperature, min-p, top-k, top-p and a draw.
+Order: penalties, logit_bias, ban on early stop tokens, grammar; then log-probabilities are read; then either the most
+likely token (temperature 0; the lowest id among equals) or temperature, min-p, top-k, top-p and a draw.
 """
 
 from collections.abc import Sequence

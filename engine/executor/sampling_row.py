@@ -3,7 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from engine.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarMask:
+    """What a row's grammar allows. ``allowed`` [vocab]; ``only_ends``: nothing but stop tokens."""
+
+    allowed: npt.NDArray[np.bool_]
+    only_ends: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +25,7 @@ class SamplingRow:
     params: SamplingParams
     token_ids: Sequence[int]
     num_prompt_tokens: int
+    mask: GrammarMask | None = None
 
     @property
     def position(self) -> int:

@@ -79,6 +79,10 @@ class RequestState:
             num_prompt_logprobs=request.num_prompt_tokens if request.sampling.prompt_logprobs is None else 0,
         )
 
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
     def restart(self) -> None:
         """A new epoch: the ranks and the cache know nothing of this request; its known tokens stay."""
         self.slot = NO_SLOT

@@ -273,7 +273,9 @@ class Scheduler:
         state.num_pending -= 1
         reason = None
         stop_token_id = None
-        if token_id in sampling.stop_token_ids and len(state.token_ids) - state.num_prompt_tokens > sampling.min_tokens:
+        # The rank samples an early stop token only where the grammar leaves nothing else.
+        is_late = sampling.grammar is not None or state.num_generated > sampling.min_tokens
+        if is_late and token_id in sampling.stop_token_ids:
             reason = FinishReason.STOP
             stop_token_id = token_id
         elif len(state.token_ids) >= state.max_num_tokens:

@@ -1,6 +1,7 @@
 """A rank's step with a model small enough to see through: the next token is always the last one plus one."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from engine.attention.backend import KvCacheView, StepAttention
 from engine.batch import ForwardBatch
 from engine.config import Dtype, ParallelConfig
 from engine.errors import ProtocolViolation
+from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import allocate_kv_cache, copy_blocks
 from engine.executor.model_runner import ModelRunner, is_out_of_memory
 from engine.executor.warm_up import run_largest_steps
@@ -60,7 +62,8 @@ def make_runner(depth: int = 1) -> tuple[ModelRunner, CountingModel, KvCacheView
         config, ParallelConfig(), num_blocks=50, block_size=BLOCK_SIZE, dtype=Dtype.FLOAT32, device=CPU
     )
     slots = SlotTable(num_slots=4, kv_groups=kv_groups(config), block_size=BLOCK_SIZE, num_blocks=50, epoch=0)
-    return ModelRunner(model, Mesh(), cache, slots, depth=depth, device=CPU), model, cache
+    grammars = GrammarMasks(Path("none"), VOCAB)
+    return ModelRunner(model, Mesh(), cache, slots, grammars, depth=depth, device=CPU), model, cache
 
 
 def params(**options: object) -> SamplingParams:
