@@ -145,3 +145,11 @@ def test_half_the_bits_need_half_the_devices() -> None:
     online = shapes.with_quantization(shapes.config.quantized("int8").quantization)
     quantized = LayoutSearch(online, PlanOptions(Dtype.BFLOAT16, 64, 2048)).choose(machines, Degrees())
     assert 0.5 < quantized.ranks[0].weight_bytes / as_it_is.ranks[0].weight_bytes < 0.52
+
+
+def test_a_rank_refuses_before_it_allocates(tmp_path: Path) -> None:
+    """As it happens on a host whose memory nobody else knows: through the gang's own start."""
+    (tmp_path / "config.json").write_text(json.dumps(config_of("Llama-3.1-405B")))
+    plan = replica_plan(str(tmp_path), load_format="dummy")
+    with pytest.raises(DoesNotFit, match=r"rank 0 lacks [\d,]+ bytes: its weights are 811,706,777,600"):
+        InProcessExecutor(worker_config(plan))
