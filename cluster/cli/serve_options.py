@@ -1,0 +1,60 @@
+"""The options of ``remuda serve`` as typer shows them. None: not given on the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="A directory in Hugging Face form, a hub id, or remuda-tiny (the default).", show_default=False
+    ),
+]
+LoraModules = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=PATH", help="LoRA adapter to load, once for each; clients name it as model. [none]"),
+]
+LoraDirectory = Annotated[Path | None, typer.Option(help="Adapters below it may be loaded while serving. [none may]")]
+DrainTimeout = Annotated[float | None, typer.Option(help="Seconds that running requests get after SIGTERM. [30]")]
+TensorParallelSize = Annotated[
+    int | None, typer.Option("--tensor-parallel-size", "--tp", help="Ranks that share each layer. [1]")
+]
+PipelineParallelSize = Annotated[
+    int | None, typer.Option("--pipeline-parallel-size", "--pp", help="Stages of layers. [1; more comes later]")
+]
+DataParallelSize = Annotated[
+    int | None, typer.Option("--data-parallel-size", "--dp", help="Attention replicas. [1; more comes later]")
+]
+ExpertParallelSize = Annotated[
+    int | None, typer.Option("--expert-parallel-size", "--ep", help="Ranks that share out the experts. [1]")
+]
+Replicas = Annotated[int | None, typer.Option(help="Whole copies of the model. [1]")]
+Host = Annotated[str | None, typer.Option(help="Address of both APIs. [127.0.0.1]")]
+Port = Annotated[int | None, typer.Option(help="HTTP port. [8000]")]
+GrpcPort = Annotated[int | None, typer.Option(help="gRPC port. [50051]")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16. [auto: the checkpoint's]")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda. [auto]")]
+MaxModelLen = Annotated[str | None, typer.Option(help="Tokens of one request, or auto for the most that fits. [auto]")]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="Requests that run at once. [by device]")]
+MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Tokens in one step. [by device]")]
+GpuMemoryUtilization = Annotated[float | None, typer.Option(help="Share of each GPU's memory. [0.9]")]
+KvCacheMemory = Annotated[str | None, typer.Option(help="KV cache of each CPU rank. [512MiB]")]
+LoadFormat = Annotated[
+    str | None, typer.Option(help="safetensors, or dummy (random weights, for sizing). [safetensors]")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model. [main]")]
+Quantization = Annotated[
+    str | None, typer.Option(help="int8, int4 or fp8: quantize a float checkpoint while loading. [as it is]")
+]
+ServedModelName = Annotated[str | None, typer.Option(help="Name for clients. [the model's last part]")]
+MaxLoras = Annotated[int | None, typer.Option(help="Adapters that may be loaded at once. [8]")]
+MaxLoraRank = Annotated[int | None, typer.Option(help="Largest rank of an adapter. [64]")]
+ApiKeyFile = Annotated[Path | None, typer.Option(help="File with one API key per line. [no keys]")]
+Address = Annotated[str | None, typer.Option(help="host:port of a running Ray to join. [a private one is started]")]
+CpuSlots = Annotated[int | None, typer.Option(help="CPU ranks this host may hold. [8]")]
+Deterministic = Annotated[bool | None, typer.Option("--deterministic", help="Comes in a later version.")]
+RequestTimeout = Annotated[float | None, typer.Option(help="Seconds that a request may take. [600]")]
+QueueTimeout = Annotated[float | None, typer.Option(help="Seconds that it may wait before it runs. [60]")]
+FirstTokenTimeout = Annotated[float | None, typer.Option(help="Seconds until its first token. [120]")]
+Config = Annotated[Path | None, typer.Option(help="YAML file with the same options, with underscores.")]
