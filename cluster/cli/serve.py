@@ -37,6 +37,7 @@ def serve(
     lora_dir: options.LoraDirectory = None,
     max_loras: options.MaxLoras = None,
     max_lora_rank: options.MaxLoraRank = None,
+    enable_prefix_caching: options.EnablePrefixCaching = None,
     api_key_file: options.ApiKeyFile = None,
     address: options.Address = None,
     cpu_slots: options.CpuSlots = None,

@@ -49,6 +49,13 @@ Quantization = Annotated[
 ]
 ServedModelName = Annotated[str | None, typer.Option(help="Name for clients. [the model's last part]")]
 MaxLoras = Annotated[int | None, typer.Option(help="Adapters that may be loaded at once. [8]")]
+EnablePrefixCaching = Annotated[
+    bool | None,
+    typer.Option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        help="Requests share what the KV cache holds of equal beginnings. [yes]",
+    ),
+]
 MaxLoraRank = Annotated[int | None, typer.Option(help="Largest rank of an adapter. [64]")]
 ApiKeyFile = Annotated[Path | None, typer.Option(help="File with one API key per line. [no keys]")]
 Address = Annotated[str | None, typer.Option(help="host:port of a running Ray to join. [a private one is started]")]

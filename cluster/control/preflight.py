@@ -126,6 +126,7 @@ def _launch_config(
         lora_modules={name: str(Path(path).resolve()) for name, path in config.lora_modules.items()},
         max_loras=config.max_loras,
         max_lora_rank=config.max_lora_rank,
+        enable_prefix_caching=config.enable_prefix_caching,
     )
     return LaunchConfig(
         replica=plan,

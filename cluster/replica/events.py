@@ -29,6 +29,7 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     """LoRA adapters that are there from the beginning: name to directory."""
     max_loras: int = 8
     max_lora_rank: int = 64
+    enable_prefix_caching: bool = True
 
     @property
     def parallel(self) -> ParallelConfig:

@@ -7,6 +7,7 @@ import secrets
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Any, Self
 
 import msgspec
@@ -144,12 +145,13 @@ class Leader:
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=gang.max_model_len,
         )
+        keeps_prefixes = gang.cache.keeps_prefixes and plan.enable_prefix_caching
         engine = Engine(
             executor=executor,
             kv_groups=kv_groups(model),
             vocab_size=model.vocab_size,
             scheduler_config=scheduler,
-            cache_config=gang.cache,
+            cache_config=replace(gang.cache, keeps_prefixes=keeps_prefixes),
             lora_config=LoraConfig(plan.max_loras, plan.max_lora_rank),
         )
         self._load_adapters(engine)

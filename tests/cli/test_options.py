@@ -16,7 +16,7 @@ SERVE_OPTIONS = {
     "--expert-parallel-size", "--ep", "--replicas", "--host", "--port", "--grpc-port", "--dtype", "--device",
     "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--gpu-memory-utilization", "--kv-cache-memory",
     "--load-format", "--revision", "--quantization", "--served-model-name", "--api-key-file", "--address",
-    "--lora-modules", "--lora-dir", "--max-loras", "--max-lora-rank",
+    "--lora-modules", "--lora-dir", "--max-loras", "--max-lora-rank", "--enable-prefix-caching",
     "--cpu-slots", "--deterministic", "--request-timeout", "--queue-timeout", "--first-token-timeout",
     "--drain-timeout", "--config",
 }  # fmt: skip
