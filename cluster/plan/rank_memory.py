@@ -76,13 +76,13 @@ class RankMemory:
 
 
 def weights_by_rank(shapes: ModelShapes, layout: ParallelConfig, options: PlanOptions) -> list[Mapping[str, int]]:
-    """Every rank's weights by kind, in order of rank. Ranks of a stage have equal shapes, so each distinct one is built
-    once. Raises LayoutError where a quantized matrix cannot be cut so."""
-    built: dict[tuple[int, int], Mapping[str, int]] = {}
+    """Every rank's weights by kind, in order of rank. Most ranks of a stage have equal shapes, and each distinct one is
+    built once. Raises LayoutError where a quantized matrix cannot be cut so."""
+    built: dict[tuple[int, int, int], Mapping[str, int]] = {}
     weights = []
     for rank in range(layout.num_ranks):
         mesh = Mesh(layout, rank)
-        key = (mesh.pp_rank, _expert_formats(shapes, mesh))
+        key = (mesh.pp_rank, _expert_formats(shapes, mesh), _num_tokens(shapes, mesh))
         if key not in built:
             built[key] = planned_bytes(shapes, mesh, options.dtype).by_kind
         weights.append(built[key])
@@ -92,6 +92,13 @@ def weights_by_rank(shapes: ModelShapes, layout: ParallelConfig, options: PlanOp
 def _expert_formats(shapes: ModelShapes, mesh: Mesh) -> int:
     """Which experts a rank holds matters where each may be in a format of its own."""
     return mesh.ep_rank if shapes.config.quantization is not None and shapes.config.num_experts else 0
+
+
+def _num_tokens(shapes: ModelShapes, mesh: Mesh) -> int:
+    """Rows of the embedding that the rank really has; the last rank may have fewer, and in some formats no padding."""
+    vocab_size = shapes.config.vocab_size
+    num_rows = -(-vocab_size // mesh.config.tp)
+    return min(num_rows, max(0, vocab_size - mesh.tp_rank * num_rows))
 
 
 def rank_memories(

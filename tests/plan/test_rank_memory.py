@@ -19,6 +19,7 @@ from engine.executor.process_gang import ProcessGang
 from engine.executor.worker_config import WorkerConfig
 from engine.models.shapes.registry import shapes_of
 from engine.parallel.mesh import Mesh
+from engine.quantization_config import MatrixFormat, QuantizationConfig, WeightFormat
 from engine.weights.ledger import planned_bytes
 from tests.plan.models import config_of, found, with_text
 
@@ -41,6 +42,18 @@ def test_every_rank_by_itself(name: str, layout: ParallelConfig) -> None:
     weights = weights_by_rank(shapes, layout, options)
     for rank in range(layout.num_ranks):
         assert weights[rank] == planned_bytes(shapes, Mesh(layout, rank), Dtype.BFLOAT16).by_kind
+
+
+def test_a_vocabulary_that_is_not_padded() -> None:
+    """GGUF's blocks are held as they are stored, so the last rank has fewer rows."""
+    config = config_of("Llama-3.2-1B") | {"num_hidden_layers": 1, "vocab_size": 97}
+    blocks = MatrixFormat(WeightFormat.GGUF, gguf_type="Q8_0")
+    shapes = shapes_of(config).with_quantization(QuantizationConfig("GGUF", (), by_name={"model.embed_tokens": blocks}))
+    layout, options = ParallelConfig(tp=4), PlanOptions(Dtype.BFLOAT16, 8, 64)
+    weights = weights_by_rank(shapes, layout, options)
+    for rank in range(4):
+        assert weights[rank] == planned_bytes(shapes, Mesh(layout, rank), Dtype.BFLOAT16).by_kind
+    assert weights[3]["embedding"] < weights[2]["embedding"] == weights[0]["embedding"]
 
 
 def replica_plan(model: str, **changes: Any) -> ReplicaPlan:
