@@ -8,7 +8,7 @@ import uvloop
 from rich.console import Console
 
 from cluster.cli.progress import StartProgress
-from cluster.config import ServeConfig, misspelt_variables
+from cluster.config import Device, ServeConfig, misspelt_variables
 from cluster.control.launcher import Launcher
 from cluster.control.preflight import Preflight, preflight
 from cluster.frontend.app import FrontEnd, FrontEndConfig
@@ -17,6 +17,7 @@ from cluster.frontend.fleet import Fleet
 from cluster.replica.client import ReplicaClient
 from cluster.replica.events import Failed, ReplicaReady
 from cluster.replica.heap import settle_heap
+from engine.kernels.native_library import is_built
 
 
 def run(config: ServeConfig) -> int:
@@ -78,6 +79,12 @@ class _Serving:
             f"tp={plan.tensor_parallel_size} ep={plan.expert_parallel_size}{copies}\n"
             f"HTTP http://{config.host}:{front_end.port}/v1, gRPC {config.host}:{front_end.grpc_port} (Ctrl-C stops)"
         )
+        if plan.device == Device.CPU and not is_built():
+            self._console.print(
+                "  notice: the package was installed without a C++ compiler, so CPU ranks compute with torch alone, "
+                "more slowly; install g++ and reinstall remuda",
+                markup=False,
+            )
         if self._checked.model.notice:
             self._console.print(f"  notice: {self._checked.model.notice}", markup=False)
         licence = front_end.service.licence
