@@ -165,7 +165,8 @@ def test_two_processes_with_plans_in_flight_compute_the_same(mixture: Reference,
         assert {hello.pid for hello in gang.ready.ranks} == {process.pid for process in gang.processes}
         assert {"import", "rendezvous", "load", "profile", "warm_up"} == set(gang.ready.phase_seconds)
         loaded = {m.rank: m for m in messages if isinstance(m, LoadProgress) and m.num_bytes_total}
-        assert all(m.num_bytes_done == m.num_bytes_total == gang.ready.weight_bytes[r] for r, m in loaded.items())
+        # What is read; a rank also holds the rows that pad its part of the vocabulary.
+        assert all(m.num_bytes_done == m.num_bytes_total <= gang.ready.weight_bytes[r] for r, m in loaded.items())
         assert sorted(loaded) == [0, 1] and sum(isinstance(m, Ready) for m in messages) == 2
         assert not _listens_beyond_loopback(gang)
         served = Served(gang, config)
