@@ -73,7 +73,7 @@ $(VENV)/.stamp-venv:
 	@touch $@
 
 # torch comes first and alone, so that everything after it finds the build that this machine's pip prefers (CPU or CUDA).
-$(VENV)/.stamp-install: $(VENV)/.stamp-venv pyproject.toml constraints.txt $(wildcard engine/kernels/native/*.cpp)
+$(VENV)/.stamp-install: $(VENV)/.stamp-venv pyproject.toml constraints.txt $(wildcard engine/kernels/native/*.cpp engine/kernels/native/*.h)
 	@echo "installing into $(VENV) (torch first; a few minutes on a fresh machine)"
 	$(PIP_INSTALL) torch -c constraints.txt
 	$(PIP_INSTALL) -e '.[test]' -c constraints.txt

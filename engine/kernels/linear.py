@@ -83,6 +83,11 @@ def linear_int8(hidden: torch.Tensor, weight: torch.Tensor, row_scales: torch.Te
     return output
 
 
+def has_tiles() -> bool:
+    """Whether the library was built and the CPU has tile units."""
+    return _tile_library() is not None
+
+
 def _padded(num_tokens: int) -> int:
     return -(-num_tokens // _TOKEN_BLOCK) * _TOKEN_BLOCK
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.kernels.encoded_linear import Encoding
 from engine.parameter import ParameterBuilder
 from engine.quantization.matrix import MatrixPart
 from engine.quantization.online import quantize_while_loading
@@ -25,7 +26,7 @@ class Float8Matrix(RowScaledMatrix):
     multiplied in float8."""
 
     def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
-        super().__init__(build, parts, torch.float8_e4m3fn)
+        super().__init__(build, parts, Encoding.FLOAT8)
         self._input_bound = form.input_bound
         self._is_fast = (
             build.device.type == "cuda"

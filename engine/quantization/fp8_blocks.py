@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.errors import LayoutError
+from engine.kernels.encoded_linear import EncodedMatrix, Encoding
 from engine.parameter import ParameterBuilder, Split
 from engine.quantization.fp8 import decode_e4m3
 from engine.quantization.matrix import MatrixPart, WeightMatrix
@@ -15,8 +16,8 @@ from engine.quantization_config import MatrixFormat
 class Fp8BlockMatrix(WeightMatrix):
     """weight = code × its block's scale. ``codes``: [out, in] e4m3. ``scales``: [row blocks, column blocks] float32.
 
-    Each part begins a block of its own, so the last block of a part may be cut short. Always multiplied tile by tile
-    in the activations' format.
+    Each part begins a block of its own, so the last block of a part may be cut short. Each weight is
+    rounded to the activations' format.
     """
 
     def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
@@ -31,11 +32,19 @@ class Fp8BlockMatrix(WeightMatrix):
         sizes = [part.local_outputs for part in parts]
         self._part_starts = [(sum(sizes[:i]), sum(num_blocks[:i])) for i in range(len(parts))]
         """First row and first block of each part."""
+        self._is_regular = all(size % block_rows == 0 for size in sizes[:-1])
+        """Whether blocks follow each other without one that is cut short in between."""
         for part, codes, scales in zip(parts, self.codes.split(sizes), self.scales.split(num_blocks), strict=True):
             build.fill(codes, f"{part.name}.weight", (part.num_outputs, part.num_inputs), part.start)
             shape = -(-part.num_outputs // block_rows), -(-part.num_inputs // block_columns)
             start = part.start[0] // block_rows, part.start[1] // block_columns
             build.fill(scales, f"{part.name}.{form.scale_name}", shape, start)
+
+    def encoded(self) -> EncodedMatrix | None:
+        if not self._is_regular:
+            return None
+        rows, columns = self._block_size
+        return EncodedMatrix(Encoding.FLOAT8, self.num_inputs, self.codes, columns, self.scales, rows_per_scale=rows)
 
     def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
         scales = self.scales[self._blocks_of(index)]

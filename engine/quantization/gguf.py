@@ -6,6 +6,7 @@ import torch
 
 from engine.errors import LayoutError
 from engine.gguf.block_types import QUANTIZED_TYPES
+from engine.kernels.encoded_linear import EncodedMatrix, Encoding
 from engine.parameter import ParameterBuilder
 from engine.quantization.gguf_blocks import dequantize
 from engine.quantization.matrix import MatrixPart, WeightMatrix
@@ -34,6 +35,9 @@ class GgufMatrix(WeightMatrix):
                 f"together: its {part.num_inputs} inputs cannot be divided over {part.inputs.degree} ranks; "
                 "use a smaller tp"
             )
+
+    def encoded(self) -> EncodedMatrix:
+        return EncodedMatrix(Encoding[self._type.name], self.num_inputs, self.weight, self._type.block_elements)
 
     def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
         rows = self.weight[index]

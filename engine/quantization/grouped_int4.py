@@ -1,7 +1,7 @@
 """The one form in which every int4 format is held: two codes to a byte, and a scale for each group of inputs.
 
-A weight is (code − zero) · scale, rounded once to the format of the activations. Where a CPU has a product of its own
-for bfloat16 activations, bytes stand in the order that it wants, and few tokens are multiplied by it.
+A weight is (code − zero) · scale, rounded once to the format of the activations. On CPUs without tile units bytes stand
+in the order of torch's own product for bfloat16 activations, and few tokens are multiplied by that.
 """
 
 import math
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from engine.errors import CheckpointError
+from engine.kernels.encoded_linear import EncodedMatrix, Encoding
+from engine.kernels.linear import has_tiles
 from engine.parameter import ParameterBuilder
 from engine.quantization import cpu_int4
 from engine.quantization.division import Extent, inputs_of, require_whole
@@ -97,7 +99,7 @@ class GroupedInt4Matrix(WeightMatrix):
         super().__init__(build, parts)
         self._group_size = grouping.size
         self._sizes = [part.local_outputs for part in parts]
-        self._is_blocked = not reorders_inputs and cpu_int4.can_multiply(
+        self._is_blocked = not (reorders_inputs or has_tiles()) and cpu_int4.can_multiply(
             build.dtype, build.device, grouping.size, self._sizes
         )
         num_groups = grouping.groups.size
@@ -118,10 +120,15 @@ class GroupedInt4Matrix(WeightMatrix):
         """Codes [n, in] uint8 from 0 to 15 to the bytes [n, in / 2] of ``codes``."""
         return cpu_int4.pack_blocks(codes) if self._is_blocked else codes[:, 0::2] | codes[:, 1::2] << 4
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def encoded(self) -> EncodedMatrix | None:
+        if self._is_blocked or self.group_of_input is not None:
+            return None
+        return EncodedMatrix(Encoding.INT4, self.num_inputs, self.codes, self._group_size, self.scales, self.zeros)
+
+    def multiply(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._is_blocked and 0 < len(hidden) <= cpu_int4.MAX_TOKENS:
             return cpu_int4.multiply(hidden, self.codes, self.scales, self.zeros, self._group_size)
-        return super().forward(hidden)
+        return super().multiply(hidden)
 
     def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
         unpacked = cpu_int4.unpack_rows(self.codes, index) if self._is_blocked else unpack_nibbles(self.codes[index])

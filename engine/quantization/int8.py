@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.kernels.encoded_linear import Encoding
 from engine.kernels.linear import can_multiply_int8, linear_int8
 from engine.parameter import ParameterBuilder
 from engine.quantization.matrix import MatrixPart
@@ -20,11 +21,11 @@ _FAST_INPUTS = 32
 
 
 class SignedByteMatrix(RowScaledMatrix):
-    """On a CPU with tile units, bfloat16 activations are rounded to int8 too where the format allows it, and on any
-    CPU few tokens are multiplied by the bytes themselves."""
+    """On a CPU with tile units, bfloat16 activations are rounded to int8 too where the format allows it; on others few
+    tokens are multiplied by the bytes themselves."""
 
     def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat) -> None:
-        super().__init__(build, parts, torch.int8)
+        super().__init__(build, parts, Encoding.INT8)
         self._is_fast = build.device.type == "cpu" and self.num_inputs % _FAST_INPUTS == 0
         self._rounds_inputs = form.rounds_inputs and can_multiply_int8(self.codes, build.dtype)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from engine.kernels.encoded_linear import EncodedMatrix, can_decode, linear_encoded
 from engine.kernels.linear import linear
 from engine.parameter import WHOLE, ParameterBuilder, Split
 
@@ -75,8 +76,19 @@ class WeightMatrix(nn.Module, abc.ABC):
     def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
         """Rows [n, in], by slice or by int64 indices [n], in the format of the activations."""
 
+    def encoded(self) -> EncodedMatrix | None:
+        """The matrix as the CPU's kernel for quantized weights takes it; None in formats that it does not know."""
+        return None
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, in] to [T, out]. This one converts a tile of rows at a time; formats with a faster way override it."""
+        """[T, in] to [T, out]: by the kernel where it serves, which takes bfloat16 only."""
+        encoded = self.encoded() if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" else None
+        if encoded is not None and can_decode(encoded):
+            return linear_encoded(hidden, encoded)
+        return self.multiply(hidden)
+
+    def multiply(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, in] to [T, out] without the kernel. This one converts a tile of rows at a time."""
         return multiply_by_tiles(hidden, self.num_outputs, self.rows)
 
 

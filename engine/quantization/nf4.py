@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from engine.errors import CheckpointError
+from engine.kernels.encoded_linear import EncodedMatrix, Encoding
 from engine.parameter import ParameterBuilder, SourceSlice
 from engine.quantization.division import Extent, inputs_of, outputs_of, require_whole, source_of
 from engine.quantization.matrix import MatrixPart, WeightMatrix
@@ -61,6 +62,9 @@ class Nf4Matrix(WeightMatrix):
         # Both values of every byte, as the eight bytes of one number: looking these up is fastest.
         pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=-1)
         self.register_buffer("_pairs", pairs.view(torch.int64).flatten(), persistent=False)
+
+    def encoded(self) -> EncodedMatrix:
+        return EncodedMatrix(Encoding.NF4, self.num_inputs, self.codes, _BLOCK, self.scales)
 
     def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
         codes = self.codes[index]

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.kernels.encoded_linear import EncodedMatrix, Encoding
 from engine.parameter import ParameterBuilder
 from engine.quantization.matrix import MatrixPart, WeightMatrix, multiply_by_tiles
 from engine.quantization.online import FLOAT_FORMATS
+
+_CODES = {Encoding.FLOAT8: torch.float8_e4m3fn, Encoding.INT8: torch.int8}
 
 
 class RowScaledMatrix(WeightMatrix):
@@ -17,19 +20,24 @@ class RowScaledMatrix(WeightMatrix):
     what makes a faster operation.
     """
 
-    def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], codes_dtype: torch.dtype) -> None:
+    def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], encoding: Encoding) -> None:
         super().__init__(build, parts)
-        self.codes = build.empty(self.num_outputs, self.num_inputs, dtype=codes_dtype)
+        self._encoding = encoding
+        self.codes = build.empty(self.num_outputs, self.num_inputs, dtype=_CODES[encoding])
         self.scales = build.empty(self.num_outputs, 1, dtype=torch.float32)
 
     def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
         return self.decode(self.codes[index]).float().mul_(self.scales[index]).to(self.dtype)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def encoded(self) -> EncodedMatrix:
+        scales = self.output_scales().flatten()
+        return EncodedMatrix(self._encoding, self.num_inputs, self.codes, self.num_inputs, output_scales=scales)
+
+    def multiply(self, hidden: torch.Tensor) -> torch.Tensor:
         """In float32 by the exact weights. In bfloat16, which holds every code exactly but not every weight, the
-        outputs are scaled instead."""
+        outputs are scaled instead, as the kernel does too."""
         if hidden.dtype == torch.float32:
-            return super().forward(hidden)
+            return super().multiply(hidden)
         return (self.multiply_codes(hidden) * self.output_scales()).to(hidden.dtype)
 
     @abc.abstractmethod

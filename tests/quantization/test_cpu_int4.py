@@ -1,4 +1,7 @@
-"""torch's own int4 product on CPUs, against the same weights in float32; and all forms of int4 with random shapes."""
+"""torch's own int4 product on CPUs without tile units, against the same weights in float32; and all forms of int4 with
+random shapes."""
+
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.parallel.mesh import Mesh
 from engine.parameter import ParameterBuilder, Split
-from engine.quantization import cpu_int4
+from engine.quantization import cpu_int4, grouped_int4
 from engine.quantization.grouped_int4 import GroupedInt4Matrix
 from engine.quantization.matrix import MatrixPart
 from engine.quantization.registry import make_matrix
@@ -26,6 +29,13 @@ HAS_PRODUCT = torch.backends.cpu.get_cpu_capability() == "AVX512"
 AWQ = MatrixFormat(WeightFormat.AWQ, 64, symmetric=False)
 ONLINE = MatrixFormat(WeightFormat.ONLINE_INT4, 128, symmetric=False)
 PACKED = MatrixFormat(WeightFormat.INT4, 32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_tiles() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped_int4, "has_tiles", lambda: False)
+        yield
 
 
 def load(

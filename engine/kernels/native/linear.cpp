@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tiles.h"
+#include "token_tiles.h"
 
 #ifdef REMUDA_TILES
 
@@ -19,17 +19,6 @@ using namespace remuda;
 constexpr int kRowTiles = 2;     // tiles of weights that are computed together
 constexpr int kAhead = 8 * 64;   // bytes by which each row of weights is fetched ahead
 constexpr int kBlock = 2 * kTileRows;
-
-// Tokens as the right operand of the tile unit wants them: [bytes / 4][16 tokens][4 bytes], for each 16 tokens.
-struct Packed {
-    uint8_t *bytes;
-    int64_t token_bytes;  // of one token
-
-    uint8_t *block(int token) const { return bytes + static_cast<int64_t>(token) * token_bytes; }
-    void put(int token, int64_t word, uint32_t value) const {
-        std::memcpy(block(token / kTileRows * kTileRows) + (word * kTileRows + token % kTileRows) * 4, &value, 4);
-    }
-};
 
 struct Bf16 {
     using Sum = float;
@@ -70,17 +59,14 @@ struct Work {
 // sums [16 rows of W][16 tokens] to bfloat16 output [token][row].
 template <typename Kind>
 REMUDA_AMX void store(const Work &work, int64_t row, int token, const int32_t *sums) {
-    const __m512i stride = _mm512_mullo_epi32(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(kTileRows));
     const __m512 row_scales = work.row_scales ? _mm512_loadu_ps(work.row_scales + row) : _mm512_set1_ps(1.0F);
     const int n = work.num_tokens - token < kTileRows ? work.num_tokens - token : kTileRows;
     for (int t = 0; t < n; t++) {
-        __m512 column = Kind::as_float(_mm512_i32gather_epi32(stride, sums + t, 4));
+        __m512 values = Kind::as_float(column(sums, t));
         if (work.token_scales) {
-            column = _mm512_mul_ps(column, _mm512_mul_ps(row_scales, _mm512_set1_ps(work.token_scales[token + t])));
+            values = _mm512_mul_ps(values, _mm512_mul_ps(row_scales, _mm512_set1_ps(work.token_scales[token + t])));
         }
-        __m256i narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(column));
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(work.output + (token + t) * work.num_outputs + row), narrow);
+        store_bf16(work.output + (token + t) * work.num_outputs + row, values);
     }
 }
 
@@ -135,17 +121,6 @@ REMUDA_AMX void multiply_all(const Work &work) {
     }
 }
 
-REMUDA_AMX void pack_bf16(const uint16_t *tokens, int num_tokens, int64_t num_inputs, const Packed &packed) {
-    std::memset(packed.bytes, 0, (num_tokens + kTileRows - 1) / kTileRows * kTileRows * packed.token_bytes);
-    for (int token = 0; token < num_tokens; token++) {
-        for (int64_t k = 0; k < num_inputs; k += 2) {
-            uint32_t pair;
-            std::memcpy(&pair, tokens + token * num_inputs + k, 4);
-            packed.put(token, k / 2, pair);
-        }
-    }
-}
-
 REMUDA_AMX __m512 wide(const uint16_t *values) {
     __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(values));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
@@ -153,7 +128,7 @@ REMUDA_AMX __m512 wide(const uint16_t *values) {
 
 // Rounds each token to int8 by its largest magnitude ÷ 127, and packs it; `scales` [num_tokens] are filled.
 REMUDA_AMX void pack_int8(const uint16_t *tokens, int num_tokens, int64_t num_inputs, const Packed &packed, float *scales) {
-    std::memset(packed.bytes, 0, (num_tokens + kTileRows - 1) / kTileRows * kTileRows * packed.token_bytes);
+    packed.clear(num_tokens);
     for (int token = 0; token < num_tokens; token++) {
         const uint16_t *values = tokens + token * num_inputs;
         __m512 largest = _mm512_setzero_ps();
