@@ -20,12 +20,14 @@ MAX_COMPILE_S = 2.0
 _LOCATE_S = 1.0
 """How long to look for the place of an error in a schema."""
 _MAX_MESSAGE_CHARS = 500
+_MAX_POINTER_CHARS = 200
 
 LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 """A state is 1 to 2 kB. Bounds in steps of work (initial_lexer_fuel and so on) are the library's own."""
 
-_JSON_OPTIONS: Any = {"whitespace_pattern": r"[\x20\n\r\t]{1,32}"}
-"""Between two of JSON's tokens, at most: without a bound a model can write white space to its last token."""
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"\x20|\n[\x20\t]{0,32}"}
+"""Between two of JSON's tokens: a space, or a new line and its indentation. Without a bound a model can write white
+space to its last token."""
 
 
 def source_of(grammar: Grammar) -> str:
@@ -115,7 +117,7 @@ def _place_of(grammar: Grammar, error: str) -> str:
     if isinstance(schema, dict):
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     deadline_s = time.monotonic() + _LOCATE_S
-    while True:
+    while len(pointer) < _MAX_POINTER_CHARS:
         for path, part in _parts(schema):
             if time.monotonic() > deadline_s:
                 return f" at {pointer or 'its root'}"
@@ -124,7 +126,8 @@ def _place_of(grammar: Grammar, error: str) -> str:
                 pointer, schema = pointer + path, part
                 break
         else:
-            return f" at {pointer or 'its root'}"
+            break
+    return f" at {pointer or 'its root'}"
 
 
 def _parts(schema: Any) -> list[tuple[str, dict[str, Any]]]:

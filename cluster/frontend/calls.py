@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.request import FinishReason, TopLogprobs
+from engine.request import FinishReason, Grammar, TopLogprobs
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
@@ -45,6 +45,14 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 
 @dataclass(frozen=True)
+class StructuredOutput:
+    """What the text must follow, and the field in which the client said so."""
+
+    grammar: Grammar
+    param: str
+
+
+@dataclass(frozen=True)
 class SamplingOptions:
     """How a client wants tokens to be chosen. None is the model's or the server's default."""
 
@@ -63,6 +71,7 @@ class SamplingOptions:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured: StructuredOutput | None = None
 
 
 @dataclass(frozen=True)

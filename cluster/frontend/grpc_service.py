@@ -20,6 +20,7 @@ from cluster.frontend.calls import (
     Prompt,
     SamplingOptions,
     Started,
+    StructuredOutput,
     TextPrompt,
     TimeLimits,
     TokenPrompt,
@@ -27,7 +28,7 @@ from cluster.frontend.calls import (
 from cluster.frontend.http_errors import log_defect
 from cluster.frontend.live_request import overdue
 from cluster.frontend.service import Service
-from cluster.rpc.convert import SAMPLING_SCALARS, finish_reason_to_proto, logprobs_to_proto
+from cluster.rpc.convert import SAMPLING_SCALARS, finish_reason_to_proto, grammar_from_proto, logprobs_to_proto
 from cluster.rpc.generated.remuda.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from cluster.rpc.status import abort
 from engine.errors import InvalidRequest
@@ -178,11 +179,15 @@ def _tokenize_prompt(request: inference_pb2.TokenizeRequest) -> Prompt:
 
 def _options_of(message: common_pb2.SamplingParams) -> SamplingOptions:
     present = {field.name for field, _ in message.ListFields()}
+    grammar = grammar_from_proto(message)
+    if grammar is None and message.HasField("grammar"):
+        raise InvalidRequest("give one of json_schema, regex, lark and gbnf", "sampling.grammar")
     return SamplingOptions(
         **{name: getattr(message, name) for name in SAMPLING_SCALARS if name in present},
         logit_bias=dict(message.logit_bias),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        structured=StructuredOutput(grammar, "sampling.grammar") if grammar else None,
     )
 
 

@@ -10,8 +10,17 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.frontend.calls import ChatPrompt, Prompt, SamplingOptions, TextPrompt, TimeLimits, TokenPrompt
-from cluster.frontend.tools.request import offered_tools, past_calls
+from cluster.frontend.calls import (
+    ChatPrompt,
+    Prompt,
+    SamplingOptions,
+    StructuredOutput,
+    TextPrompt,
+    TimeLimits,
+    TokenPrompt,
+)
+from cluster.frontend.structured import GUIDED_FIELDS, forced_call, structured_output
+from cluster.frontend.tools.request import is_forced, offered_tools, past_calls
 from engine.errors import InvalidRequest
 
 # Field → what is not served yet. Null, false, zero and empty values ask for nothing.
@@ -20,11 +29,6 @@ _NOT_SERVED = {
     "audio": "audio",
     "use_beam_search": "beam search",
     "prompt_embeds": "prompt embeddings",
-    "structured_outputs": "structured output",
-    "guided_json": "structured output",
-    "guided_regex": "structured output",
-    "guided_choice": "structured output",
-    "guided_grammar": "structured output",
     "chat_template": "a template of the client's own",
     "continue_final_message": "continuing the last message",
 }
@@ -75,6 +79,11 @@ class _GenerateBody(Body):
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
     timeout_s: float | None = None
     queue_timeout_s: float | None = None
     first_token_timeout_s: float | None = None
@@ -96,11 +105,6 @@ class _GenerateBody(Body):
         for name, what in _NOT_SERVED.items():
             if (self.model_extra or {}).get(name):
                 raise InvalidRequest(f"{what} is not served yet; leave {name} out", name)
-        if self.response_format is not None and self.response_format.get("type", "text") != "text":
-            raise InvalidRequest(
-                "structured output is not served yet; leave response_format out, or set its type to text",
-                "response_format",
-            )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only for requests with stream: true", "stream_options")
 
@@ -121,7 +125,13 @@ class _GenerateBody(Body):
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            structured=self.structured(),
         )
+
+    def structured(self) -> StructuredOutput | None:
+        """Raises InvalidRequest."""
+        guided = {name: getattr(self, name) for name in GUIDED_FIELDS}
+        return structured_output(self.response_format, guided, self.structured_outputs)
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:
@@ -270,6 +280,17 @@ class ChatBody(_GenerateBody):
             self.add_special_tokens,
             offered_tools(self.tools, self.tool_choice),
         )
+
+    def structured(self) -> StructuredOutput | None:
+        """Raises InvalidRequest."""
+        asked = super().structured()
+        tools = offered_tools(self.tools, self.tool_choice)
+        if asked is not None and tools:
+            raise InvalidRequest(
+                f"{asked.param} and tools cannot both shape the answer; leave one out, or set tool_choice to none",
+                asked.param,
+            )
+        return forced_call(tools) if is_forced(self.tool_choice) else asked
 
     def num_logprobs(self) -> int | None:
         if self.logprobs:

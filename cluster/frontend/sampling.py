@@ -54,6 +54,7 @@ def build_sampling(
         stop_token_ids=tuple(ends),
         logprobs=options.logprobs,
         prompt_logprobs=options.prompt_logprobs,
+        grammar=options.structured.grammar if options.structured else None,
         **values,
     )
     sampling.validate(vocab_size)

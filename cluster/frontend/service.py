@@ -27,6 +27,7 @@ from cluster.frontend.tools.grammar import TOKENS as TOOL_TOKENS
 from cluster.frontend.tools.parser import ToolCallParser
 from cluster.types import ReplicaState
 from engine.errors import RemudaError
+from engine.grammar import check_grammar
 from engine.request import Request, SamplingParams
 
 
@@ -161,6 +162,9 @@ class Service:
         adapter = call.model if call.model != self.name else ""
         check_call(call)
         with self.admission.admitted(len(call.prompts) * call.n):
+            if call.options.structured is not None:
+                structured = call.options.structured
+                await asyncio.to_thread(check_grammar, structured.grammar, structured.param)
             planned = [await self._plan(prompt, call) for prompt in call.prompts]
             requests: list[Request] = []
             choices: list[Choice] = []

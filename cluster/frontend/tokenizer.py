@@ -18,11 +18,11 @@ import tokenizers
 
 from cluster.frontend.chat_template import ChatTemplate
 from cluster.frontend.detokenizer import decode_text
-from engine.gguf.tokenizer import tokenizer_definition
 from cluster.frontend.model_files import ModelFiles
 from cluster.frontend.token_bytes import TokenBytes
 from engine.errors import CheckpointError, InvalidRequest
 from engine.gguf.header import is_gguf
+from engine.gguf.tokenizer import tokenizer_definition
 
 # Unicode noncharacters: they stand in no text that was meant as such.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"

@@ -9,7 +9,16 @@ from cluster.rpc.generated.remuda.v1 import common_pb2, replica_pb2
 from cluster.rpc.status import ErrorFields, error_of, fields_of
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from engine.errors import EngineFailure, InvalidRequest, RemudaError
-from engine.request import AdapterInfo, FinishReason, Output, Request, SamplingParams, TopLogprobs
+from engine.request import (
+    AdapterInfo,
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    Output,
+    Request,
+    SamplingParams,
+    TopLogprobs,
+)
 
 _FINISH_TO_PROTO: dict[FinishReason, common_pb2.FinishReason.ValueType] = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
@@ -62,7 +71,10 @@ def sampling_to_proto(sampling: SamplingParams) -> common_pb2.SamplingParams:
     scalars = {name: getattr(sampling, name) for name in SAMPLING_SCALARS}
     try:
         return common_pb2.SamplingParams(
-            logit_bias=sampling.logit_bias, stop_token_ids=sampling.stop_token_ids, **scalars
+            logit_bias=sampling.logit_bias,
+            stop_token_ids=sampling.stop_token_ids,
+            grammar=_grammar_to_proto(sampling.grammar) if sampling.grammar else None,
+            **scalars,
         )
     except ValueError as error:
         raise InvalidRequest(f"a sampling parameter is outside the range of its wire type: {error}") from error
@@ -78,8 +90,21 @@ def sampling_from_proto(
         choice=choice,
         logit_bias=dict(message.logit_bias) or defaults.logit_bias,
         stop_token_ids=tuple(message.stop_token_ids) or defaults.stop_token_ids,
+        grammar=grammar_from_proto(message) or defaults.grammar,
         **values,
     )
+
+
+def _grammar_to_proto(grammar: Grammar) -> common_pb2.Grammar:
+    message = common_pb2.Grammar()
+    setattr(message, grammar.kind.value, grammar.text)
+    return message
+
+
+def grammar_from_proto(message: common_pb2.SamplingParams) -> Grammar | None:
+    """None where there is none, or of a kind that this version does not know."""
+    kind = message.grammar.WhichOneof("form")
+    return None if kind is None else Grammar(GrammarKind(kind), getattr(message.grammar, kind))
 
 
 def request_to_proto(stream: int, request: Request) -> replica_pb2.Submit:

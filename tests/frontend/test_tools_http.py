@@ -166,9 +166,11 @@ async def test_without_tools_or_with_none_nothing_is_parsed(path: Path, tokenize
 
 CALL = {"role": "assistant", "tool_calls": [{"id": "x", "type": "function", "function": {"name": "f"}}]}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "auto"),
-    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, "tool_choice", "auto"),
-    ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice", "auto or none"),
+    ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice", "auto, none, required"),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": "f"}}, "tool_choice", "auto, none, required"),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g'"),
+    ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "tools"),
+    ({"tools": TOOLS, "tool_choice": "required", "guided_regex": "a"}, "guided_regex", "tools"),
     ({"tool_choice": "required"}, "tool_choice", "no tools"),
     ({"tools": TOOLS * 2}, "tools.1.function.name", "differ"),
     ({"tools": [{"type": "retrieval"}]}, "tools.0", "function"),

@@ -21,7 +21,7 @@ def offered_tools(
     Raises:
         InvalidRequest: a tool that is no function, a name that is bad or stands twice, a choice that is not served.
     """
-    checked = [_check_tool(tool, number) for number, tool in enumerate(tools or ())]
+    checked = [_check_tool(tool, number, is_forced(tool_choice)) for number, tool in enumerate(tools or ())]
     if len(checked) > MAX_TOOLS:
         raise InvalidRequest(f"tools may hold at most {MAX_TOOLS} tools, not {len(checked)}", "tools")
     seen: set[str] = set()
@@ -32,23 +32,36 @@ def offered_tools(
                 f"two tools bear the name {name!r}; names must differ", f"tools.{number}.function.name"
             )
         seen.add(name)
-    return checked if _is_auto(tool_choice, bool(checked)) else []
+    return _chosen(checked, tool_choice)
 
 
-def _is_auto(tool_choice: str | Mapping[str, Any] | None, has_tools: bool) -> bool:
+def is_forced(tool_choice: str | Mapping[str, Any] | None) -> bool:
+    """Whether the answer must be a call. Of a choice that ``offered_tools`` has found good."""
+    return tool_choice not in (None, "auto", "none")
+
+
+def _chosen(tools: list[dict[str, Any]], tool_choice: str | Mapping[str, Any] | None) -> list[dict[str, Any]]:
     if tool_choice in (None, "auto", "none"):
-        return tool_choice != "none"
-    if not has_tools:
+        return tools if tool_choice != "none" else []
+    if not tools:
         raise InvalidRequest("tool_choice asks for a tool, but there are no tools", "tool_choice")
-    if tool_choice == "required" or isinstance(tool_choice, Mapping):
+    if tool_choice == "required":
+        return tools
+    function = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if name is None:
         raise InvalidRequest(
-            "a tool call cannot be forced yet (that takes structured output); set tool_choice to auto, or leave it out",
+            'tool_choice must be auto, none, required or {"type": "function", "function": {"name": …}}, '
+            f"not {tool_choice!r}",
             "tool_choice",
         )
-    raise InvalidRequest(f"tool_choice must be auto or none, not {tool_choice!r}", "tool_choice")
+    named = [tool for tool in tools if tool["function"]["name"] == name]
+    if not named:
+        raise InvalidRequest(f"tool_choice names {name!r}, which is none of the tools", "tool_choice")
+    return named
 
 
-def _check_tool(tool: Mapping[str, Any], number: int) -> dict[str, Any]:
+def _check_tool(tool: Mapping[str, Any], number: int, is_forced: bool) -> dict[str, Any]:
     param = f"tools.{number}"
     if tool.get("type") != "function" or not isinstance(tool.get("function"), Mapping):
         raise InvalidRequest('a tool must be {"type": "function", "function": {"name": …}}', param)
@@ -61,9 +74,9 @@ def _check_tool(tool: Mapping[str, Any], number: int) -> dict[str, Any]:
         )
     if not isinstance(function.get("parameters") or {}, Mapping):
         raise InvalidRequest("a function's parameters must be a JSON schema object", f"{param}.function.parameters")
-    if function.get("strict"):
+    if function.get("strict") and not is_forced:
         raise InvalidRequest(
-            "strict arguments are not served yet (they take structured output); set strict to false, or leave it out",
+            "strict arguments are served where a call is forced; set tool_choice to required, or leave strict out",
             f"{param}.function.strict",
         )
     return dict(tool)

@@ -10,7 +10,16 @@ from cluster.rpc import convert
 from cluster.rpc.generated.remuda.v1 import common_pb2, replica_pb2
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from engine.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, Overloaded, RemudaError
-from engine.request import AdapterInfo, FinishReason, Output, Request, SamplingParams, TopLogprobs
+from engine.request import (
+    AdapterInfo,
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    Output,
+    Request,
+    SamplingParams,
+    TopLogprobs,
+)
 
 uint32 = st.integers(0, 2**32 - 1)
 real = st.floats(allow_nan=False)
@@ -33,6 +42,7 @@ sampling_params = st.builds(
     stop_token_ids=st.lists(uint32, max_size=4).map(tuple),
     logprobs=st.none() | uint32,
     prompt_logprobs=st.none() | uint32,
+    grammar=st.none() | st.builds(Grammar, kind=st.sampled_from(GrammarKind), text=st.text(max_size=8)),
 )
 requests = st.builds(
     Request,
