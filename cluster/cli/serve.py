@@ -38,6 +38,7 @@ def serve(
     max_loras: options.MaxLoras = None,
     max_lora_rank: options.MaxLoraRank = None,
     enable_prefix_caching: options.EnablePrefixCaching = None,
+    async_scheduling: options.AsyncScheduling = None,
     api_key_file: options.ApiKeyFile = None,
     address: options.Address = None,
     cpu_slots: options.CpuSlots = None,

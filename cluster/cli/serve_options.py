@@ -49,6 +49,12 @@ Quantization = Annotated[
 ]
 ServedModelName = Annotated[str | None, typer.Option(help="Name for clients. [the model's last part]")]
 MaxLoras = Annotated[int | None, typer.Option(help="Adapters that may be loaded at once. [8]")]
+AsyncScheduling = Annotated[
+    bool | None,
+    typer.Option(
+        "--async-scheduling/--no-async-scheduling", help="Make the next step's plan while a step runs. [on GPUs]"
+    ),
+]
 EnablePrefixCaching = Annotated[
     bool | None,
     typer.Option(

@@ -127,6 +127,7 @@ def _launch_config(
         max_loras=config.max_loras,
         max_lora_rank=config.max_lora_rank,
         enable_prefix_caching=config.enable_prefix_caching,
+        depth=limits.depth if config.async_scheduling is None else 1 + config.async_scheduling,
     )
     return LaunchConfig(
         replica=plan,

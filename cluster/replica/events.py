@@ -30,6 +30,7 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     max_loras: int = 8
     max_lora_rank: int = 64
     enable_prefix_caching: bool = True
+    depth: int = 1
 
     @property
     def parallel(self) -> ParallelConfig:

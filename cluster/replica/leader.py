@@ -144,6 +144,7 @@ class Leader:
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=gang.max_model_len,
+            depth=plan.depth,
         )
         keeps_prefixes = gang.cache.keeps_prefixes and plan.enable_prefix_caching
         engine = Engine(

@@ -77,6 +77,7 @@ def worker_configs(
                 max_num_batched_tokens=plan.max_num_batched_tokens,
                 kv_cache_memory_bytes=plan.kv_cache_memory_bytes,
                 gpu_memory_utilization=plan.gpu_memory_utilization,
+                depth=plan.depth,
             )
         )
     return configs

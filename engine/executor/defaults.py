@@ -9,12 +9,15 @@ class Limits:
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    depth: int
 
 
 _LIMITS = {
+    # On a CPU a step takes so long that making the next plan meanwhile would gain nothing, and a new request would wait
+    # for two of them instead of one.
     # A CPU computes some hundred tokens a second and core of a small model: longer chunks would stall all decoding.
-    "cpu": Limits(max_num_seqs=64, max_num_batched_tokens=512),
-    "cuda": Limits(max_num_seqs=256, max_num_batched_tokens=8192),
+    "cpu": Limits(max_num_seqs=64, max_num_batched_tokens=512, depth=1),
+    "cuda": Limits(max_num_seqs=256, max_num_batched_tokens=8192, depth=2),
 }
 
 

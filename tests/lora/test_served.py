@@ -31,7 +31,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    arguments = ("remuda-tiny", "--tp", "2", "--ep", "2", "--lora-dir", str(adapters))
+    arguments = ("remuda-tiny", "--tp", "2", "--ep", "2", "--async-scheduling", "--lora-dir", str(adapters))
     log = tmp_path_factory.mktemp("served") / "serve.log"
     with Served((*arguments, "--lora-modules", f"first={adapters / 'first'}"), log) as server:
         yield server
