@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import httpx
@@ -109,6 +110,28 @@ def test_grpc_and_http_give_the_same_tokens(served: Served, client: openai.OpenA
     assert len(token_ids) == 24
     assert token_ids == whole.choices[0].token_ids  # type: ignore[attr-defined]
     assert responses[-1].usage.num_completion_tokens == 24
+
+
+def test_structured_output(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"side": {"enum": ["left", "right"]}, "far": {"type": "boolean"}},
+        "required": ["side", "far"],
+        "additionalProperties": False,
+    }
+    wish: Any = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema, "strict": True}}
+    messages: Any = [{"role": "user", "content": NAME_QUESTION}]
+    answer = client.chat.completions.create(model="remuda-tiny", messages=messages, response_format=wish, n=2, seed=1)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        found = json.loads(choice.message.content or "")
+        assert found["side"] in ("left", "right") and found["far"] in (True, False) and len(found) == 2
+    with pytest.raises(openai.BadRequestError, match="at /properties/a: Invalid type: objekt"):
+        client.chat.completions.create(
+            model="remuda-tiny",
+            messages=messages,
+            extra_body={"guided_json": {"type": "object", "properties": {"a": {"type": "objekt"}}}},
+        )
 
 
 def test_grpc_health_and_reflection(served: Served) -> None:
