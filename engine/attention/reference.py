@@ -32,12 +32,20 @@ class _DecodeTile:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """Neighbouring tokens of one request and chunk: rows [start, stop) of T; ``slots`` [L]; ``mask`` [n, L]."""
+    """Neighbouring tokens of one request and chunk: rows [start, stop) of T. ``slots`` [L]: where the keys lie that they
+    see, the last of them their own. The mask is made when it is needed: all tiles' together could be large."""
 
     start: int
     stop: int
     slots: torch.Tensor
-    mask: torch.Tensor
+    window_size: int | None
+
+    def mask(self) -> torch.Tensor:
+        """[n, L], n = stop - start: which token sees which key."""
+        keys = torch.arange(len(self.slots), device=self.slots.device)
+        queries = keys[len(self.slots) - (self.stop - self.start) :, None]
+        mask = keys <= queries
+        return mask if self.window_size is None else mask & (keys > queries - self.window_size)
 
 
 @dataclass
@@ -103,7 +111,7 @@ def attend_prefill(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     gathered_keys = keys.index_select(0, tile.slots).transpose(0, 1)[:, None].expand(shape)
     gathered_values = values.index_select(0, tile.slots).transpose(0, 1)[:, None].expand(shape)
     attended = functional.scaled_dot_product_attention(
-        grouped, gathered_keys, gathered_values, attn_mask=tile.mask[None, None]
+        grouped, gathered_keys, gathered_values, attn_mask=tile.mask()[None, None]
     )
     return attended.permute(2, 0, 1, 3).flatten(1, 2)
 
@@ -132,13 +140,9 @@ def prefill_tiles(
     device = table.device
     for tile_start, tile_stop in _tile_bounds(start, stop, config.chunk_size):
         positions = torch.arange(config.first_visible(tile_start), tile_stop, device=device)
-        queries = torch.arange(tile_start, tile_stop, device=device)[:, None]
-        mask = positions <= queries
-        if config.window_size is not None:
-            mask &= positions > queries - config.window_size
         slots = table[positions // block_size] * block_size + positions % block_size
         offset = row - start
-        yield PrefillTile(tile_start + offset, tile_stop + offset, slots, mask)
+        yield PrefillTile(tile_start + offset, tile_stop + offset, slots, config.window_size)
 
 
 def _tile_bounds(start: int, stop: int, chunk_size: int | None) -> Iterator[tuple[int, int]]:

@@ -145,10 +145,8 @@ def prefill_sees_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of prefill look back as far as their first token does, whoever asks."""
     make = reference_attention.PrefillTile
 
-    def widened(start: int, stop: int, slots: torch.Tensor, mask: torch.Tensor) -> reference_attention.PrefillTile:
-        num_before = slots.numel() - (stop - start)
-        positions = torch.arange(slots.numel())
-        return make(start, stop, slots, positions <= torch.arange(num_before, slots.numel())[:, None])
+    def widened(start: int, stop: int, slots: torch.Tensor, window: int | None) -> reference_attention.PrefillTile:
+        return make(start, stop, slots, None)
 
     monkeypatch.setattr(reference_attention, "PrefillTile", widened)
 
