@@ -32,8 +32,8 @@ class _DecodeTile:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """Neighbouring tokens of one request and chunk: rows [start, stop) of T. ``slots`` [L]: where the keys lie that they
-    see, the last of them their own. The mask is made when it is needed: all tiles' together could be large."""
+    """Neighbouring tokens of one request and chunk: rows [start, stop) of T. ``slots`` [L]: where the keys lie that
+    they see, the last of them their own. The mask is made when it is needed: all tiles' together could be large."""
 
     start: int
     stop: int
