@@ -8,7 +8,7 @@ ARGS ?=
 TEXT_CONFORMANCE := $(addprefix tests/frontend/test_,templates.py tool_parser.py meta_tokenizers.py infilling.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test conformance test-full lint type fmt protos bench bench-models clean
+.PHONY: help setup demo serve test conformance test-full lint type fmt protos bench bench-roof bench-peers bench-models clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -47,6 +47,12 @@ protos: setup  ## generate cluster/rpc/generated from protos/
 
 bench: setup  ## ratios of our host path to a reference measured in the same run, printed and written as JSON
 	$(PY) -m bench.run $(ARGS)
+
+bench-roof: setup  ## native kernels and whole steps as fractions of the same-run memory read or GEMM (wants make bench-models)
+	$(PY) -m bench.roof $(ARGS)
+
+bench-peers: setup  ## us and every installed peer on one checkpoint with the same load, in turns (wants make bench-models)
+	$(PY) -m bench.peers $(ARGS)
 
 bench-models: setup  ## build the benchmark checkpoints in REMUDA_BENCH_CACHE, or only ARGS='dense-1b'
 	$(PY) bench/make_models.py $(ARGS)

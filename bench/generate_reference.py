@@ -1,6 +1,6 @@
-"""The process that bench/end_to_end.py compares with: transformers' generate, one static batch, one thread.
+"""The process that our servers are compared with: transformers' generate, one static batch.
 
-For each line "NUM_SEQUENCES" on its input it prints a line with the tokens/s of one batch.
+For each line "NUM_SEQUENCES NUM_PROMPT_TOKENS NUM_OUTPUT_TOKENS" on its input it prints the seconds that it took.
 """
 
 import argparse
@@ -15,16 +15,15 @@ from transformers import AutoModelForCausalLM
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--num-prompt-tokens", type=int, required=True)
-    parser.add_argument("--num-output-tokens", type=int, required=True)
+    parser.add_argument("--num-threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.num_threads)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
-    num_output = arguments.num_output_tokens
     generator = random.Random(0)
     print(model.dtype, flush=True)
     for line in sys.stdin:
-        prompts = [generator.choices(range(300, 1300), k=arguments.num_prompt_tokens) for _ in range(int(line))]
+        num_sequences, num_prompt, num_output = map(int, line.split())
+        prompts = [generator.choices(range(300, 1300), k=num_prompt) for _ in range(num_sequences)]
         token_ids = torch.tensor(prompts)
         began_s = time.perf_counter()
         answer = model.generate(
@@ -35,8 +34,8 @@ def main() -> None:
             min_new_tokens=num_output,
         )
         elapsed_s = time.perf_counter() - began_s
-        assert answer.shape == (len(prompts), arguments.num_prompt_tokens + num_output)
-        print(len(prompts) * num_output / elapsed_s, flush=True)
+        assert answer.shape == (num_sequences, num_prompt + num_output)
+        print(elapsed_s, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ over a rotating set of weights, so that M=1 shows streaming from memory. Each fi
 import argparse
 import ctypes
 import json
+import mmap
 import os
 import statistics
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,12 +63,12 @@ class Figure:
 class MemoryLimits:
     """Bandwidth of plain reads and copies with several threads, each on its own part of the buffers."""
 
-    def __init__(self, num_threads: int, num_bytes: int, num_repetitions: int) -> None:
+    def __init__(self, num_threads: int, num_bytes: int, num_repetitions: int, huge_pages: bool = False) -> None:
         self._library = _compiled_kernels()
         self._num_threads = num_threads
         self._num_repetitions = num_repetitions
         self._lines_per_thread = num_bytes // LINE_BYTES // num_threads
-        self._source, self._target = _aligned_buffer(num_bytes), _aligned_buffer(num_bytes)
+        self._source = memory_buffer(num_bytes, huge_pages)
 
     def read(self) -> Figure:
         def part(offset: int) -> None:
@@ -77,9 +78,10 @@ class MemoryLimits:
 
     def copy(self) -> Figure:
         """Bytes read plus bytes written."""
+        target_buffer = memory_buffer(self._source.nbytes)
 
         def part(offset: int) -> None:
-            source, target = self._source.ctypes.data + offset, self._target.ctypes.data + offset
+            source, target = self._source.ctypes.data + offset, target_buffer.ctypes.data + offset
             self._library.copy_lines(source, target, self._lines_per_thread)
 
         return self._measure(part, bytes_per_line=2 * LINE_BYTES)
@@ -87,7 +89,7 @@ class MemoryLimits:
     def _measure(self, part: Callable[[int], None], bytes_per_line: int) -> Figure:
         offsets = [i * self._lines_per_thread * LINE_BYTES for i in range(self._num_threads)]
         moved = bytes_per_line * self._lines_per_thread * self._num_threads
-        seconds = [_run_together(part, offsets) for _ in range(self._num_repetitions)]
+        seconds = [run_together(part, offsets) for _ in range(self._num_repetitions)]
         return Figure.of("GB/s", [moved / each / 1e9 for each in seconds])
 
 
@@ -130,14 +132,19 @@ def _compiled_kernels() -> ctypes.CDLL:
     return loaded
 
 
-def _aligned_buffer(num_bytes: int) -> np.ndarray:
-    """Written pages, so that no read is answered by the kernel's one zero page."""
-    buffer = np.ones(num_bytes + 4096, np.uint8)
-    start = -buffer.ctypes.data % 4096
-    return buffer[start : start + num_bytes]
+def memory_buffer(num_bytes: int, huge_pages: bool = False) -> np.ndarray:
+    """Aligned to pages, which are written, so that no read is answered by the kernel's one zero page.
+
+    ``huge_pages``: asked for; whether there are any is the kernel's business.
+    """
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+    buffer = np.frombuffer(memory, np.uint8)
+    buffer[:] = 1
+    return buffer
 
 
-def _run_together(part: Callable[[int], None], offsets: list[int]) -> float:
+def run_together(part: Callable[[int], None], offsets: Sequence[int]) -> float:
     """Seconds until the last of the threads is done, all let go at once; ctypes releases the interpreter's lock."""
     barrier = threading.Barrier(len(offsets) + 1)
 

@@ -58,7 +58,9 @@ def test_extras_are_the_promised_ones() -> None:
     assert {"test", "clients", "gpu"} <= set(project["optional-dependencies"])
 
 
-@pytest.mark.parametrize("target", "setup demo serve test test-full lint type fmt protos bench bench-models".split())
+@pytest.mark.parametrize(
+    "target", "setup demo serve test test-full lint type fmt protos bench bench-roof bench-peers bench-models".split()
+)
 def test_make_has_the_promised_target(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 

@@ -1,18 +1,21 @@
-"""``make bench`` runs to its end and writes what it prints."""
+"""``make bench``, ``bench-roof`` and ``bench-peers`` run to their end and write what they print."""
 
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def bench(*arguments: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench.run", *arguments]
+def bench(*arguments: str, module: str = "run", timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"bench.{module}", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
@@ -29,12 +32,57 @@ def test_every_benchmark_gives_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     done = bench("--quick", "--out", str(out))
     assert done.returncode == 0, done.stderr[-4000:]
-    rows = json.loads(out.read_text())["rows"]
+    rows = checked_rows(out)
     cases = [row["case"] for row in rows]
     for part in ("1 running", "64 running", "256 running", "leader → client", "→ SSE", "→ gRPC", "concurrency 8"):
         assert any(part in case for case in cases), f"no figure of {part}"
         assert part in done.stdout
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_the_roof_of_everything_is_measured(tmp_path: Path) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, max_position_embeddings=4096)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    out = tmp_path / "roof.json"
+    done = bench("--quick", "--model", str(tmp_path / "dense"), "--out", str(out), module="roof")
+    assert done.returncode == 0, done.stderr[-4000:]
+    cases = {(row["benchmark"], row["case"]) for row in checked_rows(out)}
+    benchmarks = {benchmark for benchmark, _ in cases}
+    assert {"decode, tp=2", "prefill", "collectives, 2 ranks", "collectives, 4 ranks"} <= benchmarks
+    assert sum(benchmark == "decode, tp=2" for benchmark, _ in cases) == 3
+
+
+def test_a_mixture_has_no_roof_and_what_is_not_there_is_named(tmp_path: Path) -> None:
+    tiny = str(ROOT / "engine" / "assets" / "remuda-tiny")
+    done = bench("--only", "step", "--model", tiny, "--quick", module="roof")
+    assert (done.returncode, "take a dense model" in done.stderr) == (1, True)
+    done = bench("--model", str(tmp_path / "none"), module="peers")
+    assert (done.returncode, "make bench-models builds it" in done.stderr) == (2, True)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_peers_take_turns(tmp_path: Path) -> None:
+    tiny = str(ROOT / "engine" / "assets" / "remuda-tiny")
+    serve = f"{Path(sys.executable).parent / 'remuda'} serve {{model}} --served-model-name {{name}} --port {{port}}"
+    out = tmp_path / "peers.json"
+    arguments = ["--model", tiny, "--tp", "1", "--cases", "c1,shared2", "--repetitions", "1", "--out", str(out)]
+    done = bench(*arguments, "--peer", f"again={serve} --grpc-port 0", module="peers")
+    assert done.returncode == 0, done.stderr[-4000:]
+    benchmarks = {row["benchmark"] for row in checked_rows(out)}
+    assert {name.rsplit(" ", 1)[1] for name in benchmarks} >= {"again", "transformers"}
+    assert {row["case"] for row in checked_rows(out)} == {"c1", "shared2"}
+
+
+def checked_rows(out: Path) -> list[dict[str, Any]]:
+    """All figures are numbers that can be."""
+    rows = json.loads(out.read_text())["rows"]
+    assert isinstance(rows, list)
     for row in rows:
         for spread in (row["ours"], row["reference"], row["ratio"]):
             assert math.isfinite(spread["median"]) and spread["low"] <= spread["median"] <= spread["high"]
             assert spread["median"] > 0
+    return rows
