@@ -1,0 +1,79 @@
+"""The sampling rank's masks by themselves."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.executor.grammar_masks import GrammarMasks
+from engine.executor.sampling_row import GrammarMask
+from engine.request import Grammar, SamplingParams
+from engine.slot_table import ScheduledSlot, SlotState
+from tests.gguf.tokenizers_for_gguf import from_tokenizer_json, write_tokenizer
+from tests.structured.engine_bed import FILES, TINY, TOKENIZER, regex
+
+WAIT_S = 30.0
+END = FILES.eos_ids[0]
+
+
+def a_slot(grammar: Grammar | None, text: str = "", slot: int = 0, sample: bool = True) -> ScheduledSlot:
+    sampling = SamplingParams(max_tokens=50, stop_token_ids=(END,), grammar=grammar)
+    generated = TOKENIZER.encode(text, add_special_tokens=False)
+    return ScheduledSlot(slot, SlotState([5, *generated], 1, sampling, [], []), 0, 1, sample)
+
+
+def mask_of(masks: GrammarMasks, share: ScheduledSlot) -> GrammarMask:
+    future = masks.begin([share])
+    assert future is not None
+    found = future.result(WAIT_S)[share.slot]
+    assert isinstance(found, GrammarMask), found
+    return found
+
+
+@pytest.mark.parametrize("text", ["", "1", "12:", "12:34"])
+def test_every_token_that_is_allowed_continues_the_text(text: str, tmp_path: Path) -> None:
+    """As Python's own expressions say; and a GGUF file's tokenizer gives the same."""
+    grammar = regex("[0-9]{2}:[0-9]{2}")
+    # Vocabularies are padded: here with one token more than there are.
+    found = mask_of(GrammarMasks(TINY, 2049), a_slot(grammar, text))
+    for token_id in range(2048):
+        piece = TOKENIZER.bytes.visible(token_id).decode("utf-8", "replace")
+        is_beginning = re.fullmatch("[0-9]{0,2}|[0-9]{2}:[0-9]{0,2}", text + piece) is not None
+        is_end = token_id == END and text == "12:34"
+        assert found.allowed[token_id] == ((bool(piece) and is_beginning) or is_end), (piece, token_id)
+    assert not found.allowed[2048] and found.only_ends == (text == "12:34")
+    file = write_tokenizer(tmp_path / "m.gguf", from_tokenizer_json(TINY, "qwen2"))
+    assert np.array_equal(mask_of(GrammarMasks(file, 2049), a_slot(grammar, text)).allowed, found.allowed)
+
+
+def test_a_slot_is_forgotten_before_it_is_used_again() -> None:
+    masks = GrammarMasks(TINY, 2048)
+    assert masks.begin([a_slot(None)]) is None
+    first = a_slot(regex("ab"), "a")
+    assert mask_of(masks, first).allowed.any()
+    masks.forget([0])
+    assert mask_of(masks, a_slot(regex("xy"))).allowed[TOKENIZER.encode("x", add_special_tokens=False)[0]]
+
+
+def test_a_chunk_of_a_prompt_has_no_mask_but_tells_of_an_error() -> None:
+    masks = GrammarMasks(TINY, 2048)
+    future = masks.begin([a_slot(regex("a"), sample=False), a_slot(regex("("), slot=1, sample=False)])
+    assert future is not None
+    found = future.result(WAIT_S)
+    assert found.keys() == {1} and "unclosed group" in str(found[1])
+
+
+def test_a_checkpoint_without_a_tokenizer_fails_the_request(tmp_path: Path) -> None:
+    future = GrammarMasks(tmp_path, 2048).begin([a_slot(regex("a"))])
+    assert future is not None
+    assert "tokenizer.json" in str(future.result(WAIT_S)[0])
+
+
+def test_what_comes_after_the_end_is_not_held_to_anything() -> None:
+    """A plan in flight when the end was sampled: its token is thrown away."""
+    masks = GrammarMasks(TINY, 2048)
+    share = a_slot(regex("ab"), "ab")
+    assert np.flatnonzero(mask_of(masks, share).allowed).tolist() == [END]
+    share.state.token_ids.append(END)
+    assert mask_of(masks, share).allowed.all()
