@@ -87,7 +87,7 @@ def test_fused_experts(float_dir: Callable[[str], Path], name: str) -> None:
     assert torch.equal(matrix.scales, scales)
 
 
-@pytest.mark.parametrize(("name", "kind", "tp", "ep"), [("int8", "moe", 2, 1), ("fp8", "llama", 1, 1)])
+@pytest.mark.parametrize(("name", "kind", "tp", "ep"), [("int8", "moe", 2, 1), ("fp8", "llama", 2, 1)])
 def test_models(
     float_dir: Callable[[str], Path], tmp_path: Path, conforms: Conforms, name: str, kind: str, tp: int, ep: int
 ) -> None:
