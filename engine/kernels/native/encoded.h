@@ -3,7 +3,8 @@
 //
 // A format is a class made for one row. `enter(group)` prepares for a group of the row, whose weights have their scale
 // in common; `unit(i)` is then the row's weights 32 i to 32 i + 31, in order. Where kGroupUnits, the units of a group, is
-// not 0, `i` counts from the group's beginning. Each weight is computed in float32 and rounded once, to nearest. Four- and five-bit codes have so few values that a group's are computed once and then looked up.
+// not 0, `i` counts from the group's beginning. Each weight is computed in float32 and rounded once, to nearest. Four-
+// and five-bit codes have so few values that a group's are computed once and then looked up.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +44,8 @@ struct Scales {
     const uint8_t *bytes;
     ScaleType type;
 
-    Scales(const Encoded &m, int64_t row)
-        : bytes(m.scales), type(m.scale_type) {
+    Scales() = default;
+    Scales(const Encoded &m, int64_t row) : bytes(m.scales), type(m.scale_type) {
         const int64_t width = type == ScaleType::kFloat32 ? 4 : 2;
         if (bytes) bytes += row / m.rows_per_scale * m.num_groups * width;
     }
@@ -63,7 +64,9 @@ struct Scales {
     }
 };
 
-REMUDA_AMX inline __m128i load16(const uint8_t *bytes) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes)); }
+REMUDA_AMX inline __m128i load16(const uint8_t *bytes) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes));
+}
 REMUDA_AMX inline __m256i load32(const uint8_t *bytes) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes));
 }
@@ -77,13 +80,14 @@ REMUDA_AMX inline __m512 zero_to_15() {
 
 // A table of 16 values, twice: _mm512_permutexvar_epi16 by any 16 bits then finds the value of the lowest four.
 REMUDA_AMX inline __m512i table_of_16(__m512 values) {
-    return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+    return as_bf16(values, values);
 }
 
 // float8 e4m3, finite, with float32 scales.
 class Float8 {
   public:
     static constexpr int kGroupUnits = 0;
+    Float8() = default;
     REMUDA_AMX Float8(const Encoded &m, int64_t row) : codes_(m.codes + row * m.row_bytes), scales_(m, row) {}
     REMUDA_AMX void enter(int64_t group) { scale_ = _mm512_set1_ps(scales_.of(group) * 256.0F); }
     REMUDA_AMX __m512i unit(int64_t i) const {
@@ -103,6 +107,7 @@ class Float8 {
 class Int8 {
   public:
     static constexpr int kGroupUnits = 0;
+    Int8() = default;
     REMUDA_AMX Int8(const Encoded &m, int64_t row) : codes_(m.codes + row * m.row_bytes) {}
     REMUDA_AMX void enter(int64_t) {}
     REMUDA_AMX __m512i unit(int64_t i) const {
@@ -118,8 +123,11 @@ class Int8 {
 class Int4 {
   public:
     static constexpr int kGroupUnits = 0;
+    Int4() = default;
     REMUDA_AMX Int4(const Encoded &m, int64_t row)
-        : codes_(m.codes + row * m.row_bytes), zeros_(m.zeros ? m.zeros + row * m.num_groups : nullptr), scales_(m, row) {}
+        : codes_(m.codes + row * m.row_bytes),
+          zeros_(m.zeros ? m.zeros + row * m.num_groups : nullptr),
+          scales_(m, row) {}
     REMUDA_AMX void enter(int64_t group) {
         const __m512 zero = _mm512_set1_ps(zeros_ ? zeros_[group] : 8.0F);
         table_ = table_of_16(_mm512_mul_ps(_mm512_sub_ps(zero_to_15(), zero), _mm512_set1_ps(scales_.of(group))));
@@ -139,6 +147,7 @@ class Int4 {
 class Nf4 {
   public:
     static constexpr int kGroupUnits = 0;
+    Nf4() = default;
     REMUDA_AMX Nf4(const Encoded &m, int64_t row) : codes_(m.codes + row * m.row_bytes), scales_(m, row) {}
     REMUDA_AMX void enter(int64_t group) {
         const __m512 values = _mm512_set_ps(
@@ -165,6 +174,7 @@ class Nf4 {
 class Q8_0 {
   public:
     static constexpr int kGroupUnits = 1;
+    Q8_0() = default;
     REMUDA_AMX Q8_0(const Encoded &m, int64_t row) : blocks_(m.codes + row * m.row_bytes) {}
     REMUDA_AMX void enter(int64_t group) { block_ = blocks_ + group * 34; }
     REMUDA_AMX __m512i unit(int64_t) const {
@@ -180,6 +190,7 @@ class Q8_0 {
 class Q4_0 {
   public:
     static constexpr int kGroupUnits = 1;
+    Q4_0() = default;
     REMUDA_AMX Q4_0(const Encoded &m, int64_t row) : blocks_(m.codes + row * m.row_bytes) {}
     REMUDA_AMX void enter(int64_t group) { block_ = blocks_ + group * 18; }
     REMUDA_AMX __m512i unit(int64_t) const {
@@ -207,8 +218,8 @@ class KScales {
         fill(minima_, second & six_bits, ((third >> 4) & four_bits) | ((second >> 2) & two_bits), half_at(block + 2));
     }
     REMUDA_AMX __m512 weights(int sub_block, __m512 codes) const {
-        return _mm512_sub_ps(_mm512_mul_ps(codes, _mm512_set1_ps(scales_[sub_block])),
-                             _mm512_set1_ps(minima_[sub_block]));
+        // The product is exact, so that nothing changes by its not being rounded.
+        return _mm512_fmsub_ps(codes, _mm512_set1_ps(scales_[sub_block]), _mm512_set1_ps(minima_[sub_block]));
     }
 
   private:
@@ -223,6 +234,7 @@ class KScales {
 class Q4K {
   public:
     static constexpr int kGroupUnits = 8;
+    Q4K() = default;
     REMUDA_AMX Q4K(const Encoded &m, int64_t row) : blocks_(m.codes + row * m.row_bytes) {}
     REMUDA_AMX void enter(int64_t group) {
         block_ = blocks_ + group * 144;
@@ -230,8 +242,12 @@ class Q4K {
     }
     REMUDA_AMX __m512i unit(int sub_block) const {
         const __m512i bytes = _mm512_cvtepu8_epi16(load32(block_ + 16 + sub_block / 2 * 32));
-        const __m512i codes = _mm512_srli_epi16(bytes, sub_block % 2 * 4);
-        return _mm512_permutexvar_epi16(codes, table_of_16(scales_.weights(sub_block, zero_to_15())));
+        // One table for two sub-blocks, whose codes stand in the same bytes; the fifth bit of an index says which.
+        const int even = sub_block & ~1;
+        const __m512i table = as_bf16(scales_.weights(even, zero_to_15()), scales_.weights(even + 1, zero_to_15()));
+        const __m512i codes = sub_block == even ? _mm512_and_si512(bytes, _mm512_set1_epi16(15))
+                                                : _mm512_or_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi16(16));
+        return _mm512_permutexvar_epi16(codes, table);
     }
 
   private:
@@ -242,13 +258,15 @@ class Q4K {
 class Q5K {
   public:
     static constexpr int kGroupUnits = 8;
+    Q5K() = default;
     REMUDA_AMX Q5K(const Encoded &m, int64_t row) : blocks_(m.codes + row * m.row_bytes) {}
     REMUDA_AMX void enter(int64_t group) {
         block_ = blocks_ + group * 176;
         scales_.read(block_);
     }
     REMUDA_AMX __m512i unit(int sub_block) const {
-        const __m512i low = _mm512_srli_epi16(_mm512_cvtepu8_epi16(load32(block_ + 48 + sub_block / 2 * 32)), sub_block % 2 * 4);
+        const __m512i both = _mm512_cvtepu8_epi16(load32(block_ + 48 + sub_block / 2 * 32));
+        const __m512i low = _mm512_srli_epi16(both, sub_block % 2 * 4);
         const __m512i high = _mm512_srli_epi16(_mm512_cvtepu8_epi16(load32(block_ + 16)), sub_block);
         // The index has five bits; low's four and, above them, high's lowest.
         const __m512i codes = _mm512_ternarylogic_epi32(_mm512_set1_epi16(15), low, _mm512_slli_epi16(high, 4), 0xCA);
@@ -265,10 +283,12 @@ class Q5K {
 class Q6K {
   public:
     static constexpr int kGroupUnits = 8;
+    Q6K() = default;
     REMUDA_AMX Q6K(const Encoded &m, int64_t row) : blocks_(m.codes + row * m.row_bytes) {}
     REMUDA_AMX void enter(int64_t group) {
         block_ = blocks_ + group * 210;
-        _mm512_storeu_ps(scales_, _mm512_mul_ps(from_int8(load16(block_ + 192)), _mm512_set1_ps(half_at(block_ + 208))));
+        const __m512 scale = _mm512_set1_ps(half_at(block_ + 208));
+        _mm512_storeu_ps(scales_, _mm512_mul_ps(from_int8(load16(block_ + 192)), scale));
     }
     REMUDA_AMX __m512i unit(int i) const {
         // Half a block has 64 bytes of low bits and 32 of high bits for its four units.

@@ -1,7 +1,7 @@
 // y = x Wᵀ on the CPU's tile unit, with W in a quantized format and x in bfloat16.
 //
-// Pieces of 32 rows by some columns are decoded to bfloat16 where the first-level cache holds them, in the order of tiles,
-// and multiplied at once by all tokens. So W is read from memory as it is, and once.
+// Pieces of 32 rows by 256 columns are decoded to bfloat16 where the first-level cache holds them, in the order of
+// tiles, and multiplied at once by all tokens. So W is read from memory as it is, and once.
 
 #include <algorithm>
 #include <cstdint>
@@ -15,10 +15,11 @@ namespace {
 
 using namespace remuda;
 
-constexpr int kRows = 2 * kTileRows;             // of a piece
-constexpr int64_t kPieceUnits = 16;              // units of 32 columns of a piece
+constexpr int kRows = 2 * kTileRows;  // of a piece
+// Units of 32 columns of a piece: so few that the CPU, which runs ahead, decodes the next ones during a product.
+constexpr int64_t kPieceUnits = 8;
 constexpr int64_t kUnitBytes = kRows * kTileBytes;
-constexpr int kTokenBlock = 2 * kTileRows;       // tokens that are multiplied together
+constexpr int kTokenBlock = 2 * kTileRows;  // tokens that are multiplied together
 constexpr int kMostTokens = 128;
 constexpr int kTileSums = kTileRows * kTileRows;
 
@@ -35,14 +36,13 @@ struct Work {
 };
 
 REMUDA_AMX inline void prefetch(const uint8_t *begin, int64_t num_bytes) {
-    for (int64_t i = 0; i < num_bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(begin + i), _MM_HINT_T0);
+    for (int64_t i = 0; i < num_bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(begin + i), _MM_HINT_T1);
 }
 
-// Units `first` to `last` of one row, to every `stride` bytes from `to`.
+// Units `first` to `last` of one row, the first of which is in `group`, to every `stride` bytes from `to`.
 template <typename Format>
-REMUDA_AMX inline void decode_row(const Encoded &matrix, int64_t row, int64_t first, int64_t last, uint8_t *to,
-                                  int64_t stride) {
-    Format format(matrix, row);
+REMUDA_AMX inline void decode_row(Format format, int64_t group_units, int64_t group, int64_t first, int64_t last,
+                                  uint8_t *to, int64_t stride) {
     if constexpr (Format::kGroupUnits > 0) {  // a piece holds whole groups
         for (int64_t unit = first; unit < last; unit += Format::kGroupUnits) {
             format.enter(unit / Format::kGroupUnits);
@@ -50,37 +50,50 @@ REMUDA_AMX inline void decode_row(const Encoded &matrix, int64_t row, int64_t fi
             for (int i = 0; i < Format::kGroupUnits; i++, to += stride) _mm512_storeu_si512(to, format.unit(i));
         }
     } else {
-        int64_t group = first / matrix.group_units;
         for (int64_t unit = first; unit < last; group++) {
             format.enter(group);
-            const int64_t end = std::min(last, (group + 1) * matrix.group_units);
+            const int64_t end = std::min(last, (group + 1) * group_units);
             for (; unit < end; unit++, to += stride) _mm512_storeu_si512(to, format.unit(unit));
         }
     }
 }
 
 template <typename Format>
-REMUDA_AMX void decode_piece(const Encoded &matrix, int64_t row, int64_t first, int64_t last, uint8_t *piece) {
+REMUDA_AMX void decode_piece(const Encoded &matrix, const Format *rows, int64_t row, int64_t first, int64_t last,
+                             uint8_t *piece) {
     // Meanwhile the next piece is fetched: further along these rows, or at the beginning of the next ones.
     const int64_t num_units = matrix.num_inputs / kUnit;
     const int64_t piece_bytes = matrix.row_bytes * kPieceUnits / num_units;
-    const uint8_t *next = matrix.codes + (last < num_units ? row * matrix.row_bytes + matrix.row_bytes * last / num_units
-                                                           : (row + kRows) * matrix.row_bytes);
+    const int64_t bytes_before = last < num_units ? matrix.row_bytes * last / num_units : kRows * matrix.row_bytes;
+    const uint8_t *next = matrix.codes + row * matrix.row_bytes + bytes_before;
+    const int64_t group = first / matrix.group_units;
     for (int r = 0; r < kRows; r++, next += matrix.row_bytes) {
         prefetch(next, piece_bytes);
-        decode_row<Format>(matrix, row + r, first, last, piece + r * kTileBytes, kUnitBytes);
+        decode_row<Format>(rows[r], matrix.group_units, group, first, last, piece + r * kTileBytes, kUnitBytes);
     }
 }
 
-// Adds to `sums` what units `first` to `last`, decoded, give with the tokens from `token`.
-REMUDA_AMX void multiply(const Work &work, const uint8_t *piece, int64_t first, int64_t last, int token, Sums *sums) {
+REMUDA_AMX inline void load_sums(const Sums &sums) {
+    finish_writes();
+    _tile_loadd(0, sums.tiles[0], kTileBytes);
+    _tile_loadd(1, sums.tiles[1], kTileBytes);
+    _tile_loadd(2, sums.tiles[2], kTileBytes);
+    _tile_loadd(3, sums.tiles[3], kTileBytes);
+}
+
+REMUDA_AMX inline void save_sums(Sums &sums) {
+    _tile_stored(0, sums.tiles[0], kTileBytes);
+    _tile_stored(1, sums.tiles[1], kTileBytes);
+    _tile_stored(2, sums.tiles[2], kTileBytes);
+    _tile_stored(3, sums.tiles[3], kTileBytes);
+    finish_writes();
+}
+
+// Adds to the sums in tiles 0 to 3 what units `first` to `last`, decoded, give with the tokens from `token`.
+REMUDA_AMX inline void multiply(const Work &work, const uint8_t *piece, int64_t first, int64_t last, int token) {
     const uint8_t *left = work.tokens.block(token), *right = left + kTileRows * work.tokens.token_bytes;
     const bool has_two = work.num_tokens - token > kTileRows;
     finish_writes();
-    _tile_loadd(0, sums->tiles[0], kTileBytes);
-    _tile_loadd(1, sums->tiles[1], kTileBytes);
-    _tile_loadd(2, sums->tiles[2], kTileBytes);
-    _tile_loadd(3, sums->tiles[3], kTileBytes);
     for (int64_t unit = first; unit < last; unit++, piece += kUnitBytes) {
         _tile_loadd(4, piece, kTileBytes);
         _tile_loadd(5, piece + kTileRows * kTileBytes, kTileBytes);
@@ -93,10 +106,6 @@ REMUDA_AMX void multiply(const Work &work, const uint8_t *piece, int64_t first, 
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, sums->tiles[0], kTileBytes);
-    _tile_stored(1, sums->tiles[1], kTileBytes);
-    _tile_stored(2, sums->tiles[2], kTileBytes);
-    _tile_stored(3, sums->tiles[3], kTileBytes);
 }
 
 REMUDA_AMX void store(const Work &work, int64_t row, const Sums *sums) {
@@ -117,15 +126,22 @@ REMUDA_AMX void multiply_all(const Work &work) {
     const int num_blocks = (work.num_tokens + kTokenBlock - 1) / kTokenBlock;
     alignas(64) uint8_t piece[kPieceUnits * kUnitBytes];
     Sums sums[kMostTokens / kTokenBlock];
+    Format rows[kRows];
     FullTiles tiles;
     for (int64_t row = 0; row < work.matrix.num_outputs; row += kRows) {
         std::memset(sums, 0, num_blocks * sizeof(Sums));
+        for (int r = 0; r < kRows; r++) rows[r] = Format(work.matrix, row + r);
+        if (num_blocks == 1) load_sums(sums[0]);  // and they stay in the tiles
         for (int64_t first = 0; first < num_units; first += kPieceUnits) {
             const int64_t last = std::min(first + kPieceUnits, num_units);
-            decode_piece<Format>(work.matrix, row, first, last, piece);
-            for (int i = 0; i < num_blocks; i++) multiply(work, piece, first, last, i * kTokenBlock, &sums[i]);
+            decode_piece<Format>(work.matrix, rows, row, first, last, piece);
+            for (int i = 0; i < num_blocks; i++) {
+                if (num_blocks > 1) load_sums(sums[i]);
+                multiply(work, piece, first, last, i * kTokenBlock);
+                if (num_blocks > 1) save_sums(sums[i]);
+            }
         }
-        finish_writes();
+        if (num_blocks == 1) save_sums(sums[0]);
         store(work, row, sums);
     }
 }
@@ -135,7 +151,8 @@ template <typename Format>
 REMUDA_AMX void decode_rows(const Encoded &matrix, int64_t first, int64_t num_rows, uint8_t *output) {
     const int64_t num_units = matrix.num_inputs / kUnit;
     for (int64_t r = 0; r < num_rows; r++) {
-        decode_row<Format>(matrix, first + r, 0, num_units, output + r * num_units * kTileBytes, kTileBytes);
+        uint8_t *to = output + r * num_units * kTileBytes;
+        decode_row<Format>(Format(matrix, first + r), matrix.group_units, 0, 0, num_units, to, kTileBytes);
     }
 }
 
