@@ -16,7 +16,6 @@ from engine.executor.channel import RankChannel
 from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import allocate_kv_cache
 from engine.executor.memory_check import check_memory
-from engine.executor.memory_check import check_memory
 from engine.executor.model_runner import ModelRunner
 from engine.executor.warm_up import MIN_BLOCKS, run_largest_steps
 from engine.executor.worker_config import WorkerConfig
@@ -82,7 +81,6 @@ class _Startup:
             store = self._connect_store()
             mesh = self._join(store)
         with self._phase("load"):
-            check_memory(model_config, mesh, config.dtype, self._device, config.gpu_memory_utilization)
             check_memory(model_config, mesh, config.dtype, self._device, config.gpu_memory_utilization)
             model = build_model(model_config, mesh, config.dtype, self._device)
             share = _host_share(config)
