@@ -30,11 +30,9 @@ def adjust_logits(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     if banned:
         row_ids, token_ids = zip(*banned, strict=True)
         logits[list(row_ids), list(token_ids)] = float("-inf")
-    masks = {r: row.mask.allowed for r, row in enumerate(rows) if row.mask is not None}
-    if masks:
-        forbidden = torch.from_numpy(~np.stack(list(masks.values()))).to(logits.device)
-        masked = list(masks)
-        logits[masked] = logits[masked].masked_fill_(forbidden, float("-inf"))
+    for r, row in enumerate(rows):
+        if row.mask is not None:  # one by one: gathering the rows would copy the logits twice
+            logits[r].masked_fill_(torch.from_numpy(~row.mask.allowed).to(logits.device), float("-inf"))
 
 
 def _has_penalties(params: SamplingParams) -> bool:

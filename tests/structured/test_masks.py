@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from engine.executor.grammar_masks import GrammarMasks
-from engine.executor.sampling_row import GrammarMask
+from engine.executor.sampler import sample
+from engine.executor.sampling_row import GrammarMask, SamplingRow
 from engine.request import Grammar, SamplingParams
 from engine.slot_table import ScheduledSlot, SlotState
 from tests.gguf.tokenizers_for_gguf import from_tokenizer_json, write_tokenizer
@@ -77,3 +79,20 @@ def test_what_comes_after_the_end_is_not_held_to_anything() -> None:
     assert np.flatnonzero(mask_of(masks, share).allowed).tolist() == [END]
     share.state.token_ids.append(END)
     assert mask_of(masks, share).allowed.all()
+
+
+def test_rows_are_sampled_from_what_their_masks_allow() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    allowed = np.zeros(50, dtype=np.bool_)
+    allowed[[7, 9]] = True
+    params = SamplingParams(max_tokens=9, min_tokens=5, stop_token_ids=(7, 9), temperature=0.0, logprobs=0)
+    free = SamplingRow(0, params, [1], 1)
+    ending = SamplingRow(1, params, [1], 1, GrammarMask(allowed, only_ends=True))
+    going_on = SamplingRow(2, params, [1], 1, GrammarMask(allowed | (np.arange(50) == 3), only_ends=False))
+    output = sample(logits.clone(), [free, ending, going_on])
+    best = int(logits[1, [7, 9]].argmax())
+    assert output.token_ids[1:] == [[7, 9][best], 3]
+    assert output.token_ids[:1] == sample(logits[:1].clone(), [free]).token_ids
+    found = output.logprobs[1]
+    assert found is not None
+    assert found.logprob == pytest.approx(logits[1, [7, 9]].log_softmax(-1)[best].item(), abs=1e-6)
