@@ -68,7 +68,7 @@ def _notes(report: Report) -> list[str]:
     lags += [f"requests sent {_ms(client.send_lag_s.p99)} ms late (p99)"] if client.send_lag_s else []
     notes = [f"load generator: {', '.join([*lags, f'{client.cpu_share:.0%} of a core'])}"]
     if client.is_bottleneck:
-        notes.append("WARNING: the load generator was the bottleneck: latencies hold its own delay.")
+        notes.append("WARNING: the load generator did not keep up: latencies hold its own delay.")
         notes.append("Give it a free core, or put less load on the server.")
     if not report.has_usage:
         notes.append("WARNING: the server did not count tokens; every chunk counts as one.")
