@@ -124,6 +124,8 @@ class HttpTarget:
                         _take_event(timing, event)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise _broken(self._url, error) from error
+        if not timing.chunks_s and not timing.is_counted:
+            raise ServingError(f"{self._url} ended the stream without a token")
         timing.finish(time.perf_counter())
 
     async def close(self) -> None:

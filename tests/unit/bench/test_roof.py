@@ -69,6 +69,7 @@ def test_ranks_meet_and_return_in_order() -> None:
     assert on_ranks(2, 60.0, double_of_all, 5) == [[0, 10], [0, 10]]
 
 
+@pytest.mark.full
 def test_what_a_rank_raises_is_raised() -> None:
     with pytest.raises(ValueError, match="of rank 1"):
         on_ranks(2, 60.0, fails_on_one)
