@@ -28,19 +28,21 @@ class Encoding(IntEnum):
     """How a row's weights stand in its bytes; the numbers are the library's (kFormats in native/encoded_linear.cpp)."""
 
     FLOAT8 = 0
-    """e4m3 numbers, finite; scales are float32."""
-    INT8 = 1
+    """e4m3 numbers, finite, without scales."""
+    SCALED_FLOAT8 = 1
+    """The same with float32 scales."""
+    INT8 = 2
     """Without scales."""
-    INT4 = 2
+    INT4 = 3
     """Two codes to a byte, the first in the low half: (code − zero) · scale."""
-    NF4 = 3
-    """Two codes to a byte, the first in the high half."""
-    Q4_0 = 4
+    NF4 = 4
+    """Two codes to a byte, the first in the high half; scales are float32."""
+    Q4_0 = 5
     """This one and the following are ggml's blocks, which hold their scales."""
-    Q8_0 = 5
-    Q4_K = 6
-    Q5_K = 7
-    Q6_K = 8
+    Q8_0 = 6
+    Q4_K = 7
+    Q5_K = 8
+    Q6_K = 9
 
 
 _SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -51,7 +53,7 @@ class EncodedMatrix:
     """A matrix [out, in] in a quantized format.
 
     ``codes``: [out, bytes of a row] of one-byte numbers. ``group_size``: how many consecutive inputs form a group of
-    those below, or a block. ``scales``: [rows, groups], or None for 1. ``zeros``: [out, groups] uint8, or None for 8.
+    those below, or a block. ``scales``: [rows, groups], or None. ``zeros``: [out, groups] uint8, or None for 8.
     ``rows_per_scale``: how many consecutive rows share a row of ``scales``.
     ``output_scales``: [out] float32, by which the sums are multiplied, or None.
     """

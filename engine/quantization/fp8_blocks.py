@@ -44,7 +44,9 @@ class Fp8BlockMatrix(WeightMatrix):
         if not self._is_regular:
             return None
         rows, columns = self._block_size
-        return EncodedMatrix(Encoding.FLOAT8, self.num_inputs, self.codes, columns, self.scales, rows_per_scale=rows)
+        return EncodedMatrix(
+            Encoding.SCALED_FLOAT8, self.num_inputs, self.codes, columns, self.scales, rows_per_scale=rows
+        )
 
     def rows(self, index: slice | torch.Tensor) -> torch.Tensor:
         scales = self.scales[self._blocks_of(index)]

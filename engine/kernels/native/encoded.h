@@ -23,7 +23,7 @@ enum class ScaleType : int32_t { kFloat32, kBfloat16, kFloat16 };
 // A matrix [num_outputs, num_inputs]; the same fields as _Matrix in engine/kernels/encoded_linear.py.
 struct Encoded {
     const uint8_t *codes;         // rows of row_bytes
-    const uint8_t *scales;        // [rows of scales, num_groups]; null: none
+    const uint8_t *scales;        // [rows of scales, num_groups]; null in formats without
     const uint8_t *zeros;         // [num_outputs, num_groups]; null: 8
     const float *output_scales;   // [num_outputs], by which the outputs are multiplied; null: none
     int64_t num_outputs, num_inputs, row_bytes, num_groups;
@@ -47,10 +47,9 @@ struct Scales {
     Scales() = default;
     Scales(const Encoded &m, int64_t row) : bytes(m.scales), type(m.scale_type) {
         const int64_t width = type == ScaleType::kFloat32 ? 4 : 2;
-        if (bytes) bytes += row / m.rows_per_scale * m.num_groups * width;
+        bytes += row / m.rows_per_scale * m.num_groups * width;
     }
     REMUDA_AMX float of(int64_t group) const {
-        if (!bytes) return 1.0F;
         if (type == ScaleType::kFloat16) return half_at(bytes + group * 2);
         uint32_t bits = 0;
         if (type == ScaleType::kFloat32) {
@@ -83,12 +82,35 @@ REMUDA_AMX inline __m512i table_of_16(__m512 values) {
     return as_bf16(values, values);
 }
 
-// float8 e4m3, finite, with float32 scales.
+// float8 e4m3, finite, without scales.
 class Float8 {
   public:
     static constexpr int kGroupUnits = 0;
     Float8() = default;
-    REMUDA_AMX Float8(const Encoded &m, int64_t row) : codes_(m.codes + row * m.row_bytes), scales_(m, row) {}
+    REMUDA_AMX Float8(const Encoded &m, int64_t row) : codes_(m.codes + row * m.row_bytes) {}
+    REMUDA_AMX void enter(int64_t) {}
+    REMUDA_AMX __m512i unit(int64_t i) const {
+        const __m512i codes = _mm512_cvtepi8_epi16(load32(codes_ + i * kUnit));
+        // Exponent and mantissa where bfloat16 has them; its exponents are greater by 120. The seven subnormal numbers,
+        // of 2⁻⁹ each, are looked up.
+        __m512i numbers = _mm512_and_si512(_mm512_slli_epi16(codes, 4), _mm512_set1_epi16(0x07F0));
+        numbers = _mm512_add_epi16(numbers, _mm512_set1_epi16(120 << 7));
+        const __m512i subnormal = table_of_16(_mm512_mul_ps(zero_to_15(), _mm512_set1_ps(0x1p-9F)));
+        const __mmask32 is_subnormal = _mm512_testn_epi16_mask(codes, _mm512_set1_epi16(0x78));
+        numbers = _mm512_mask_permutexvar_epi16(numbers, is_subnormal, codes, subnormal);
+        return _mm512_or_si512(numbers, _mm512_and_si512(codes, _mm512_set1_epi16(INT16_MIN)));
+    }
+
+  private:
+    const uint8_t *codes_;
+};
+
+// float8 e4m3, finite, with float32 scales.
+class ScaledFloat8 {
+  public:
+    static constexpr int kGroupUnits = 0;
+    ScaledFloat8() = default;
+    REMUDA_AMX ScaledFloat8(const Encoded &m, int64_t row) : codes_(m.codes + row * m.row_bytes), scales_(m, row) {}
     REMUDA_AMX void enter(int64_t group) { scale_ = _mm512_set1_ps(scales_.of(group) * 256.0F); }
     REMUDA_AMX __m512i unit(int64_t i) const {
         // As float16 the same bits mean 2⁻⁸ of the value, of subnormal numbers too.

@@ -165,8 +165,8 @@ template <typename Format>
 constexpr Operations kOf{multiply_all<Format>, decode_rows<Format>};
 
 // By number of the format, as in engine/kernels/encoded_linear.py.
-constexpr Operations kFormats[] = {kOf<Float8>, kOf<Int8>, kOf<Int4>, kOf<Nf4>, kOf<Q4_0>,
-                                   kOf<Q8_0>,   kOf<Q4K>,  kOf<Q5K>,  kOf<Q6K>};
+constexpr Operations kFormats[] = {kOf<Float8>, kOf<ScaledFloat8>, kOf<Int8>, kOf<Int4>, kOf<Nf4>,
+                                   kOf<Q4_0>,   kOf<Q8_0>,         kOf<Q4K>,  kOf<Q5K>,  kOf<Q6K>};
 
 }  // namespace
 
