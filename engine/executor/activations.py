@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from engine.config import Dtype, ParallelConfig
 from engine.layer_config import LayerConfig
-from engine.model_config import ModelConfig, kv_groups, num_local_kv_heads
+from engine.model_config import ModelConfig, num_local_kv_heads
 
+_MASK_BYTES = 2
+"""A mask of one byte, and what it is made from."""
 _FLOAT32_BYTES = 4
 _SAMPLING_COPIES = 12
 """Of the logits in float32: 64-bit weights, and their sorted copies and sums where top-p must see them all."""
@@ -77,17 +79,11 @@ def _phases(config: ModelConfig, parallel: ParallelConfig, layer: LayerConfig, d
 
 
 def _prefill_attention(config: ModelConfig, parallel: ParallelConfig, step: StepSize, dtype: Dtype) -> int:
-    """Keys and values gathered from their pages, the masks of all tiles, and one tile's scores."""
+    """Keys and values gathered from their pages, and one tile's mask and scores."""
     length = min(step.max_model_len, step.num_tokens)
     key = num_local_kv_heads(config, parallel) * config.head_dim
-    # A row of a mask is as long as what its tile sees: half the prefill on average, or the group's span.
-    rows = [
-        min((length + _TILE_QUERIES) // 2, (group.chunk_size or group.window_size or length) + _TILE_QUERIES)
-        for group in kv_groups(config)
-    ]
-    masks = step.num_tokens * sum(rows)
-    scores = min(_TILE_QUERIES, length) * length * _FLOAT32_BYTES
-    return 2 * length * key * dtype.num_bytes + masks + scores
+    scores = min(_TILE_QUERIES, length) * length
+    return 2 * length * key * dtype.num_bytes + scores * (_FLOAT32_BYTES + _MASK_BYTES)
 
 
 def _decode_attention(config: ModelConfig, parallel: ParallelConfig, step: StepSize, dtype: Dtype) -> int:

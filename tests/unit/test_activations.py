@@ -104,7 +104,7 @@ def test_the_formula_bounds_the_largest_steps(case: str, dtype: Dtype) -> None:
     measured = peak_bytes(largest_steps)
     step = StepSize(NUM_TOKENS, NUM_REQUESTS, NUM_TOKENS)
     formula = activation_bytes(config, ParallelConfig(), step, dtype) + input_bytes(step, 2, 16)
-    assert measured <= formula <= 1.6 * measured
+    assert measured <= formula <= 1.75 * measured
 
 
 def test_sampling_from_the_flattest_distribution() -> None:
