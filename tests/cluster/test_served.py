@@ -83,7 +83,9 @@ def test_chat_answers_in_english_and_streams_the_same(client: openai.OpenAI) -> 
     assert text == whole.choices[0].message.content
     usage = chunks[-1].usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
-    assert usage.prompt_tokens_details.cached_tokens == (usage.prompt_tokens - 1) // 16 * 16, "found in the prefix cache"
+    assert usage.prompt_tokens_details.cached_tokens == (usage.prompt_tokens - 1) // 16 * 16, (
+        "found in the prefix cache"
+    )
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason] == [
         "stop"
     ]
