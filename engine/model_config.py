@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from engine.config import Dtype, KvGroupConfig, ParallelConfig
+from engine.config_values import check_values, reading_config
 from engine.errors import CheckpointError, InvalidOption, LayoutError
 from engine.gguf.header import is_gguf
 from engine.gguf.model import read_model
@@ -129,19 +130,20 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> Self:
         """As ``from_directory``, from the files' contents."""
+        check_values(config)
+        check_values(generation_config or {}, "generation_config.json")
         name = str(next(iter(config.get("architectures") or [config.get("model_type")])))
         name = _OLD_NAMES.get(name, name)
         if name not in ARCHITECTURES:
             raise CheckpointError(_refusal(name))
         # Llama 4 with vision nests its text model; the vision part is not read.
         text = {**config, **(config.get("text_config") or {})}
-        try:
+        check_values(text)
+        with reading_config(name):
             scheme = text.get("quantization_config")
             quantization = parse_quantization(scheme) if scheme else None
             fields = _parse_fields(ARCHITECTURES[name], text, generation_config or {})
             return cls(architecture=name, quantization=quantization, **fields)
-        except KeyError as error:
-            raise CheckpointError(f"config.json of {name} lacks {error.args[0]!r}") from error
 
     def quantized(self, name: str) -> Self:
         """The same model, its float weights to be quantized while they are loaded. Raises InvalidOption."""
@@ -248,7 +250,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
@@ -265,6 +267,12 @@ def _parse_fields(
     text = {**given, "max_position_embeddings": int(next(filter(None, lengths)))}
     num_heads = int(text["num_attention_heads"])
     head_dim = int(text.get("head_dim") or architecture.head_dim or text["hidden_size"] // num_heads)
+    if head_dim < 1 or head_dim % 2:
+        raise CheckpointError(f"config.json: heads of {head_dim} channels; the rotary embedding needs an even number")
+    layers = architecture.parse_layers(text)
+    num_experts = max((layer.moe.num_experts for layer in layers if layer.moe), default=0)
+    if 0 < num_experts < text.get("num_experts_per_tok", 0):
+        raise CheckpointError(f"config.json: a token sees {text['num_experts_per_tok']} of {num_experts} experts")
     bos = _token_ids(generation, "bos_token_id") + _token_ids(text, "bos_token_id")
     eos = _token_ids(generation, "eos_token_id") + _token_ids(text, "eos_token_id")
     return {
@@ -273,7 +281,7 @@ def _parse_fields(
         "num_heads": num_heads,
         "num_kv_heads": int(text.get("num_key_value_heads") or num_heads),
         "head_dim": head_dim,
-        "layers": architecture.parse_layers(text),
+        "layers": layers,
         "rope": parse_rope(text, head_dim, architecture.rope_theta, architecture.interleaved_rope),
         "rms_norm_eps": float(text.get("rms_norm_eps", architecture.rms_norm_eps)),
         "max_position_embeddings": text["max_position_embeddings"],

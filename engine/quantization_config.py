@@ -6,7 +6,7 @@ engine.quantization.
 
 import enum
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,8 +150,7 @@ def _compressed_format(group: Mapping[str, Any], layout: str) -> MatrixFormat:
         case ("float-quantized" | "naive-quantized", "float", 8, "tensor" | "channel" as strategy):
             return MatrixFormat(WeightFormat.FP8, scale_per_row=strategy == "channel")
         case ("float-quantized" | "naive-quantized", "float", 8, "block"):
-            rows, columns = weights["block_structure"]
-            return MatrixFormat(WeightFormat.FP8_BLOCKS, block_size=(int(rows), int(columns)))
+            return MatrixFormat(WeightFormat.FP8_BLOCKS, block_size=_block_size(weights["block_structure"]))
         case ("int-quantized" | "naive-quantized", "int", 8, "channel" | "tensor" as strategy) if weights["symmetric"]:
             rounds_inputs = (group.get("input_activations") or {}).get("num_bits") == 8
             return MatrixFormat(WeightFormat.INT8, scale_per_row=strategy == "channel", rounds_inputs=rounds_inputs)
@@ -179,9 +178,17 @@ def _fp8(config: Mapping[str, Any]) -> QuantizationConfig:
     size = config["weight_block_size"]
     if size is None:
         raise CheckpointError("quantization_config: fp8 with weight_block_size null is not served; block sizes are")
-    form = MatrixFormat(WeightFormat.FP8_BLOCKS, block_size=(int(size[0]), int(size[1])), scale_name="weight_scale_inv")
-    name = f"fp8 ({size[0]} × {size[1]} blocks)"
+    rows, columns = _block_size(size)
+    form = MatrixFormat(WeightFormat.FP8_BLOCKS, block_size=(rows, columns), scale_name="weight_scale_inv")
+    name = f"fp8 ({rows} × {columns} blocks)"
     return QuantizationConfig(name, ((("Linear",), form),), _skipped(config))
+
+
+def _block_size(given: Sequence[Any]) -> tuple[int, int]:
+    rows, columns = (int(number) for number in given)
+    if rows < 1 or columns < 1:
+        raise CheckpointError(f"quantization_config: blocks of {rows} × {columns} weights; both must be above 0")
+    return rows, columns
 
 
 def _awq(config: Mapping[str, Any]) -> QuantizationConfig:

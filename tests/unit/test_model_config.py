@@ -99,7 +99,7 @@ def test_what_transformers_assumes_is_assumed(architecture: str, tmp_path: Path)
     """A config.json that says next to nothing, against the same one with transformers' defaults written out."""
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 30, "num_attention_heads": 8}
-    sizes |= {"num_key_value_heads": 8, "intermediate_size": 96, "intermediate_size_mlp": 96, "num_local_experts": 4}
+    sizes |= {"num_key_value_heads": 8, "intermediate_size": 96, "intermediate_size_mlp": 96, "num_local_experts": 8}
     sizes |= {"moe_intermediate_size": 32}
     short: dict[str, Any] = {"architectures": [architecture]}
     if architecture == "Llama4ForConditionalGeneration":
@@ -309,8 +309,8 @@ def test_kv_heads_are_replicated_over_more_ranks() -> None:
     ("change", "layout", "message"),
     [
         ({}, {"tp": 3}, "tp=3 does not divide the model's 8 attention heads"),
-        ({"num_attention_heads": 12, "num_key_value_heads": 3}, {"tp": 2}, "3 key-value heads"),
-        ({"num_attention_heads": 12, "num_key_value_heads": 3}, {"tp": 4}, "3 key-value heads"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 8}, {"tp": 2}, "3 key-value heads"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 8}, {"tp": 4}, "3 key-value heads"),
         ({"intermediate_size": 98}, {"tp": 4}, "feed-forward width 98"),
         ({}, {"tp": 2, "ep": 2}, "ep=2 needs a mixture of experts"),
         ({}, {"pp": 2}, "pp=2 is not supported yet"),

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from engine.config_values import check_values, reading_config
 from engine.errors import CheckpointError
 from engine.model_config import ARCHITECTURES, ModelConfig
 from engine.models.registry import make_model
@@ -25,20 +26,22 @@ _READERS = {
 
 def shapes_of(config: Mapping[str, Any]) -> ModelShapes:
     """From the content of config.json. Raises CheckpointError where it is of no known architecture, or broken."""
+    check_values(config)
+    check_values(config.get("vision_config") or {}, "config.json: vision_config")
     architecture = str(next(iter(config.get("architectures") or [config.get("model_type")])))
     if architecture in _READERS:
-        try:
+        check_values(config.get("text_config") or {})
+        with reading_config(architecture):
             shapes: ModelShapes = importlib.import_module(_READERS[architecture]).read_shapes(config)
             return shapes
-        except KeyError as error:
-            raise CheckpointError(f"config.json of {architecture} lacks {error.args[0]!r}") from error
     try:
         model = ModelConfig.from_hf(config)
     except CheckpointError as error:
         if architecture in ARCHITECTURES:
             raise
         raise CheckpointError(f"{error}; plan also knows {', '.join(sorted(_READERS))}") from error
-    return served_shapes(model, config.get("vision_config") or {})
+    with reading_config(architecture):
+        return served_shapes(model, config.get("vision_config") or {})
 
 
 def served_shapes(model: ModelConfig, vision_config: Mapping[str, Any] | None = None) -> ModelShapes:
