@@ -55,10 +55,10 @@ class Adapters:
         served, and what the backend raises.
         """
         directory = self._allowed_directory()
-        if not _NAME.fullmatch(name) or name == self._base:
-            raise InvalidRequest(
-                f"{name!r} cannot name an adapter; write 1 to 256 characters, not {self._base!r}", "lora_name"
-            )
+        if name == self._base:
+            raise InvalidRequest(f"{name!r} is the base model's name; choose another for the adapter", "lora_name")
+        if not _NAME.fullmatch(name):
+            raise InvalidRequest(f"{name!r} cannot name an adapter; write 1 to 256 plain characters", "lora_name")
         resolved = await asyncio.to_thread(_resolve, directory, path)
         await asyncio.to_thread(read_adapter_config, resolved, self._max_rank)
         await self._backend.load_adapter(name, str(resolved))
@@ -93,10 +93,11 @@ def _resolve(directory: Path, path: str) -> Path:
     root = directory.resolve()
     try:
         resolved = (root / path).resolve()
-    except (OSError, ValueError) as error:
-        raise InvalidRequest(f"{path!r} is not a path: {error}", "lora_path") from error
+        is_directory = resolved.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise InvalidRequest(f"{path[:200]!r} is not a path: {type(error).__name__}", "lora_path") from error
     if not resolved.is_relative_to(root):
         raise InvalidRequest("lora_path is not below the directory that --lora-dir allows", "lora_path")
-    if not resolved.is_dir():
+    if not is_directory:
         raise AdapterError(f"there is no directory {path!r} below the one that --lora-dir allows")
     return resolved

@@ -70,7 +70,7 @@ def read_adapter_config(directory: str | Path, max_rank: int) -> AdapterConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(f"{path} does not exist; an adapter is a directory as PEFT saves it") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         kind = content.get("peft_type") if isinstance(content, dict) else None
@@ -110,7 +110,7 @@ def _parse(path: Path, content: Mapping[str, Any]) -> AdapterConfig:
         )
         for pattern in (*config.rank_pattern, *config.alpha_pattern):
             re.compile(pattern)
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
         raise AdapterError(f"{path} is not as PEFT writes it: {error!r}") from error
     if min([config.rank, *config.rank_pattern.values()]) < 1 or not math.isfinite(
         sum([config.alpha, *config.alpha_pattern.values()])

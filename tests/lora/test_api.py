@@ -81,8 +81,10 @@ async def test_over_http(lora_dir: Path) -> None:
 
 
 async def test_what_may_not_be_loaded(lora_dir: Path) -> None:
+    (lora_dir / "circle").symlink_to("circle")
     async with served(BackendWithAdapters(), lora_dir=lora_dir, max_lora_rank=16) as one:
-        for path in ("../outside", str(lora_dir.parent / "outside"), "link", "/etc", "poet/../../outside", "a\0b"):
+        outside = ("../outside", str(lora_dir.parent / "outside"), "link", "/etc", "poet/../../outside")
+        for path in (*outside, "a\0b", "a" * 5000, "circle"):
             status, message = await load(one, "x", path)
             assert status == 400 and ("not below the directory" in message or "not a path" in message), path
         for name, path, words in (

@@ -58,6 +58,7 @@ def refuse(model: Any, directory: Path, words: str, max_rank: int = 64) -> None:
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"r": "eight"}, "not as PEFT writes it"),
         ({"r": 0}, "at least 1"),
+        ({"r": float("inf")}, "not as PEFT writes it"),
         ({"lora_alpha": float("nan")}, "finite"),
         ({"rank_pattern": {"(": 4}}, "not as PEFT writes it"),
         ({"rank_pattern": {"k_proj": 80}}, "rank 80 is above the 64 that --max-lora-rank"),
@@ -102,8 +103,9 @@ def test_files(model: Any, copy: Path, tmp_path: Path) -> None:
     content = (copy / WEIGHTS).read_bytes()
     (copy / WEIGHTS).write_bytes(content[:-100])
     refuse(model, copy, WEIGHTS)
-    (copy / "adapter_config.json").write_text("{")
-    refuse(model, copy, "adapter_config.json cannot be read")
+    for content_of_config in ("{", "[" * 100_000):
+        (copy / "adapter_config.json").write_text(content_of_config)
+        refuse(model, copy, "adapter_config.json cannot be read")
     refuse(model, tmp_path / "none", "adapter_config.json does not exist")
 
 
