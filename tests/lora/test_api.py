@@ -91,7 +91,7 @@ async def test_what_may_not_be_loaded(lora_dir: Path) -> None:
             ("x", "none", "no directory 'none'"),
             ("x", "dora", "use_dora"),
             ("x", "broken", "is broken"),
-            ("m", "poet", "cannot name an adapter"),
+            ("m", "poet", "is the base model's name"),
             ("", "poet", "cannot name an adapter"),
             ("a\nb", "poet", "cannot name an adapter"),
         ):
