@@ -57,9 +57,9 @@ def _adapters_field(value: Any) -> Any:
     for text in value.split(",") if isinstance(value, str) else value:
         name, _, path = str(text).partition("=")
         if not name.strip() or not path.strip():
-            raise ValueError(f"write name=path, not {text!r}")
+            raise ValueError(f"write name=path, not {text!r} as in {value!r}")
         if name.strip() in pairs:
-            raise ValueError(f"the name {name.strip()!r} is given twice")
+            raise ValueError(f"the name {name.strip()!r} is given twice, in {value!r}")
         pairs[name.strip()] = path.strip()
     return pairs
 

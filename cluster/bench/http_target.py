@@ -153,7 +153,8 @@ async def _only_model(session: aiohttp.ClientSession, base_url: str) -> str:
             text = await response.text()
             if response.status != 200:
                 raise _refusal(url, response.status, text)
-            names = [str(each["id"]) for each in msgspec.json.decode(text)["data"]]
+            # An adapter names the model that it belongs to.
+            names = [str(each["id"]) for each in msgspec.json.decode(text)["data"] if not each.get("parent")]
     except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError, KeyError, TypeError) as error:
         raise _broken(url, error) from error
     if len(names) != 1:

@@ -61,6 +61,8 @@ def bench(
     """
     if plot is not None and plot.suffix not in (".html", ".svg"):
         raise InvalidOption(f"--plot {plot}: write FILE.html or FILE.svg")
+    if plot is not None and not plot.parent.is_dir():
+        raise InvalidOption(f"--plot {plot}: there is no directory {plot.parent}")
     wanted = BenchOptions(
         target,
         model,

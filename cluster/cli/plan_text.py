@@ -109,6 +109,9 @@ def _verdict(report: PlanReport) -> Iterator[str]:
             yield "no layout on more machines of this kind was found either"
         else:
             yield f"nearest that fits: {_place(report.nearest)}"
+        if report.quantized is not None:
+            name, quantized = report.quantized
+            yield f"with --quantization {name} it fits: {_place(quantized)}"
     for notice in report.notices():
         yield f"note: {notice}"
     if report.served is not None:

@@ -134,9 +134,11 @@ def main() -> int:
     # Before torch is imported: the store warns on the terminal that it has no name for its own address.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     events = EventWriter(os.fdopen(int(sys.argv[1]), "wb"))
-    config = decode_config(sys.stdin.buffer.readline())
+    # Unbuffered: while the thread waits in a buffered read it holds a lock that the interpreter's own end would want.
+    commands = os.fdopen(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
+    config = decode_config(commands.readline())
     stop = threading.Event()
-    threading.Thread(target=_set_at_end, args=(sys.stdin.buffer, stop), daemon=True).start()
+    threading.Thread(target=_set_at_end, args=(commands, stop), daemon=True).start()
     launch = Launch(config, events, stop)
     status = 0
     try:

@@ -25,14 +25,14 @@ def structured_output(
     Raises:
         InvalidRequest: a field that is not what it should be, or two of them.
     """
-    found = [_of_guided(name, value, name) for name, value in guided.items() if value]
+    found = [_of_guided(name, value, name) for name, value in guided.items() if value is not None]
     for name, value in (newer or {}).items():
-        if value and name not in _NAMES_IN_OBJECT:
+        if value is not None and name not in _NAMES_IN_OBJECT:
             raise InvalidRequest(
                 f"structured_outputs.{name} is not served; use one of {', '.join(_NAMES_IN_OBJECT)}",
                 f"structured_outputs.{name}",
             )
-        if value:
+        if value is not None and value is not False:
             found.append(_of_guided(_NAMES_IN_OBJECT[name], value, f"structured_outputs.{name}"))
     if (wish := _of_response_format(response_format)) is not None:
         found.append(wish)
@@ -88,17 +88,17 @@ def _of_guided(name: str, value: Any, param: str) -> StructuredOutput:
         return _json(value, param)
     if name == "guided_choice":
         return StructuredOutput(_choice(value, param), param)
-    if isinstance(value, str) and name in ("guided_json", "guided_regex", "guided_grammar"):
+    if isinstance(value, str) and value and name in ("guided_json", "guided_regex", "guided_grammar"):
         kinds = {"guided_json": GrammarKind.JSON_SCHEMA, "guided_regex": GrammarKind.REGEX}
         written = GrammarKind.GBNF if "::=" in value else GrammarKind.LARK
         return StructuredOutput(Grammar(kinds.get(name, written), value), param)
-    needed = {"guided_json": "a JSON schema", "json_object": "true"}.get(name, "a string")
+    needed = {"guided_json": "a JSON schema", "json_object": "true"}.get(name, "a string that is not empty")
     raise InvalidRequest(f"{param} must be {needed}", param)
 
 
 def _choice(value: Any, param: str) -> Grammar:
     is_list = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-    if not is_list or len(value) > MAX_CHOICE_STRINGS:
+    if not is_list or not 0 < len(value) <= MAX_CHOICE_STRINGS:
         raise InvalidRequest(f"{param} must be a list of 1 to {MAX_CHOICE_STRINGS} strings", param)
     return Grammar(GrammarKind.LARK, "start: " + " | ".join(json.dumps(entry) for entry in value))
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from cluster.plan.devices import Machines, parse_machines
+from cluster.plan.layout_plan import LayoutPlan
 from cluster.plan.layouts import Degrees
 from cluster.plan.local import this_machine
 from cluster.plan.rank_memory import PlanOptions
@@ -10,8 +11,9 @@ from cluster.plan.report import PlanReport
 from cluster.plan.search import LayoutSearch
 from cluster.plan.source import FoundModel, find_model
 from engine.config import Dtype, SchedulerConfig
-from engine.errors import InvalidOption
+from engine.errors import InvalidOption, LayoutError
 from engine.executor.defaults import default_limits
+from engine.quantization_config import online_quantization
 
 
 def plan_model(
@@ -73,4 +75,23 @@ def make_report(model: FoundModel, machines: Machines, fixed: Degrees, options: 
     served = None
     if model.shapes.is_served and shown is not None and shown.unserved:
         served = search.nearest(machines, only_served=True)
-    return PlanReport(model, options, search.counts, plan, nearest, served)
+    quantized = None if plan.fits else _quantized(model, machines, fixed, options)
+    return PlanReport(model, options, search.counts, plan, nearest, served, quantized)
+
+
+def _quantized(
+    model: FoundModel, machines: Machines, fixed: Degrees, options: PlanOptions
+) -> tuple[str, LayoutPlan] | None:
+    """The least ``--quantization`` with which a float model fits after all, and its plan."""
+    shapes = model.shapes
+    if shapes.config.quantization is not None or not shapes.is_served:
+        return None
+    for name in ("fp8", "int4"):
+        quantized = shapes.with_quantization(online_quantization(name))
+        try:
+            plan = LayoutSearch(quantized, options).choose(machines, fixed)
+        except LayoutError:
+            continue
+        if plan.fits:
+            return name, plan
+    return None

@@ -14,7 +14,8 @@ from engine.weights.ledger import ParameterCounts, kv_token_bytes, stage_kv
 @dataclass(frozen=True)
 class PlanReport:
     """Everything that ``remuda plan`` tells. ``nearest``: the nearest layout that fits, where the plan does not;
-    ``served``: the nearest that fits and that this version serves, where the plan is not one."""
+    ``served``: the nearest that fits and that this version serves, where the plan is not one. ``quantized``: the
+    ``--quantization`` with which a float model fits on the same machines after all, and that plan."""
 
     model: FoundModel
     options: PlanOptions
@@ -22,6 +23,7 @@ class PlanReport:
     plan: LayoutPlan
     nearest: LayoutPlan | None = None
     served: LayoutPlan | None = None
+    quantized: tuple[str, LayoutPlan] | None = None
 
     @property
     def kv_token_bytes(self) -> int:
@@ -81,6 +83,8 @@ def as_object(report: PlanReport) -> dict[str, Any]:
         "ranks": [_rank(rank) for rank in plan.ranks],
         "nearest": _nearest(report.nearest),
         "nearest_served": _nearest(report.served),
+        "quantized": report.quantized
+        and {"quantization": report.quantized[0], **(_nearest(report.quantized[1]) or {})},
         "notices": report.notices(),
         "licence": {"name": licence.name, "attribution": licence.attribution, "notices": list(licence.notices)},
     }
@@ -101,6 +105,10 @@ def _rank(rank: RankMemory) -> dict[str, Any]:
         "bounded": dict(rank.bounded),
         "budget_bytes": rank.budget,
     }
+
+
+def _quantized(found: tuple[str, LayoutPlan] | None) -> dict[str, Any] | None:
+    return None if found is None else {"quantization": found[0], **(_nearest(found[1]) or {})}
 
 
 def _nearest(plan: LayoutPlan | None) -> dict[str, Any] | None:

@@ -107,5 +107,16 @@ class LayoutSearch:
         if tp * pp * dp > machines.num_devices:
             return f"tp × pp × dp = {tp} × {pp} × {dp} needs {tp * pp * dp} devices; there are {machines.num_devices}"
         layout = ParallelConfig(tp=tp, pp=pp, dp=dp, ep=(fixed.ep or 1) if fixed.tp else 1)
-        why = refusal(self._shapes.config, layout) or f"{machines} cannot be divided so"
+        why = refusal(self._shapes.config, layout) or self._ep_refusal(fixed.ep) or f"{machines} cannot be divided so"
         return f"no layout has the degrees asked for: {why}"
+
+    def _ep_refusal(self, ep: int | None) -> str | None:
+        """What stands against so many expert-parallel ranks, whatever the other degrees are."""
+        num_experts = self._shapes.config.num_experts
+        if ep is None or ep == 1:
+            return None
+        if num_experts == 0:
+            return f"ep={ep} needs a mixture of experts, and this model is dense; use ep=1"
+        if num_experts % ep:
+            return f"ep={ep} does not divide the model's {num_experts} experts"
+        return f"ep={ep} divides no dp × tp that the machines and the model allow"

@@ -48,7 +48,7 @@ def covered_files(checkpoint: Path) -> list[Path]:
     """What a manifest of ``checkpoint`` holds, in order of name. Raises CheckpointError where there is nothing."""
     if not checkpoint.is_dir():
         if not checkpoint.is_file():
-            raise CheckpointError(f"{checkpoint} is neither a directory nor a file; name a checkpoint")
+            raise CheckpointError(f"{checkpoint} is neither a directory nor a file; name a checkpoint on this disk")
         return [checkpoint]
     return sorted(
         path

@@ -52,6 +52,7 @@ def test_405b_does_not_fit_on_one_host() -> None:
     assert f"{rank.beside_cache + one_request - rank.budget:,} bytes" in reason
     assert rank.weight_bytes == 101_470_601_216
     assert report.nearest is not None and report.nearest.fits
+    assert report.quantized is not None and report.quantized[0] == "fp8" and report.quantized[1].fits
     assert str(report.nearest.machines) == "2 × 8 × H100-80"
     assert report.nearest.layout == ParallelConfig(tp=8, pp=2)
     assert report.served is not None and report.served.layout == ParallelConfig(tp=16)
@@ -82,8 +83,11 @@ def test_what_cannot_be_is_refused() -> None:
         report_of("Llama-3.1-8B", "8xH100-80", Degrees(tp=3))
     with pytest.raises(LayoutError, match="needs 16 devices; there are 8"):
         report_of("Llama-3.1-8B", "8xH100-80", Degrees(tp=8, pp=2))
-    with pytest.raises(LayoutError, match="ep=2 needs a mixture of experts"):
-        report_of("Llama-3.1-8B", "8xH100-80", Degrees(tp=2, ep=2))
+    for fixed in (Degrees(tp=2, ep=2), Degrees(ep=2)):
+        with pytest.raises(LayoutError, match="ep=2 needs a mixture of experts"):
+            report_of("Llama-3.1-8B", "8xH100-80", fixed)
+    with pytest.raises(LayoutError, match="ep=3 does not divide the model's 8 experts"):
+        report_of("Mixtral-8x7B", "8xH100-80", Degrees(ep=3))
     with pytest.raises(InvalidOption, match="more than the model's 131072"):
         report_of("Llama-3.1-8B", "8xH100-80", max_model_len=131073)
 

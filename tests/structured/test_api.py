@@ -122,6 +122,8 @@ async def test_what_cannot_be_compiled_is_refused_by_name(one: Served) -> None:
         (chat(tools=[tool], tool_choice="required"), "tools", "/$defs/f/properties/a"),
         (chat(guided_regex="(a"), "guided_regex", "unclosed group"),
         (chat(guided_regex="a", ignore_eos=True), "ignore_eos", "end token"),
+        (chat(guided_choice=[]), "guided_choice", "1 to 1024 strings"),
+        (chat(guided_regex=""), "guided_regex", "not empty"),
     ):
         response = await one.http.post("/v1/chat/completions", json=body)
         error = response.json()["error"]
