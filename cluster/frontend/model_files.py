@@ -1,15 +1,16 @@
 """What the front end reads of a checkpoint: small JSON files or a GGUF file's metadata, never weights."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.frontend.gguf_files import gguf_as_json
 from cluster.licence import Licence, licence_of
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, InvalidRequest
 from engine.gguf.header import is_gguf
+from engine.request import SamplingParams
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -66,7 +67,7 @@ def _read_object(path: Path, required: bool = False) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
@@ -100,29 +101,51 @@ def _named_tokens(path: Path, tokenizer: Mapping[str, Any]) -> dict[str, str]:
 def _chat_template(path: Path, tokenizer: Mapping[str, Any]) -> str | None:
     """chat_template.jinja goes before the entry in tokenizer_config.json, as in transformers."""
     file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = tokenizer.get("chat_template")
-    if isinstance(template, list):
-        return _named_templates(template).get("default")
-    return template
+    return _read_text(file) if file.is_file() else _templates(tokenizer).get("default")
 
 
 def _tool_template(path: Path, tokenizer: Mapping[str, Any]) -> str | None:
     file = path / "additional_chat_templates" / "tool_use.jinja"
-    if file.is_file():
+    return _read_text(file) if file.is_file() else _templates(tokenizer).get("tool_use")
+
+
+def _read_text(file: Path) -> str:
+    try:
         return file.read_text(encoding="utf-8")
-    template = tokenizer.get("chat_template")
-    return _named_templates(template).get("tool_use") if isinstance(template, list) else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
-def _named_templates(entries: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    return {entry["name"]: entry["template"] for entry in entries}
+def _templates(tokenizer: Mapping[str, Any]) -> dict[str, str]:
+    """By name, as tokenizer_config.json has them: one, or a list of objects. Raises CheckpointError."""
+    given = tokenizer.get("chat_template")
+    if given is None:
+        return {}
+    entries = given if isinstance(given, list) else [{"name": "default", "template": given}]
+    try:
+        templates = {entry["name"]: entry["template"] for entry in entries}
+    except (TypeError, LookupError):
+        templates = {"": None}
+    if not all(isinstance(text, str) for pair in templates.items() for text in pair):
+        raise CheckpointError(
+            "tokenizer_config.json: chat_template must be a text, or a list of objects with the texts name and template"
+        )
+    return templates
 
 
 def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float]:
-    """A model that says ``do_sample: false`` is meant to be greedy."""
+    """A model that says ``do_sample: false`` is meant to be greedy. Raises CheckpointError where a value is no number,
+    or out of range."""
     defaults = {key: generation[key] for key in _SAMPLING_DEFAULTS if generation.get(key) is not None}
     if generation.get("do_sample") is False:
         defaults = {"temperature": 0.0} | {key: defaults[key] for key in defaults if key == "repetition_penalty"}
+    if defaults.get("top_k") == -1:
+        defaults["top_k"] = 0
+    for key, value in defaults.items():
+        if isinstance(value, bool) or not isinstance(value, int if key == "top_k" else int | float):
+            raise CheckpointError(f"generation_config.json: {key} is {value!r}; it must be a number")
+    try:
+        SamplingParams(max_tokens=1, **defaults).validate(1)
+    except InvalidRequest as error:
+        raise CheckpointError(f"generation_config.json: {error}") from error
     return defaults

@@ -11,7 +11,7 @@ from cluster.frontend.calls import SamplingOptions
 from cluster.frontend.model_files import read_model_files
 from cluster.frontend.sampling import build_sampling
 from cluster.frontend.tokenizer import Tokenizer
-from engine.errors import InvalidRequest
+from engine.errors import CheckpointError, InvalidRequest
 from engine.request import SamplingParams
 from tests.frontend import tokenizers_for_tests
 from tests.frontend.bodies import completion
@@ -81,6 +81,42 @@ def test_a_model_that_does_not_sample_is_greedy(tmp_path: Path) -> None:
     path = write(tmp_path, {"do_sample": False, "temperature": 0.6, "top_p": 0.9}, LLAMA31_CONFIG)
     assert sampling(path).temperature == 0.0
     assert sampling(path, temperature=0.5).temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"temperature": "abc"}, "generation_config.json: temperature is 'abc'; it must be a number"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"top_p": 3}, "generation_config.json: top_p must be .* not 3"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty must be"),
+        ({"min_p": [0.1]}, r"min_p is \[0.1\]"),
+    ],
+)
+def test_values_of_no_use_are_refused_at_the_start(generation: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Not with an error for every request."""
+    with pytest.raises(CheckpointError, match=message):
+        read_model_files(write(tmp_path, generation, LLAMA31_CONFIG))
+
+
+@pytest.mark.parametrize(
+    "template", [5, {"a": 1}, [1], ["a"], [{"x": 1}], [None], [{"name": "default", "template": 3}]]
+)
+def test_a_chat_template_that_is_no_text_is_refused(template: Any, tmp_path: Path) -> None:
+    path = write(tmp_path, None, LLAMA31_CONFIG)
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(CheckpointError, match="chat_template must be a text, or a list"):
+        read_model_files(path)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, None, LLAMA31_CONFIG)
+    (path / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
+        read_model_files(path)
+    (path / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not valid JSON"):
+        read_model_files(path)
 
 
 async def test_served_with_what_the_checkpoint_says(tmp_path: Path) -> None:
