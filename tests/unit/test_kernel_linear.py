@@ -75,6 +75,20 @@ def test_int8_sums_are_exact(num_tokens: int, num_inputs: int, num_outputs: int)
     assert (error <= expected.abs() * 2**-8).all()
 
 
+@needs_tiles
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_int8_does_not_hide_what_is_not_finite(value: float) -> None:
+    hidden = torch.randn(5, 128).to(torch.bfloat16)
+    weight, scales = torch.randint(-128, 128, (32, 128), dtype=torch.int8), torch.rand(32)
+    expected = linear_int8(hidden, weight, scales)
+    for place in (0, 77, 127):
+        broken = hidden.clone()
+        broken[2, place] = value
+        output = linear_int8(broken, weight, scales)
+        assert output[2].isnan().all()
+        assert torch.equal(output[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
+
+
 def test_int8_shapes_that_the_kernel_does_not_take() -> None:
     assert not can_multiply_int8(torch.zeros(32, 96, dtype=torch.int8), torch.bfloat16)
     assert not can_multiply_int8(torch.zeros(40, 64, dtype=torch.int8), torch.bfloat16)

@@ -126,15 +126,20 @@ REMUDA_AMX __m512 wide(const uint16_t *values) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
 }
 
-// Rounds each token to int8 by its largest magnitude ÷ 127, and packs it; `scales` [num_tokens] are filled.
+// Rounds each token to int8 by its largest magnitude ÷ 127, and packs it; `scales` [num_tokens] are filled. The scale of
+// a token with a NaN or an infinite value is NaN, which no int8 could show.
 REMUDA_AMX void pack_int8(const uint16_t *tokens, int num_tokens, int64_t num_inputs, const Packed &packed, float *scales) {
     packed.clear(num_tokens);
     for (int token = 0; token < num_tokens; token++) {
         const uint16_t *values = tokens + token * num_inputs;
-        __m512 largest = _mm512_setzero_ps();
-        for (int64_t k = 0; k < num_inputs; k += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(wide(values + k)));
+        __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+        for (int64_t k = 0; k < num_inputs; k += 16) {
+            const __m512 value = wide(values + k);
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(value));
+            poison = _mm512_fmadd_ps(value, _mm512_setzero_ps(), poison);
+        }
         const float most = _mm512_reduce_max_ps(largest);
-        scales[token] = most / 127.0F;
+        scales[token] = most / 127.0F + _mm512_reduce_add_ps(poison);
         const __m512 inverse = _mm512_set1_ps(most > 0.0F ? 127.0F / most : 0.0F);
         for (int64_t k = 0; k < num_inputs; k += 16) {
             __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(wide(values + k), inverse));
