@@ -11,6 +11,7 @@ from typing import Self
 
 import torch
 
+from engine.kernels.huge_pages import advise_huge_pages
 from engine.parallel.mesh import Mesh
 from engine.quantization_config import MatrixFormat, QuantizationConfig
 
@@ -133,6 +134,7 @@ class ParameterBuilder:
         """An uninitialised parameter, by default of the builder's dtype; ``fill`` or ``convert`` says what it is
         loaded from."""
         values = torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
+        advise_huge_pages(values)
         return torch.nn.Parameter(values, requires_grad=False)
 
     def fill(self, destination: torch.Tensor, name: str, shape: tuple[int, ...], start: tuple[int, ...]) -> None:

@@ -30,7 +30,9 @@ def test_rms_norm(shape: tuple[int, ...], has_weight: bool) -> None:
 
 @needs_library
 def test_silu_multiply() -> None:
-    both = torch.cat((torch.linspace(-200, 200, 512).to(torch.bfloat16), random(512)))[None].repeat(3, 1)
+    gates = torch.linspace(-200, 200, 512)
+    gates[:2] = torch.tensor([-3e38, -1e30])
+    both = torch.cat((gates.to(torch.bfloat16), random(512)))[None].repeat(3, 1)
     gate, up = both.double().chunk(2, dim=-1)
     output = silu_multiply(both)
     assert output is not None

@@ -69,7 +69,11 @@ REMUDA_AMX void remuda_silu_multiply(const uint16_t *input, uint16_t *output, in
         for (int64_t i = 0; i < n; i += 16) {
             const __m512 gate = load(input + i);
             const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate));
-            const __m512 silu = _mm512_div_ps(gate, _mm512_add_ps(e, _mm512_set1_ps(1.0F)));
+            // The exponential stops at e⁸⁸; beyond it there is nothing left of a finite gate.
+            const __mmask16 is_low = _mm512_cmp_ps_mask(gate, _mm512_set1_ps(-87.0F), _CMP_LT_OQ) &
+                                     _mm512_cmp_ps_mask(gate, _mm512_set1_ps(-INFINITY), _CMP_NEQ_OQ);
+            const __m512 quotient = _mm512_div_ps(gate, _mm512_add_ps(e, _mm512_set1_ps(1.0F)));
+            const __m512 silu = _mm512_mask_mov_ps(quotient, is_low, _mm512_setzero_ps());
             store(output + i, _mm512_mul_ps(rounded(silu), load(input + n + i)));
         }
     }
