@@ -52,21 +52,6 @@ struct Scratch {
     alignas(64) float total[kTileRows];
 };
 
-REMUDA_AMX __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0F));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504F)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375F), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4F), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4F);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3F));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3F));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2F));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1F));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1F));
-    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0F));
-    return _mm512_scalef_ps(p, n);
-}
-
 REMUDA_AMX void pack_query(const uint16_t *query, const Heads &heads, int64_t head_dim, Scratch &scratch) {
     auto *pairs = reinterpret_cast<uint32_t *>(scratch.query);
     std::memset(pairs, 0, heads.num_kv * head_dim / 2 * kTileRows * 4);

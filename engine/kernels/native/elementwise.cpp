@@ -10,6 +10,8 @@
 
 namespace {
 
+using namespace remuda;
+
 REMUDA_AMX inline __m512 load(const uint16_t *values) {
     const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(values));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
@@ -22,22 +24,6 @@ REMUDA_AMX inline void store(uint16_t *target, __m512 values) {
 REMUDA_AMX inline __m512 rounded(__m512 values) {
     const __m256i narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
-}
-
-// exp(x) for x ≤ 88, to about 1e-7.
-REMUDA_AMX inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0F)), _mm512_set1_ps(-87.0F));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504F)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375F), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4F), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4F);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3F));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3F));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2F));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1F));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1F));
-    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0F));
-    return _mm512_scalef_ps(p, n);
 }
 
 }  // namespace
