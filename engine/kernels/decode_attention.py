@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.native_library import native_library
+from engine.kernels.native_library import tile_library
 
 _HEADS_STEP = 16
 """Most query heads that may share a key-value head; positions of a block come in multiples of it."""
@@ -79,8 +79,8 @@ def decode_attention(
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """None where the library was not built or the CPU has no tile units."""
-    library = native_library()
-    if library is None or not library.remuda_has_tiles():
+    library = tile_library()
+    if library is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.remuda_decode_attention.argtypes = [pointer] * 5 + [number] + [pointer] * 4 + [number] * 5

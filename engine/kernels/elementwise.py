@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels.native_library import native_library
+from engine.kernels.native_library import tile_library
 
 _STEP = 16
 
@@ -71,8 +71,8 @@ def _is_bfloat16_on_cpu(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = native_library()
-    if library is None or not library.remuda_has_tiles():
+    library = tile_library()
+    if library is None:
         return None
     pointer: Any = ctypes.c_void_p
     number: Any = ctypes.c_int64

@@ -12,8 +12,7 @@ from enum import IntEnum
 import torch
 from torch.nn import functional
 
-from engine.kernels.linear import has_tiles
-from engine.kernels.native_library import native_library
+from engine.kernels.native_library import tile_library
 
 _UNIT = 32
 """Weights of a row that are decoded together, and rows that are multiplied together."""
@@ -164,7 +163,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """None where the library was not built or the CPU has no tile units."""
-    library = native_library() if has_tiles() else None
+    library = tile_library()
     if library is not None:
         pointer = ctypes.POINTER(_Matrix)
         library.remuda_linear_encoded.argtypes = [pointer, *[ctypes.c_void_p] * 3, ctypes.c_int64]

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch.nn import functional
 
-from engine.kernels.native_library import native_library
+from engine.kernels.native_library import tile_library
 
 _MOST_TOKENS = 128
 """Above, oneDNN's product of unpacked bfloat16 weights is as fast."""
@@ -99,8 +99,8 @@ def _is_on_cpu_in(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
 @functools.cache
 def _tile_library() -> ctypes.CDLL | None:
     """None where the library was not built or the CPU has no tile units."""
-    library = native_library()
-    if library is None or not library.remuda_has_tiles():
+    library = tile_library()
+    if library is None:
         return None
     library.remuda_linear_bf16.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
     library.remuda_linear_bf16.restype = None

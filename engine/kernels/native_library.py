@@ -15,3 +15,10 @@ def is_built() -> bool:
 def native_library() -> ctypes.CDLL | None:
     """The library, loaded once; None where the package was built without it. Its calls let other threads run."""
     return ctypes.CDLL(str(_PATH)) if is_built() else None
+
+
+@functools.cache
+def tile_library() -> ctypes.CDLL | None:
+    """The same where the CPU has tile units (AMX), for the kernels that are made of them; else None."""
+    library = native_library()
+    return library if library is not None and library.remuda_has_tiles() else None
