@@ -4,6 +4,7 @@ Knows no tensors. The model runner turns what ``apply`` returns into the tensors
 model of a rank. Everything that the protocol forbids raises ProtocolViolation here, before any memory is touched.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,14 +30,15 @@ class SlotState:
     """One request, as a rank sees it.
 
     ``token_ids``: prompt and what was generated, as far as this rank knows it. ``block_tables[g][i]`` holds the keys
-    and values of positions i × block_size … of KV group g; NULL_BLOCK where they can no longer be seen.
+    and values of positions i × block_size … of KV group g; NULL_BLOCK where they can no longer be seen. Tables are
+    arrays of int64, so that a step copies a long one in one go.
     ``num_computed``: positions whose keys and values have been computed, this step's included once it was applied.
     """
 
     token_ids: list[int]
     num_prompt_tokens: int
     sampling: SamplingParams
-    block_tables: list[list[int]]
+    block_tables: list["array[int]"]
     num_unseen_blocks: list[int]
     num_computed: int = 0
     sample_step: int = NO_STEP
@@ -179,13 +181,14 @@ class SlotTable:
             )
         if request.adapter not in self._adapters | {NO_ADAPTER}:
             raise ProtocolViolation(f"slot {request.slot}: adapter slot {request.adapter} is not loaded")
+        num_shared = self._num_shared_tokens(request)
         self._slots[request.slot] = SlotState(
             token_ids=list(request.token_ids),
             num_prompt_tokens=request.num_prompt_tokens,
             sampling=request.sampling,
-            block_tables=[list(table) for table in request.block_ids] or [[] for _ in self._kv_groups],
+            block_tables=[array("q", ids) for ids in request.block_ids] or [array("q") for _ in self._kv_groups],
             num_unseen_blocks=[0] * len(self._kv_groups),
-            num_computed=self._num_shared_tokens(request),
+            num_computed=num_shared,
             adapter=request.adapter,
         )
 
@@ -256,12 +259,12 @@ class SlotTable:
                 f"{len(self._kv_groups)}"
             )
         for table, block_ids in zip(state.block_tables, share.new_block_ids, strict=False):
-            table.extend(block_ids)
             for block_id in block_ids:
                 if not NULL_BLOCK < block_id < self._num_blocks:
                     raise ProtocolViolation(
                         f"step {step}, slot {share.slot}: block {block_id}; blocks are 1 to {self._num_blocks - 1}"
                     )
+            table.extend(block_ids)
         for index, table in enumerate(state.block_tables):
             if len(table) * self._block_size < end:
                 raise ProtocolViolation(

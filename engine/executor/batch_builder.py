@@ -6,14 +6,17 @@ import numpy as np
 import torch
 
 from engine.batch import ForwardBatch, StepAdapters
-from engine.messages import NO_ADAPTER, NULL_BLOCK
+from engine.messages import NO_ADAPTER
 from engine.slot_table import ScheduledSlot
 
 
 def build_batch(
     scheduled: Sequence[ScheduledSlot], num_groups: int, block_size: int, device: torch.device
 ) -> ForwardBatch:
-    """``logits_rows`` are the last rows of the slots that sample, in order. ``scheduled`` must not be empty."""
+    """``logits_rows`` are the last rows of the slots that sample, in order. ``scheduled`` must not be empty.
+
+    Block tables are padded with zero, which is NULL_BLOCK.
+    """
     query_lens = tuple(share.num_tokens for share in scheduled)
     ends = np.cumsum(query_lens)
     kv_lens = tuple(share.start + share.num_tokens for share in scheduled)
@@ -23,10 +26,11 @@ def build_batch(
     width = -(-max(kv_lens) // block_size)
     tables, slot_mapping = [], []
     for group in range(num_groups):
-        table = np.full((len(scheduled), width), NULL_BLOCK, dtype=np.int64)
+        # Zeros cost nothing until they are written, so short requests beside a long one keep their rows short.
+        table = np.zeros((len(scheduled), width), dtype=np.int64)
         for row, (share, kv_len) in enumerate(zip(scheduled, kv_lens, strict=True)):
             num_blocks = -(-kv_len // block_size)
-            table[row, :num_blocks] = share.state.block_tables[group][:num_blocks]
+            table[row, :num_blocks] = np.frombuffer(share.state.block_tables[group], np.int64, num_blocks)
         tables.append(torch.from_numpy(table).to(device))
         slots = table[rows, positions // block_size] * block_size + positions % block_size
         slot_mapping.append(torch.from_numpy(slots).to(device))
