@@ -16,8 +16,10 @@ from engine.executor.batch_builder import build_batch
 from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import copy_blocks
 from engine.executor.logprobs import top_logprobs
+from engine.executor.penalties import has_penalties
 from engine.executor.sampler import SamplerOutput, sample
 from engine.executor.sampling_row import GrammarMask, SamplingRow
+from engine.executor.seen_tokens import SeenTokens
 from engine.messages import (
     AdapterOutcome,
     LoadAdapter,
@@ -71,6 +73,8 @@ class ModelRunner:
         self._groups = kv_groups(model.config)
         self._block_size = cache.key_cache[0].shape[1]
         self._attention = attention_backend()
+        self._seen: dict[int, SeenTokens] = {}
+        """By slot, of requests with penalties."""
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -78,7 +82,7 @@ class ModelRunner:
         began = time.perf_counter()
         scheduled = self._slots.apply(plan)
         batch = plan.batches[self._mesh.dp_rank]
-        self._grammars.forget(batch.removed)
+        self._forget(batch.removed)
         copy_blocks(self._cache, batch.block_copies)
         outcomes = self._change_adapters(plan) if plan.adapters else []
         result = StepResult(plan.epoch, plan.step, self._mesh.rank)
@@ -86,6 +90,12 @@ class ModelRunner:
             result = self._compute(plan, scheduled)
         duration_us = int((time.perf_counter() - began) * 1e6)
         return msgspec.structs.replace(result, duration_us=duration_us, adapters=outcomes)
+
+    def _forget(self, slots: Sequence[int]) -> None:
+        """They hold other requests, or none, from now on."""
+        self._grammars.forget(slots)
+        for slot in slots:
+            self._seen.pop(slot, None)
 
     @functools.cached_property
     def _adapters(self) -> AdapterLoader:
@@ -124,7 +134,7 @@ class ModelRunner:
         found = masks.result() if masks is not None else {}
         failures = {slot: mask for slot, mask in found.items() if isinstance(mask, str)}
         if logits is not None and sampling:
-            rows = [_sampling_row(share, found.get(share.slot)) for share in sampling]
+            rows = [self._sampling_row(share, found.get(share.slot)) for share in sampling]
             try:
                 output = sample(logits, rows)
             except RuntimeError as error:
@@ -136,6 +146,13 @@ class ModelRunner:
         sampled = _usable(sampling, output, failures) if output is not None else []
         errors = [SlotError(slot, message) for slot, message in failures.items()]
         return StepResult(plan.epoch, plan.step, self._mesh.rank, sampled, prompt_logprobs, errors)
+
+    def _sampling_row(self, share: ScheduledSlot, mask: GrammarMask | str | None) -> SamplingRow:
+        """What is drawn for a slot whose grammar is broken means nothing."""
+        state = share.state
+        allowed = mask if isinstance(mask, GrammarMask) else None
+        seen = self._seen.setdefault(share.slot, SeenTokens()) if has_penalties(state.sampling) else None
+        return SamplingRow(share.slot, state.sampling, state.token_ids, state.num_prompt_tokens, allowed, seen)
 
     def _forward(self, scheduled: Sequence[ScheduledSlot]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states [T, hidden_size] and, on the sampling rank, the sampling slots' logits [R, vocab]."""
@@ -195,13 +212,6 @@ class ModelRunner:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """torch has a class for CUDA; for CPU memory only the message tells."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _sampling_row(share: ScheduledSlot, mask: GrammarMask | str | None) -> SamplingRow:
-    """What is drawn for a slot whose grammar is broken means nothing."""
-    state = share.state
-    allowed = mask if isinstance(mask, GrammarMask) else None
-    return SamplingRow(share.slot, state.sampling, state.token_ids, state.num_prompt_tokens, allowed)
 
 
 def _usable(sampling: Sequence[ScheduledSlot], output: SamplerOutput, failures: dict[int, str]) -> list[SampledToken]:

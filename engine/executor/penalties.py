@@ -8,12 +8,13 @@ import numpy.typing as npt
 import torch
 
 from engine.executor.sampling_row import SamplingRow
+from engine.executor.seen_tokens import SeenTokens
 from engine.request import SamplingParams
 
 
 def adjust_logits(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     """In place on ``logits`` [R, vocab] float32; row r belongs to ``rows[r]``. Rows without such options stay as is."""
-    penalized = [r for r, row in enumerate(rows) if _has_penalties(row.params)]
+    penalized = [r for r, row in enumerate(rows) if has_penalties(row.params)]
     if penalized:
         _apply_penalties(logits, rows, penalized)
     biased = [(r, token_id, bias) for r, row in enumerate(rows) for token_id, bias in row.params.logit_bias.items()]
@@ -35,14 +36,14 @@ def adjust_logits(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
             logits[r].masked_fill_(torch.from_numpy(~row.mask.allowed).to(logits.device), float("-inf"))
 
 
-def _has_penalties(params: SamplingParams) -> bool:
+def has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def _apply_penalties(logits: torch.Tensor, rows: Sequence[SamplingRow], penalized: list[int]) -> None:
     """Repetition (Keskar et al. 2019, CTRL, §4.1): a token seen in prompt or output has its logit divided by the
     penalty where positive, multiplied where not. Frequency and presence (OpenAI): of output tokens only, the count and
-    one are subtracted. Only the tokens that occur are touched, so the cost follows the history, not the vocabulary."""
+    one are subtracted. Only the tokens that occur are touched, so the cost follows how many different ones there are."""
     parts = [_seen_tokens(rows[r]) for r in penalized]
     sizes = [len(token_ids) for token_ids, _ in parts]
     row_ids = torch.tensor(np.repeat(penalized, sizes), device=logits.device)
@@ -62,8 +63,6 @@ def _apply_penalties(logits: torch.Tensor, rows: Sequence[SamplingRow], penalize
 
 
 def _seen_tokens(row: SamplingRow) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Distinct ids in prompt and output, and how often each is in the output (0: in the prompt only)."""
-    history = np.asarray(row.token_ids, dtype=np.int64)
-    distinct, inverse = np.unique(history, return_inverse=True)
-    counts = np.bincount(inverse[row.num_prompt_tokens :], minlength=len(distinct))
-    return distinct, counts.astype(np.int64)
+    seen = row.seen or SeenTokens()
+    seen.feed(row.token_ids, row.num_prompt_tokens)
+    return seen.token_ids, seen.counts

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from engine.executor.seen_tokens import SeenTokens
 from engine.request import SamplingParams
 
 
@@ -19,13 +20,17 @@ class GrammarMask:
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """``token_ids``: everything before the token to be sampled, prompt first. The new one's position is its length."""
+    """``token_ids``: everything before the token to be sampled, prompt first. The new one's position is its length.
+
+    ``seen``: what penalties found in it in earlier steps, for a caller that keeps it; None: they look at all of it.
+    """
 
     slot: int
     params: SamplingParams
     token_ids: Sequence[int]
     num_prompt_tokens: int
     mask: GrammarMask | None = None
+    seen: SeenTokens | None = None
 
     @property
     def position(self) -> int:
