@@ -5,16 +5,16 @@ own tokens (as in vLLM's prefix caching). The chain begins with what else they d
 adapter, a tenant's salt.
 """
 
-import hashlib
 from array import array
 from collections.abc import Sequence
+from hashlib import blake2b as _blake2b
 
 _DIGEST_BYTES = 16
 
 
 def root_hash(*parts: str) -> bytes:
     """The beginning of a chain; other parts give another chain."""
-    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    digest = _blake2b(digest_size=_DIGEST_BYTES)
     for part in parts:
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
@@ -23,11 +23,15 @@ def root_hash(*parts: str) -> bytes:
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """The name of the block that holds ``token_ids`` and follows the block ``parent``."""
-    return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=_DIGEST_BYTES).digest()
+    return _blake2b(parent + array("I", token_ids).tobytes(), digest_size=_DIGEST_BYTES).digest()
 
 
 def extend_hashes(hashes: list[bytes], root: bytes, token_ids: Sequence[int], num_blocks: int, block_size: int) -> None:
     """Appends to ``hashes`` until it names the first ``num_blocks`` blocks of ``token_ids``."""
-    for index in range(len(hashes), num_blocks):
-        parent = hashes[-1] if hashes else root
-        hashes.append(block_hash(parent, token_ids[index * block_size : (index + 1) * block_size]))
+    first = len(hashes) * block_size
+    data = array("I", token_ids[first : num_blocks * block_size]).tobytes()
+    num_bytes = array("I").itemsize * block_size
+    parent = hashes[-1] if hashes else root
+    for start in range(0, len(data), num_bytes):
+        parent = _blake2b(parent + data[start : start + num_bytes], digest_size=_DIGEST_BYTES).digest()
+        hashes.append(parent)

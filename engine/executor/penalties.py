@@ -43,7 +43,7 @@ def has_penalties(params: SamplingParams) -> bool:
 def _apply_penalties(logits: torch.Tensor, rows: Sequence[SamplingRow], penalized: list[int]) -> None:
     """Repetition (Keskar et al. 2019, CTRL, §4.1): a token seen in prompt or output has its logit divided by the
     penalty where positive, multiplied where not. Frequency and presence (OpenAI): of output tokens only, the count and
-    one are subtracted. Only the tokens that occur are touched, so the cost follows how many different ones there are."""
+    one are subtracted. Only the tokens that occur are touched, so the cost follows how many there are."""
     parts = [_seen_tokens(rows[r]) for r in penalized]
     sizes = [len(token_ids) for token_ids, _ in parts]
     row_ids = torch.tensor(np.repeat(penalized, sizes), device=logits.device)

@@ -1,7 +1,7 @@
 """The blocks of a KV cache: who may have one, and when it may be given to somebody else."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 from engine.messages import NO_STEP, NULL_BLOCK
 
@@ -21,7 +21,7 @@ class BlockPool:
         self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))  # of unknown content
         self._free_kept: dict[int, None] = {}  # of known content; least recently used first
         self._key_of: dict[int, BlockKey] = {}
-        self._block_of: dict[BlockKey, int] = {}
+        self._block_of: defaultdict[int, dict[bytes, int]] = defaultdict(dict)  # by group, then by name
         self._num_references = [0] * max(num_blocks, 1)
         self._deferred: dict[int, list[int]] = {}
         self._num_deferred = 0
@@ -52,13 +52,19 @@ class BlockPool:
 
     def keep(self, block_id: int, key: BlockKey) -> None:
         """The block, which somebody holds, now has this content to its end, and will not be written again."""
-        if key not in self._block_of and block_id not in self._key_of:
-            self._block_of[key] = block_id
+        group, name = key
+        if name not in self._block_of[group] and block_id not in self._key_of:
+            self._block_of[group][name] = block_id
             self._key_of[block_id] = key
 
     def find(self, key: BlockKey) -> int | None:
         """A block with this content, in use or free."""
-        return self._block_of.get(key)
+        group, name = key
+        return self._block_of[group].get(name)
+
+    def find_each(self, group: int, names: Sequence[bytes]) -> list[int | None]:
+        """As ``find``, for one name after the other."""
+        return list(map(self._block_of[group].get, names))
 
     def is_free(self, block_id: int) -> bool:
         return self._num_references[block_id] == 0
@@ -101,7 +107,8 @@ class BlockPool:
     def _forget_oldest(self) -> int:
         block_id = next(iter(self._free_kept))
         del self._free_kept[block_id]
-        del self._block_of[self._key_of.pop(block_id)]
+        group, name = self._key_of.pop(block_id)
+        del self._block_of[group][name]
         return block_id
 
     def check_integrity(self, held: Iterable[int]) -> None:
@@ -113,7 +120,8 @@ class BlockPool:
         free = [*self._free, *self._free_kept]
         assert len(free) == len(set(free)), "a block is free twice"
         assert self._free_kept.keys() <= self._key_of.keys(), "a block is kept whose content is not known"
-        assert {block_id: key for key, block_id in self._block_of.items()} == self._key_of, "contents are mixed up"
+        contents = {block: (group, name) for group, found in self._block_of.items() for name, block in found.items()}
+        assert contents == self._key_of, "contents are mixed up"
         assert len(free) + len(expected) == self.num_usable, (
             f"{len(free)} free and {len(expected)} used blocks of {self.num_usable}"
         )

@@ -11,6 +11,10 @@ from engine.messages import NULL_BLOCK
 from engine.scheduler.block_pool import BlockPool
 from engine.scheduler.request_state import RequestState
 
+_NAMED_AT_ONCE = 64
+_MAX_NAMED = 2048
+"""Blocks that are named in one step, some two milliseconds of work, while other requests wait for its plan."""
+
 
 class BlockTables:
     """Every position has a block in every group once it is scheduled, so all tables of a request are equally long.
@@ -26,30 +30,47 @@ class BlockTables:
         self._kv_groups = tuple(kv_groups)
         self._block_size = block_size
         self._narrow_groups = [(g, group) for g, group in enumerate(kv_groups) if not group.is_full]
+        self._full_groups_first = sorted(range(len(kv_groups)), key=lambda g: not kv_groups[g].is_full)
+        """What is not in a full group need not be looked for in another."""
         self._keeps_prefixes = keeps_prefixes
 
-    def find_prefix(self, state: RequestState) -> list[list[int]]:
+    def find_prefix(self, state: RequestState, *, all_at_once: bool = True) -> list[list[int]] | None:
         """Tables of blocks that hold the request's first tokens already, in all groups; NULL_BLOCK where a chunked or
         sliding group no longer needs one. At least one token is left to compute.
+
+        Blocks are named as far as they are found, so that a long prompt nobody had before costs nothing here. None: not
+        all could be named now (``all_at_once`` is false, and the prompt long); the next call goes on.
         """
         if not self._keeps_prefixes or state.sampling.prompt_logprobs is not None:
             return [[] for _ in self._kv_groups]
         num_most = (len(state.token_ids) - 1) // self._block_size
-        extend_hashes(state.block_hashes, state.root_hash, state.token_ids, num_most, self._block_size)
-        found = [self._find_blocks(group, state.block_hashes[:num_most]) for group in range(len(self._kv_groups))]
+        num_nameable = num_most if all_at_once else min(num_most, len(state.block_hashes) + _MAX_NAMED)
+        found: list[list[int]] = []
+        for group in self._full_groups_first:
+            blocks = self._find_blocks(state, group, num_nameable)
+            if len(blocks) == num_nameable < num_most:
+                return None
+            found.append(blocks)
+            num_most = num_nameable = min(num_most, len(blocks))
+        found = [found[self._full_groups_first.index(group)] for group in range(len(self._kv_groups))]
         num_blocks = self._longest_held(found)
         end = num_blocks * self._block_size
         firsts = [first_visible_block(group, end, self._block_size) for group in self._kv_groups]
         return [[NULL_BLOCK] * first + blocks[first:num_blocks] for blocks, first in zip(found, firsts, strict=True)]
 
-    def _find_blocks(self, group: int, hashes: list[bytes]) -> list[int]:
+    def _find_blocks(self, state: RequestState, group: int, num_most: int) -> list[int]:
         """Of a full group the blocks up to the first that is missing; of others all, NULL_BLOCK for those missing."""
         blocks: list[int] = []
-        for name in hashes:
-            block_id = self._pool.find((group, name))
-            if block_id is None and self._kv_groups[group].is_full:
+        hashes = state.block_hashes
+        for first in range(0, num_most, _NAMED_AT_ONCE):
+            last = min(first + _NAMED_AT_ONCE, num_most)
+            if last > len(hashes):
+                extend_hashes(hashes, state.root_hash, state.token_ids, last, self._block_size)
+            found = self._pool.find_each(group, hashes[first:last])
+            if None in found and self._kv_groups[group].is_full:
+                blocks += [block_id for block_id in found[: found.index(None)] if block_id is not None]
                 break
-            blocks.append(NULL_BLOCK if block_id is None else block_id)
+            blocks += [NULL_BLOCK if block_id is None else block_id for block_id in found]
         return blocks
 
     def _longest_held(self, found: list[list[int]]) -> int:

@@ -51,6 +51,8 @@ class RequestState:
     """The next position whose scheduling lets a chunked or sliding group give blocks back."""
     root_hash: bytes = b""
     """Where the names of its blocks begin (engine.block_hash)."""
+    look_again_at: int = NO_STEP
+    """While it waits for blocks: the first plan that may admit it."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Names of its leading full blocks, as far as they were needed."""
     num_kept_tokens: int = 0
@@ -87,7 +89,7 @@ class RequestState:
         """A new epoch: the ranks and the cache know nothing of this request; its known tokens stay."""
         self.slot = NO_SLOT
         self.num_computed = self.num_pending = self.num_sent = 0
-        self.sample_step = self.last_step = NO_STEP
+        self.sample_step = self.last_step = self.look_again_at = NO_STEP
         self.block_tables = []
         self.num_unseen_blocks = []
         self.num_block_tokens = self.num_kept_tokens = 0

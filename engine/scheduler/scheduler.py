@@ -20,6 +20,9 @@ from engine.scheduler.policy import FirstComeFirstServed, Policy
 from engine.scheduler.request_state import NO_SLOT, RequestState
 from engine.scheduler.step_in_flight import StepInFlight
 
+_LOOKED_AT_PER_STEP = 1024
+"""Blocks, on average, of prefixes found for a request that does not fit yet."""
+
 
 class Scheduler:
     """The requests and the blocks of one dp group, in one epoch. Calls come from one thread.
@@ -171,8 +174,15 @@ class Scheduler:
         for state in self._policy.order(self._waiting):
             if budget.for_prompts <= 0 or not self._free_slots or state.num_pending:
                 break
-            prefix = self._tables.find_prefix(state)
+            others_wait = bool(batch.scheduled or self._in_flight)
+            if others_wait and flight.step < state.look_again_at:
+                break
+            prefix = self._tables.find_prefix(state, all_at_once=not others_wait)
+            if prefix is None:
+                break
             if self._tables.num_to_take(len(state.token_ids), prefix) + num_reserved > self._pool.num_free:
+                # Looking at a long prefix takes time, so it is not looked at in every step.
+                state.look_again_at = flight.step + len(prefix[0]) // _LOOKED_AT_PER_STEP
                 break
             batch.new.append(self._enter_slot(state, flight.step, prefix))
             num_tokens = len(state.token_ids) - state.num_computed
