@@ -17,6 +17,7 @@ PURE = (
     "cluster/frontend/journal",
     "cluster/control/placement",
     "cluster/control/autoscal",
+    "engine/parallel/expert_balance",
 )
 IMPURE_MODULES = {"time", "random", "secrets", "uuid", "datetime"}
 IMPURE_ATTRIBUTES = {("asyncio", "sleep"), ("numpy", "random"), ("np", "random"), ("os", "urandom")}
