@@ -8,7 +8,7 @@ ARGS ?=
 TEXT_CONFORMANCE := $(addprefix tests/frontend/test_,templates.py tool_parser.py meta_tokenizers.py infilling.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test conformance test-full lint type fmt protos bench bench-roof bench-peers bench-models clean
+.PHONY: help setup demo serve hosts test conformance test-full lint type fmt protos bench bench-roof bench-peers bench-models clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -20,6 +20,12 @@ demo: setup  ## start Ray, serve remuda-tiny with tp=2 ep=2, stream an answer ov
 
 serve: setup  ## serve remuda-tiny, or ARGS='MODEL --tp 2 ...'
 	$(VENV)/bin/remuda serve $(ARGS)
+
+# Hosts to make.
+N ?= 3
+
+hosts: setup  ## N=4 hosts (network namespaces) to try things on by hand; says how to enter them and how to break links
+	@$(PY) -m tests.support.hosts.by_hand $(N)
 
 test: setup  ## the whole test run: linters, types, import contracts, unit, integration
 	$(PY) -m pytest $(ARGS)

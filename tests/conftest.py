@@ -16,6 +16,9 @@ os.environ["SPT_NOENV"] = "1"
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton reads this when it is imported: where there is no GPU, its kernels run in its interpreter.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ["TRITON_INTERPRET"] = "1"
 # A process that names itself (every worker of Ray does) would else write over its environment, and the mark in it.
 os.environ["SPT_NOENV"] = "1"
 
@@ -23,7 +26,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["tests.support.conformance"]
+pytest_plugins = ["tests.support.conformance", "tests.support.hosts.fixture"]
 
 settings.register_profile("remuda", deadline=None, print_blob=True, derandomize=True)
 settings.register_profile("random", deadline=None, print_blob=True)

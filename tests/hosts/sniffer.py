@@ -9,7 +9,7 @@ import struct
 import threading
 from dataclasses import dataclass
 
-from tests.hosts.bed import NETWORK, NETWORK6, Host
+from tests.support.hosts.host import NETWORK, NETWORK6, Host
 
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 0x0003

@@ -5,15 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import bed
-from tests.hosts.bed import Bed, Host
+from tests.support.hosts.bed import Bed
+from tests.support.hosts.fixture import MakeBed
+from tests.support.hosts.host import NETWORK, Host
+from tests.support.hosts.namespaces import PREFIX, ip, namespaces
 
-pytestmark = [pytest.mark.netns, pytest.mark.skipif(bed.why_not() is not None, reason=str(bed.why_not()))]
+pytestmark = pytest.mark.netns
 
 ROOT = Path(__file__).parents[2]
 SERVER = """
@@ -37,7 +38,7 @@ print(local_interface_for(sys.argv[1]))
 """
 ABANDONED_BED = """
 import time
-from tests.hosts.bed import Bed
+from tests.support.hosts.bed import Bed
 bed = Bed(1)
 print(bed.hosts[0].name, flush=True)
 time.sleep(600)
@@ -45,13 +46,12 @@ time.sleep(600)
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[Bed]:
-    with Bed(3) as made:
-        for host in made.hosts:
-            server = host.popen([sys.executable, "-c", SERVER])
-            assert server.stdout is not None and server.stdout.readline() == "listening\n"
-        yield made
-    assert not set(bed.namespaces()) & {host.name for host in made.hosts}
+def hosts(make_bed: MakeBed) -> Bed:
+    made = make_bed(3)
+    for host in made.hosts:
+        server = host.popen([sys.executable, "-c", SERVER])
+        assert server.stdout is not None and server.stdout.readline() == "listening\n"
+    return made
 
 
 def ask(host: Host, other: Host, timeout_s: float = 5.0) -> "subprocess.CompletedProcess[str]":
@@ -69,17 +69,17 @@ def test_every_host_reaches_every_other_under_its_own_address(hosts: Bed) -> Non
 def test_no_way_leads_out_of_the_bed(hosts: Bed) -> None:
     for host in hosts.hosts:
         assert "default" not in host.run(["ip", "route"]).stdout
-    assert not any(bed.NETWORK in line for line in bed.ip("addr").splitlines()), "the bed's network is outside of it"
+    assert not any(NETWORK in line for line in ip("addr").splitlines()), "the bed's network is outside of it"
 
 
 def test_a_pulled_cable_cuts_one_host_off_until_it_is_put_back(hosts: Bed) -> None:
     first, second, third = hosts.hosts
-    hosts.cut(second)
+    hosts.network.cut(second)
     try:
         assert ask(first, second, timeout_s=0.5).returncode != 0
         assert ask(first, third).stdout.strip() == first.address
     finally:
-        hosts.heal(second)
+        hosts.network.heal(second)
     assert ask(first, second).stdout.strip() == first.address
 
 
@@ -101,7 +101,7 @@ def test_closing_ends_what_ignores_sigterm_and_what_was_orphaned() -> None:
         pid = int(process.stdout.readline())
         assert pid in made.hosts[0].pids()
     assert not Path("/proc", str(pid)).exists() or "zombie" in Path("/proc", str(pid), "status").read_text()
-    assert not set(bed.namespaces()) & {host.name for host in made.hosts}
+    assert not set(namespaces()) & {host.name for host in made.hosts}
 
 
 def test_what_a_killed_process_left_is_swept_by_the_next_bed() -> None:
@@ -111,8 +111,42 @@ def test_what_a_killed_process_left_is_swept_by_the_next_bed() -> None:
         assert process.stdout is not None
         name = process.stdout.readline().strip()
         process.send_signal(signal.SIGKILL)
-    assert name in bed.namespaces()
+    assert name in namespaces()
     started_s = time.monotonic()
     with Bed(1):
-        assert name not in bed.namespaces()
+        assert name not in namespaces()
     assert time.monotonic() - started_s < 5
+
+
+def test_a_bed_of_a_living_process_is_left_alone(make_bed: MakeBed) -> None:
+    other = make_bed(1)
+    with Bed(1):
+        assert other.hosts[0].name in namespaces()
+
+
+def test_a_new_process_with_an_old_number_is_not_taken_for_the_old_one() -> None:
+    name = f"{PREFIX}-{os.getpid()}.1-9-h1"
+    ip("netns", "add", name)
+    with Bed(1):
+        assert name not in namespaces()
+
+
+def test_hosts_by_hand_obey_lines_and_go_with_ctrl_c() -> None:
+    command = [sys.executable, "-m", "tests.support.hosts.by_hand", "2"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2)]
+        assert [line.split()[2] for line in lines] == ["10.77.0.1", "10.77.0.2"]
+        names = {line.split()[7] for line in lines}
+        assert names <= set(namespaces())
+        for order, answer in (("delay 2 1", "done\n"), ("cut 3", "not done: there is no host 3\n")):
+            process.stdin.write(f"{order}\n")
+            process.stdin.flush()
+            told = process.stdout.readline()
+            while "done" not in told:
+                told = process.stdout.readline()
+            assert told == answer
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    assert not names & set(namespaces())

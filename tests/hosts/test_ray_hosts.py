@@ -10,11 +10,11 @@ import pytest
 
 from cluster.control.ray_node import RayNode
 from cluster.control.ray_settings import authentication_environment
-from tests.hosts import bed
-from tests.hosts.bed import Bed
 from tests.hosts.sniffer import Sniffer
+from tests.support.hosts.bed import Bed
+from tests.support.hosts.fixture import MakeBed
 
-pytestmark = [pytest.mark.netns, pytest.mark.skipif(bed.why_not() is not None, reason=str(bed.why_not()))]
+pytestmark = pytest.mark.netns
 
 ROOT = Path(__file__).parents[2]
 NUM_SLOTS = 2
@@ -46,14 +46,14 @@ with RayRuntime.join(sys.argv[1]) as runtime:
 
 
 @pytest.fixture(scope="module")
-def cluster_of_three() -> Iterator[tuple[Bed, list[RayNode], Sniffer]]:
-    with Bed(3, with_sink=True) as made:
-        assert made.sink is not None
-        with Sniffer(made.sink) as sniffer:
-            nodes = made.start_ray(cpu_slots=NUM_SLOTS)
-            roots = [node.paths.root for node in nodes]
-            yield made, nodes, sniffer
-            made.close()
+def cluster_of_three(make_bed: MakeBed) -> Iterator[tuple[Bed, list[RayNode], Sniffer]]:
+    made = make_bed(3, with_sink=True)
+    assert made.sink is not None
+    with Sniffer(made.sink) as sniffer:
+        nodes = made.start_ray(cpu_slots=NUM_SLOTS)
+        roots = [node.paths.root for node in nodes]
+        yield made, nodes, sniffer
+        made.close()
     assert not any(root.exists() for root in roots)
 
 

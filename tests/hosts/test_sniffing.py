@@ -11,16 +11,17 @@ head (tests/hosts/README.md).
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import bed
-from tests.hosts.bed import Bed, Host
 from tests.hosts.sniffer import Packet, Sniffer
+from tests.support.hosts.bed import NAME_SERVER
+from tests.support.hosts.fixture import MakeBed
+from tests.support.hosts.host import Host
 
-pytestmark = [pytest.mark.netns, pytest.mark.skipif(bed.why_not() is not None, reason=str(bed.why_not()))]
+pytestmark = pytest.mark.netns
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = "203.0.113.7"
@@ -62,10 +63,10 @@ with Served(("--tp", "2", "--ep", "2", "--cpu-slots", "2"), Path(sys.argv[1])) a
 
 
 @pytest.fixture(scope="module")
-def host_and_sink() -> Iterator[tuple[Host, Host]]:
-    with Bed(1, with_sink=True) as made:
-        assert made.sink is not None
-        yield made.hosts[0], made.sink
+def host_and_sink(make_bed: MakeBed) -> tuple[Host, Host]:
+    bed = make_bed(1, with_sink=True)
+    assert bed.sink is not None
+    return bed.hosts[0], bed.sink
 
 
 def environment() -> dict[str, str]:
@@ -90,7 +91,7 @@ def wait_for(sniffer: Sniffer, wanted: Callable[[Packet], bool]) -> Packet:
     [
         (UDP, OUTSIDE, f"udp 10.77.0.1 → {OUTSIDE}:9"),
         (TCP, OUTSIDE, f"tcp 10.77.0.1 → {OUTSIDE}:80"),
-        (LOOK_UP, "metadata.google.internal", f"udp 10.77.0.1 → {bed.NAME_SERVER}:53 'metadata.google.internal'"),
+        (LOOK_UP, "metadata.google.internal", f"udp 10.77.0.1 → {NAME_SERVER}:53 'metadata.google.internal'"),
         (UDP.replace("AF_INET", "AF_INET6"), OUTSIDE6, f"udp fd77::1 → {OUTSIDE6}:9"),
         (TCP, "169.254.169.254", "tcp 10.77.0.1 → 169.254.169.254:80"),
         (UDP, "224.0.0.251", "udp 10.77.0.1 → 224.0.0.251:9"),

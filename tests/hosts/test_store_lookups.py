@@ -2,16 +2,16 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import bed
-from tests.hosts.bed import Bed, Host
 from tests.hosts.sniffer import Sniffer
+from tests.support.hosts.bed import NAME_SERVER
+from tests.support.hosts.fixture import MakeBed
+from tests.support.hosts.host import Host
 
-pytestmark = [pytest.mark.netns, pytest.mark.skipif(bed.why_not() is not None, reason=str(bed.why_not()))]
+pytestmark = pytest.mark.netns
 
 ROOT = Path(__file__).parents[2]
 PLAIN = """
@@ -35,10 +35,10 @@ except socket.gaierror:
 
 
 @pytest.fixture(scope="module")
-def host_and_sink() -> Iterator[tuple[Host, Host]]:
-    with Bed(1, with_sink=True) as made:
-        assert made.sink is not None
-        yield made.hosts[0], made.sink
+def host_and_sink(make_bed: MakeBed) -> tuple[Host, Host]:
+    bed = make_bed(1, with_sink=True)
+    assert bed.sink is not None
+    return bed.hosts[0], bed.sink
 
 
 def seen_while(host_and_sink: tuple[Host, Host], script: str, output: str) -> set[str]:
@@ -51,7 +51,7 @@ def seen_while(host_and_sink: tuple[Host, Host], script: str, output: str) -> se
 
 def test_torchs_own_store_asks_for_the_name_of_loopback(host_and_sink: tuple[Host, Host]) -> None:
     """The reason for engine/parallel/store.py. When this fails, torch has stopped, and that module may go."""
-    asked = f"udp 10.77.0.1 → {bed.NAME_SERVER}:53 '1.0.0.127.in-addr.arpa'"
+    asked = f"udp 10.77.0.1 → {NAME_SERVER}:53 '1.0.0.127.in-addr.arpa'"
     assert seen_while(host_and_sink, PLAIN, "") == {asked}
 
 
@@ -60,5 +60,5 @@ def test_ours_asks_nobody(host_and_sink: tuple[Host, Host]) -> None:
 
 
 def test_look_ups_work_again_afterwards(host_and_sink: tuple[Host, Host]) -> None:
-    asked = f"udp 10.77.0.1 → {bed.NAME_SERVER}:53 'after.example'"
+    asked = f"udp 10.77.0.1 → {NAME_SERVER}:53 'after.example'"
     assert seen_while(host_and_sink, OURS + AFTERWARDS, "value\nnot found\n") == {asked}

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.control.ray_settings import authentication_environment
 from cluster.replica.model_source import resolve
-from tests.hosts import bed
-from tests.hosts.bed import Bed, Host
+from tests.support.hosts.bed import Bed
+from tests.support.hosts.fixture import MakeBed
+from tests.support.hosts.host import Host
 
-pytestmark = [pytest.mark.netns, pytest.mark.skipif(bed.why_not() is not None, reason=str(bed.why_not()))]
+pytestmark = pytest.mark.netns
 
 REMUDA = str(Path(sys.executable).parent / "remuda")
 QUESTION = "My name is Zora. What is my name?"
@@ -60,9 +61,10 @@ class ThreeHosts:
 
 
 @pytest.fixture(scope="module")
-def three_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreeHosts]:
+def three_hosts(tmp_path_factory: pytest.TempPathFactory, make_bed: MakeBed) -> Iterator[ThreeHosts]:
     log = tmp_path_factory.mktemp("three-hosts") / "serve.log"
-    with Bed(3) as made, log.open("w") as output:
+    made = make_bed(3)
+    with log.open("w") as output:
         nodes = made.start_ray(cpu_slots=NUM_SLOTS)
         # Not the head: any host of the cluster may serve.
         host = made.hosts[1]
