@@ -80,6 +80,7 @@ class ServeConfig(BaseSettings):
     data_parallel_size: Degree = 1
     expert_parallel_size: Degree = 1
     replicas: Degree = 1
+    tp_across_hosts: bool = False
     host: str = "127.0.0.1"
     port: Port = 8000
     grpc_port: Port = 50051

@@ -29,6 +29,10 @@ DataParallelSize = Annotated[
 ExpertParallelSize = Annotated[
     int | None, typer.Option("--expert-parallel-size", "--ep", help="Ranks that share out the experts. [1]")
 ]
+TpAcrossHosts = Annotated[
+    bool | None,
+    typer.Option("--tp-across-hosts", help="A layer's ranks may be on several hosts where no host has room for all."),
+]
 Replicas = Annotated[int | None, typer.Option(help="Whole copies of the model. [1]")]
 Host = Annotated[str | None, typer.Option(help="Address of both APIs. [127.0.0.1]")]
 Port = Annotated[int | None, typer.Option(help="HTTP port. [8000]")]

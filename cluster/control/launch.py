@@ -78,6 +78,7 @@ class Launch:
             self._runtime.nodes(),
             on_gpus=config.replica.device == "cuda",
             num_gangs=config.num_replicas,
+            tp_across_hosts=config.tp_across_hosts,
         )
         self._events.send(self._plan_memory(gangs, self._runtime.host))
         for index, hosts in enumerate(gangs):

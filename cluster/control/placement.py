@@ -4,11 +4,15 @@ Ranks are numbered as the mesh numbers them (engine/parallel/mesh.py): a tensor-
 a pipeline stage a run of dp × tp.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.config import ParallelConfig
 from engine.errors import LayoutError
+
+Links = Mapping[tuple[str, str], float]
+"""Measured seconds from one node id to another, of every pair of hosts."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class HostInfo:
         num_gpus: how many GPUs it has, in use or not.
         used_cpu_slots: how many CPU slots something else holds.
         used_gpus: how many GPUs something else holds.
+        topology: where it stands, from the widest to the narrowest, as in ("zone-a", "rack-3").
     """
 
     node_id: str
@@ -30,73 +35,129 @@ class HostInfo:
     num_gpus: int = 0
     used_cpu_slots: int = 0
     used_gpus: int = 0
+    topology: tuple[str, ...] = ()
 
     def num_free(self, on_gpus: bool) -> int:
         """How many more ranks it can take."""
         return self.num_gpus - self.used_gpus if on_gpus else self.cpu_slots - self.used_cpu_slots
 
 
+def distance(one: HostInfo, other: HostInfo, links: Links | None = None) -> float:
+    """0 within a host. Otherwise measured seconds, the slower way; where nothing was measured, 1 plus the number of
+    topology levels in which two hosts differ."""
+    if one.node_id == other.node_id:
+        return 0.0
+    if links is not None:
+        return max(links[one.node_id, other.node_id], links[other.node_id, one.node_id])
+    levels = list(itertools.zip_longest(one.topology, other.topology))
+    num_shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], levels))
+    return 1.0 + len(levels) - num_shared
+
+
 def place_gangs(
-    parallel: ParallelConfig, hosts: Sequence[HostInfo], *, on_gpus: bool, num_gangs: int = 1
+    parallel: ParallelConfig,
+    hosts: Sequence[HostInfo],
+    *,
+    on_gpus: bool,
+    num_gangs: int = 1,
+    tp_across_hosts: bool = False,
+    links: Links | None = None,
 ) -> list[list[HostInfo]]:
     """The host of every rank of every gang, by rank number.
 
-    A gang that one host can hold goes onto the first host that can. Otherwise it goes onto as few hosts as filling
-    the emptiest first gives; a tensor-parallel group stays on one host as long as any host can still take it whole,
-    and is a run of neighbours on few hosts where none can.
+    A gang that one host can hold goes onto the first host that can. Otherwise it goes onto as few hosts as can be, for
+    each more is one more that can fail, and among those so that neighbouring pipeline stages are near each other. A
+    stage stays on one host as long as a host can take it whole, a tensor-parallel group always does.
 
     Args:
         on_gpus: a rank takes a GPU; otherwise a CPU slot.
+        tp_across_hosts: a group that no host can take whole may be cut, into runs of neighbours on few hosts.
 
     Raises:
-        LayoutError: the free slots of all hosts do not suffice; the message counts them.
+        LayoutError: the free slots of all hosts do not suffice, or only cut groups would fit; the message counts them.
     """
-    check_room(parallel, hosts, on_gpus, num_gangs)
-    num_free = {host.node_id: max(0, host.num_free(on_gpus)) for host in hosts}
-    return [place_gang(parallel, hosts, num_free) for _ in range(num_gangs)]
+    check_room(parallel, hosts, on_gpus, num_gangs, tp_across_hosts)
+    cluster = _Cluster(hosts, {host.node_id: max(0, host.num_free(on_gpus)) for host in hosts}, links)
+    return [cluster.place_gang(parallel) for _ in range(num_gangs)]
 
 
-def check_room(parallel: ParallelConfig, hosts: Sequence[HostInfo], on_gpus: bool, num_gangs: int) -> None:
+def check_room(
+    parallel: ParallelConfig, hosts: Sequence[HostInfo], on_gpus: bool, num_gangs: int, tp_across_hosts: bool
+) -> None:
     """Raise LayoutError unless the free slots of all hosts hold all gangs."""
     num_needed = parallel.num_ranks * num_gangs
-    num_free = sum(max(0, host.num_free(on_gpus)) for host in hosts)
-    if num_needed <= num_free:
-        return
+    free = [max(0, host.num_free(on_gpus)) for host in hosts]
     what, remedy = ("GPUs", "add hosts") if on_gpus else ("CPU slots", "raise --cpu-slots, add hosts")
     copies = f"{num_gangs} replicas × " if num_gangs > 1 else ""
-    total = sum(host.num_gpus if on_gpus else host.cpu_slots for host in hosts)
+    layout = f"{copies}pp {parallel.pp} × dp {parallel.dp} × tp {parallel.tp}"
     each = ", ".join(f"{host.address}: {host.num_free(on_gpus)}" for host in hosts) or "there are no hosts"
-    raise LayoutError(
-        f"{copies}pp {parallel.pp} × dp {parallel.dp} × tp {parallel.tp} needs {num_needed} {what}, but only "
-        f"{num_free} of {total} are free ({each}); {remedy} or lower the degrees"
-    )
+    if num_needed > sum(free):
+        total = sum(host.num_gpus if on_gpus else host.cpu_slots for host in hosts)
+        raise LayoutError(
+            f"{layout} needs {num_needed} {what}, but only {sum(free)} of {total} are free ({each}); {remedy} or lower "
+            f"the degrees"
+        )
+    num_whole = sum(slots // parallel.tp for slots in free)
+    if num_whole * parallel.tp < num_needed and not tp_across_hosts:
+        raise LayoutError(
+            f"{layout} needs {num_needed // parallel.tp} groups of {parallel.tp} {what} on one host each, but there is "
+            f"room for {num_whole} only ({each}); lower --tp and raise --pp, or give --tp-across-hosts where the links "
+            f"between hosts are as fast as those within"
+        )
 
 
-def place_gang(parallel: ParallelConfig, hosts: Sequence[HostInfo], num_free: dict[str, int]) -> list[HostInfo]:
-    """Hosts of one gang's ranks; takes their slots out of ``num_free`` (by node id), which must suffice."""
-    for host in hosts:
-        if num_free[host.node_id] >= parallel.num_ranks:
-            num_free[host.node_id] -= parallel.num_ranks
-            return [host] * parallel.num_ranks
-    # The sort is stable: among equals the order of ``hosts`` decides.
-    emptiest_first = sorted(hosts, key=lambda host: -num_free[host.node_id])
-    placed: list[HostInfo] = []
-    for _ in range(parallel.num_ranks // parallel.tp):
-        placed += place_group(parallel.tp, emptiest_first, num_free)
-    return placed
+class _Cluster:
+    """Hosts and what is free on them while gangs are placed."""
 
+    def __init__(self, hosts: Sequence[HostInfo], num_free: dict[str, int], links: Links | None) -> None:
+        self._hosts = hosts
+        self._num_free = num_free
+        self._links = links
 
-def place_group(tp: int, hosts: Sequence[HostInfo], num_free: dict[str, int]) -> list[HostInfo]:
-    """Hosts of one tensor-parallel group; takes their slots out of ``num_free``."""
-    for host in hosts:
-        if num_free[host.node_id] >= tp:
-            num_free[host.node_id] -= tp
-            return [host] * tp
-    group: list[HostInfo] = []
-    # The roomiest first: the group then crosses as few borders between hosts as it can.
-    for host in sorted(hosts, key=lambda host: -num_free[host.node_id]):
-        num_taken = min(num_free[host.node_id], tp - len(group))
-        num_free[host.node_id] -= num_taken
-        group += [host] * num_taken
-    assert len(group) == tp, "check_room has counted the slots"
-    return group
+    def place_gang(self, parallel: ParallelConfig) -> list[HostInfo]:
+        for host in self._hosts:
+            if self._num_free[host.node_id] >= parallel.num_ranks:
+                self._num_free[host.node_id] -= parallel.num_ranks
+                return [host] * parallel.num_ranks
+        tried = [self._place_from(seed, parallel) for seed in self._hosts]
+        # The first of equals, so the order of hosts decides.
+        placed, self._num_free = min(tried, key=lambda found: self._cost(found[0], parallel))
+        return placed
+
+    def _place_from(self, seed: HostInfo, parallel: ParallelConfig) -> tuple[list[HostInfo], dict[str, int]]:
+        """Each stage as near to the one before as it can be, the first to ``seed``; and what is free then."""
+        tried = _Cluster(self._hosts, dict(self._num_free), self._links)
+        placed: list[HostInfo] = []
+        last = seed
+        for _ in range(parallel.pp):
+            stage = tried._take_near(last, parallel.dp * parallel.tp)
+            for _ in range(0 if stage else parallel.dp):
+                stage += tried._take_near(stage[-1] if stage else last, parallel.tp) or tried._take_cut(parallel.tp)
+            placed += stage
+            last = placed[-1]
+        return placed, tried._num_free
+
+    def _take_near(self, last: HostInfo, num_ranks: int) -> list[HostInfo]:
+        """So many slots of the nearest host that has them, of those the one with the most; [] where there is none."""
+        fitting = [host for host in self._hosts if self._num_free[host.node_id] >= num_ranks]
+        if not fitting:
+            return []
+        host = min(fitting, key=lambda host: (distance(last, host, self._links), -self._num_free[host.node_id]))
+        self._num_free[host.node_id] -= num_ranks
+        return [host] * num_ranks
+
+    def _take_cut(self, tp: int) -> list[HostInfo]:
+        """A group over several hosts. The roomiest first: it then crosses as few borders between hosts as it can."""
+        group: list[HostInfo] = []
+        for host in sorted(self._hosts, key=lambda host: -self._num_free[host.node_id]):
+            num_taken = min(self._num_free[host.node_id], tp - len(group))
+            self._num_free[host.node_id] -= num_taken
+            group += [host] * num_taken
+        assert len(group) == tp, "check_room has counted the slots"
+        return group
+
+    def _cost(self, placed: list[HostInfo], parallel: ParallelConfig) -> tuple[int, float]:
+        """Hosts, and how far neighbouring stages' ranks are apart."""
+        stage_size = parallel.dp * parallel.tp
+        apart = sum(distance(a, b, self._links) for a, b in zip(placed, placed[stage_size:], strict=False))
+        return len({host.node_id for host in placed}), apart

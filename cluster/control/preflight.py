@@ -135,4 +135,5 @@ def _launch_config(
         address=config.address,
         cpu_slots=config.cpu_slots,
         secret=secrets.token_hex(32),
+        tp_across_hosts=config.tp_across_hosts,
     )

@@ -51,6 +51,7 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     cpu_slots: int
     secret: str
     """Shared by the front end and the leaders; the leaders refuse a stream without it."""
+    tp_across_hosts: bool = False
 
 
 class PhaseStarted(msgspec.Struct, frozen=True, tag="phase"):

@@ -68,7 +68,7 @@ def three_hosts(tmp_path_factory: pytest.TempPathFactory, make_bed: MakeBed) -> 
         nodes = made.start_ray(cpu_slots=NUM_SLOTS)
         # Not the head: any host of the cluster may serve.
         host = made.hosts[1]
-        command = [REMUDA, "serve", "remuda-tiny", "--tp", "4", "--ep", "2", "--dtype", "float32"]
+        command = [REMUDA, "serve", "remuda-tiny", "--tp", "4", "--tp-across-hosts", "--ep", "2", "--dtype", "float32"]
         server = host.popen(
             [*command, "--address", nodes[0].address],
             env={**os.environ, **authentication_environment(nodes[0].token_file)},

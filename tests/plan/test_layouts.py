@@ -25,7 +25,7 @@ def test_all_are_legal_and_placeable(model: ModelConfig, gpus: str) -> None:
         ours = [host_of(rank, layout, machines) for rank in range(layout.num_ranks)]
         assert max(ours) < machines.num_hosts
         assert all(ours.count(host) <= machines.per_host for host in ours)
-        placed = place_gangs(layout, hosts, on_gpus=True)[0]
+        placed = place_gangs(layout, hosts, on_gpus=True, tp_across_hosts=layout.tp > machines.per_host)[0]
         if layout.tp <= machines.per_host:
             for first in range(0, layout.num_ranks, layout.tp):
                 assert len({ours[rank] for rank in range(first, first + layout.tp)}) == 1

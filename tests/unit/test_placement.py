@@ -2,12 +2,13 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cluster.control.placement import HostInfo, place_gangs
+from cluster.control.placement import HostInfo, distance, place_gangs
 from engine.config import ParallelConfig
 from engine.errors import LayoutError
 
@@ -32,15 +33,74 @@ def names(gang: list[HostInfo]) -> str:
         ((2, 2, 2), ParallelConfig(tp=2, dp=2), "0011"),
         # The emptiest first, so two hosts suffice.
         ((2, 4, 4), ParallelConfig(tp=2, dp=4), "11112222"),
-        # A group is cut only where no host can take it whole any more.
-        ((1, 1, 1), ParallelConfig(tp=3), "012"),
-        ((3, 3, 2), ParallelConfig(tp=2, pp=4), "00112201"),
-        ((1, 3, 2), ParallelConfig(tp=4), "1112"),
+        # A stage stays together where a host can take it whole.
+        ((3, 4, 4), ParallelConfig(tp=2, dp=2, pp=2), "11112222"),
+        # Where none can, each of its groups does.
+        ((2, 2, 4), ParallelConfig(tp=2, pp=2, dp=2), "22220011"),
     ],
 )
 def test_small_clusters(slots: tuple[int, ...], parallel: ParallelConfig, expected: str) -> None:
     (gang,) = place_gangs(parallel, cluster_of(*slots), on_gpus=False)
     assert names(gang) == expected
+
+
+@pytest.mark.parametrize(
+    ("slots", "parallel", "expected"),
+    [
+        ((1, 1, 1), ParallelConfig(tp=3), "012"),
+        ((3, 3, 2), ParallelConfig(tp=2, pp=4), "22001101"),
+        ((1, 3, 2), ParallelConfig(tp=4), "1112"),
+    ],
+)
+def test_a_group_is_cut_only_when_asked(slots: tuple[int, ...], parallel: ParallelConfig, expected: str) -> None:
+    with pytest.raises(LayoutError, match=r"on one host each, but there is room for \d only .*--tp-across-hosts"):
+        place_gangs(parallel, cluster_of(*slots), on_gpus=False)
+    (gang,) = place_gangs(parallel, cluster_of(*slots), on_gpus=False, tp_across_hosts=True)
+    assert names(gang) == expected
+
+
+def at(*topologies: str) -> list[HostInfo]:
+    """Hosts of two slots each; ``a/1`` is rack 1 of zone a."""
+    return [
+        HostInfo(f"node{index}", f"10.0.0.{index + 1}", 2, topology=tuple(text.split("/")))
+        for index, text in enumerate(topologies)
+    ]
+
+
+def test_distances_grow_with_the_levels_that_differ() -> None:
+    near, rack, zone, unknown = at("a/1", "a/2", "b/1", "a")
+    assert distance(near, near) == 0
+    assert distance(near, replace(near, node_id="other")) == 1
+    assert distance(near, rack) == 2
+    assert distance(near, zone) == 3
+    assert distance(near, unknown) == distance(unknown, near) == 2
+
+
+@pytest.mark.parametrize(
+    ("topologies", "pp", "expected"),
+    [
+        (["a/1", "b/1", "a/1", "b/1"], 2, "0022"),
+        (["b/2", "a/1", "a/2", "a/1"], 2, "1133"),
+        # Three stages in two zones: the border is crossed once, and racks are left as seldom as can be.
+        (["b/1", "a/1", "b/1", "a/2", "a/1"], 3, "114433"),
+        (["a/1", "b/1", "a/1", "b/1"], 4, "00221133"),
+    ],
+)
+def test_stages_are_near_their_neighbours(topologies: list[str], pp: int, expected: str) -> None:
+    (gang,) = place_gangs(ParallelConfig(tp=2, pp=pp), at(*topologies), on_gpus=False)
+    assert names(gang) == expected
+
+
+def test_measured_links_count_more_than_labels() -> None:
+    hosts = at("a/1", "a/1", "b/1")
+    links = {(a.node_id, b.node_id): 1e-3 for a, b in itertools.permutations(hosts, 2)}
+    links["node0", "node2"] = links["node2", "node0"] = 1e-5
+    (gang,) = place_gangs(ParallelConfig(tp=2, pp=2), hosts, on_gpus=False, links=links)
+    assert names(gang) == "0022"
+    # A link is as slow as its slower way.
+    links["node2", "node0"] = 1.0
+    (gang,) = place_gangs(ParallelConfig(tp=2, pp=2), hosts, on_gpus=False, links=links)
+    assert names(gang) == "0011"
 
 
 def test_replicas_do_not_share_slots() -> None:
@@ -86,18 +146,18 @@ def test_placed_exactly_when_there_is_room(hosts: list[HostInfo], parallel: Para
         with pytest.raises(LayoutError):
             place_gangs(parallel, hosts, on_gpus=False, num_gangs=num_gangs)
         return
-    gangs = place_gangs(parallel, hosts, on_gpus=False, num_gangs=num_gangs)
+    gangs = place_gangs(parallel, hosts, on_gpus=False, num_gangs=num_gangs, tp_across_hosts=True)
     assert [len(gang) for gang in gangs] == [parallel.num_ranks] * num_gangs
     used = Counter(host.node_id for gang in gangs for host in gang)
     assert all(used[name] <= free[name] for name in used), "a slot was given out twice"
-    assert gangs == place_gangs(parallel, hosts, on_gpus=False, num_gangs=num_gangs)
+    assert gangs == place_gangs(parallel, hosts, on_gpus=False, num_gangs=num_gangs, tp_across_hosts=True)
 
 
 @given(hosts=hosts_strategy, parallel=parallel_strategy)
 def test_spread_only_when_needed(hosts: list[HostInfo], parallel: ParallelConfig) -> None:
     free = {host.node_id: host.num_free(on_gpus=False) for host in hosts}
     assume(parallel.num_ranks <= sum(free.values()))
-    (gang,) = place_gangs(parallel, hosts, on_gpus=False)
+    (gang,) = place_gangs(parallel, hosts, on_gpus=False, tp_across_hosts=True)
     if max(free.values()) >= parallel.num_ranks:
         assert len(set(gang)) == 1
     groups = [gang[start : start + parallel.tp] for start in range(0, len(gang), parallel.tp)]
