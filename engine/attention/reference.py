@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from engine.attention.backend import KvCacheView
+from engine.attention.pieces import attend_in_pieces
 from engine.batch import ForwardBatch
 from engine.config import KvGroupConfig
 
@@ -105,6 +106,8 @@ def _decode(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile:
 
 def attend_prefill(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: PrefillTile) -> torch.Tensor:
     """[n, h, d] queries. KV heads are the batch, and each one's query heads share its keys without a copy."""
+    if query.device.type == "cpu" and tile.window_size is None:
+        return attend_in_pieces(query, keys, values, tile.slots)
     num_kv_heads = keys.shape[1]
     grouped = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
     shape = (-1, grouped.shape[1], -1, -1)

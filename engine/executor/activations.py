@@ -19,6 +19,8 @@ _SAMPLING_COPIES = 12
 _TILE_QUERIES = 512
 _GATHERED_POSITIONS = 32768
 """Bounds of engine.attention.reference: queries of one prefill tile, and positions that decoding gathers at once."""
+_PIECE_POSITIONS = 16384
+"""Bound of engine.attention.pieces: positions before a prompt's tile that are gathered at once."""
 _MATRIX_TILE_BYTES = 4 * 8 * 2**20
 """Of a quantized matrix that is converted tile by tile (engine.quantization.matrix): a tile and its copies."""
 
@@ -79,11 +81,13 @@ def _phases(config: ModelConfig, parallel: ParallelConfig, layer: LayerConfig, d
 
 
 def _prefill_attention(config: ModelConfig, parallel: ParallelConfig, step: StepSize, dtype: Dtype) -> int:
-    """Keys and values gathered from their pages, and one tile's mask and scores."""
+    """Keys and values gathered from their pages, and one tile's mask and scores. A prompt's last chunk sees what chunks
+    before it computed, piece by piece."""
     length = min(step.max_model_len, step.num_tokens)
+    gathered = min(step.max_model_len, max(step.num_tokens, _PIECE_POSITIONS))
     key = num_local_kv_heads(config, parallel) * config.head_dim
     scores = min(_TILE_QUERIES, length) * length
-    return 2 * length * key * dtype.num_bytes + scores * (_FLOAT32_BYTES + _MASK_BYTES)
+    return 2 * gathered * key * dtype.num_bytes + scores * (_FLOAT32_BYTES + _MASK_BYTES)
 
 
 def _decode_attention(config: ModelConfig, parallel: ParallelConfig, step: StepSize, dtype: Dtype) -> int:

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+import engine.attention.pieces as pieces
 import engine.attention.reference as reference
 from engine.attention.backend import KvCacheView
 from engine.attention.registry import attention_backend
@@ -111,6 +112,7 @@ def test_equals_naive_attention(
 ) -> None:
     monkeypatch.setattr(reference, "_MAX_TILE_QUERIES", limits[0])
     monkeypatch.setattr(reference, "_MAX_GATHERED_POSITIONS", limits[1])
+    monkeypatch.setattr(pieces, "_MAX_PIECE_POSITIONS", limits[1] // 8)
     pool = Pool(work, num_kv_heads, group, seed=len(work))
     query = torch.randn(sum(n for _, n in work), 4, HEAD_DIM, generator=torch.Generator().manual_seed(5))
     new_keys = torch.cat([keys[start:] for keys, (start, _) in zip(pool.keys, work, strict=True)])
