@@ -5,13 +5,14 @@ width over the expert_tp ranks that remain.
 """
 
 import abc
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from engine.batch import StepAdapters
+from engine.kernels.experts import ExpertMatrices, GroupedExperts, can_group
 from engine.kernels.linear import linear
 from engine.layer_config import MoeConfig
 from engine.layers.activation import silu_and_multiply
@@ -62,13 +63,26 @@ class Experts(nn.Module, abc.ABC):
     def down(self, expert: int, inner: torch.Tensor) -> torch.Tensor:
         """[n, local I] to this rank's summand of [n, H]."""
 
-    def forward(
-        self, tokens: torch.Tensor, counts: Sequence[int], adapters: StepAdapters | None = None
-    ) -> torch.Tensor:
-        """[N, H] sorted by local expert, with how many belong to each, to this rank's summand of [N, H].
+    @abc.abstractmethod
+    def matrices(self) -> list[ExpertMatrices] | None:
+        """Of each local expert, as the CPU's kernel takes them; None in formats that it does not know."""
+
+    @functools.cached_property
+    def _grouped(self) -> GroupedExperts | None:
+        matrices = self.matrices()
+        return GroupedExperts(matrices) if matrices is not None and can_group(matrices) else None
+
+    def forward(self, tokens: torch.Tensor, counts: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
+        """[N, H] sorted by local expert, with how many belong to each, int64, to this rank's summand of [N, H].
 
         ``adapters``: of the N pairs.
         """
+        is_plain = adapters is None or not self.lora.has_updates
+        if is_plain and tokens.dtype == torch.bfloat16 and self._grouped is not None:
+            return self._grouped.forward(tokens, counts)
+        return self._one_by_one(tokens, counts.tolist(), None if is_plain else adapters)
+
+    def _one_by_one(self, tokens: torch.Tensor, counts: list[int], adapters: StepAdapters | None) -> torch.Tensor:
         outputs = torch.empty_like(tokens)
         shares = [None] * len(counts) if adapters is None else adapters.split(counts)
         start = 0
@@ -105,6 +119,9 @@ class StackedExperts(Experts):
             at.fill(gate, f"{names.gate}.weight", (width, hidden_size), (start, 0))
             at.fill(up, f"{names.up}.weight", (width, hidden_size), (start, 0))
             at.fill(self.down_weights[expert], f"{names.down}.weight", (hidden_size, width), (0, start))
+
+    def matrices(self) -> list[ExpertMatrices]:
+        return [ExpertMatrices(*pair) for pair in zip(self.gate_up_weights, self.down_weights, strict=True)]
 
     def gate_up(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         return linear(tokens, self.gate_up_weights[expert])
@@ -144,6 +161,15 @@ class QuantizedExperts(Experts):
             MatrixPart(up, width, hidden_size, outputs=split, fused=from_up),
             MatrixPart(down, hidden_size, width, inputs=split, fused=from_down),
         ]
+
+    def matrices(self) -> list[ExpertMatrices] | None:
+        found = []
+        for gate_up, down in zip(self.gate_ups, self.downs, strict=True):
+            first, second = _matrix(gate_up).int8_codes(), _matrix(down).int8_codes()
+            if first is None or second is None:
+                return None
+            found.append(ExpertMatrices(first[0], second[0], first[1], second[1]))
+        return found
 
     def gate_up(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         return _matrix(self.gate_ups[expert]).forward(tokens)

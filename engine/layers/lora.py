@@ -117,3 +117,8 @@ class LoraExperts(nn.Module):
             gate_up = [MatrixPart(name, self.width, hidden_size, outputs=by_width) for name in (gate_name, up_name)]
             self.gate_ups.append(LoraLayer(at, gate_up))
             self.downs.append(LoraLayer(at, [MatrixPart(down_name, hidden_size, self.width, inputs=by_width)]))
+
+    @property
+    def has_updates(self) -> bool:
+        """Whether an adapter changes any of them."""
+        return any(layer.slots for layer in (*self.gate_ups, *self.downs))

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from engine.kernels import routing
+from engine.kernels.routing import Scoring
 from engine.layer_config import MoeConfig
 from engine.parameter import ParameterBuilder
 
@@ -21,9 +23,17 @@ class Router(nn.Module, abc.ABC):
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, H] to expert ids [T, K] int64 and scores [T, K] float32."""
+        routed = routing.route(hidden, self.weight, self._config.num_experts_per_token, self.scoring)
+        if routed is not None:
+            return routed
         # A matrix of so few rows is slow in bfloat16 on CPUs; the logits are rounded as if it had been used.
         weight = self.weight.to(torch.float32)
         return self.choose(functional.linear(hidden.to(torch.float32), weight).to(hidden.dtype))
+
+    @property
+    @abc.abstractmethod
+    def scoring(self) -> Scoring:
+        """What ``choose`` does, by name."""
 
     @abc.abstractmethod
     def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,6 +43,8 @@ class Router(nn.Module, abc.ABC):
 class SigmoidRouter(Router):
     """Llama 4's: the K largest logits, each through a sigmoid, not renormalised."""
 
+    scoring = Scoring.SIGMOID
+
     def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         largest, expert_ids = logits.topk(self._config.num_experts_per_token, dim=-1)
         return expert_ids, largest.float().sigmoid()
@@ -40,6 +52,10 @@ class SigmoidRouter(Router):
 
 class SoftmaxRouter(Router):
     """Mixtral's and Qwen3's: softmax over all experts, the K largest, which may be divided by their sum."""
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring.NORMALIZED_SOFTMAX if self._config.normalize_scores else Scoring.SOFTMAX
 
     def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scores, expert_ids = logits.float().softmax(dim=-1).topk(self._config.num_experts_per_token, dim=-1)

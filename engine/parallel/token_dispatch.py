@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from engine.kernels import routing
+
 
 @dataclass(frozen=True)
 class DispatchHandle:
@@ -26,16 +28,17 @@ class TokenDispatch(Protocol):
 
     def dispatch(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor
-    ) -> tuple[torch.Tensor, list[int], DispatchHandle]:
+    ) -> tuple[torch.Tensor, torch.Tensor, DispatchHandle]:
         """Args: hidden [T, H]; expert_ids [T, K] int64, global; scores [T, K] in any float format.
 
         Returns the inputs [N, H] of this rank's experts, in hidden's format, sorted by expert; how many each local
-        expert gets; and the handle.
+        expert gets, int64 on hidden's device; and the handle.
         """
         ...
 
     def combine(self, outputs: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """Sum the experts' outputs [N, H] by token: [T, H]. May be partial: the caller reduces over the axis."""
+        """Sum the experts' outputs [N, H] by token, in the order of the experts: [T, H]. May be partial: the caller
+        reduces over the axis."""
         ...
 
 
@@ -55,19 +58,28 @@ class ReplicatedDispatch:
 
     def dispatch(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor
-    ) -> tuple[torch.Tensor, list[int], DispatchHandle]:
+    ) -> tuple[torch.Tensor, torch.Tensor, DispatchHandle]:
+        num_tokens, scales_inputs = hidden.shape[0], self._scales_inputs
+        mine = range(self._first, self._first + self._num)
+        dispatched = routing.dispatch(hidden, expert_ids, scores, mine, scales_inputs=scales_inputs)
+        if dispatched is not None:
+            tokens, counts, rows, pair_scores = dispatched
+            return tokens, counts, DispatchHandle(rows, num_tokens, None if scales_inputs else pair_scores)
         local = expert_ids.flatten() - self._first
         pairs = torch.nonzero((local >= 0) & (local < self._num)).squeeze(1)
         local = local[pairs]
         pairs = pairs[torch.argsort(local, stable=True)]
-        counts: list[int] = torch.bincount(local, minlength=self._num).tolist()
+        counts = torch.bincount(local, minlength=self._num)
         rows = pairs // expert_ids.shape[1]
         tokens, pair_scores = hidden[rows], scores.flatten()[pairs]
-        if self._scales_inputs:
-            return _scale(tokens, pair_scores), counts, DispatchHandle(rows, hidden.shape[0], None)
-        return tokens, counts, DispatchHandle(rows, hidden.shape[0], pair_scores)
+        if scales_inputs:
+            return _scale(tokens, pair_scores), counts, DispatchHandle(rows, num_tokens, None)
+        return tokens, counts, DispatchHandle(rows, num_tokens, pair_scores)
 
     def combine(self, outputs: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        combined = routing.combine(outputs, handle.token_rows, handle.num_tokens, handle.scores)
+        if combined is not None:
+            return combined
         if handle.scores is not None:
             outputs = _scale(outputs, handle.scores)
         combined = outputs.new_zeros(handle.num_tokens, outputs.shape[1])

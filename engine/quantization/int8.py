@@ -34,6 +34,9 @@ class SignedByteMatrix(RowScaledMatrix):
             return linear_int8(hidden, self.codes, self.scales)
         return super().forward(hidden)
 
+    def int8_codes(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (self.codes, self.scales.flatten()) if self._rounds_inputs else None
+
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         return codes.to(torch.bfloat16)
 

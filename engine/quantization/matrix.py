@@ -80,6 +80,11 @@ class WeightMatrix(nn.Module, abc.ABC):
         """The matrix as the CPU's kernel for quantized weights takes it; None in formats that it does not know."""
         return None
 
+    def int8_codes(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Codes [out, in] int8 and scales [out] float32, where ``forward`` rounds bfloat16 inputs to int8 as
+        ``engine.kernels.linear.linear_int8`` does."""
+        return None
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, in] to [T, out]: by the kernel where it serves, which takes bfloat16 only."""
         encoded = self.encoded() if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" else None

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "swiglu.h"
 #include "tiles.h"
 
 #ifdef REMUDA_TILES
@@ -13,17 +14,11 @@ namespace {
 using namespace remuda;
 
 REMUDA_AMX inline __m512 load(const uint16_t *values) {
-    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(values));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(values)));
 }
 
 REMUDA_AMX inline void store(uint16_t *target, __m512 values) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(target), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
-}
-
-REMUDA_AMX inline __m512 rounded(__m512 values) {
-    const __m256i narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(target), narrowed(values));
 }
 
 }  // namespace
@@ -53,14 +48,7 @@ REMUDA_AMX void remuda_rms_norm(const uint16_t *input, const uint16_t *weight, u
 REMUDA_AMX void remuda_silu_multiply(const uint16_t *input, uint16_t *output, int64_t num_rows, int64_t n) {
     for (int64_t row = 0; row < num_rows; row++, input += 2 * n, output += n) {
         for (int64_t i = 0; i < n; i += 16) {
-            const __m512 gate = load(input + i);
-            const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate));
-            // The exponential stops at e⁸⁸; beyond it there is nothing left of a finite gate.
-            const __mmask16 is_low = _mm512_cmp_ps_mask(gate, _mm512_set1_ps(-87.0F), _CMP_LT_OQ) &
-                                     _mm512_cmp_ps_mask(gate, _mm512_set1_ps(-INFINITY), _CMP_NEQ_OQ);
-            const __m512 quotient = _mm512_div_ps(gate, _mm512_add_ps(e, _mm512_set1_ps(1.0F)));
-            const __m512 silu = _mm512_mask_mov_ps(quotient, is_low, _mm512_setzero_ps());
-            store(output + i, _mm512_mul_ps(rounded(silu), load(input + n + i)));
+            store(output + i, swiglu(load(input + i), load(input + n + i)));
         }
     }
 }
