@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from engine.engine import EngineStats
@@ -46,7 +47,7 @@ class MockEngine:
         self._ended.append(Output(request_id, [], FinishReason.ABORT))
         return True
 
-    def step(self) -> list[Output]:
+    def step(self, news: Callable[[], None] = lambda: None) -> list[Output]:
         self._pace()
         self._num_steps += 1
         outputs, self._ended = self._ended, []

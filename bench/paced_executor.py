@@ -42,11 +42,16 @@ class PacedExecutor:
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
+        self._encoded: tuple[StepPlan, bytes] | None = None
         self._packed_slots: list[int] = []
         self._packed = msgspec.Raw(b"")
 
+    def prepare(self, plan: StepPlan) -> None:
+        self._encoded = (plan, encode(plan))
+
     def submit(self, plan: StepPlan) -> Future[list[StepResult]]:
-        encode(plan)
+        if self._encoded is None or self._encoded[0] is not plan:
+            encode(plan)
         slots = [share.slot for share in plan.batches[0].scheduled if share.sample]
         if slots != self._packed_slots:
             self._packed_slots = slots

@@ -1,9 +1,11 @@
 """One replica's engine: requests in, outputs out, one step at a time. Knows neither tensors nor threads.
 
-The leader's loop calls ``step`` as long as ``has_work``; ``add`` and ``abort`` come between two steps, from the same
-thread. ``engine.scheduler`` decides who is computed in a step, ``engine.executor`` has it computed.
+The leader's loop calls ``step`` as long as ``has_work``; ``add`` and ``abort`` come between two steps or from within one
+(``news``), from the same thread. ``engine.scheduler`` decides who is computed in a step, ``engine.executor`` has it
+computed. While ranks compute, the next plan is drafted; it leaves as soon as a result is there, before that is taken in.
 """
 
+import operator
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -82,34 +84,67 @@ class Engine:
         self._num_steps_before = 0  # of earlier epochs
         self._num_preemptions_before = 0
         self._broken = False
+        self._draft: StepPlan | None = None
         self._begin_epoch(epoch, executor, cache_config)
 
-    def step(self) -> list[Output]:
+    def step(self, news: Callable[[], None] = lambda: None) -> list[Output]:
         """Schedule → submit → update. Blocks until the oldest plan in flight has returned, and no longer.
 
+        ``news`` is called then; what it adds or aborts counts for the plan that leaves next.
         Raises what the executor raised (RankFailure, ProtocolViolation); then only ``reset`` helps.
         """
         if self._broken:
             raise EngineFailure("a step failed before; the gang must form anew and the engine be reset")
         self._broken = True  # until this step has come to its end
-        while len(self._in_flight) < self._config.depth and (plan := self._schedule()) is not None:
-            self._in_flight.append((plan, self._executor.submit(plan)))
+        if not self._in_flight:
+            self._submit_plans()
         if self._in_flight:
-            plan, future = self._in_flight.popleft()
-            self._update(plan, future.result())
+            plan, future = self._in_flight[0]
+            results = future.result()
+            news()
+            self._in_flight.popleft()
+            if self._draft_is_final(results):
+                self._submit_plans()
+            self._update(plan, results)
+            self._submit_plans()
         else:
             assert self._outputs or not self._states, "requests are waiting, and nothing is in flight to wait for"
+        self._make_draft()
         self._broken = False
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    def _submit_plans(self) -> None:
+        while len(self._in_flight) < self._config.depth and (plan := self._schedule()) is not None:
+            self._in_flight.append((plan, self._executor.submit(plan)))
+
+    def _make_draft(self) -> None:
+        """Makes and encodes the plan that may leave when the oldest in flight returns."""
+        self._draft = None
+        if self._in_flight and self._input_references:
+            batches = [scheduler.draft(self._next_step) for scheduler in self._schedulers]
+            drafted = [batch for batch in batches if batch is not None]
+            if len(drafted) == len(batches):
+                self._draft = StepPlan(self._epoch, self._next_step, drafted)
+                self._executor.prepare(self._draft)
+
+    def _draft_is_final(self, results: list[StepResult]) -> bool:
+        return (
+            self._draft is not None
+            and len(results) == self._num_dp_groups
+            and all(scheduler.is_final(each) for scheduler, each in zip(self._schedulers, results, strict=True))
+            and not self._adapters.has_work
+        )
+
     def _schedule(self) -> StepPlan | None:
-        step = self._next_step
+        step, draft = self._next_step, self._draft
         batches = [scheduler.schedule(step) for scheduler in self._schedulers]
         changes = self._adapters.take_changes(self._used_adapters()) if self._adapters.has_work else []
         if all(batch is None for batch in batches) and not changes:
             return None
         self._next_step += 1
+        if draft is not None and not changes and all(map(operator.is_, batches, draft.batches)):
+            return draft
         return StepPlan(
             self._epoch,
             step,
@@ -245,6 +280,7 @@ class Engine:
         self._executor = executor
         self._cache_config = cache_config
         self._next_step = 0
+        self._draft = None
         self._broken = False
         self._in_flight: deque[tuple[StepPlan, Future[list[StepResult]]]] = deque()
         self._schedulers = [

@@ -1,7 +1,7 @@
 """The thread that owns a replica's engine.
 
-Everything else talks to the engine through this object: requests and aborts wait in an inbox that is emptied between
-steps, and what a step gave goes out in one call. The thread sleeps while there is nothing to do.
+Everything else talks to the engine through this object: requests and aborts wait in an inbox that is emptied whenever a
+plan can leave, and what a step gave goes out in one call. The thread sleeps while there is nothing to do.
 """
 
 import logging
@@ -32,7 +32,7 @@ class Engine(Protocol):
     def has_work(self) -> bool: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> bool: ...
-    def step(self) -> list[Output]: ...
+    def step(self, news: Callable[[], None]) -> list[Output]: ...
     def stats(self) -> EngineStats: ...
     def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]": ...
     def unload_adapter(self, name: str) -> "Future[None]": ...
@@ -242,11 +242,10 @@ class EngineLoop:
                 raise self._broken
             if not self._is_busy:
                 self._is_busy, self._last_progress_s = True, self._clock()
-            self._taken, self._inbox = self._inbox, self._taken
         self._take_in()
         outputs = []
         if self._engine.has_work:
-            outputs = self._engine.step()
+            outputs = self._engine.step(self._take_in)
             self._num_steps += 1
             self._last_progress_s = self._clock()
             for output in outputs:
@@ -261,6 +260,10 @@ class EngineLoop:
 
     def _take_in(self) -> None:
         """Hands requests and aborts to the engine, in order, and notes those that it refuses."""
+        if not self._inbox:
+            return  # whatever comes now is in time for the next turn
+        with self._wake:
+            self._taken, self._inbox = self._inbox, self._taken
         while self._taken:
             item = self._taken.popleft()
             if isinstance(item, str):

@@ -62,6 +62,7 @@ class ChannelExecutor:
         self._on_failure = on_failure
         self._lock = threading.Lock()
         self._pending: deque[_PendingStep] = deque()
+        self._prepared: tuple[StepPlan, bytes] | None = None
         self._failure: RemudaError | None = None
         self._closing = False
         self._collector: threading.Thread | None = None
@@ -85,9 +86,14 @@ class ChannelExecutor:
         self._collector.start()
         return ready
 
+    def prepare(self, plan: StepPlan) -> None:
+        """See Executor."""
+        self._prepared = (plan, encode(plan))
+
     def submit(self, plan: StepPlan) -> "Future[list[StepResult]]":
         """See Executor. Calls come one at a time."""
         assert self._collector is not None, "start comes first"
+        data = self._prepared[1] if self._prepared is not None and self._prepared[0] is plan else encode(plan)
         pending = _PendingStep(plan.step, time.monotonic() + self._step_timeout_s)
         with self._lock:
             if self._failure is not None:
@@ -95,7 +101,7 @@ class ChannelExecutor:
                 return pending.future
             self._pending.append(pending)
         try:
-            self._channel.send(encode(plan))
+            self._channel.send(data)
         except RankFailure:
             pass  # the collector hears of it too, and of what the rank said before: its reason is the better one
         except (ProtocolViolation, ChannelClosed) as error:

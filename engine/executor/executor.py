@@ -9,6 +9,10 @@ from engine.messages import StepPlan, StepResult
 class Executor(Protocol):
     """Carries plans to the ranks of one gang, in one epoch, and brings their results back."""
 
+    def prepare(self, plan: StepPlan) -> None:
+        """``plan`` is likely to be submitted next, as this very object: whatever saves time then can be done now."""
+        ...
+
     def submit(self, plan: StepPlan) -> "Future[list[StepResult]]":
         """Sends a plan on its way and returns at once.
 

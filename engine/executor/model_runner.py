@@ -46,8 +46,6 @@ class ModelRunner:
     """Computes plans in order. Single-threaded.
 
     Args:
-        depth: plans that may be in flight. Above 1 sampled tokens are shared among the tensor-parallel ranks, for a
-            plan may refer to one that the leader has not seen yet.
         grammars: of the sampling rank; other ranks do not use theirs.
     """
 
@@ -59,7 +57,6 @@ class ModelRunner:
         slots: SlotTable,
         grammars: GrammarMasks,
         *,
-        depth: int,
         device: torch.device,
     ) -> None:
         self._model = model
@@ -68,7 +65,9 @@ class ModelRunner:
         self._slots = slots
         self._grammars = grammars
         self._is_sampling_rank = mesh.tp_rank == 0 and mesh.is_last_stage
-        self._shares_samples = depth > 1
+        # A plan may refer to a sample that the leader had not seen when it made the plan. Between stages only the leader
+        # passes tokens on.
+        self._shares_samples = mesh.config.pp == 1
         self._device = device
         self._groups = kv_groups(model.config)
         self._block_size = cache.key_cache[0].shape[1]

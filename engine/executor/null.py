@@ -11,6 +11,9 @@ class NullExecutor:
     def __init__(self, token_id: int = 1) -> None:
         self._token_id = token_id
 
+    def prepare(self, plan: StepPlan) -> None:
+        """Nothing is sent."""
+
     def submit(self, plan: StepPlan) -> "Future[list[StepResult]]":
         future: Future[list[StepResult]] = Future()
         future.set_result(

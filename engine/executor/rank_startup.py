@@ -205,7 +205,7 @@ class _Startup:
             dp_group=mesh.dp_rank,
         )
         grammars = GrammarMasks(Path(config.model), model.config.vocab_size)
-        return ModelRunner(model, mesh, cache, slots, grammars, depth=config.depth, device=self._device)
+        return ModelRunner(model, mesh, cache, slots, grammars, device=self._device)
 
 
 def _host_share(config: WorkerConfig) -> HostShare:

@@ -93,6 +93,13 @@ class BlockPool:
             self._num_deferred -= len(block_ids)
             self._drop(block_ids)
 
+    def withdraw(self, step: int) -> None:
+        """No plan ``step`` was made after all: what waits for it waits for the one before."""
+        block_ids = self._deferred.pop(step, None)
+        if block_ids is not None:
+            self._num_deferred -= len(block_ids)
+            self.release(block_ids, step - 1)
+
     def _drop(self, block_ids: list[int]) -> None:
         # Backwards: a prefix can be used without what follows it, and not the other way round.
         for block_id in reversed(block_ids):

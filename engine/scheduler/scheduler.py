@@ -11,14 +11,15 @@ from collections import deque
 from collections.abc import Sequence
 
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
-from engine.messages import NO_STEP, BatchPlan, NewRequest, SampledToken, ScheduledRequest, StepResult
+from engine.messages import NO_STEP, BatchPlan, NewRequest, SampledToken, StepResult
 from engine.request import FinishReason, Output, TopLogprobs
 from engine.scheduler.block_pool import BlockPool
 from engine.scheduler.block_tables import BlockTables
 from engine.scheduler.latency_budget import LatencyBudget, TokenBudget
 from engine.scheduler.policy import FirstComeFirstServed, Policy
 from engine.scheduler.request_state import NO_SLOT, RequestState
-from engine.scheduler.step_in_flight import StepInFlight
+from engine.scheduler.share import share, share_next
+from engine.scheduler.step_in_flight import Draft, StepInFlight
 
 _LOOKED_AT_PER_STEP = 1024
 """Blocks, on average, of prefixes found for a request that does not fit yet."""
@@ -52,6 +53,9 @@ class Scheduler:
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._removed: list[int] = []  # slots that the ranks must be told are free
         self._in_flight: deque[StepInFlight] = deque()
+        self._draft: Draft | None = None
+        self._stop_ids: set[int] = set()
+        """The stop tokens of all running requests, and of some that have ended."""
         self.num_preemptions = 0
         self.num_tokens_admitted = 0
         self.num_tokens_cached = 0
@@ -87,31 +91,66 @@ class Scheduler:
 
     # ---- schedule -------------------------------------------------------------------------------------------------
 
-    def schedule(self, step: int) -> BatchPlan | None:
-        """The batch of plan ``step``, or None where nothing can be computed until a plan in flight returns."""
+    def draft(self, step: int) -> BatchPlan | None:
+        """Begins the batch of plan ``step`` before that plan can leave: what the running requests compute in it. None
+        where they compute nothing. ``schedule`` returns this very object unless something has changed meanwhile.
+        """
         batch = BatchPlan(removed=[], new=[], scheduled=[])
         flight = StepInFlight(step)
-        num_decodes = sum(self._num_schedulable(state) == 1 for state in self._running)
-        prompt_budget = self._latency_budget.num_prompt_tokens(num_decodes)
-        budget = TokenBudget(self._config.max_num_batched_tokens, prompt_budget)
+        is_decoding = any(self._num_schedulable(state) == 1 for state in self._running)
+        budget = TokenBudget(
+            self._config.max_num_batched_tokens, self._latency_budget.num_prompt_tokens(num_decodes=int(is_decoding))
+        )
         short_of_blocks = self._schedule_running(batch, flight, budget)
-        if not short_of_blocks and self._waiting and budget.for_prompts > 0:
-            self._admit(batch, flight, budget)
+        batch.removed.extend(self._removed)
+        self._removed.clear()
+        self._draft = Draft(batch, flight, budget, short_of_blocks)
+        return batch if batch.scheduled else None
+
+    def is_final(self, result: StepResult) -> bool:
+        """Whether the draft can leave before ``result``, the next to be taken in: it ends no request of the draft, and
+        nobody came or went meanwhile."""
+        draft = self._draft
+        if draft is None or result.errors or self._removed or (self._waiting and self._may_admit(draft)):
+            return False
+        return self._stop_ids.isdisjoint([sampled.token_id for sampled in result.sampled])
+
+    def schedule(self, step: int) -> BatchPlan | None:
+        """The batch of plan ``step``, or None where nothing can be computed until a plan in flight returns."""
+        if self._draft is None:
+            self.draft(step)
+        assert self._draft is not None and self._draft.flight.step == step
+        draft, self._draft = self._draft, None
+        batch, flight = draft.batch, draft.flight
+        if self._removed:
+            batch = self._without_ended(batch, flight)
+        if self._waiting and self._may_admit(draft):
+            admitting = BatchPlan(batch.removed, [], batch.scheduled.copy())
+            self._admit(admitting, flight, draft.budget)
+            batch = admitting if admitting.new else batch
         if not batch.scheduled:
+            self._removed = batch.removed
+            self._pool.withdraw(step)
             return None
-        self._commit(batch, flight)
+        self._in_flight.append(flight)
         return batch
+
+    def _may_admit(self, draft: Draft) -> bool:
+        return bool(self._free_slots) and not draft.short_of_blocks and draft.budget.for_prompts > 0
+
+    def _without_ended(self, batch: BatchPlan, flight: StepInFlight) -> BatchPlan:
+        """The draft without the requests that have left their slots since it was begun."""
+        ended = set(self._removed)
+        flight.drop(ended)
+        scheduled = [share for share in batch.scheduled if share.slot not in ended]
+        removed, self._removed = batch.removed + self._removed, []
+        return BatchPlan(removed, [], scheduled)
 
     def schedule_idle(self, step: int) -> BatchPlan:
         """An empty batch, for a step in which only other dp groups have work."""
-        batch = BatchPlan(removed=[], new=[], scheduled=[])
-        self._commit(batch, StepInFlight(step))
-        return batch
-
-    def _commit(self, batch: BatchPlan, flight: StepInFlight) -> None:
-        batch.removed.extend(self._removed)
-        self._removed.clear()
-        self._in_flight.append(flight)
+        removed, self._removed = self._removed, []
+        self._in_flight.append(StepInFlight(step))
+        return BatchPlan(removed=removed, new=[], scheduled=[])
 
     def _schedule_running(self, batch: BatchPlan, flight: StepInFlight, budget: TokenBudget) -> bool:
         """Returns whether some request had to go without blocks."""
@@ -120,6 +159,11 @@ class Scheduler:
         while index < len(self._running):
             state = self._running[index]
             num_tokens = self._num_schedulable(state)
+            if num_tokens == 1 and state.num_pending and state.num_computed < state.num_block_tokens:
+                share_next(state, batch, flight, self._tables)
+                budget.left -= 1
+                index += 1
+                continue
             if num_tokens > 1:  # a prompt leaves one token to each request after it
                 num_tokens = min(num_tokens, budget.for_prompts, budget.left - (len(self._running) - index - 1))
             if num_tokens > 0 and state.num_computed + num_tokens > state.num_block_tokens:
@@ -128,7 +172,7 @@ class Scheduler:
                     short_of_blocks = True
                     num_tokens = min(num_tokens, room or self._make_room(index))
             if num_tokens > 0:
-                self._share(state, num_tokens, batch, flight)
+                share(state, num_tokens, batch, flight, self._tables)
                 budget.take(num_tokens)
             if state.slot != NO_SLOT:  # else it was itself the victim, and the next has moved up
                 index += 1
@@ -187,7 +231,7 @@ class Scheduler:
             batch.new.append(self._enter_slot(state, flight.step, prefix))
             num_tokens = len(state.token_ids) - state.num_computed
             num_tokens = min(num_tokens, budget.for_prompts, self._tables.room(state))
-            self._share(state, num_tokens, batch, flight)
+            share(state, num_tokens, batch, flight, self._tables)
             budget.take(num_tokens)
             num_reserved += 1
             if state.num_computed < len(state.token_ids):
@@ -195,41 +239,6 @@ class Scheduler:
         if batch.new:
             self._waiting = [state for state in self._waiting if state.slot == NO_SLOT]
             self._running = self._policy.order(self._running)
-
-    def _share(self, state: RequestState, num_tokens: int, batch: BatchPlan, flight: StepInFlight) -> None:
-        """Puts the next ``num_tokens`` of a request into the batch. The blocks for them are there."""
-        start = state.num_computed
-        end = start + num_tokens
-        new_block_ids = self._tables.extend(state, end) if end > state.num_block_tokens else []
-        token_ids: list[int] = []
-        input_step = NO_STEP
-        if end > state.num_sent:
-            if state.num_pending:
-                input_step = state.sample_step
-            else:
-                token_ids = state.token_ids[state.num_sent : end]
-            state.num_sent = end
-        sample = end == len(state.token_ids) + state.num_pending
-        batch.scheduled.append(
-            ScheduledRequest(state.slot, start, num_tokens, token_ids, new_block_ids, sample, input_step)
-        )
-        state.num_computed = end
-        state.last_step = flight.step
-        flight.ends[state.slot] = end
-        if num_tokens == 1:
-            flight.num_decodes += 1
-        else:
-            flight.num_prompt_tokens += num_tokens
-        if sample:
-            state.num_pending += 1
-            state.sample_step = flight.step
-            flight.sampling[state.slot] = state
-            if state.num_prompt_logprobs < state.num_prompt_tokens:
-                flight.prompts_ending.append((state.slot, state))
-        else:
-            flight.prefilling[state.slot] = state
-        if end >= state.unseen_at:
-            self._tables.release_unseen(state, end)
 
     # ---- update ---------------------------------------------------------------------------------------------------
 
@@ -246,6 +255,7 @@ class Scheduler:
         self._latency_budget.observe(flight.num_decodes, flight.num_prompt_tokens, result.duration_us * 1e-6)
         self._keep_blocks(flight, {error.slot for error in result.errors})
         outputs: list[Output] = []
+        is_plain = not prompt_logprobs and not any(sampled.logprobs for sampled in result.sampled)
         for error in result.errors:
             failed = flight.sampling.pop(error.slot, None) or flight.prefilling.pop(error.slot)
             if not failed.finished:
@@ -253,8 +263,15 @@ class Scheduler:
                 outputs.append(Output(failed.request_id, [], FinishReason.ERROR, error=error.message))
         for sampled in result.sampled:
             state = flight.sampling[sampled.slot]
-            if not state.finished:
-                outputs.append(self._accept(state, sampled, prompt_logprobs.get(sampled.slot)))
+            if state.finished:
+                continue
+            token_id = sampled.token_id
+            state.token_ids.append(token_id)
+            state.num_pending -= 1
+            if token_id not in self._stop_ids and len(state.token_ids) < state.max_num_tokens and is_plain:
+                outputs.append(Output(state.request_id, [token_id]))
+            else:
+                outputs.append(self._finish_or_go_on(state, sampled, prompt_logprobs.get(sampled.slot)))
         for slot, prefilling in flight.prefilling.items():
             logprobs = prompt_logprobs.get(slot)
             if prefilling.finished or (logprobs is None and prefilling.has_begun):
@@ -269,18 +286,17 @@ class Scheduler:
 
     def _keep_blocks(self, flight: StepInFlight, failed_slots: set[int]) -> None:
         """What this step computed can be shared from now on. A request that left its slot meanwhile is passed over."""
-        for slot, state in (*flight.sampling.items(), *flight.prefilling.items()):
+        for state, slot, end in flight.filled:
             if state.slot == slot and state.entry_step <= flight.step and slot not in failed_slots:
-                self._tables.keep(state, flight.ends[slot])
+                self._tables.keep(state, end)
 
-    def _accept(
+    def _finish_or_go_on(
         self, state: RequestState, sampled: SampledToken, prompt_logprobs: list[TopLogprobs | None] | None
     ) -> Output:
-        """Appends a sampled token. One that stops is in the output too: the front end leaves it out of the text."""
+        """The output of a request that has got a token. One that stops is in it too: the front end leaves it out of
+        the text."""
         token_id = sampled.token_id
         sampling = state.sampling
-        state.token_ids.append(token_id)
-        state.num_pending -= 1
         reason = None
         stop_token_id = None
         # The rank samples an early stop token only where the grammar leaves nothing else.
@@ -311,6 +327,7 @@ class Scheduler:
         self.num_tokens_admitted += len(state.token_ids)
         self.num_tokens_cached += state.num_computed
         self._running.append(state)
+        self._stop_ids.update(state.sampling.stop_token_ids)
         return NewRequest(
             state.slot,
             state.token_ids.copy(),
@@ -336,6 +353,8 @@ class Scheduler:
     def _forget_finished(self) -> None:
         self._running = [state for state in self._running if not state.finished]
         self._waiting = [state for state in self._waiting if not state.finished]
+        if not self._running and not self._in_flight:
+            self._stop_ids.clear()
 
     def check_integrity(self) -> None:
         """Asserts what must hold between any two calls."""

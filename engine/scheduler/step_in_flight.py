@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 from engine.errors import ProtocolViolation
-from engine.messages import StepResult
+from engine.messages import BatchPlan, StepResult
 from engine.request import TopLogprobs
+from engine.scheduler.latency_budget import TokenBudget
 from engine.scheduler.request_state import RequestState
 
 
@@ -17,8 +18,8 @@ class StepInFlight:
     """Slot to request, where a next token is expected."""
     prefilling: dict[int, RequestState] = field(default_factory=dict)
     """Slot to request, where a prompt has more chunks to come."""
-    ends: dict[int, int] = field(default_factory=dict)
-    """Slot to how many positions have been computed when the step is over."""
+    filled: list[tuple[RequestState, int, int]] = field(default_factory=list)
+    """(Request, slot, positions computed when the step is over) where that may fill a block."""
     num_decodes: int = 0
     """Requests with one token in this step."""
     num_prompt_tokens: int = 0
@@ -26,11 +27,21 @@ class StepInFlight:
     prompts_ending: list[tuple[int, RequestState]] = field(default_factory=list)
     """(Slot, request) whose prompt's log-probabilities must be complete with this step."""
 
+    def drop(self, slots: set[int]) -> None:
+        """The plan, which has not left yet, does not name them."""
+        for slot in slots:
+            self.sampling.pop(slot, None)
+            self.prefilling.pop(slot, None)
+        self.filled = [entry for entry in self.filled if entry[1] not in slots]
+        self.prompts_ending = [entry for entry in self.prompts_ending if entry[0] not in slots]
+
     def check_slots(self, result: StepResult) -> None:
         """Raises ProtocolViolation unless every slot to be sampled has one token or error, and no other has any."""
         assert self.step == result.step, f"result of step {result.step} where {self.step} is the oldest in flight"
-        failed = [error.slot for error in result.errors]
         answered = [sampled.slot for sampled in result.sampled]
+        if not result.errors and answered == list(self.sampling):
+            return  # as ranks answer: in the plan's order
+        failed = [error.slot for error in result.errors]
         answered += [slot for slot in failed if slot not in self.prefilling]
         if len(answered) != len(self.sampling) or set(answered) != self.sampling.keys() or len(failed) > len({*failed}):
             raise ProtocolViolation(
@@ -72,3 +83,14 @@ class StepInFlight:
                     f"step {self.step}, request {state.request_id}: {num_missing} of the prompt's log-probabilities "
                     "are missing"
                 )
+
+
+@dataclass(slots=True)
+class Draft:
+    """A batch that was begun before its plan could leave. ``budget``: what running requests leave to waiting ones."""
+
+    batch: BatchPlan
+    flight: StepInFlight
+    budget: TokenBudget
+    short_of_blocks: bool
+    """Some running request had to go without: nobody is admitted."""

@@ -127,6 +127,7 @@ class StepProtocolMachine(RuleBasedStateMachine):
             depth=self.depth,
             epoch=self.epoch,
             num_dp_groups=self.num_dp_groups,
+            input_references=self.input_references,
             fails_at=self.fails_at,
             adapter_of=self.adapter_of,
             broken_adapters=self.broken_adapters,
@@ -247,7 +248,7 @@ class StepProtocolMachine(RuleBasedStateMachine):
             for batch in plan.batches:
                 assert sum(share.num_tokens for share in batch.scheduled) <= self.config.max_num_batched_tokens
                 assert len(batch.scheduled) <= self.config.max_num_seqs
-                if self.depth == 1 or not self.input_references:
+                if not self.input_references:
                     assert all(share.input_step == NO_STEP for share in batch.scheduled)
         self.gang.plans.clear()
 

@@ -1,6 +1,7 @@
 """An engine without scheduler and model: each step gives every request its next token, which anyone can predict."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from engine.engine import EngineStats
@@ -56,7 +57,7 @@ class ScriptedEngine:
         self._outputs.append(Output(request_id, [], FinishReason.ABORT))
         return True
 
-    def step(self) -> list[Output]:
+    def step(self, news: Callable[[], None] = lambda: None) -> list[Output]:
         self.entered.set()
         self.gate.wait()
         self.num_steps += 1

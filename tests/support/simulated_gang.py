@@ -68,9 +68,9 @@ def _cell_value(state: SlotState, position: int, adapter_path: str) -> int:
 class SimulatedRank:
     """One rank: its slots, its memory, and what its plans in flight read from there.
 
-    ``records_samples``: whether it learns the tokens that are sampled (all ranks do at depth above 1, the sampling
-    rank always); ``fails_at`` positions of a request (by seed) answer with a SlotError. ``adapter_of``: path of
-    the adapter that a request (by seed) must have; ``broken_adapters``: paths that cannot be loaded.
+    ``records_samples``: whether it learns the tokens that are sampled (all ranks do where plans may refer to them, the
+    sampling rank always); ``fails_at`` positions of a request (by seed) answer with a SlotError. ``adapter_of``: path
+    of the adapter that a request (by seed) must have; ``broken_adapters``: paths that cannot be loaded.
     """
 
     table: SlotTable
@@ -191,6 +191,7 @@ class SimulatedGang:
         adapter_of: path of the adapter that each request, by seed, must be computed with.
         broken_adapters: paths that the last rank cannot load.
         depth: plans that may be in flight.
+        input_references: whether plans may refer to samples, so that all ranks have to know them.
     """
 
     def __init__(
@@ -205,12 +206,14 @@ class SimulatedGang:
         epoch: int = 0,
         num_dp_groups: int = 1,
         ranks_per_group: int = 2,
+        input_references: bool = True,
         fails_at: set[tuple[int, int]] | None = None,
         adapter_of: dict[int, str] | None = None,
         broken_adapters: set[str] | None = None,
     ) -> None:
         self.depth = depth
         self.dead = False
+        self._prepared: tuple[StepPlan, bytes] | None = None
         self.plans: list[StepPlan] = []
         self._flights: deque[Flight] = deque()
         self._groups = [
@@ -227,7 +230,7 @@ class SimulatedGang:
                     kv_groups=kv_groups,
                     block_size=block_size,
                     vocab_size=vocab_size,
-                    records_samples=depth > 1 or index == 0,
+                    records_samples=input_references or index == 0,
                     fails_at=fails_at if fails_at is not None else set(),
                     adapter_of=adapter_of if adapter_of is not None else {},
                 )
@@ -238,8 +241,14 @@ class SimulatedGang:
         if broken_adapters is not None:
             self._groups[-1][-1].broken_adapters = broken_adapters
 
+    def prepare(self, plan: StepPlan) -> None:
+        """What leaves later is what was prepared, even where it shares lists with the leader."""
+        self._prepared = (plan, encode(plan))
+
     def submit(self, plan: StepPlan) -> Future[list[StepResult]]:
         assert len(self._flights) < self.depth, f"more than {self.depth} plans in flight"
+        if self._prepared is not None and self._prepared[0] is plan:
+            assert self._prepared[1] == encode(plan), "the plan was changed after it had been prepared"
         message = decode_to_rank(encode(plan))  # what travels is bytes: nothing is shared with the leader
         assert isinstance(message, StepPlan) and message == plan
         plan = message

@@ -250,6 +250,8 @@ class WrongExecutor:
     def __init__(self, results: list[StepResult]) -> None:
         self.results = results
 
+    def prepare(self, plan: StepPlan) -> None: ...
+
     def submit(self, plan: StepPlan) -> Future[list[StepResult]]:
         future: Future[list[StepResult]] = Future()
         future.set_result(self.results)
@@ -290,5 +292,6 @@ def test_stats() -> None:
     assert (engine.stats().num_running, engine.stats().num_waiting) == (0, 2)
     engine.step()
     stats = engine.stats()
-    assert (stats.num_running, stats.num_waiting, stats.num_in_flight, stats.num_steps) == (1, 1, 0, 1)
+    # The second plan is on its way.
+    assert (stats.num_running, stats.num_waiting, stats.num_in_flight, stats.num_steps) == (1, 1, 1, 2)
     assert stats.kv_usage == 4 / 99  # 5 tokens: two blocks in each of two groups

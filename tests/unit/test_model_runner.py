@@ -53,7 +53,7 @@ class CountingModel:
         return logits
 
 
-def make_runner(depth: int = 1) -> tuple[ModelRunner, CountingModel, KvCacheView]:
+def make_runner() -> tuple[ModelRunner, CountingModel, KvCacheView]:
     layers = (LayerConfig(8), LayerConfig(8, chunk_size=8))
     rope = RopeConfig(theta=10000.0, head_dim=4, original_max_positions=1000)
     config = ModelConfig("none", VOCAB, 8, 2, 2, 4, layers, rope, 1e-5, 1000)
@@ -63,7 +63,7 @@ def make_runner(depth: int = 1) -> tuple[ModelRunner, CountingModel, KvCacheView
     )
     slots = SlotTable(num_slots=4, kv_groups=kv_groups(config), block_size=BLOCK_SIZE, num_blocks=50, epoch=0)
     grammars = GrammarMasks(Path("none"), VOCAB)
-    return ModelRunner(model, Mesh(), cache, slots, grammars, depth=depth, device=CPU), model, cache
+    return ModelRunner(model, Mesh(), cache, slots, grammars, device=CPU), model, cache
 
 
 def params(**options: object) -> SamplingParams:
@@ -103,11 +103,8 @@ def test_slots_become_tensors() -> None:
 
 
 def test_a_token_comes_by_value_or_by_reference() -> None:
-    for depth, share in (
-        (1, ScheduledRequest(0, 2, 1, [6], [], True)),
-        (2, ScheduledRequest(0, 2, 1, [], [], True, 0)),
-    ):
-        runner, model, _ = make_runner(depth)
+    for share in (ScheduledRequest(0, 2, 1, [6], [], True), ScheduledRequest(0, 2, 1, [], [], True, 0)):
+        runner, model, _ = make_runner()
         assert tokens(runner.execute(plan(0, admit(0, [4, 5], 1)))) == {0: 6}
         assert tokens(runner.execute(plan(1, scheduled=[share]))) == {0: 7}
         assert model.batches[1].token_ids.tolist() == [6] and model.batches[1].positions.tolist() == [2]
@@ -125,21 +122,18 @@ def test_a_plan_out_of_order_is_refused() -> None:
         runner.execute(StepPlan(0, 1, [BatchPlan([], [], [])]))
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_nan_fails_its_request_alone(depth: int) -> None:
-    runner, _, _ = make_runner(depth)
+def test_nan_fails_its_request_alone() -> None:
+    runner, _, _ = make_runner()
     result = runner.execute(plan(0, admit(0, [1, NAN_TOKEN], 1), admit(1, [1, 2], 10)))
     assert tokens(result) == {1: 3}
     assert [(error.slot, "position 2" in error.message) for error in result.errors] == [(0, True)]
-    if depth == 2:
-        # A plan that was in flight already still refers to both samples.
-        shares = [ScheduledRequest(0, 2, 1, [], [], True, 0), ScheduledRequest(1, 2, 1, [], [], True, 0)]
-        assert tokens(runner.execute(plan(1, scheduled=shares)))[1] == 4
+    # A plan that was in flight already still refers to both samples.
+    shares = [ScheduledRequest(0, 2, 1, [], [], True, 0), ScheduledRequest(1, 2, 1, [], [], True, 0)]
+    assert tokens(runner.execute(plan(1, scheduled=shares)))[1] == 4
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_running_out_of_memory_fails_the_step_s_requests_not_the_rank(depth: int) -> None:
-    runner, _, _ = make_runner(depth)
+def test_running_out_of_memory_fails_the_step_s_requests_not_the_rank() -> None:
+    runner, _, _ = make_runner()
     result = runner.execute(plan(0, admit(0, [1, HUGE_TOKEN], 1), admit(1, [1, 2], 10)))
     assert result.sampled == [] and {error.slot for error in result.errors} == {0, 1}
     assert all("out of memory" in error.message for error in result.errors)
