@@ -13,6 +13,27 @@ from engine.batch import ForwardBatch
 from engine.config import KvGroupConfig
 
 
+class Rotation(Protocol):
+    """How a step's queries and keys are turned to their positions; see engine.layers.rotary."""
+
+    @property
+    def cos(self) -> torch.Tensor:
+        """[T, 1, head_dim / 2] float32; ``sin`` likewise."""
+        ...
+
+    @property
+    def sin(self) -> torch.Tensor: ...
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether element 2i turns with 2i + 1; else i with i + head_dim / 2."""
+        ...
+
+    def apply(self, heads: torch.Tensor) -> torch.Tensor:
+        """[T, num_heads, head_dim], turned."""
+        ...
+
+
 @dataclass(frozen=True)
 class KvCacheView:
     """The KV pool of one rank, one pair of tensors per layer slot: slot s holds the s-th layer of every group.
@@ -28,7 +49,13 @@ class StepAttention(Protocol):
     """Attention of one step, with everything prepared that its layers share."""
 
     def forward(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: KvCacheView
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: KvCacheView,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         """Write keys and values of the step's tokens to the cache, then attend.
 
@@ -38,6 +65,7 @@ class StepAttention(Protocol):
             key: [T, num_local_kv_heads, head_dim].
             value: as ``key``.
             kv_cache: the pool, written in place.
+            rotation: turns queries and keys before anything else; None where that has been done or is not wanted.
 
         Returns:
             [T, num_local_heads, head_dim].

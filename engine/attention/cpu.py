@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.attention.backend import KvCacheView, StepAttention
+from engine.attention.backend import KvCacheView, Rotation, StepAttention
 from engine.attention.reference import PrefillTile, ReferenceAttention, attend_prefill, prefill_tiles
 from engine.batch import ForwardBatch
 from engine.config import KvGroupConfig
@@ -30,8 +30,16 @@ class CpuStepAttention:
         self._places = places
 
     def forward(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: KvCacheView
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: KvCacheView,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
+        if rotation is not None:
+            query, key = rotation.apply(query), rotation.apply(key)
         group, slot = self._places[layer]
         plan = self._plans[group]
         key_cache, value_cache = kv_cache.key_cache[slot], kv_cache.value_cache[slot]
@@ -56,14 +64,20 @@ class _EitherStep:
         self._step: StepAttention | None = None
 
     def forward(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: KvCacheView
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: KvCacheView,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         if self._step is None:
             if can_attend(query, kv_cache.key_cache[0]):
                 self._step = _plan(self._batch, self._groups, self._block_size)
             else:
                 self._step = ReferenceAttention().plan(self._batch, self._groups, self._block_size)
-        return self._step.forward(layer, query, key, value, kv_cache)
+        return self._step.forward(layer, query, key, value, kv_cache, rotation)
 
 
 class CpuAttention:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
-from engine.attention.backend import KvCacheView
+from engine.attention.backend import KvCacheView, Rotation
 from engine.attention.pieces import attend_in_pieces
 from engine.batch import ForwardBatch
 from engine.config import KvGroupConfig
@@ -66,8 +66,16 @@ class ReferenceStepAttention:
         self._places = places
 
     def forward(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: KvCacheView
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: KvCacheView,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
+        if rotation is not None:
+            query, key = rotation.apply(query), rotation.apply(key)
         group, slot = self._places[layer]
         plan = self._plans[group]
         keys, values = kv_cache.key_cache[slot].flatten(0, 1), kv_cache.value_cache[slot].flatten(0, 1)

@@ -6,12 +6,14 @@ import importlib.util
 
 import torch
 
+_DTYPES = (torch.bfloat16, torch.float32, torch.int64)
+
 
 def runs_on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` is on a CUDA device, in a format that the kernels compute in."""
-    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float32) and _has_triton()
+    """Whether ``tensor`` is on a CUDA device, in a format that the kernels take."""
+    return tensor.is_cuda and tensor.dtype in _DTYPES and has_triton()
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -51,13 +51,16 @@ class Attention(nn.Module):
         query, key, value = (part.unflatten(-1, (-1, self._head_dim)) for part in parts)
         if self._qk_norm is QkNorm.WEIGHTED_BEFORE_ROPE:
             query, key = self.query_norm.forward(query), self.key_norm.forward(key)
-        if self._use_rope:
+        # Where nothing follows the rotation, the backend turns keys on their way to the cache.
+        last_turn = rotation if self._use_rope else None
+        if self._use_rope and self._qk_norm is QkNorm.UNWEIGHTED_AFTER_ROPE:
             query, key = rotation.apply(query), rotation.apply(key)
+            last_turn = None
         if self._qk_norm is QkNorm.UNWEIGHTED_AFTER_ROPE:
             query, key = rms_normalize(query, self._eps), rms_normalize(key, self._eps)
         if self._temperature:
             query = (query * query_scales(self._temperature, positions)[:, None, None]).to(query.dtype)
-        attended = attention.forward(self._layer, query, key, value, kv_cache)
+        attended = attention.forward(self._layer, query, key, value, kv_cache, last_turn)
         return self.output.forward(attended.flatten(1), adapters)
 
 
