@@ -7,19 +7,25 @@ most likely token is lost, which no test of the distribution could see.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from engine.executor.philox import uniforms
 from engine.executor.sampling_row import SamplingRow
+from engine.kernels.host_copy import to_device
+from engine.kernels.sampling import gpu_nucleus_border
 from engine.request import SamplingParams
 
 _SCALE = 2.0**36
+_NUM_BITS = 37
+"""Of a weight."""
 _NUM_CANDIDATES = (64, 1024)
 """Top-p looks for its border among so many most likely tokens before it sorts the whole vocabulary."""
 
 
 def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """[R] int64 tokens on the device of ``logits`` [R, vocab] float32 (after penalties; every row's maximum finite).
+    """[R] int64 tokens on the device of ``logits`` [R, vocab] float32 (after penalties). Of a row whose maximum is not
+    finite, the token is some number of the vocabulary.
 
     The token is the inverse of the cumulative distribution, in order of ids, at a number that depends only on the row's
     seed, choice and position.
@@ -29,7 +35,7 @@ def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     numbers = uniforms(
         [row.params.seed for row in rows], [row.params.choice for row in rows], [row.position for row in rows]
     )
-    targets = (torch.from_numpy(numbers).to(logits.device) * totals).to(torch.int64)
+    targets = (to_device(numbers, logits.device) * totals).to(torch.int64)
     targets = torch.minimum(targets, totals - 1)
     tokens = torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0]
     return tokens.clamp_(max=logits.shape[1] - 1)
@@ -43,7 +49,7 @@ def kept_weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torc
     """
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+        return to_device(np.array(values, dtype=np.float32), logits.device)[:, None]
 
     vocab_size = logits.shape[1]
     relative = (logits - logits.amax(dim=-1, keepdim=True)).div_(column([p.temperature for p in params]))
@@ -53,28 +59,34 @@ def kept_weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torc
     top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
     limited = [r for r, k in enumerate(top_k) if k < vocab_size]
     if limited:
-        border = _kth_largest(logits[limited], [top_k[r] for r in limited])
-        relative[limited] = relative[limited].masked_fill(logits[limited] < border, 0.0)
+        index = to_device(np.array(limited), logits.device)
+        part = logits[index]
+        border = _kth_largest(part, [top_k[r] for r in limited])
+        relative[index] = relative[index].masked_fill(part < border, 0.0)
     weights = relative.mul_(_SCALE).to(torch.int64)
     nucleus = [r for r, p in enumerate(params) if p.top_p < 1.0]
     if nucleus:
-        part = weights[nucleus]
+        index = to_device(np.array(nucleus), logits.device)
+        part = weights[index]
         border = _nucleus_border(part, [params[r].top_p for r in nucleus])
-        weights[nucleus] = part.masked_fill(part < border, 0)
+        weights[index] = part.masked_fill(part < border, 0)
     return weights
 
 
 def _kth_largest(logits: torch.Tensor, top_k: list[int]) -> torch.Tensor:
     """[R, 1]: each row's k-th largest value."""
     largest = logits.topk(max(top_k), dim=-1, sorted=True).values
-    return largest.gather(1, torch.tensor(top_k, device=logits.device)[:, None] - 1)
+    return largest.gather(1, to_device(np.array(top_k), logits.device)[:, None] - 1)
 
 
 def _nucleus_border(weights: torch.Tensor, top_p: list[float]) -> torch.Tensor:
     """[R, 1]: weight of the last token of each row's nucleus: the fewest most likely tokens whose probabilities reach
     top_p together (Holtzman et al. 2019)."""
-    goals = torch.tensor(top_p, dtype=torch.float64, device=weights.device)[:, None]
+    goals = to_device(np.array(top_p, dtype=np.float64), weights.device)[:, None]
     goals = goals * weights.sum(dim=-1, keepdim=True)
+    found = gpu_nucleus_border(weights, goals, _NUM_BITS)
+    if found is not None:
+        return found
     for num_candidates in _NUM_CANDIDATES:
         if num_candidates < weights.shape[1]:
             descending = weights.topk(num_candidates, dim=-1, sorted=True).values

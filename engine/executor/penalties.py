@@ -9,6 +9,7 @@ import torch
 
 from engine.executor.sampling_row import SamplingRow
 from engine.executor.seen_tokens import SeenTokens
+from engine.kernels.host_copy import to_device
 from engine.request import SamplingParams
 
 
@@ -20,7 +21,8 @@ def adjust_logits(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     biased = [(r, token_id, bias) for r, row in enumerate(rows) for token_id, bias in row.params.logit_bias.items()]
     if biased:
         row_ids, token_ids, biases = zip(*biased, strict=True)
-        logits[list(row_ids), list(token_ids)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+        values = to_device(np.array(biases, dtype=np.float32), logits.device)
+        logits.index_put_(_places(row_ids, token_ids, logits.device), values, accumulate=True)
     banned = [
         (r, token_id)
         for r, row in enumerate(rows)
@@ -30,10 +32,15 @@ def adjust_logits(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     ]
     if banned:
         row_ids, token_ids = zip(*banned, strict=True)
-        logits[list(row_ids), list(token_ids)] = float("-inf")
+        places = _places(row_ids, token_ids, logits.device)
+        logits.index_put_(places, logits.new_full((), float("-inf")))
     for r, row in enumerate(rows):
         if row.mask is not None:  # one by one: gathering the rows would copy the logits twice
-            logits[r].masked_fill_(torch.from_numpy(~row.mask.allowed).to(logits.device), float("-inf"))
+            logits[r].masked_fill_(to_device(~row.mask.allowed, logits.device), float("-inf"))
+
+
+def _places(row_ids: Sequence[int], token_ids: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
+    return tuple(to_device(np.array((row_ids, token_ids), dtype=np.int64), device))
 
 
 def has_penalties(params: SamplingParams) -> bool:
@@ -46,12 +53,12 @@ def _apply_penalties(logits: torch.Tensor, rows: Sequence[SamplingRow], penalize
     one are subtracted. Only the tokens that occur are touched, so the cost follows how many there are."""
     parts = [_seen_tokens(rows[r]) for r in penalized]
     sizes = [len(token_ids) for token_ids, _ in parts]
-    row_ids = torch.tensor(np.repeat(penalized, sizes), device=logits.device)
-    token_ids = torch.from_numpy(np.concatenate([token_ids for token_ids, _ in parts])).to(logits.device)
-    counts = torch.from_numpy(np.concatenate([counts for _, counts in parts])).to(logits)
+    all_ids, all_counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    row_ids, token_ids = to_device(np.stack((np.repeat(penalized, sizes), all_ids)), logits.device)
+    counts = to_device(all_counts, logits.device).to(logits.dtype)
 
     def spread(values: list[float]) -> torch.Tensor:
-        return torch.tensor(np.repeat(values, sizes), dtype=logits.dtype, device=logits.device)
+        return to_device(np.repeat(values, sizes).astype(np.float32), logits.device)
 
     params = [rows[r].params for r in penalized]
     repetition = spread([p.repetition_penalty for p in params])

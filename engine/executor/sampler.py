@@ -7,12 +7,15 @@ likely token (temperature 0; the lowest id among equals) or temperature, min-p, 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from engine.executor.draw import draw
 from engine.executor.logprobs import top_logprobs
 from engine.executor.penalties import adjust_logits
 from engine.executor.sampling_row import SamplingRow
+from engine.kernels.host_copy import to_device
+from engine.kernels.sampling import most_likely
 from engine.request import MIN_TEMPERATURE, TopLogprobs
 
 
@@ -34,17 +37,18 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SamplerOutput:
     if not rows:
         return SamplerOutput([], [], [])
     adjust_logits(logits, rows)
-    # amax hands on NaN, so one pass sees NaN, an infinity, and rows that are minus infinity throughout.
-    valid = torch.isfinite(logits.amax(dim=-1)).tolist()
-    token_ids: list[int] = logits.argmax(dim=-1).tolist()
-    drawn = [r for r, row in enumerate(rows) if row.params.temperature >= MIN_TEMPERATURE and valid[r]]
-    if drawn:
-        part = logits if len(drawn) == len(rows) else logits[drawn]
-        for r, token_id in zip(drawn, draw(part, [rows[r] for r in drawn]).tolist(), strict=True):
-            token_ids[r] = token_id
-    for r, is_valid in enumerate(valid):
-        if not is_valid:
-            token_ids[r] = 0
+    tokens = most_likely(logits)
+    drawn = [r for r, row in enumerate(rows) if row.params.temperature >= MIN_TEMPERATURE]
+    if len(drawn) == len(rows):
+        tokens = torch.where(tokens < 0, tokens, draw(logits, rows))
+    elif drawn:
+        index = to_device(np.array(drawn), logits.device)
+        found = draw(logits[index], [rows[r] for r in drawn])
+        tokens[index] = torch.where(tokens[index] < 0, -1, found)
+    # Where a GPU computes, the host waits here, once, for all that was queued.
+    answers: list[int] = tokens.tolist()
+    valid = [token_id >= 0 for token_id in answers]
+    token_ids = [max(token_id, 0) for token_id in answers]
     return SamplerOutput(token_ids, _logprobs(logits, rows, token_ids, valid), valid)
 
 
