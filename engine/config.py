@@ -51,6 +51,11 @@ class ParallelConfig:
         return self.pp * self.dp * self.tp
 
     @property
+    def product(self) -> str:
+        """For people: how many ranks, and why."""
+        return f"pp {self.pp} × dp {self.dp} × tp {self.tp} = {self.num_ranks} ranks"
+
+    @property
     def expert_tp(self) -> int:
         """Over how many ranks one expert's matrices are split."""
         return self.dp * self.tp // self.ep
@@ -109,9 +114,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class KvGroupConfig:
-    """Layers that share one block table. All groups of a model have equally many layers, so one pool of blocks of one
-    size serves them all: a block holds ``block_size`` tokens' keys and values of the ``len(layers)`` layers of the
-    group that it was given to.
+    """Layers that share one block table. One pool of blocks of one size serves all groups of a model: on each rank a
+    block has room for ``block_size`` tokens' keys and values in as many layers as the rank's largest group has there.
 
     ``chunk_size``: a token sees only those of its own chunk of that many positions (Llama 4's chunked attention).
     ``window_size``: a token sees itself and those up to that many positions in all (sliding window). At most one is

@@ -2,9 +2,20 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from math import gcd
 
 from engine.config import KvGroupConfig
+
+
+def groups_of_stage(groups: Sequence[KvGroupConfig], layers: range) -> tuple[KvGroupConfig, ...]:
+    """The same groups, of their layers only those of a pipeline stage; some may be left with none."""
+    return tuple(replace(group, layers=tuple(i for i in group.layers if i in layers)) for group in groups)
+
+
+def num_layer_slots(groups: Sequence[KvGroupConfig]) -> int:
+    """Layers that one block has room for, of a rank whose groups these are."""
+    return max(len(group.layers) for group in groups)
 
 
 def first_visible_block(group: KvGroupConfig, position: int, block_size: int) -> int:

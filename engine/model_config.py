@@ -5,7 +5,6 @@ that of v5 (``rope_parameters``, ``dtype``, explicit per-layer lists).
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from engine.layer_config import (
 )
 from engine.quantization_config import QuantizationConfig, online_quantization, parse_quantization
 from engine.rope_config import RopeConfig, RopeType, parse_rope
+from engine.stages import divide_layers, num_groups_of_kinds
 
 PLAN_ONLY_ARCHITECTURES = (
     "DeepseekV3ForCausalLM",
@@ -180,21 +180,47 @@ class ModelConfig:
         return max((layer.moe.num_experts for layer in self.layers if layer.moe), default=0)
 
 
-def kv_groups(config: ModelConfig) -> tuple[KvGroupConfig, ...]:
-    """Divide the layers into KV groups of equally many layers, so that one pool of equal blocks serves all.
+def stage_layers(config: ModelConfig, pp: int) -> tuple[range, ...]:
+    """The layers of each of ``pp`` pipeline stages: neighbours, so many that stages hold about equally many weights,
+    the embedding (in the first) and the head (in the last) among them."""
+    vocabulary = config.vocab_size * config.hidden_size
+    return divide_layers(tuple(_num_weights(config, layer) for layer in config.layers), vocabulary, vocabulary, pp)
 
-    The size of a group is the greatest common divisor of the numbers of layers of each kind (full, chunked, sliding);
-    groups of full layers come first. A model with layers of one kind is one group.
+
+def _num_weights(config: ModelConfig, layer: LayerConfig) -> int:
+    """Of a layer's matrices."""
+    attention = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    width = layer.intermediate_size
+    if layer.moe is not None:
+        width = layer.moe.intermediate_size * (layer.moe.num_experts + layer.moe.has_shared_expert)
+    return config.hidden_size * (attention + 3 * width)
+
+
+def kv_groups(config: ModelConfig, pp: int = 1, without: frozenset[int] = frozenset()) -> tuple[KvGroupConfig, ...]:
+    """Divide the layers into KV groups, so that one pool of equal blocks serves all on each rank.
+
+    All layers of a group are of one kind (full, chunked, sliding), and a kind's groups have equally many layers in each
+    of ``pp`` pipeline stages, as far as they can; groups of full layers come first. A model with layers of one kind is
+    one group. ``without``: layers that keep nothing.
     """
-    kinds: dict[tuple[int | None, int | None], list[int]] = {(None, None): []}
-    for i, layer in enumerate(config.layers):
-        kinds.setdefault((layer.chunk_size, layer.window_size), []).append(i)
-    size = math.gcd(*map(len, kinds.values()))
-    return tuple(
-        KvGroupConfig(tuple(members[start : start + size]), chunk_size, window_size)
-        for (chunk_size, window_size), members in kinds.items()
-        for start in range(0, len(members), size)
-    )
+    full = (None, None)
+    kinds: dict[tuple[int | None, int | None], None] = {full: None}
+    stages: list[dict[tuple[int | None, int | None], list[int]]] = []
+    for layers in stage_layers(config, pp):
+        stages.append({})
+        for i in layers:
+            if i not in without:
+                kind = (config.layers[i].chunk_size, config.layers[i].window_size)
+                kinds.setdefault(kind)
+                stages[-1].setdefault(kind, []).append(i)
+    counts = [[len(stage.get(kind, ())) for kind in kinds] for stage in stages]
+    groups = []
+    for kind, num_groups in zip(kinds, num_groups_of_kinds(counts), strict=True):
+        for g in range(num_groups):
+            members = [stage.get(kind, []) for stage in stages]
+            own = [m[len(m) * g // num_groups : len(m) * (g + 1) // num_groups] for m in members]
+            groups.append(KvGroupConfig(tuple(i for part in own for i in part), *kind))
+    return tuple(groups)
 
 
 def num_local_kv_heads(config: ModelConfig, parallel: ParallelConfig) -> int:
@@ -205,9 +231,8 @@ def num_local_kv_heads(config: ModelConfig, parallel: ParallelConfig) -> int:
 def validate_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Raises LayoutError, naming the numbers, where ``model`` cannot be divided as ``parallel`` says, or where this
     version does not serve such a layout."""
-    for name in ("pp", "dp"):
-        if getattr(parallel, name) > 1:
-            raise LayoutError(f"{name}={getattr(parallel, name)} is not supported yet; use {name}=1 and a larger tp")
+    if parallel.dp > 1:
+        raise LayoutError(f"dp={parallel.dp} is not supported yet; use dp=1 and a larger tp or pp ({parallel.product})")
     validate_division(model, parallel)
 
 
@@ -215,7 +240,7 @@ def validate_division(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Raises LayoutError, naming the numbers, where ``model`` cannot be divided as ``parallel`` says."""
     tp, ep = parallel.tp, parallel.ep
     if parallel.pp > model.num_layers:
-        raise LayoutError(f"pp={parallel.pp} is more than the model's {model.num_layers} layers")
+        raise LayoutError(f"pp={parallel.pp} is more than the model's {model.num_layers} layers; every stage needs one")
     if model.num_heads % tp:
         raise LayoutError(f"tp={tp} does not divide the model's {model.num_heads} attention heads")
     if max(tp, model.num_kv_heads) % min(tp, model.num_kv_heads):

@@ -27,6 +27,7 @@ from cluster.replica.events import (
     encode_event,
 )
 from cluster.replica.heap import settle_heap
+from cluster.replica.leader_load import LeaderLoad
 from cluster.replica.model_source import ModelSource
 from cluster.replica.rank_plan import GangEndpoints, listen_addresses
 from cluster.replica.server import LeaderServer
@@ -106,6 +107,18 @@ class Leader:
             lines.append(encode_event(self._events.popleft()))
         return b"".join(lines)
 
+    def load(self) -> LeaderLoad | None:
+        """How busy the gang is; None before it serves."""
+        if self._loop is None:
+            return None
+        load = self._loop.load()
+        return LeaderLoad(self._loop.state, load.num_running, load.num_waiting, self._config.plan.max_num_seqs)
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; what runs may finish."""
+        if self._loop is not None:
+            self._loop.drain()
+
     def stop(self) -> None:
         """End the ranks and the server. Returns when both have ended."""
         self._stopping.set()
@@ -149,7 +162,9 @@ class Leader:
         keeps_prefixes = gang.cache.keeps_prefixes and plan.enable_prefix_caching
         engine = Engine(
             executor=executor,
-            kv_groups=kv_groups(model),
+            kv_groups=kv_groups(model, plan.pipeline_parallel_size),
+            # Stages work on different plans: what is sampled comes to the first through the next plan.
+            input_references=plan.pipeline_parallel_size == 1,
             vocab_size=model.vocab_size,
             scheduler_config=scheduler,
             cache_config=replace(gang.cache, keeps_prefixes=keeps_prefixes),

@@ -53,6 +53,7 @@ class ChannelExecutor:
     ) -> None:
         self._channel = channel
         self._num_ranks = parallel.num_ranks
+        self._num_stages = parallel.pp
         # The sampling rank of each dp group: tp rank 0 of the last stage.
         first = (parallel.pp - 1) * parallel.dp * parallel.tp
         self._sampling_ranks = [first + group * parallel.tp for group in range(parallel.dp)]
@@ -81,7 +82,7 @@ class ChannelExecutor:
         RankFailure; ``close`` is to be called all the same.
         """
         start = GangStart(self._channel, self._num_ranks, self._epoch, self._stall_timeout_s, on_message)
-        ready = start.run(model, block_size, max_model_len)
+        ready = start.run(model, self._num_stages, block_size, max_model_len)
         self._collector = threading.Thread(target=self._collect, name="step-results", daemon=True)
         self._collector.start()
         return ready

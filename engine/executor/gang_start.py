@@ -52,12 +52,12 @@ class GangStart:
         self._loaded: dict[int, Loaded] = {}
         self._ready: dict[int, Ready] = {}
 
-    def run(self, model: ModelConfig, block_size: int, max_model_len: int | None) -> GangReady:
-        """Raises what a rank raised, RankFailure, ProtocolViolation or DoesNotFit."""
+    def run(self, model: ModelConfig, pp: int, block_size: int, max_model_len: int | None) -> GangReady:
+        """``pp``: pipeline stages. Raises what a rank raised, RankFailure, ProtocolViolation or DoesNotFit."""
         while len(self._loaded) < self._num_ranks:
             self._take()
         size = size_cache(
-            list(self._loaded.values()), kv_groups(model), block_size, model.max_context_len, max_model_len
+            list(self._loaded.values()), kv_groups(model, pp), block_size, model.max_context_len, max_model_len
         )
         with contextlib.suppress(RankFailure):  # to be received below, behind what the rank said before
             self._channel.send(encode(InitCache(self._epoch, size.num_blocks, size.max_model_len)))

@@ -5,26 +5,29 @@ from collections.abc import Sequence
 import torch
 
 from engine.attention.backend import KvCacheView
-from engine.config import Dtype, ParallelConfig
+from engine.config import Dtype
 from engine.dtypes import torch_dtype
-from engine.model_config import ModelConfig, kv_groups, num_local_kv_heads
+from engine.kv_groups import num_layer_slots
+from engine.model_config import ModelConfig, num_local_kv_heads
+from engine.parallel.mesh import Mesh
 
 
 def allocate_kv_cache(
     config: ModelConfig,
-    parallel: ParallelConfig,
+    mesh: Mesh,
     *,
     num_blocks: int,
     block_size: int,
     dtype: Dtype,
     device: torch.device,
 ) -> KvCacheView:
-    """All blocks zero, so that block 0 is. On CPU the pages become real only when they are written."""
-    shape = (num_blocks, block_size, num_local_kv_heads(config, parallel), config.head_dim)
-    num_layer_slots = len(kv_groups(config)[0].layers)
+    """For the layers of the rank's stage. All blocks zero, so that block 0 is. On CPU the pages become real only when
+    they are written."""
+    shape = (num_blocks, block_size, num_local_kv_heads(config, mesh.config), config.head_dim)
+    num_slots = num_layer_slots(mesh.kv_groups(config))
 
     def pool() -> tuple[torch.Tensor, ...]:
-        return tuple(torch.zeros(shape, dtype=torch_dtype(dtype), device=device) for _ in range(num_layer_slots))
+        return tuple(torch.zeros(shape, dtype=torch_dtype(dtype), device=device) for _ in range(num_slots))
 
     return KvCacheView(pool(), pool())
 

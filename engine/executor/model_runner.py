@@ -20,6 +20,7 @@ from engine.executor.penalties import has_penalties
 from engine.executor.sampler import SamplerOutput, sample
 from engine.executor.sampling_row import GrammarMask, SamplingRow
 from engine.executor.seen_tokens import SeenTokens
+from engine.executor.stage import run_stage
 from engine.messages import (
     AdapterOutcome,
     LoadAdapter,
@@ -29,7 +30,6 @@ from engine.messages import (
     StepPlan,
     StepResult,
 )
-from engine.model_config import kv_groups
 from engine.models.registry import Model
 from engine.parallel.mesh import Mesh
 from engine.request import TopLogprobs
@@ -69,7 +69,7 @@ class ModelRunner:
         # passes tokens on.
         self._shares_samples = mesh.config.pp == 1
         self._device = device
-        self._groups = kv_groups(model.config)
+        self._groups = mesh.kv_groups(model.config)
         self._block_size = cache.key_cache[0].shape[1]
         self._attention = attention_backend()
         self._seen: dict[int, SeenTokens] = {}
@@ -99,7 +99,7 @@ class ModelRunner:
     @functools.cached_property
     def _adapters(self) -> AdapterLoader:
         """Made when the first one comes."""
-        return AdapterLoader(self._model)
+        return AdapterLoader(self._model, self._mesh)
 
     def _change_adapters(self, plan: StepPlan) -> list[AdapterOutcome]:
         """An adapter that cannot be loaded is reported, whatever the reason; the rank lives on."""
@@ -160,7 +160,7 @@ class ModelRunner:
 
     def _run_model(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         attention = self._attention.plan(batch, self._groups, self._block_size)
-        hidden = self._model.forward(batch, self._cache, attention)
+        hidden = run_stage(self._model, self._mesh, batch, self._cache, attention)
         logits = self._model.logits(hidden[batch.logits_rows]) if len(batch.logits_rows) else None
         return hidden, logits
 

@@ -30,7 +30,7 @@ from engine.messages import (
     decode_to_rank,
     encode,
 )
-from engine.model_config import ModelConfig, kv_groups
+from engine.model_config import ModelConfig
 from engine.models.registry import Model, build_model
 from engine.parallel.distributed import init_distributed
 from engine.parallel.mesh import Mesh
@@ -90,7 +90,7 @@ class _Startup:
             self._await_others(store)
         with self._phase("profile"):
             kv_bytes = self._profile(model, mesh)
-        block_bytes = kv_block_bytes(model_config, config.parallel, config.block_size, config.dtype)
+        block_bytes = kv_block_bytes(model_config, mesh, config.block_size, config.dtype)
         self._send(Loaded(config.rank, weight_bytes, kv_bytes, block_bytes, dict(self._phase_seconds)))
         message = decode_to_rank(self._channel.receive(None))
         if isinstance(message, Shutdown):
@@ -99,7 +99,7 @@ class _Startup:
             raise ProtocolViolation(f"the size of the cache for epoch {config.epoch} is due, not {message!r}")
         with self._phase("warm_up"):
             cache = self._allocate(model, mesh, message.num_blocks)
-            self._run_largest_steps(model, cache, message.max_model_len)
+            self._run_largest_steps(model, mesh, cache, message.max_model_len)
         self._send(Ready(config.rank, dict(self._phase_seconds)))
         return ReadyRank(self._channel, self._runner(model, mesh, cache, message.num_blocks))
 
@@ -160,7 +160,7 @@ class _Startup:
             return config.kv_cache_memory_bytes
         scratch = self._allocate(model, mesh, MIN_BLOCKS)
         torch.cuda.reset_peak_memory_stats(self._device)
-        self._run_largest_steps(model, scratch, model.config.max_context_len)
+        self._run_largest_steps(model, mesh, scratch, model.config.max_context_len)
         peak = torch.cuda.max_memory_allocated(self._device)
         del scratch
         torch.cuda.synchronize(self._device)
@@ -177,16 +177,17 @@ class _Startup:
     def _allocate(self, model: Model, mesh: Mesh, num_blocks: int) -> KvCacheView:
         return allocate_kv_cache(
             model.config,
-            mesh.config,
+            mesh,
             num_blocks=num_blocks,
             block_size=self._config.block_size,
             dtype=self._config.dtype,
             device=self._device,
         )
 
-    def _run_largest_steps(self, model: Model, cache: KvCacheView, max_model_len: int) -> None:
+    def _run_largest_steps(self, model: Model, mesh: Mesh, cache: KvCacheView, max_model_len: int) -> None:
         run_largest_steps(
             model,
+            mesh,
             cache,
             max_num_seqs=self._config.max_num_seqs,
             max_num_batched_tokens=self._config.max_num_batched_tokens,
@@ -198,7 +199,7 @@ class _Startup:
         config = self._config
         slots = SlotTable(
             num_slots=config.max_num_seqs,
-            kv_groups=kv_groups(model.config),
+            kv_groups=mesh.kv_groups(model.config),
             block_size=config.block_size,
             num_blocks=num_blocks,
             epoch=config.epoch,

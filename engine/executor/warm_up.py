@@ -9,9 +9,10 @@ from engine.attention.registry import attention_backend
 from engine.batch import ForwardBatch
 from engine.executor.sampler import sample
 from engine.executor.sampling_row import SamplingRow
+from engine.executor.stage import run_stage
 from engine.messages import NULL_BLOCK
-from engine.model_config import kv_groups
 from engine.models.registry import Model
+from engine.parallel.mesh import Mesh
 from engine.request import SamplingParams
 
 _SCRATCH_BLOCK = 1
@@ -24,6 +25,7 @@ _MAX_DECODE_POSITIONS = 32768
 @torch.inference_mode()
 def run_largest_steps(
     model: Model,
+    mesh: Mesh,
     cache: KvCacheView,
     *,
     max_num_seqs: int,
@@ -36,11 +38,11 @@ def run_largest_steps(
     All ranks of a gang must call it together. ``cache`` needs MIN_BLOCKS blocks.
     """
     block_size = cache.key_cache[0].shape[1]
-    groups = kv_groups(model.config)
+    groups = mesh.kv_groups(model.config)
     attention = attention_backend()
     for query_lens, kv_lens in _largest_steps(max_num_seqs, max_num_batched_tokens, max_model_len):
         batch = _pretended_batch(query_lens, kv_lens, len(groups), block_size, device)
-        hidden = model.forward(batch, cache, attention.plan(batch, groups, block_size))
+        hidden = run_stage(model, mesh, batch, cache, attention.plan(batch, groups, block_size))
         logits = model.logits(hidden[batch.logits_rows])
         if logits is not None:
             sample(logits, _pretended_rows(len(query_lens)))

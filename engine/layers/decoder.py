@@ -59,21 +59,20 @@ class DecoderLayer(nn.Module):
 class DecoderModel(nn.Module):
     """A whole model; what differs between architectures is how a layer's feed-forward part is made.
 
-    Of a pipeline stage only the shapes are made: its layers, with the embedding in the first stage and the final norm
-    and the head in the last.
+    A pipeline stage has its layers, with the embedding in the first stage and the final norm and the head in the last;
+    a tied embedding stands in both.
     """
 
     def __init__(self, config: ModelConfig, build: ParameterBuilder, make_feed_forward: FeedForwardFactory) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, build.dtype
         body = build.at("model")
         mesh = build.mesh
         self.embedding = self.norm = self.head = None
         if mesh.is_first_stage or (mesh.is_last_stage and config.tie_word_embeddings):
             self.embedding = VocabEmbedding(body, "embed_tokens", config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(body.at(f"layers.{layer}"), config, layer, make_feed_forward)
-            for layer in mesh.stage_layers(config.num_layers)
+            DecoderLayer(body.at(f"layers.{layer}"), config, layer, make_feed_forward) for layer in mesh.layers(config)
         )
         if mesh.is_last_stage:
             self.norm = RmsNorm(body, "norm", config.hidden_size, config.rms_norm_eps)
@@ -83,17 +82,27 @@ class DecoderModel(nn.Module):
         self._rotary = RotaryEmbedding(config.rope, build.device)
         self.slices, self.conversions = tuple(build.slices), tuple(build.conversions)
 
-    def forward(self, batch: ForwardBatch, kv_cache: KvCacheView, attention: StepAttention) -> torch.Tensor:
-        """Final, normalised hidden states [T, hidden_size], the same on all tp ranks."""
-        assert self.embedding is not None and self.norm is not None, "a pipeline stage by itself is not computed"
+    def forward(
+        self,
+        batch: ForwardBatch,
+        kv_cache: KvCacheView,
+        attention: StepAttention,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [T, hidden_size] after the stage's layers, the same on all tp ranks; normalised after the last.
+
+        ``hidden``: those of the stage before; None in the first.
+        """
         rotation = self._rotary.rotation(batch)
-        hidden = self.embedding.forward(batch.token_ids)
+        if hidden is None:
+            assert self.embedding is not None, "a later stage continues hidden states"
+            hidden = self.embedding.forward(batch.token_ids)
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             hidden = layer.forward(hidden, batch.positions, rotation, kv_cache, attention, batch.adapters)
-        return self.norm.forward(hidden)
+        return hidden if self.norm is None else self.norm.forward(hidden)
 
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:
-        """[R, hidden_size] to [R, vocab_size] float32 on tp rank 0, None elsewhere; to be called on all tp ranks."""
-        assert self.head is not None, "a pipeline stage by itself is not computed"
-        return self.head.logits(hidden_rows)
+        """[R, hidden_size] to [R, vocab_size] float32 on tp rank 0 of the last stage, None elsewhere; to be called on
+        all tp ranks."""
+        return None if self.head is None else self.head.logits(hidden_rows)

@@ -29,17 +29,27 @@ class Model(Protocol):
     """One rank's share of a decoder-only language model."""
 
     config: ModelConfig
+    dtype: torch.dtype
+    """Of hidden states."""
     slices: tuple[TensorSlice, ...]
     """What the loader must read, and where to."""
     conversions: tuple[Conversion, ...]
     """What it must compute from what it reads."""
 
-    def forward(self, batch: ForwardBatch, kv_cache: KvCacheView, attention: StepAttention) -> torch.Tensor:
-        """Final, normalised hidden states [T, hidden_size] of the step's tokens, the same on all tp ranks."""
+    def forward(
+        self,
+        batch: ForwardBatch,
+        kv_cache: KvCacheView,
+        attention: StepAttention,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [T, hidden_size] of the step's tokens after this stage, the same on all tp ranks; normalised
+        after the last. ``hidden``: those of the stage before; None in the first."""
         ...
 
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:
-        """Logits [R, vocab_size] float32 of hidden states [R, hidden_size], on tp rank 0; None on the others.
+        """Logits [R, vocab_size] float32 of final hidden states [R, hidden_size], on tp rank 0 of the last stage; None
+        on the others.
 
         All tp ranks must call it with the same rows.
         """

@@ -29,6 +29,10 @@ class Collectives(Protocol):
         """Concatenate [..., n] tensors along the last dim on axis rank 0 ([..., n × size]); None on the others."""
         ...
 
+    def all_gather_last_dim(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As ``gather_last_dim``, for all."""
+        ...
+
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Axis rank 0's values, in place, on all."""
         ...
@@ -44,6 +48,9 @@ class LocalCollectives:
         return tensor
 
     def gather_last_dim(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        return tensor
+
+    def all_gather_last_dim(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:

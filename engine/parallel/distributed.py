@@ -5,6 +5,7 @@ process with a fresh store and fresh groups, and several meshes may live side by
 """
 
 import datetime
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ import torch.distributed as dist
 
 from engine.config import ParallelConfig
 from engine.errors import RankFailure
-from engine.parallel.collectives import Collectives
+from engine.parallel.collectives import Collectives, LocalCollectives
 from engine.parallel.mesh import Mesh
+from engine.parallel.nccl import nccl_group
 from engine.parallel.shared_memory import SharedMemoryCollectives
+from engine.parallel.stage_join import join_stages
 
 _FULL_COPY_BYTES = 256 * 1024
 """Largest tensor that gloo ranks exchange in full; see ``GlooCollectives.all_reduce``."""
@@ -44,6 +47,12 @@ class _GroupCollectives:
         parts = [[torch.empty_like(tensor) for _ in range(self._size)]] if self._rank == 0 else []
         self._wait(self._group.gather(parts, [tensor], options), "gather")
         return torch.cat(parts[0], dim=-1) if parts else None
+
+    def all_gather_last_dim(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self._size)]
+        self._wait(self._group.allgather([parts], [tensor]), "all-gather")
+        return torch.cat(parts, dim=-1)
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         options = dist.BroadcastOptions()
@@ -126,17 +135,27 @@ def init_distributed(
     """
     if parallel.num_ranks == 1:
         return Mesh(parallel, rank)
-    store = dist.PrefixStore("tp", store)
-    timeout = datetime.timedelta(seconds=timeout_s)
+    mesh = Mesh(parallel, rank)
     try:
-        if device.type == "cuda":
-            nccl = _nccl_group(store, rank, parallel.tp, timeout)
-            tp: Collectives = NcclCollectives(nccl, rank, parallel.tp, timeout_s)
-        else:
-            tp = _cpu_collectives(store, rank, parallel.tp, timeout_s, bind_address)
+        tp = _tp_collectives(mesh, store, device, timeout_s, bind_address)
+        previous, following = join_stages(replace(mesh, tp=tp), store, device, timeout_s, bind_address)
     except RuntimeError as error:
         raise RankFailure(f"rank {rank} did not meet its gang within {timeout_s:g} s: {error}", rank) from error
-    return Mesh(parallel, rank, tp)
+    return replace(mesh, tp=tp, previous=previous, next=following)
+
+
+def _tp_collectives(
+    mesh: Mesh, store: dist.Store, device: torch.device, timeout_s: float, bind_address: str
+) -> Collectives:
+    """Over the ranks of this one's stage and dp group."""
+    size = mesh.config.tp
+    if size == 1:
+        return LocalCollectives()
+    store = dist.PrefixStore(f"tp-{mesh.rank // size}", store)
+    if device.type == "cuda":
+        nccl = nccl_group(store, mesh.tp_rank, size, timeout_s)
+        return NcclCollectives(nccl, mesh.tp_rank, size, timeout_s)
+    return _cpu_collectives(store, mesh.tp_rank, size, timeout_s, bind_address)
 
 
 def _cpu_collectives(store: dist.Store, rank: int, size: int, timeout_s: float, bind_address: str) -> Collectives:
@@ -154,9 +173,3 @@ def _gloo_group(store: dist.Store, rank: int, size: int, timeout: datetime.timed
     options._timeout = timeout
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=bind_address)]
     return dist.ProcessGroupGloo(store, rank, size, options)
-
-
-def _nccl_group(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, rank, size, options)

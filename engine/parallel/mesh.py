@@ -2,20 +2,27 @@
 
 from dataclasses import dataclass, field
 
-from engine.config import ParallelConfig
+from engine.config import KvGroupConfig, ParallelConfig
+from engine.kv_groups import groups_of_stage
+from engine.model_config import ModelConfig, kv_groups, stage_layers
 from engine.parallel.collectives import Collectives, LocalCollectives
+from engine.parallel.stage_link import StageReceiver, StageSender
 
 
 @dataclass(frozen=True)
 class Mesh:
     """Global rank = (pp_rank × dp + dp_rank) × tp + tp_rank: tensor parallel neighbours are adjacent.
 
+    ``previous``, ``next``: to the rank with the same dp and tp rank in the stage before and after this one; None where
+    there is no such stage.
     Within a stage, expert index i = dp_rank × tp + tp_rank; ep_rank = i // expert_tp, expert_tp_rank = i % expert_tp.
     """
 
     config: ParallelConfig = field(default_factory=ParallelConfig)
     rank: int = 0
     tp: Collectives = field(default_factory=LocalCollectives)
+    previous: StageReceiver | None = None
+    next: StageSender | None = None
 
     @property
     def tp_rank(self) -> int:
@@ -37,10 +44,14 @@ class Mesh:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.config.pp - 1
 
-    def stage_layers(self, num_layers: int) -> range:
-        """The layers of this rank's pipeline stage: neighbours, in all stages as equally many as can be."""
-        pp, stage = self.config.pp, self.pp_rank
-        return range(num_layers * stage // pp, num_layers * (stage + 1) // pp)
+    def layers(self, model: ModelConfig) -> range:
+        """Those of this rank's pipeline stage."""
+        return stage_layers(model, self.config.pp)[self.pp_rank]
+
+    def kv_groups(self, model: ModelConfig, without: frozenset[int] = frozenset()) -> tuple[KvGroupConfig, ...]:
+        """The model's KV groups, each with those of its layers that this rank computes. ``without``: see
+        engine.model_config.kv_groups."""
+        return groups_of_stage(kv_groups(model, self.config.pp, without), self.layers(model))
 
     @property
     def expert_index(self) -> int:

@@ -13,7 +13,8 @@ import torch
 
 from engine.errors import AdapterError, CheckpointError
 from engine.layers.lora import LoraExperts, LoraLayer, LoraTarget, LoraUpdate
-from engine.models.registry import Model
+from engine.models.registry import Model, build_model
+from engine.parallel.mesh import Mesh
 from engine.parameter import Split, TensorSlice
 from engine.weights.adapter_config import AdapterConfig, read_adapter_config
 from engine.weights.safetensors_file import FLOAT_FORMATS, TensorEntry, read_header
@@ -38,17 +39,27 @@ class _Factors:
 class AdapterLoader:
     """The adapters of one rank's model, by slot."""
 
-    def __init__(self, model: Model) -> None:
-        assert isinstance(model, torch.nn.Module)
+    def __init__(self, model: Model, mesh: Mesh) -> None:
         self._layers: list[LoraLayer] = []
         self._targets: dict[str, tuple[LoraLayer, LoraTarget] | None] = {}
         """By canonical name; None for what only other ranks hold."""
-        self._experts: dict[str, LoraExperts] = {}
-        for module in model.modules():
+        self._experts: dict[str, LoraExperts | None] = {}
+        if mesh.config.pp > 1:
+            self._name_other_stages(model)
+        for module in _modules(model):
             if isinstance(module, LoraLayer):
                 self._add_layer(module)
             elif isinstance(module, LoraExperts):
                 self._add_experts(module)
+
+    def _name_other_stages(self, model: Model) -> None:
+        """Whatever the whole model has; what this stage has itself replaces it."""
+        whole = build_model(model.config, Mesh(), model.config.dtype, torch.device("meta"))
+        for module in _modules(whole):
+            if isinstance(module, LoraLayer):
+                self._targets |= {_canonical(target.name): None for target in module.targets}
+            elif isinstance(module, LoraExperts):
+                self._experts[_canonical(module.name)] = None
 
     def _add_layer(self, layer: LoraLayer) -> None:
         self._layers.append(layer)
@@ -108,12 +119,18 @@ class AdapterLoader:
             return _MatrixReader(*found, factors, rank, config.scale_of(module))
         while module.endswith(_WRAPPER):
             module = module.removesuffix(_WRAPPER)
-        if (experts := self._experts.get(_canonical(module))) is not None:
-            return _experts_reader(experts, config, module, factors)
+        if (name := _canonical(module)) in self._experts:
+            experts = self._experts[name]
+            return None if experts is None else _experts_reader(experts, config, module, factors)
         raise AdapterError(
             f"{path}: tensor {factors.a.name!r} adapts {factors.module}, which cannot be adapted here; attention and "
             "feed-forward matrices and routed experts can, embeddings, output heads, norms and routers cannot"
         )
+
+
+def _modules(model: Model) -> Iterator[torch.nn.Module]:
+    assert isinstance(model, torch.nn.Module)
+    return model.modules()
 
 
 def _canonical(name: str) -> str:

@@ -3,12 +3,13 @@ added up, so the ledger comes from the same code as the real ones."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
 from engine.config import Dtype, KvGroupConfig, ParallelConfig
-from engine.model_config import ModelConfig, kv_groups, num_local_kv_heads
+from engine.kv_groups import num_layer_slots
+from engine.model_config import ModelConfig, num_local_kv_heads
 from engine.models.shapes.model_shapes import ModelShapes
 from engine.models.shapes.registry import served_shapes
 from engine.parallel.mesh import Mesh
@@ -74,11 +75,11 @@ def count_parameters(shapes: ModelShapes) -> ParameterCounts:
     return ParameterCounts(text + vision, vision, text - idle)
 
 
-def kv_block_bytes(config: ModelConfig, parallel: ParallelConfig, block_size: int, dtype: Dtype) -> int:
-    """Bytes of one KV block on each rank: keys and values of ``block_size`` tokens in the layers of one group."""
-    layers_per_group = len(kv_groups(config)[0].layers)
-    heads = num_local_kv_heads(config, parallel)
-    return 2 * layers_per_group * block_size * heads * config.head_dim * dtype.num_bytes
+def kv_block_bytes(config: ModelConfig, mesh: Mesh, block_size: int, dtype: Dtype) -> int:
+    """Bytes of one KV block on a rank: keys and values of ``block_size`` tokens in the layers of one group."""
+    heads = num_local_kv_heads(config, mesh.config)
+    num_slots = num_layer_slots(mesh.kv_groups(config))
+    return 2 * num_slots * block_size * heads * config.head_dim * dtype.num_bytes
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,10 @@ class StageKv:
 def stage_kv(shapes: ModelShapes, mesh: Mesh, block_size: int, dtype: Dtype) -> StageKv:
     """Of the rank that ``mesh`` stands for; of a pipeline stage, its own layers only."""
     config = shapes.config
-    layers = mesh.stage_layers(config.num_layers)
-    kept = tuple(config.layers[i] for i in layers if i not in shapes.cross_attention_layers)
-    stage = replace(config, layers=kept)
-    if shapes.latent_kv_size is None:
-        return StageKv(kv_groups(stage), kv_block_bytes(stage, mesh.config, block_size, dtype))
-    groups = kv_groups(stage)
-    return StageKv(groups, len(groups[0].layers) * block_size * shapes.latent_kv_size * dtype.num_bytes)
+    groups = mesh.kv_groups(config, shapes.cross_attention_layers)
+    elements = shapes.latent_kv_size or 2 * num_local_kv_heads(config, mesh.config) * config.head_dim
+    # A stage of nothing but cross attention keeps as little, but not nothing.
+    return StageKv(groups, max(1, num_layer_slots(groups)) * block_size * elements * dtype.num_bytes)
 
 
 def kv_token_bytes(shapes: ModelShapes, dtype: Dtype) -> int:

@@ -40,7 +40,7 @@ def mixed_logits(context: RankContext | None, made: Adapted, tp: int, ep: int) -
         mesh = init_distributed(parallel, context.rank, context.store, torch.device("cpu"), timeout_s=30.0)
     model = build_model(ModelConfig.from_directory(made.base), mesh, Dtype.FLOAT32, torch.device("cpu"))
     load_weights(model, made.base)
-    adapters = AdapterLoader(model)
+    adapters = AdapterLoader(model, mesh)
     driver = ModelDriver(model, mesh, torch.float32)
     streams = {}
     # Not in the slots' order, and with a gap.

@@ -39,7 +39,7 @@ def copy(adapted: Callable[[str], Adapted], tmp_path: Path) -> Path:
 
 def refuse(model: Any, directory: Path, words: str, max_rank: int = 64) -> None:
     with pytest.raises(AdapterError, match=words):
-        AdapterLoader(model).load(3, directory, max_rank)
+        AdapterLoader(model, Mesh()).load(3, directory, max_rank)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     assert layers and not any(layer.slots for layer in layers), "a refused adapter left weights behind"
 

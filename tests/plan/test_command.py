@@ -32,8 +32,8 @@ def test_json_is_one_object_on_standard_output() -> None:
     answer: dict[str, Any] = json.loads(result.stdout)
     assert answer["fits"] is False and len(answer["reasons"]) == 1
     assert answer["model"] == "Llama-3.1-405B" and answer["layout"] == {"tp": 8, "pp": 1, "dp": 1, "ep": 1}
-    assert answer["nearest"]["num_hosts"] == 2 and answer["nearest"]["served"] is False
-    assert answer["nearest_served"]["layout"] == {"tp": 16, "pp": 1, "dp": 1, "ep": 1}
+    assert answer["nearest"]["num_hosts"] == 2 and answer["nearest"]["served"] is True
+    assert answer["nearest"]["layout"] == {"tp": 8, "pp": 2, "dp": 1, "ep": 1}
     assert answer["licence"]["attribution"] == "Built with Llama"
 
 
@@ -63,7 +63,11 @@ def test_bad_options_are_named(arguments: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "gpus", "said"),
     [
-        ("Llama-3.1-405B", "16xH100-80", ["ranks 0–7", "ranks 8–15", "fits: requests of up to 131,072", "--tp 16"]),
+        (
+            "Llama-3.1-405B",
+            "16xH100-80",
+            ["ranks 0–7", "ranks 8–15", "fits: requests of up to 131,072", "--tp 8 --pp 2"],
+        ),
         ("Llama-3.1-405B", "8xH100-80", ["does not fit", "30,821,", "nearest that fits: 2 × 8 × H100-80"]),
         ("Llama-4-Maverick-17B-128E-Instruct-FP8", "8xH100-80", ["bounded: at most", "European Union", "only text"]),
         ("Gemma-3-27B", "4xA100-80", ["is not served by this version", "81,920 once 1,024 more have come"]),

@@ -87,7 +87,14 @@ def test_stages_together_are_the_model(case: str) -> None:
         assert together == copies * whole[kind], kind
     cache = stage_kv(shapes, Mesh(), 16, Dtype.BFLOAT16)
     parts = [stage_kv(shapes, Mesh(layout, rank), 16, Dtype.BFLOAT16) for rank in range(3)]
-    assert sum(kv.block_bytes * len(kv.groups) for kv in parts) == cache.block_bytes * len(cache.groups)
+    # Every layer that keeps something is in one group of one stage; all stages have the same groups.
+    assert len({len(kv.groups) for kv in parts}) == 1
+    layers = sorted(layer for kv in parts for group in kv.groups for layer in group.layers)
+    assert layers == sorted(layer for group in cache.groups for layer in group.layers)
+    for rank, kv in enumerate(parts):
+        per_layer = cache.block_bytes // len(cache.groups[0].layers)
+        assert kv.block_bytes == per_layer * max(len(group.layers) for group in kv.groups)
+        assert all(layer in Mesh(layout, rank).layers(shapes.config) for group in kv.groups for layer in group.layers)
 
 
 @pytest.mark.parametrize("case", ["DeepseekV3ForCausalLM", "Gemma3ForConditionalGeneration", "Phi3ForCausalLM"])

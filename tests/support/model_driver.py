@@ -3,19 +3,23 @@
 The pool starts full of NaN, and what is freed becomes NaN again, so a read of what a token must not see shows.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from engine.attention.backend import KvCacheView
 from engine.attention.registry import attention_backend
 from engine.batch import ForwardBatch, StepAdapters
 from engine.config import Dtype, ParallelConfig
 from engine.dtypes import torch_dtype
+from engine.executor.stage import run_stage
+from engine.kv_groups import num_layer_slots
 from engine.messages import NULL_BLOCK
-from engine.model_config import ModelConfig, kv_groups, num_local_kv_heads
+from engine.model_config import ModelConfig, num_local_kv_heads
 from engine.models.registry import Model, build_model
 from engine.parallel.distributed import init_distributed
 from engine.parallel.mesh import Mesh
@@ -40,13 +44,23 @@ class Stream:
 class ModelDriver:
     """A pool, and steps over some of its sequences."""
 
-    def __init__(self, model: Model, mesh: Mesh, dtype: torch.dtype, num_blocks: int = 256, seed: int = 0) -> None:
-        self.model, self.mesh = model, mesh
-        self.groups = kv_groups(model.config)
+    def __init__(
+        self,
+        model: Model,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        num_blocks: int = 256,
+        seed: int = 0,
+        store: dist.Store | None = None,
+    ) -> None:
+        """``store``: of the gang, where stages must learn what the last has chosen."""
+        self.model, self.mesh, self.store = model, mesh, store
+        self._num_chosen = 0
+        self.groups = mesh.kv_groups(model.config)
         self.backend = attention_backend()
         heads = num_local_kv_heads(model.config, mesh.config)
         shape = (num_blocks, BLOCK_SIZE, heads, model.config.head_dim)
-        slots = range(len(self.groups[0].layers))
+        slots = range(num_layer_slots(self.groups))
         self.keys = tuple(torch.full(shape, torch.nan, dtype=dtype) for _ in slots)
         self.values = tuple(torch.full(shape, torch.nan, dtype=dtype) for _ in slots)
         for cache in (*self.keys, *self.values):
@@ -63,7 +77,7 @@ class ModelDriver:
             self._allocate(sequence, sequence.num_computed + count)
         batch = self._batch(work)
         plan = self.backend.plan(batch, self.groups, BLOCK_SIZE)
-        hidden = self.model.forward(batch, KvCacheView(self.keys, self.values), plan)
+        hidden = run_stage(self.model, self.mesh, batch, KvCacheView(self.keys, self.values), plan)
         logits = self.model.logits(hidden[batch.logits_rows])
         row = 0
         for sequence, count in work:
@@ -74,12 +88,26 @@ class ModelDriver:
             self._free_invisible(sequence)
 
     def append_greedy(self, sequences: list[Stream]) -> None:
-        """Append the most likely token to each; rank 0 chooses for all."""
+        """Append the most likely token to each; tp rank 0 of the last stage chooses for all."""
         chosen = torch.zeros(len(sequences), dtype=torch.int64)
-        if self.mesh.tp.rank == 0:
+        if self.samples:
             chosen = torch.stack([sequence.logits[-1][-1].argmax() for sequence in sequences])
-        for sequence, token_id in zip(sequences, self.mesh.tp.broadcast(chosen).tolist(), strict=True):
+        for sequence, token_id in zip(sequences, self._shared(chosen).tolist(), strict=True):
             sequence.token_ids.append(token_id)
+
+    @property
+    def samples(self) -> bool:
+        return self.mesh.tp_rank == 0 and self.mesh.is_last_stage
+
+    def _shared(self, chosen: torch.Tensor) -> torch.Tensor:
+        """What the sampling rank has chosen; in an engine the leader would pass it on."""
+        if self.mesh.config.pp == 1:
+            return self.mesh.tp.broadcast(chosen)
+        assert self.store is not None
+        self._num_chosen += 1
+        if self.samples:
+            self.store.set(f"chosen/{self._num_chosen}", json.dumps(chosen.tolist()))
+        return torch.tensor(json.loads(self.store.get(f"chosen/{self._num_chosen}")))
 
     def release(self, sequence: Stream) -> None:
         for table in sequence.tables:
@@ -174,18 +202,23 @@ def generate_together(driver: ModelDriver, prompts: list[list[int]], num_new: in
 
 
 def _generated(driver: ModelDriver, sequence: Stream) -> Generated:
-    has_logits = driver.mesh.tp.rank == 0
-    logits = torch.cat(sequence.logits).numpy() if has_logits else np.empty(0, np.float32)
+    logits = torch.cat(sequence.logits).numpy() if driver.samples else np.empty(0, np.float32)
     return Generated(sequence.token_ids, logits)
 
 
 def run_model(
-    config: ModelConfig, directory: str, mesh: Mesh, dtype: Dtype, prompts: list[list[int]], num_new: int
+    config: ModelConfig,
+    directory: str,
+    mesh: Mesh,
+    dtype: Dtype,
+    prompts: list[list[int]],
+    num_new: int,
+    store: dist.Store | None = None,
 ) -> dict[str, list[Generated]]:
     """Load a checkpoint and generate both ways."""
     model = build_model(config, mesh, dtype, torch.device("cpu"))
     load_weights(model, directory)
-    driver = ModelDriver(model, mesh, torch_dtype(dtype))
+    driver = ModelDriver(model, mesh, torch_dtype(dtype), store=store)
     return {
         "alone": generate_alone(driver, prompts, num_new),
         "together": generate_together(driver, prompts, num_new, chunk=7),
@@ -193,12 +226,25 @@ def run_model(
 
 
 def run_rank(
-    context: RankContext, directory: str, tp: int, ep: int, dtype: Dtype, prompts: list[list[int]], num_new: int
+    context: RankContext,
+    directory: str,
+    tp: int,
+    ep: int,
+    dtype: Dtype,
+    prompts: list[list[int]],
+    num_new: int,
+    pp: int = 1,
+    num_hosts: int = 1,
 ) -> dict[str, list[Generated]]:
-    """``run_model`` as one rank of a gang; for ``run_ranks``."""
-    parallel = ParallelConfig(tp=tp, ep=ep)
-    mesh = init_distributed(parallel, context.rank, context.store, torch.device("cpu"), timeout_s=30.0)
-    return run_model(ModelConfig.from_directory(directory), directory, mesh, dtype, prompts, num_new)
+    """``run_model`` as one rank of a gang; for ``run_ranks``. ``num_hosts``: over how many the stages are spread; they
+    are made of loopback addresses, and share no memory."""
+    parallel = ParallelConfig(tp=tp, ep=ep, pp=pp)
+    host = context.rank // tp * num_hosts // pp
+    mesh = init_distributed(
+        parallel, context.rank, context.store, torch.device("cpu"), timeout_s=30.0, bind_address=f"127.0.0.{host + 1}"
+    )
+    config = ModelConfig.from_directory(directory)
+    return run_model(config, directory, mesh, dtype, prompts, num_new, context.store)
 
 
 def forced_logits(driver: ModelDriver, generated: Generated, num_prompt: int, chunk: int = 7) -> np.ndarray:

@@ -89,11 +89,12 @@ def test_the_formula_bounds_the_largest_steps(case: str, dtype: Dtype) -> None:
     config = CASES[case]
     model = build_model(config, Mesh(), dtype, CPU)
     fill_with_random_values(model.slices, model.conversions, lambda done, total: None)
-    cache = allocate_kv_cache(config, ParallelConfig(), num_blocks=2, block_size=16, dtype=dtype, device=CPU)
+    cache = allocate_kv_cache(config, Mesh(), num_blocks=2, block_size=16, dtype=dtype, device=CPU)
 
     def largest_steps() -> None:
         run_largest_steps(
             model,
+            Mesh(),
             cache,
             max_num_seqs=NUM_REQUESTS,
             max_num_batched_tokens=NUM_TOKENS,

@@ -41,14 +41,14 @@ def test_sizes_of_released_models(name: str) -> None:
     config, published = hub_model(name), PARAMS[name]
     ledger = shard_bytes(config, ParallelConfig(), 0, Dtype.BFLOAT16)
     assert ledger.total == 2 * (published["total"] - published["vision"])
-    block = kv_block_bytes(config, ParallelConfig(), 16, Dtype.BFLOAT16)
+    block = kv_block_bytes(config, Mesh(), 16, Dtype.BFLOAT16)
     assert block * len(kv_groups(config)) / 16 == published["kv_bytes_per_token_bf16"]
 
 
 def test_scout_keeps_a_quarter_of_its_cache_past_the_chunk() -> None:
     config = hub_model("Llama-4-Scout-17B-16E-Instruct")
     num_full = sum(group.chunk_size is None for group in kv_groups(config))
-    assert num_full * kv_block_bytes(config, ParallelConfig(), 16, Dtype.BFLOAT16) / 16 == 49152
+    assert num_full * kv_block_bytes(config, Mesh(), 16, Dtype.BFLOAT16) / 16 == 49152
 
 
 @pytest.mark.parametrize("layout", [{"tp": 8}, {"tp": 8, "ep": 8}, {"tp": 8, "ep": 2}])

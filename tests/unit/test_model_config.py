@@ -313,7 +313,7 @@ def test_kv_heads_are_replicated_over_more_ranks() -> None:
         ({"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 8}, {"tp": 4}, "3 key-value heads"),
         ({"intermediate_size": 98}, {"tp": 4}, "feed-forward width 98"),
         ({}, {"tp": 2, "ep": 2}, "ep=2 needs a mixture of experts"),
-        ({}, {"pp": 2}, "pp=2 is not supported yet"),
+        ({}, {"pp": 3}, "pp=3 is more than the model's 2 layers"),
         ({}, {"dp": 2}, "dp=2 is not supported yet"),
     ],
 )

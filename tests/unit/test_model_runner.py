@@ -8,7 +8,7 @@ import torch
 
 from engine.attention.backend import KvCacheView, StepAttention
 from engine.batch import ForwardBatch
-from engine.config import Dtype, ParallelConfig
+from engine.config import Dtype
 from engine.errors import ProtocolViolation
 from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import allocate_kv_cache, copy_blocks
@@ -31,14 +31,21 @@ CPU = torch.device("cpu")
 class CountingModel:
     """Hidden states are the token ids; the logits favour the next id. Two ids break it."""
 
-    slices = ()
+    slices = conversions = ()
+    dtype = torch.float32
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.batches: list[ForwardBatch] = []
         self.logits_rows: list[int] = []
 
-    def forward(self, batch: ForwardBatch, kv_cache: KvCacheView, attention: StepAttention) -> torch.Tensor:
+    def forward(
+        self,
+        batch: ForwardBatch,
+        kv_cache: KvCacheView,
+        attention: StepAttention,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         self.batches.append(batch)
         if HUGE_TOKEN in batch.token_ids.tolist():
             torch.empty(2**60)
@@ -58,9 +65,7 @@ def make_runner() -> tuple[ModelRunner, CountingModel, KvCacheView]:
     rope = RopeConfig(theta=10000.0, head_dim=4, original_max_positions=1000)
     config = ModelConfig("none", VOCAB, 8, 2, 2, 4, layers, rope, 1e-5, 1000)
     model = CountingModel(config)
-    cache = allocate_kv_cache(
-        config, ParallelConfig(), num_blocks=50, block_size=BLOCK_SIZE, dtype=Dtype.FLOAT32, device=CPU
-    )
+    cache = allocate_kv_cache(config, Mesh(), num_blocks=50, block_size=BLOCK_SIZE, dtype=Dtype.FLOAT32, device=CPU)
     slots = SlotTable(num_slots=4, kv_groups=kv_groups(config), block_size=BLOCK_SIZE, num_blocks=50, epoch=0)
     grammars = GrammarMasks(Path("none"), VOCAB)
     return ModelRunner(model, Mesh(), cache, slots, grammars, device=CPU), model, cache
@@ -193,7 +198,7 @@ def test_blocks_are_copied_before_the_step_and_from_what_was_before() -> None:
 
 def test_warm_up_computes_the_largest_steps_and_leaves_no_trace() -> None:
     _, model, cache = make_runner()
-    run_largest_steps(model, cache, max_num_seqs=3, max_num_batched_tokens=50, max_model_len=20, device=CPU)
+    run_largest_steps(model, Mesh(), cache, max_num_seqs=3, max_num_batched_tokens=50, max_model_len=20, device=CPU)
     assert [(batch.query_lens, batch.kv_lens) for batch in model.batches] == [
         ((20, 20, 10), (20, 20, 10)),
         ((1, 1, 1), (20, 20, 20)),

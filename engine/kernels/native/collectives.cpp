@@ -3,18 +3,11 @@
 // Every rank has two buffers in the shared area. Operation k uses buffer k mod 2: a rank writes its values there, publishes
 // the number k + 1, waits until all others have published it, and reads theirs. When it publishes k + 2 into the buffer of
 // operation k, everybody has finished reading that one: each published k + 1 after it, and this rank has seen that.
-//
-// Waiting: a short spin where ranks do not outnumber the cores, then a futex on the number of the rank that is waited for.
-// Every 50 ms of waiting it is asked whether that rank's process still lives (pidfd).
 
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <ctime>
-#include <linux/futex.h>
-#include <poll.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+
+#include "turn.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define REMUDA_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -24,19 +17,13 @@
 
 namespace {
 
-constexpr int64_t kLine = 64;
-constexpr int64_t kSliceNs = 50'000'000;
+using remuda::kLine;
+using remuda::Turn;  // its number: operations that a rank has written
+
 constexpr int kOk = 0;
 // Failures are kLate - peer and kGone - peer.
 constexpr int kLate = -1000;
 constexpr int kGone = -2000;
-
-struct alignas(kLine) Turn {
-    std::atomic<uint32_t> published;  // operations that this rank has written
-    std::atomic<uint32_t> waiting;    // ranks that sleep until `published` changes
-};
-static_assert(sizeof(Turn) == kLine);
-static_assert(std::atomic<uint32_t>::is_always_lock_free);
 
 struct Group {
     uint8_t *area;
@@ -56,68 +43,18 @@ uint8_t *buffer_of(const Group *group, int rank, uint32_t operation) {
     return group->area + group->size * kLine + index * group->buffer_bytes;
 }
 
-int64_t now_ns() {
-    timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1'000'000'000LL + now.tv_nsec;
-}
-
-bool is_gone(int32_t pidfd) {
-    if (pidfd < 0) return false;
-    pollfd entry{pidfd, POLLIN, 0};
-    return poll(&entry, 1, 0) > 0;
-}
-
-void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-}
-
-void publish(Group *group) {
-    Turn *turn = turn_of(group, group->rank);
-    turn->published.store(group->done + 1, std::memory_order_seq_cst);
-    if (turn->waiting.load(std::memory_order_seq_cst) != 0) {
-        syscall(SYS_futex, &turn->published, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
-    }
-}
-
-// Whether `published` has reached `target`; the numbers may wrap around.
-bool has_reached(uint32_t published, uint32_t target) { return static_cast<int32_t>(published - target) >= 0; }
-
 int await_rank(Group *group, int peer) {
-    Turn *turn = turn_of(group, peer);
     uint32_t target = group->done + 1;
-    for (int i = 0; i < group->num_spins; i++) {
-        if (has_reached(turn->published.load(std::memory_order_acquire), target)) return kOk;
-        relax();
+    switch (remuda::await(turn_of(group, peer), target, group->num_spins, group->pidfds[peer], group->timeout_ns)) {
+        case remuda::Outcome::kReached: return kOk;
+        case remuda::Outcome::kLate: return kLate - peer;
+        default: return kGone - peer;
     }
-    int64_t deadline = now_ns() + group->timeout_ns;
-    turn->waiting.fetch_add(1, std::memory_order_seq_cst);
-    int result = kOk;
-    while (true) {
-        uint32_t seen = turn->published.load(std::memory_order_seq_cst);
-        if (has_reached(seen, target)) break;
-        int64_t left = deadline - now_ns();
-        if (left <= 0) {
-            result = kLate - peer;
-            break;
-        }
-        int64_t slice = left < kSliceNs ? left : kSliceNs;
-        timespec span{slice / 1'000'000'000LL, slice % 1'000'000'000LL};
-        syscall(SYS_futex, &turn->published, FUTEX_WAIT, seen, &span, nullptr, 0);
-        if (!has_reached(turn->published.load(std::memory_order_acquire), target) && is_gone(group->pidfds[peer])) {
-            result = kGone - peer;
-            break;
-        }
-    }
-    turn->waiting.fetch_sub(1, std::memory_order_seq_cst);
-    return result;
 }
 
 // Publish what stands in this rank's buffer and wait for all others.
 int exchange(Group *group) {
-    publish(group);
+    remuda::publish(turn_of(group, group->rank), group->done + 1);
     for (int peer = 0; peer < group->size; peer++) {
         if (peer == group->rank) continue;
         if (int result = await_rank(group, peer); result != kOk) return result;

@@ -33,7 +33,7 @@ class DecoderShapes(nn.Module):
         if mesh.is_first_stage or (mesh.is_last_stage and config.tie_word_embeddings):
             num_tokens = config.vocab_size + num_extra_tokens
             self.embedding = VocabEmbedding(body, "embed_tokens", num_tokens, config.hidden_size)
-        layers = mesh.stage_layers(config.num_layers)
+        layers = mesh.layers(config)
         self.layers = nn.ModuleList(make_layer(body.at(f"layers.{layer}"), layer) for layer in layers)
         if mesh.is_last_stage:
             self.norm = RmsNorm(body, "norm", config.hidden_size, config.rms_norm_eps)

@@ -1,0 +1,54 @@
+"""NCCL: how groups are made, and hidden states between the GPUs of neighbouring stages."""
+
+import datetime
+from collections import deque
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.errors import RankFailure
+
+_MAX_UNFINISHED = 4
+"""Sends whose tensors are kept while the receiver has not taken them; then the next one waits on the GPU."""
+
+
+def nccl_group(store: dist.Store, rank: int, size: int, timeout_s: float) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = datetime.timedelta(seconds=timeout_s)
+    return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+class NcclLink:
+    """One direction: the pair's rank 0 sends, its rank 1 receives. See StageSender and StageReceiver.
+
+    NCCL works on a stream of its own, so both overlap with what is computed, in order. Its watchdog ends a rank whose
+    peer is silent.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, peer: int, device: torch.device, timeout_s: float) -> None:
+        self._group = nccl_group(store, rank, 2, timeout_s)
+        self._peer = peer
+        self._device = device
+        self._unfinished: deque[tuple[Any, torch.Tensor]] = deque()
+
+    def send(self, hidden: torch.Tensor) -> None:
+        # A copy, so that the caller's may be overwritten while this one is on its way.
+        hidden = hidden.contiguous().clone()
+        if len(self._unfinished) == _MAX_UNFINISHED:
+            self._wait(self._unfinished.popleft()[0], "send")
+        self._unfinished.append((self._group.send([hidden], 1, 0), hidden))
+
+    def receive(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        hidden = torch.empty(shape, dtype=dtype, device=self._device)
+        self._wait(self._group.recv([hidden], 0, 0), "receive")
+        return hidden
+
+    def _wait(self, work: Any, operation: str) -> None:
+        """Has the current stream wait, not this thread."""
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RankFailure(
+                f"{operation} with rank {self._peer} of the neighbouring stage failed: {error}", self._peer
+            ) from error
