@@ -20,6 +20,10 @@ constexpr int kTileBytes = 64;  // of a row of a tile
 // GCC's tile intrinsics do not say what memory they read: what was written before must be in memory by then.
 inline void finish_writes() { __asm__ volatile("" ::: "memory"); }
 
+// Asks for a cache line, so that it comes while something else is computed. Not _mm_prefetch: GCC takes a function that
+// does nothing else for one without effects, and leaves it out.
+inline void fetch(const void *line) { __asm__ volatile("prefetcht0 %0" : : "m"(*static_cast<const char *>(line))); }
+
 struct alignas(64) TileConfig {
     uint8_t palette = 1;
     uint8_t start_row = 0;
@@ -29,14 +33,15 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// All eight tiles in full size, for the life of this object. Others (oneDNN) rely on the configuration that they left.
+// All eight tiles in full width, for the life of this object; the first `num_short` have fewer rows than 16, and are the
+// faster for it. Others (oneDNN) rely on the configuration that they left.
 class FullTiles {
   public:
-    REMUDA_AMX FullTiles() {
+    REMUDA_AMX explicit FullTiles(int num_short = 0, int short_rows = kTileRows) {
         TileConfig ours;
         for (int i = 0; i < 8; i++) {
             ours.row_bytes[i] = kTileBytes;
-            ours.rows[i] = kTileRows;
+            ours.rows[i] = i < num_short ? short_rows : kTileRows;
         }
         finish_writes();
         _tile_storeconfig(&former_);
@@ -72,9 +77,9 @@ inline bool may_use_tiles() {
     return allowed;
 }
 
-// exp(x) for x ≤ 88, to about 1e-7.
+// exp(x) for x ≤ 88, to about 1e-7; NaN of NaN (the minimum and maximum are then their second operand).
 REMUDA_AMX inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0F)), _mm512_set1_ps(-87.0F));
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0F), _mm512_min_ps(_mm512_set1_ps(88.0F), x));
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504F)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375F), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4F), r);
