@@ -1,4 +1,5 @@
-"""What lies between matrix products, each in one pass over bfloat16 numbers on CPUs with tile units.
+"""What lies between matrix products, each in one pass over memory: over bfloat16 numbers on CPUs with tile units, and
+on GPUs by Triton's kernels.
 
 Each returns None where the kernel does not take its arguments: torch's own operations then do it.
 """
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from engine.kernels.gpu import runs_on_gpu
 from engine.kernels.native_library import tile_library
 
 _STEP = 16
@@ -16,6 +18,10 @@ _STEP = 16
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor | None:
     """[..., n] ÷ the root mean square of each row, rounded, × ``weight`` [n]."""
+    if runs_on_gpu(hidden):
+        from engine.kernels.triton import rms_norm as kernels
+
+        return kernels.rms_norm(hidden, weight, eps)
     library = _library()
     size = hidden.shape[-1]
     if library is None or not _is_bfloat16_on_cpu(hidden) or size % _STEP:
@@ -27,8 +33,23 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor | None, eps: float) -> t
     return output
 
 
+def add_rms_norm(
+    residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The sum of two [T, n], and its ``rms_norm``."""
+    if runs_on_gpu(residual):
+        from engine.kernels.triton import rms_norm as kernels
+
+        return kernels.add_rms_norm(residual, update, weight, eps)
+    return None
+
+
 def silu_multiply(gate_and_up: torch.Tensor) -> torch.Tensor | None:
     """silu(gate), rounded, × up, of [..., 2 × n] with the gate in the first half: [..., n]."""
+    if runs_on_gpu(gate_and_up):
+        from engine.kernels.triton import silu_multiply as kernels
+
+        return kernels.silu_multiply(gate_and_up)
     library = _library()
     size = gate_and_up.shape[-1] // 2
     if library is None or not _is_bfloat16_on_cpu(gate_and_up) or size % _STEP:
@@ -41,6 +62,8 @@ def silu_multiply(gate_and_up: torch.Tensor) -> torch.Tensor | None:
 
 def rotate_halves(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
     """Rotary embedding of [T, num_heads, d], in float32 and rounded once; ``cos``, ``sin``: [T, 1, d / 2] float32."""
+    if runs_on_gpu(heads):
+        return _rotate_on_gpu(heads, cos, sin, interleaved=False)
     library = _library()
     num_tokens, num_heads, head_dim = heads.shape
     if (
@@ -63,6 +86,17 @@ def rotate_halves(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
         head_dim,
     )
     return output
+
+
+def rotate_pairs(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
+    """The same where element 2i turns with element 2i + 1."""
+    return _rotate_on_gpu(heads, cos, sin, interleaved=True) if runs_on_gpu(heads) else None
+
+
+def _rotate_on_gpu(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
+    from engine.kernels.triton.rotate_and_write import Angles, rotate
+
+    return rotate(heads, Angles(cos, sin, interleaved))
 
 
 def _is_bfloat16_on_cpu(tensor: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from engine.batch import StepAdapters
 from engine.kernels.experts import ExpertMatrices, GroupedExperts, can_group
+from engine.kernels.gpu_experts import gpu_experts
 from engine.kernels.linear import linear
 from engine.layer_config import MoeConfig
 from engine.layers.activation import silu_and_multiply
@@ -67,6 +68,13 @@ class Experts(nn.Module, abc.ABC):
     def matrices(self) -> list[ExpertMatrices] | None:
         """Of each local expert, as the CPU's kernel takes them; None in formats that it does not know."""
 
+    def forward_routed(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor, *, scales_inputs: bool
+    ) -> torch.Tensor | None:
+        """All at once, without sorting: [T, H] with ids and scores [T, K] to this rank's summand of [T, H]. None
+        where there is no such kernel, as for all but unquantized experts on GPUs."""
+        return None
+
     @functools.cached_property
     def _grouped(self) -> GroupedExperts | None:
         matrices = self.matrices()
@@ -119,6 +127,12 @@ class StackedExperts(Experts):
             at.fill(gate, f"{names.gate}.weight", (width, hidden_size), (start, 0))
             at.fill(up, f"{names.up}.weight", (width, hidden_size), (start, 0))
             at.fill(self.down_weights[expert], f"{names.down}.weight", (hidden_size, width), (0, start))
+
+    def forward_routed(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor, *, scales_inputs: bool
+    ) -> torch.Tensor | None:
+        weights = self.gate_up_weights, self.down_weights
+        return gpu_experts(hidden, expert_ids, scores, *weights, self.first_expert, scales_inputs=scales_inputs)
 
     def matrices(self) -> list[ExpertMatrices]:
         return [ExpertMatrices(*pair) for pair in zip(self.gate_up_weights, self.down_weights, strict=True)]

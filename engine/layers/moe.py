@@ -35,6 +35,7 @@ class MixtureOfExperts(nn.Module):
         self.router = router
         self.experts = experts
         self.shared_expert = shared_expert
+        self._scales_inputs = scales_inputs
         self._dispatch: TokenDispatch = ReplicatedDispatch(
             experts.first_expert, experts.num_experts, scales_inputs=scales_inputs
         )
@@ -44,10 +45,18 @@ class MixtureOfExperts(nn.Module):
 
         ``adapters``: of the T tokens.
         """
-        expert_ids, scores = self.router.forward(hidden)
-        tokens, counts, handle = self._dispatch.dispatch(hidden, expert_ids, scores)
-        pair_adapters = None if adapters is None else adapters.select(handle.token_rows)
-        output = self._dispatch.combine(self.experts.forward(tokens, counts, pair_adapters), handle)
+        output = self._routed(hidden, adapters)
         if self.shared_expert is not None:
             output = output + self.shared_expert.forward_partial(hidden, adapters)
         return self._tp.all_reduce(output)
+
+    def _routed(self, hidden: torch.Tensor, adapters: StepAdapters | None) -> torch.Tensor:
+        """This rank's experts' summand."""
+        expert_ids, scores = self.router.forward(hidden)
+        if adapters is None:
+            output = self.experts.forward_routed(hidden, expert_ids, scores, scales_inputs=self._scales_inputs)
+            if output is not None:
+                return output
+        tokens, counts, handle = self._dispatch.dispatch(hidden, expert_ids, scores)
+        pair_adapters = None if adapters is None else adapters.select(handle.token_rows)
+        return self._dispatch.combine(self.experts.forward(tokens, counts, pair_adapters), handle)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import ForwardBatch
-from engine.kernels.elementwise import rotate_halves
+from engine.kernels.elementwise import rotate_halves, rotate_pairs
 from engine.rope_config import RopeConfig, RopeType
 
 
@@ -24,7 +24,8 @@ class Rotation:
     def apply(self, heads: torch.Tensor) -> torch.Tensor:
         """Rotate queries or keys [T, num_heads, d]."""
         if self.interleaved:
-            return _rotate_pairs(heads, self.cos, self.sin)
+            rotated = rotate_pairs(heads, self.cos, self.sin)
+            return _rotate_pairs(heads, self.cos, self.sin) if rotated is None else rotated
         rotated = rotate_halves(heads, self.cos, self.sin)
         return _rotate_halves(heads, self.cos, self.sin) if rotated is None else rotated
 

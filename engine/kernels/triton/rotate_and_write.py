@@ -26,6 +26,28 @@ class Angles:
     interleaved: bool
 
 
+def rotate(heads: torch.Tensor, angles: Angles) -> torch.Tensor:
+    """[T, h, d], turned, contiguous. bfloat16 or float32; columns of a wider matrix are read in place."""
+    num_tokens, num_heads, head_dim = heads.shape
+    heads = _with_whole_heads(heads)
+    output = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
+    if num_tokens:
+        half, count = _tile(num_heads, head_dim)
+        _rotate[(num_tokens, cdiv(num_heads, count))](
+            heads,
+            output,
+            angles.cos.contiguous(),
+            angles.sin.contiguous(),
+            heads.stride(0),
+            num_heads,
+            HEAD_DIM=head_dim,
+            INTERLEAVED=angles.interleaved,
+            HEADS=count,
+            HALF=half,
+        )
+    return output
+
+
 def rotate_and_write(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -49,8 +71,7 @@ def rotate_and_write(
     assert key_cache.is_contiguous() and value_cache.is_contiguous() and slots.is_contiguous()
     if num_tokens == 0:
         return query
-    half = power_of_2(head_dim) // 2
-    heads = min(power_of_2(max(num_heads, num_kv_heads)), max(1, _ELEMENTS // (2 * half)))
+    half, heads = _tile(max(num_heads, num_kv_heads), head_dim)
     query_blocks = 0 if angles is None else cdiv(num_heads, heads)
     kv_blocks = cdiv(num_kv_heads, heads)
     output = query if angles is None else torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -80,6 +101,12 @@ def rotate_and_write(
         HALF=half,
     )
     return output
+
+
+def _tile(num_heads: int, head_dim: int) -> tuple[int, int]:
+    """Pairs of elements and heads that a program takes, powers of two."""
+    half = power_of_2(head_dim) // 2
+    return half, min(power_of_2(num_heads), max(1, _ELEMENTS // (2 * half)))
 
 
 def _with_whole_heads(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,6 +141,27 @@ def _copy_heads(
         x, y = x * c - y * s, y * c + x * s
     tl.store(destination + first, x.to(destination.dtype.element_ty), mask=mask)
     tl.store(destination + second, y.to(destination.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rotate(
+    heads: Any,
+    output: Any,
+    cos: Any,
+    sin: Any,
+    token_stride: Any,
+    num_heads: Any,
+    HEAD_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    cos += token * (HEAD_DIM // 2)
+    sin += token * (HEAD_DIM // 2)
+    source, place = heads + token * token_stride, output + token * num_heads * HEAD_DIM
+    first = tl.program_id(1) * HEADS
+    _copy_heads(source, place, cos, sin, first, num_heads, HEAD_DIM, True, INTERLEAVED, HEADS, HALF)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.kernels.triton.rotate_and_write import Angles, rotate_and_write
+from engine.kernels.triton.rotate_and_write import Angles, rotate, rotate_and_write
 from tests.kernels.triton import references as expected
 from tests.kernels.triton.references import DEVICE, check_close, randn
 
@@ -36,6 +36,8 @@ def test_rotates_and_writes(dtype: torch.dtype, num_heads: int, num_kv_heads: in
         new_query = expected.rotated(query, turn.cos, turn.sin, turn.interleaved)
         new_key = expected.rotated(key, turn.cos, turn.sin, turn.interleaved)
     check_close(found, new_query)
+    if turn is not None:
+        assert torch.equal(rotate(query, turn), found)
     for token, slot in ((0, 7), (2, 18)):
         check_close(key_cache.flatten(0, 1)[slot], new_key[token])
         assert torch.equal(value_cache.flatten(0, 1)[slot], value[token])
