@@ -29,6 +29,9 @@ class Watched:
         self.executor = executor
         self.plan_bytes: list[int] = []
 
+    def prepare(self, plan: StepPlan) -> None:
+        self.executor.prepare(plan)
+
     def submit(self, plan: StepPlan) -> Future[list[StepResult]]:
         self.plan_bytes.append(len(encode(plan)))
         return self.executor.submit(plan)

@@ -19,25 +19,25 @@ MAX_POSITIONS = 131_072
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def make_checkpoint(directory: Path, num_heads: int = 1) -> LlamaForCausalLM:
+def make_checkpoint(directory: Path) -> LlamaForCausalLM:
     """Random weights in float32, with remuda-tiny's tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=16 * num_heads,
+        hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,
-        num_attention_heads=num_heads,
+        num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=16,
         max_position_embeddings=MAX_POSITIONS,
-        rope_theta=5e5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
         initializer_range=0.5,
         tie_word_embeddings=False,
         eos_token_id=None,
         bos_token_id=None,
     )
-    model = LlamaForCausalLM(config).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
     model.save_pretrained(directory)
     assets = Path(engine.assets.__path__[0]) / "remuda-tiny"
     for name in _TOKENIZER_FILES:
