@@ -55,6 +55,7 @@ class Engine:
         input_references: see Scheduler.
         policy: makes one policy per dp group.
         lora_config: bounds of adapters.
+        model_identity: differs for any two models whose KV blocks must not be taken for each other.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class Engine:
         input_references: bool = True,
         policy: Callable[[], Policy] = FirstComeFirstServed,
         lora_config: LoraConfig = LoraConfig(),
+        model_identity: str = "",
     ) -> None:
         self._kv_groups = tuple(kv_groups)
         self._vocab_size = vocab_size
+        self._model_identity = model_identity
         self._config = scheduler_config
         self._num_dp_groups = num_dp_groups
         self._input_references = input_references
@@ -208,7 +211,8 @@ class Engine:
         adapter = self._adapters.slot_of(request.adapter)
         loads = [scheduler.num_running + scheduler.num_waiting for scheduler in self._schedulers]
         state = RequestState.of(request, self._num_arrivals, loads.index(min(loads)), adapter)
-        state.root_hash = root_hash(self._adapters.identity_of(request.adapter))
+        adapter_identity = self._adapters.identity_of(request.adapter)
+        state.root_hash = root_hash(self._model_identity, adapter_identity, request.cache_salt)
         scheduler = self._schedulers[state.dp_group]
         if not scheduler.fits(state):
             raise ContextLengthExceeded(

@@ -144,6 +144,8 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     """Lower goes first."""
     adapter: str = ""
     """Name of a loaded LoRA adapter; empty for the base model."""
+    cache_salt: str = ""
+    """Requests with different ones share no cached prefix (vLLM's field)."""
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, gc=False):

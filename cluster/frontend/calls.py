@@ -9,6 +9,8 @@ from engine.request import FinishReason, Grammar, TopLogprobs
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_CHOICES = 128
+MAX_PRIORITY = 2**31 - 1
+MAX_CACHE_SALT_CHARS = 256
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Call:
     ``default_max_tokens`` holds where the options name no ``max_tokens``, as far as the context has room for it;
     None is the rest of the context. With ``echo``, ``max_tokens`` may be 0: the prompt is scored, nothing generated.
     ``tools`` are the names of what the model may call: its text is parsed for calls of these. ``one_tool_call`` stops a
-    choice after its first.
+    choice after its first. ``priority``: lower goes first. ``cache_salt``: only calls with the same one share prefixes.
     """
 
     request_id: str
@@ -118,6 +120,8 @@ class Call:
     default_max_tokens: int | None = None
     tools: Sequence[str] = ()
     one_tool_call: bool = False
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ def chat_call(body: ChatBody, request_id: str) -> Call:
         limits=body.limits,
         tools=[tool["function"]["name"] for tool in prompt.tools],
         one_tool_call=body.parallel_tool_calls is False,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
     )
 
 

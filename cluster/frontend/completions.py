@@ -30,6 +30,8 @@ def completion_call(body: CompletionBody, request_id: str) -> Call:
         echo=bool(body.echo),
         limits=body.limits,
         default_max_tokens=DEFAULT_MAX_TOKENS,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
     )
 
 

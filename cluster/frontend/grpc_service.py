@@ -145,6 +145,8 @@ def call_of(request: inference_pb2.GenerateRequest, time_remaining_s: float | No
         stop=list(request.stop),
         echo=request.echo,
         limits=TimeLimits(total_s=time_remaining_s, first_token_s=first_token_s),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
     )
 
 

@@ -87,6 +87,8 @@ class _GenerateBody(Body):
     timeout_s: float | None = None
     queue_timeout_s: float | None = None
     first_token_timeout_s: float | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
 
     @property
     def stops(self) -> list[str]:

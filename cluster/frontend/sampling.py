@@ -3,7 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.frontend.calls import MAX_CHOICES, MAX_STOP_CHARS, MAX_STOPS, Call, SamplingOptions
+from cluster.frontend.calls import (
+    MAX_CACHE_SALT_CHARS,
+    MAX_CHOICES,
+    MAX_PRIORITY,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    Call,
+    SamplingOptions,
+)
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.request import SamplingParams
 
@@ -101,6 +109,15 @@ def check_call(call: Call) -> None:
     for stop in call.stop:
         if not 1 <= len(stop) <= MAX_STOP_CHARS:
             raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_CHARS} characters, not {len(stop)}", "stop")
+    if not -MAX_PRIORITY <= call.priority <= MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority must be from {-MAX_PRIORITY} to {MAX_PRIORITY}, not {call.priority}; lower goes first",
+            "priority",
+        )
+    if len(call.cache_salt) > MAX_CACHE_SALT_CHARS:
+        raise InvalidRequest(
+            f"cache_salt may have at most {MAX_CACHE_SALT_CHARS} characters, not {len(call.cache_salt)}", "cache_salt"
+        )
     for name in ("total_s", "queue_s", "first_token_s"):
         limit = getattr(call.limits, name)
         if limit is not None and not limit > 0:

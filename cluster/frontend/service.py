@@ -175,7 +175,11 @@ class Service:
                     index = len(choices)
                     sampling = msgspec.structs.replace(plan.sampling, choice=number)
                     request_id, num_tokens = f"{call.request_id}.{index}", len(plan.token_ids)
-                    requests.append(Request(request_id, plan.token_ids, num_tokens, sampling, adapter=adapter))
+                    requests.append(
+                        Request(
+                            request_id, plan.token_ids, num_tokens, sampling, call.priority, adapter, call.cache_salt
+                        )
+                    )
                     choices.append(self._choice(index, plan, call, echo))
             yield Started(call.model or self.name, [plan.token_ids for plan in planned])
             limits = call.limits.within(self._limits)

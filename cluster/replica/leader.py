@@ -41,6 +41,7 @@ from engine.executor.handshake import new_secret
 from engine.executor.socket_hub import SocketHub
 from engine.messages import FromRank, Hello, Loaded, LoadProgress
 from engine.model_config import ModelConfig, kv_groups
+from engine.weights.identity import checkpoint_identity
 
 _log = logging.getLogger(__name__)
 
@@ -169,6 +170,7 @@ class Leader:
             scheduler_config=scheduler,
             cache_config=replace(gang.cache, keeps_prefixes=keeps_prefixes),
             lora_config=LoraConfig(plan.max_loras, plan.max_lora_rank),
+            model_identity=f"{checkpoint_identity(directory)} {plan.dtype} {plan.quantization}",
         )
         self._load_adapters(engine)
         return engine, self._info(gang)

@@ -119,6 +119,7 @@ def request_to_proto(stream: int, request: Request) -> replica_pb2.Submit:
             choice=request.sampling.choice,
             priority=request.priority,
             adapter=request.adapter,
+            cache_salt=request.cache_salt,
         )
     except InvalidRequest:
         raise
@@ -138,6 +139,7 @@ def request_from_proto(message: replica_pb2.Submit) -> Request:
         sampling=sampling_from_proto(message.sampling, _NO_DEFAULTS, message.choice),
         priority=message.priority,
         adapter=message.adapter,
+        cache_salt=message.cache_salt,
     )
 
 

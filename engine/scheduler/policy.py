@@ -19,15 +19,23 @@ class Policy(Protocol):
         ...
 
 
-def _rank(state: RequestState) -> tuple[int, int]:
-    return (state.priority, state.arrival)
+PLACES_PER_PRIORITY = 1024
+"""So many requests that arrive later may go before an older one whose priority number is one higher."""
+
+
+def _place(state: RequestState) -> tuple[int, int]:
+    return (state.arrival + PLACES_PER_PRIORITY * state.priority, state.arrival)
 
 
 class FirstComeFirstServed:
-    """Lower priority number first; among equals the older. The last to be served is the first to yield."""
+    """Lower priority number first; among equals the older. The last to be served is the first to yield.
+
+    Nobody starves: a request counts as if it had arrived PLACES_PER_PRIORITY requests later for each number that its
+    priority is higher, so after that many others its turn has come, however many more of a better priority arrive.
+    """
 
     def order(self, waiting: Iterable[RequestState]) -> list[RequestState]:
-        return sorted(waiting, key=_rank)
+        return sorted(waiting, key=_place)
 
     def victim(self, running: Sequence[RequestState]) -> RequestState:
-        return max(running, key=_rank)
+        return max(running, key=_place)

@@ -266,3 +266,13 @@ async def test_reflection_lists_the_services() -> None:
         file = descriptor_pb2.FileDescriptorProto.FromString(answer.file_descriptor_response.file_descriptor_proto[0])
         assert file.package == "remuda.v1"
         await call.done_writing()
+
+
+async def test_priority_and_cache_salt_reach_the_engine() -> None:
+    async with served(says([300])) as one:
+        await responses(one.channel, chat(priority=-7, cache_salt="tenant"))
+        await responses(one.channel, chat())
+        assert [(request.priority, request.cache_salt) for request in one.backend.requests] == [(-7, "tenant"), (0, "")]
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await responses(one.channel, chat(cache_salt="x" * 257))
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT

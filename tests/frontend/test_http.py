@@ -317,3 +317,16 @@ async def test_many_streams_side_by_side(tiny: Tokenizer) -> None:
         texts = await asyncio.gather(*(stream() for _ in range(50)))
         assert set(texts) == {"The quick brown fox 🙂 jumps"}
         assert one.front_end.service.admission.num_requests == 0
+
+
+async def test_priority_and_cache_salt_reach_the_engine() -> None:
+    async with served(says([300])) as one:
+        for body in (completion(priority=-7, cache_salt="tenant"), chat(priority=-7, cache_salt="tenant")):
+            path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+            assert (await one.http.post(path, json=body)).status_code == 200
+            assert (one.backend.requests[-1].priority, one.backend.requests[-1].cache_salt) == (-7, "tenant")
+        await one.http.post("/v1/completions", json=completion())
+        assert (one.backend.requests[-1].priority, one.backend.requests[-1].cache_salt) == (0, "")
+        for wrong in ({"priority": 2**31}, {"priority": "high"}, {"cache_salt": "x" * 257}, {"cache_salt": 5}):
+            answer = await one.http.post("/v1/completions", json=completion(**wrong))
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, next(iter(wrong)))

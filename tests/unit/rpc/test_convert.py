@@ -52,6 +52,7 @@ requests = st.builds(
     sampling=sampling_params,
     priority=st.integers(-(2**31), 2**31 - 1),
     adapter=st.text(max_size=5),
+    cache_salt=st.text(max_size=5),
 )
 top_logprobs = st.builds(
     TopLogprobs,
