@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import typer
 
-from cluster.cli import adapters, bench, chat, drain, generate, plan, serve, status, verify
+from cluster.cli import adapters, bench, chat, doctor, drain, generate, plan, serve, status, verify
 from cluster.config import quiet_libraries
 from cluster.errors import mapping_of
 from engine.errors import RemudaError
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command(name="serve", epilog=serve.EXAMPLES)(serve.serve)
 app.command(name="plan", epilog=plan.EXAMPLES)(plan.plan)
+app.command(name="doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command(name="generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command(name="chat", epilog=chat.EXAMPLES)(chat.chat)
 app.command(name="status", epilog=status.EXAMPLES)(status.status)

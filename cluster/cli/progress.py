@@ -25,6 +25,7 @@ from cluster.replica.events import (
     Failed,
     Loading,
     MemoryPlanned,
+    Notice,
     PhaseStarted,
     RankLoaded,
     RankPlaced,
@@ -107,6 +108,8 @@ class StartProgress:
             self.ranks.append(event)
         elif isinstance(event, MemoryPlanned):
             self._planned = event
+        elif isinstance(event, Notice):
+            self._console.print(f"  notice: {event.text}", markup=False)
         elif isinstance(event, RankLoaded):
             self._weight_bytes[event.replica, event.rank] = event.weight_bytes
         elif isinstance(event, ReplicaReady):

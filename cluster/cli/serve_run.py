@@ -19,6 +19,8 @@ from cluster.replica.events import Failed, ReplicaReady
 from cluster.replica.heap import settle_heap
 from engine.kernels.native_library import is_built
 
+CONTROL_PROCESS = "cluster.cli.control_process"
+
 
 def run(config: ServeConfig) -> int:
     """Serve until SIGINT or SIGTERM. Status 0; 1 if that came before it was ready, or if no replica was left to serve.
@@ -49,7 +51,7 @@ class _Serving:
         front_end = FrontEnd(self._front_end_config(), fleet)
         await front_end.start()
         self._greet(front_end)
-        launcher = Launcher(self._checked.launch)
+        launcher = Launcher(self._checked.launch, CONTROL_PROCESS)
         self._on_signals(launcher)
         try:
             progress = StartProgress(self._console, self._config.replicas)

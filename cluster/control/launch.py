@@ -1,7 +1,7 @@
 """The control process: starts or joins Ray, places the gangs, supervises them, and undoes all of it.
 
-``python -m cluster.control.launch FD``: configuration as one JSON line on standard input, events as JSON lines to the
-file descriptor FD. Standard input's end is the order to stop.
+``python -m cluster.cli.control_process FD``: configuration as one JSON line on standard input, events as JSON lines to
+the file descriptor FD. Standard input's end is the order to stop.
 """
 
 import importlib
@@ -9,12 +9,14 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import ModuleType
 from typing import IO, TYPE_CHECKING
 
 import setproctitle
 
+from cluster.control.host_calls import HostCalls
 from cluster.control.placement import HostInfo, place_gangs
 from cluster.control.ray_runtime import RayRuntime
 from cluster.replica.events import (
@@ -22,6 +24,7 @@ from cluster.replica.events import (
     Failed,
     LaunchConfig,
     MemoryPlanned,
+    Notice,
     PhaseStarted,
     ReplicaPlan,
     ReplicaReady,
@@ -34,6 +37,9 @@ from engine.errors import RemudaError
 
 if TYPE_CHECKING:
     from cluster.replica.supervisor import Supervisor
+
+Examine = Callable[[HostCalls, ReplicaPlan, Sequence[Sequence[HostInfo]], MemoryPlanned], list[str]]
+"""Whether the hosts of the gangs' ranks are fit. Returns warnings; raises StartFailed where one is not."""
 
 START_POLL_INTERVAL_S = 0.1
 POLL_INTERVAL_S = 0.5
@@ -57,8 +63,11 @@ class EventWriter:
 class Launch:
     """One run of the control process."""
 
-    def __init__(self, config: LaunchConfig, events: EventWriter, stop: threading.Event) -> None:
+    def __init__(
+        self, config: LaunchConfig, events: EventWriter, stop: threading.Event, examine: Examine | None
+    ) -> None:
         self._config = config
+        self._examine = examine
         self._events = events
         self._stop = stop
         self._runtime: RayRuntime | None = None
@@ -80,7 +89,10 @@ class Launch:
             num_gangs=config.num_replicas,
             tp_across_hosts=config.tp_across_hosts,
         )
-        self._events.send(self._plan_memory(gangs, self._runtime.host))
+        planned = self._plan_memory(gangs, self._runtime.host)
+        self._events.send(planned)
+        for warning in self._examine(self._runtime, config.replica, gangs, planned) if self._examine else ():
+            self._events.send(Notice(warning))
         for index, hosts in enumerate(gangs):
             if self._stop.is_set():
                 return
@@ -129,7 +141,7 @@ def _prepare(plan: ReplicaPlan) -> ModuleType:
     return module
 
 
-def main() -> int:
+def main(examine: Examine | None = None) -> int:
     """Runs until standard input ends. Exit status 0 after a stop that was asked for, 1 after a failure."""
     setproctitle.setproctitle("remuda: control")
     # Before torch is imported: the store warns on the terminal that it has no name for its own address.
@@ -140,7 +152,7 @@ def main() -> int:
     config = decode_config(commands.readline())
     stop = threading.Event()
     threading.Thread(target=_set_at_end, args=(commands, stop), daemon=True).start()
-    launch = Launch(config, events, stop)
+    launch = Launch(config, events, stop, examine)
     status = 0
     try:
         launch.run()
@@ -162,7 +174,3 @@ def _set_at_end(stream: IO[bytes], stop: threading.Event) -> None:
     while stream.read(4096):
         pass
     stop.set()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,13 +15,13 @@ STOP_TIMEOUT_S = 45.0
 
 class Launcher:
     """The control process of one ``remuda serve``. It stops everything when its standard input closes, and so also
-    when this process dies in any way."""
+    when this process dies in any way. ``module``: the program to run, which calls ``cluster.control.launch.main``."""
 
-    def __init__(self, config: LaunchConfig) -> None:
+    def __init__(self, config: LaunchConfig, module: str) -> None:
         read_fd, write_fd = os.pipe()
         self._events: IO[bytes] = os.fdopen(read_fd, "rb")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.control.launch", str(write_fd)],
+            [sys.executable, "-m", module, str(write_fd)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             pass_fds=[write_fd],

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -18,20 +18,23 @@ import ray
 from ray._private import services
 from ray._private.state import available_resources_per_node
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.control.interfaces import local_addresses
+from cluster.control.host_calls import HostAnswer, HostCall, run_named
 from cluster.control.placement import HostInfo
 from cluster.control.ray_node import RayNode
 from cluster.control.ray_settings import (
     DEFAULT_CPU_SLOTS,
     LOOPBACK,
     NodeSpec,
+    by_hand_defaults,
     driver_environment,
     joining_environment,
     parse_address,
 )
 from cluster.errors import StartFailed
+from cluster.replica.fabric import local_addresses
 
 NAMESPACE = "remuda"
 CONNECT_TIMEOUT_S = 3.0
@@ -107,12 +110,18 @@ class RayRuntime:
         Raises:
             StartFailed: the cluster does not answer.
         """
-        try:
-            free = available_resources_per_node()
-            hosts = [host_info(node, free.get(node["NodeID"])) for node in ray.nodes() if node["Alive"]]
-        except RayError as error:
-            raise StartFailed(f"the Ray cluster at {self.address} does not answer: {error}") from error
-        return sorted(hosts, key=lambda host: (host.address != self.host, host.address, host.node_id))
+        return living_hosts(self.host)
+
+    def call(self, calls: Sequence[HostCall], timeout_s: float) -> list[HostAnswer]:
+        """Run a function on each call's host, all at the same time (see HostCalls). A CPU call takes no slot of the
+        host's, so it also runs where all are in use; one on a GPU waits for a free one."""
+        references = [start_call(call) for call in calls]
+        ray.wait(references, num_returns=len(references), timeout=timeout_s)
+        answers = [answer_of(reference, timeout_s) for reference in references]
+        for reference, answer in zip(references, answers, strict=True):
+            if answer.error is not None:
+                ray.cancel(reference, force=True)
+        return answers
 
     def close(self) -> None:
         """Disconnect, stop the Ray that we started and remove its files. May be called twice."""
@@ -132,6 +141,41 @@ class RayRuntime:
         self.close()
 
 
+def start_call(call: HostCall) -> Any:
+    """Ray's reference of the answer."""
+    remote = ray.remote(run_named).options(
+        num_cpus=0,
+        num_gpus=1 if call.on_gpu else 0,
+        max_retries=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(call.host.node_id, soft=False),
+    )
+    return remote.remote(call.function, call.argument)
+
+
+def answer_of(reference: Any, timeout_s: float) -> HostAnswer:
+    """Of a call that has ended, or has had its time."""
+    try:
+        return HostAnswer(ray.get(reference, timeout=0))
+    except GetTimeoutError:
+        return HostAnswer(error=f"did not answer within {timeout_s:.0f} s")
+    except RayError as error:
+        return HostAnswer(error=last_line(error))
+
+
+def living_hosts(this_host: str) -> list[HostInfo]:
+    """The cluster's hosts, with what is free on each at this moment; this host first, then by address.
+
+    Raises:
+        StartFailed: the cluster does not answer.
+    """
+    try:
+        free = available_resources_per_node()
+        hosts = [host_info(node, free.get(node["NodeID"])) for node in ray.nodes() if node["Alive"]]
+    except RayError as error:
+        raise StartFailed(f"the Ray cluster does not answer: {error}") from error
+    return sorted(hosts, key=lambda host: (host.address != this_host, host.address, host.node_id))
+
+
 def host_info(node: Mapping[str, Any], free: Mapping[str, float] | None) -> HostInfo:
     """Ray's description of a node and of its free resources → ours. Fractions of a slot count as used.
 
@@ -148,7 +192,16 @@ def host_info(node: Mapping[str, Any], free: Mapping[str, float] | None) -> Host
         num_gpus=num_gpus,
         used_cpu_slots=cpu_slots - int(free.get("CPU", 0)),
         used_gpus=num_gpus - int(free.get("GPU", 0)),
+        topology=topology(node.get("Labels") or {}),
     )
+
+
+def topology(labels: Mapping[str, str]) -> tuple[str, ...]:
+    """Where a node stands, from its Ray labels: ``remuda.io/topology``, as in zone-a/rack-3, or region and zone."""
+    if given := labels.get("remuda.io/topology"):
+        return tuple(given.split("/"))
+    names = ("ray.io/availability-region", "ray.io/availability-zone")
+    return tuple(labels[name] for name in names if labels.get(name))
 
 
 def connect(address: str, host: str) -> None:
@@ -234,6 +287,11 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def last_line(error: BaseException) -> str:
+    """Of a failure on another host: Ray's text holds its traceback, whose last line says what it was."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+
+
 def set_environment(environment: Mapping[str, str]) -> dict[str, str | None]:
     """Set these variables and let Ray read them anew. Returns what they were."""
     former = {name: os.environ.get(name) for name in environment}
@@ -265,8 +323,11 @@ def start_node(arguments: list[str]) -> NoReturn:
     * No Ray Client server, for which ``ray start`` has no switch.
     * 127.0.0.1 stays 127.0.0.1: ``ray start`` would replace it by an address that the network can reach, and listen
       there.
+    * The node is small, reports nothing, and notices a silent host in seconds, unless the environment says otherwise.
     * The modules behind Ray's other commands are not imported. They take twice the time of the rest.
     """
+    for name, value in by_hand_defaults(arguments).items():
+        os.environ.setdefault(name, value)
     for other_commands in ("ray.serve.scripts", "ray.dashboard.modules.job.cli", "ray.util.state.state_cli"):
         # What Python keeps for "this cannot be imported"; Ray then leaves those commands out.
         sys.modules[other_commands] = None  # type: ignore[assignment]

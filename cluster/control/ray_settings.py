@@ -12,7 +12,7 @@ Three promises are kept here and in ``ray_runtime.start_node``, and nowhere else
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,8 @@ _QUICK_TO_NOTICE = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
+CHECKED_SETTINGS = (*_QUICK_TO_NOTICE, "RAY_memory_monitor_refresh_ms", "RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE")
+"""What is looked at on the hosts of a Ray that somebody else started."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,13 @@ def node_environment(
     search_path = [str(package_root), *filter(None, [base.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": ":".join(search_path), "RAY_TMPDIR": str(paths.temporary)}
     return environment
+
+
+def by_hand_defaults(arguments: Sequence[str]) -> dict[str, str]:
+    """Variables for ``ray start`` with these arguments by hand, where they are not set already. On the loopback a node
+    has no other host to notice, and is given its environment whole by ``node_environment``."""
+    is_alone = any(argument == f"--node-ip-address={LOOPBACK}" for argument in arguments)
+    return _SHUT | _SMALL | ({} if is_alone else _QUICK_TO_NOTICE)
 
 
 def start_command(spec: NodeSpec, paths: NodePaths, python: str = sys.executable) -> list[str]:

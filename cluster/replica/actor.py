@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import ray
 
+from cluster.replica.config import choose_network
 from cluster.replica.leader import Leader, LeaderConfig
 from cluster.replica.model_source import ModelSource
 from engine.executor.worker import run_worker
@@ -20,7 +21,9 @@ class Rank:
         """The whole life of the rank; returns when the leader says so or is gone. The checkpoint is found (or
         downloaded) here, on the rank's own host."""
         directory = ModelSource(model, revision).directory()
-        run_worker(msgspec.structs.replace(WorkerConfig.decode(config), model=str(directory)))
+        worker = msgspec.structs.replace(WorkerConfig.decode(config), model=str(directory))
+        choose_network(worker.bind_address)
+        run_worker(worker)
 
 
 class LeaderProcess:
@@ -42,6 +45,15 @@ class LeaderProcess:
         """Encoded events since the last call. Calling it renews the supervisor's lease."""
         with self._lock:
             return self._leader.poll()
+
+    def load(self) -> bytes:
+        """The encoded LeaderLoad; empty before the gang serves."""
+        load = self._leader.load()
+        return b"" if load is None else load.encode()
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; what runs may finish."""
+        self._leader.drain()
 
     def stop(self) -> None:
         """End the ranks and the server; returns when both have ended."""

@@ -85,6 +85,12 @@ class MemoryPlanned(msgspec.Struct, frozen=True, tag="planned"):
     num_blocks: int | None
 
 
+class Notice(msgspec.Struct, frozen=True, tag="notice"):
+    """Something that the user may want to change; the start goes on."""
+
+    text: str
+
+
 class RankLoaded(msgspec.Struct, frozen=True, tag="loaded"):
     """A rank holds its weights."""
 
@@ -113,7 +119,7 @@ class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
     """All that was started has been stopped."""
 
 
-Event = PhaseStarted | Loading | RankPlaced | MemoryPlanned | RankLoaded | ReplicaReady | Failed | Stopped
+Event = PhaseStarted | Loading | RankPlaced | MemoryPlanned | Notice | RankLoaded | ReplicaReady | Failed | Stopped
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

@@ -38,12 +38,12 @@ def test_every_config_field_is_an_option_of_serve() -> None:
     assert fields <= _options("serve")
 
 
-@pytest.mark.parametrize("name", ["plan", "generate", "chat", "status", "drain", "verify", "bench"])
+@pytest.mark.parametrize("name", ["plan", "doctor", "generate", "chat", "status", "drain", "verify", "bench"])
 def test_commands_that_print_have_json(name: str) -> None:
     assert "--json" in _options(name)
 
 
-@pytest.mark.parametrize("name", ["serve", "plan", "generate", "chat", "status", "drain", "verify", "bench"])
+@pytest.mark.parametrize("name", ["serve", "plan", "doctor", "generate", "chat", "status", "drain", "verify", "bench"])
 def test_help_has_an_example(name: str) -> None:
     result: Result = CliRunner().invoke(app, [name, "--help"])
     assert result.exit_code == 0

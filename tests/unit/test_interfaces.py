@@ -2,7 +2,8 @@
 
 import pytest
 
-from cluster.control.interfaces import local_addresses, local_interface_for
+from cluster.control.interfaces import local_interface_for
+from cluster.replica.fabric import local_addresses
 from engine.errors import LayoutError
 
 

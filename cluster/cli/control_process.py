@@ -1,0 +1,9 @@
+"""The control process of ``remuda serve``: that of cluster.control, with the doctor's quick part before ranks start."""
+
+import sys
+
+from cluster.control.launch import main
+from cluster.doctor.quick import examine_quickly
+
+if __name__ == "__main__":
+    sys.exit(main(examine_quickly))
