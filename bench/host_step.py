@@ -1,8 +1,10 @@
-"""Leader CPU per step with a null executor: scheduler, engine loop, gRPC server and frames, no model.
+"""Leader CPU per step without a model: step channel, scheduler, engine loop, gRPC server and frames.
 
-The leader runs in a process of its own at a step of 5 ms; this process is the front end that reads its frames, so only
-the leader's CPU is counted. The reference, in the leader's process just before and after and at the same pace: encoding
-and decoding the plan and the result of such a step with msgspec, the least that a leader and a rank have to do.
+The leader runs in a process of its own at a step of 5 ms; a rank that only answers is another, and this process is the
+front end that reads the frames, so only the leader's CPU is counted. The critical path is the time from the arrival of
+a result at the leader to the departure of the next plan. The reference, in the leader's process just before and after
+and at the same pace: encoding and decoding the plan and the result of such a step with msgspec, the least that a leader
+and a rank have to do.
 """
 
 import asyncio
@@ -59,14 +61,19 @@ def run(num_repetitions: int, quick: bool = False) -> list[Row]:
         for count in NUM_REQUESTS:
             found[count].append(asyncio.run(measure(count, 0.3 if quick else 1.5)))
     rows = []
-    for figure, notes in (("process_us", "whole process"), ("engine_thread_us", "engine thread: the critical path")):
+    for figure, notes in (
+        ("critical_us", "critical path, median"),
+        ("critical_p90_us", "critical path, 90 % of steps"),
+        ("process_us", "CPU of the whole process"),
+        ("engine_thread_us", "CPU of the engine's thread"),
+    ):
         for count, repetitions in found.items():
             ours = [each[figure] for each in repetitions]
             reference = [each["reference_us"] for each in repetitions]
             case = f"{count} running, {notes}"
             rows.append(
                 row(
-                    "leader CPU per step",
+                    "leader, per step",
                     case,
                     "µs",
                     ours,

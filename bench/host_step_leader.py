@@ -1,21 +1,33 @@
-"""The process that bench/host_step.py measures: a leader over a null executor.
+"""The process that bench/host_step.py measures: a leader whose only rank is bench/null_rank.py.
 
-Prints its address, then one JSON line with the CPU that it used per step while all requests ran.
+Prints its address, then one JSON line: the CPU that it used per step while all requests ran, and how long a result's
+arrival and the departure of the next plan lay apart.
 """
 
 import argparse
 import asyncio
 import json
+import statistics
+import subprocess
+import sys
 import threading
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from bench.paced_executor import PacedExecutor
+import engine as engine_package
 from cluster.replica.engine_loop import EngineLoop
 from cluster.replica.heap import settle_heap
 from cluster.replica.server import LeaderServer
 from cluster.types import ReplicaInfo, ReplicaState
-from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
+from engine.config import CacheConfig, KvGroupConfig, ParallelConfig, SchedulerConfig
 from engine.engine import Engine
+from engine.executor.channel_executor import ChannelExecutor
+from engine.executor.executor import Executor
+from engine.executor.handshake import new_secret
+from engine.executor.socket_hub import SocketHub
 from engine.messages import (
     BatchPlan,
     SampledToken,
@@ -26,7 +38,9 @@ from engine.messages import (
     decode_to_rank,
     encode,
 )
+from engine.model_config import ModelConfig
 
+MODEL_PATH = Path(engine_package.__path__[0]) / "assets" / "remuda-tiny"
 BLOCK_SIZE = 16
 MAX_TOKENS = 8192
 VOCAB_SIZE = 32_000
@@ -34,10 +48,47 @@ VOCAB_SIZE = 32_000
 KV_GROUPS = (KvGroupConfig((0,)), KvGroupConfig((1,), chunk_size=4096))
 
 
-def build_engine(num_requests: int, step_s: float) -> Engine:
+class TimedHub(SocketHub):
+    """Notes how long after the latest message from the rank each plan has left."""
+
+    def __init__(self, secret: str) -> None:
+        super().__init__([0], secret, [f"unix:@remuda-bench-{uuid.uuid4().hex}"])
+        self.gaps_us: list[float] = []
+        self._arrived_ns = 0
+
+    def receive(self, timeout_s: float | None) -> tuple[int, bytes]:
+        found = super().receive(timeout_s)
+        self._arrived_ns = time.perf_counter_ns()
+        return found
+
+    def send(self, data: bytes) -> None:
+        super().send(data)
+        self.gaps_us.append((time.perf_counter_ns() - self._arrived_ns) / 1000)
+
+
+@contextmanager
+def null_gang(step_s: float) -> Iterator[tuple[ChannelExecutor, TimedHub]]:
+    """An executor whose only rank is a bench.null_rank process."""
+    secret = new_secret()
+    hub = TimedHub(secret)
+    command = [sys.executable, "-m", "bench.null_rank", hub.addresses[0], str(step_s)]
+    rank = subprocess.Popen(command, stdin=subprocess.PIPE)
+    executor = ChannelExecutor(hub, ParallelConfig())
+    try:
+        assert rank.stdin is not None
+        rank.stdin.write(secret.encode())
+        rank.stdin.close()
+        executor.start(ModelConfig.from_directory(str(MODEL_PATH)), block_size=BLOCK_SIZE)
+        yield executor, hub
+    finally:
+        executor.close()
+        rank.wait(10.0)
+
+
+def build_engine(num_requests: int, executor: Executor) -> Engine:
     num_blocks = len(KV_GROUPS) * num_requests * (MAX_TOKENS // BLOCK_SIZE + 2) + 1
     return Engine(
-        executor=PacedExecutor(step_s),
+        executor=executor,
         kv_groups=KV_GROUPS,
         vocab_size=VOCAB_SIZE,
         scheduler_config=SchedulerConfig(
@@ -63,9 +114,9 @@ def reference_step_s(num_requests: int, step_s: float, num_rounds: int = 100) ->
     return (time.thread_time() - before_s) / num_rounds
 
 
-async def measure_leader(num_requests: int, step_s: float, seconds: float) -> tuple[float, float, int]:
-    """CPU seconds per step of the process and of its engine thread, and the number of steps."""
-    loop = EngineLoop(build_engine(num_requests, step_s))
+async def measure_leader(num_requests: int, executor: Executor, hub: TimedHub, seconds: float) -> dict[str, float]:
+    """CPU microseconds per step of the process and of its engine thread, and what the hub saw."""
+    loop = EngineLoop(build_engine(num_requests, executor))
     info = ReplicaInfo("replica-0", "null", ReplicaState.STARTING, "", 1, MAX_TOKENS, num_requests, BLOCK_SIZE, 0)
     server = LeaderServer(loop, info)
     address = await server.start()
@@ -77,11 +128,19 @@ async def measure_leader(num_requests: int, step_s: float, seconds: float) -> tu
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.3)  # the prefill is over
     steps, process_s, thread_s = loop.load().num_steps, time.process_time(), time.clock_gettime(engine_clock)
+    hub.gaps_us.clear()
     await asyncio.sleep(seconds)
     num_steps = loop.load().num_steps - steps
     process_s, thread_s = time.process_time() - process_s, time.clock_gettime(engine_clock) - thread_s
+    gaps_us = sorted(hub.gaps_us)
     await server.stop(grace_s=1.0)
-    return process_s / num_steps, thread_s / num_steps, num_steps
+    return {
+        "num_steps": num_steps,
+        "process_us": process_s / num_steps * 1e6,
+        "engine_thread_us": thread_s / num_steps * 1e6,
+        "critical_us": statistics.median(gaps_us),
+        "critical_p90_us": gaps_us[len(gaps_us) * 9 // 10],
+    }
 
 
 def main() -> None:
@@ -92,13 +151,9 @@ def main() -> None:
     arguments = parser.parse_args()
     count, step_s = arguments.num_requests, arguments.step_s
     before_s = reference_step_s(count, step_s)
-    process_s, thread_s, num_steps = asyncio.run(measure_leader(count, step_s, arguments.seconds))
-    figures = {
-        "num_steps": num_steps,
-        "process_us": process_s * 1e6,
-        "engine_thread_us": thread_s * 1e6,
-        "reference_us": (before_s + reference_step_s(count, step_s)) / 2 * 1e6,
-    }
+    with null_gang(step_s) as (executor, hub):
+        figures = asyncio.run(measure_leader(count, executor, hub, arguments.seconds))
+    figures["reference_us"] = (before_s + reference_step_s(count, step_s)) / 2 * 1e6
     print(json.dumps(figures), flush=True)
 
 

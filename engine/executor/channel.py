@@ -32,6 +32,10 @@ class LeaderChannel(Protocol):
         """
         ...
 
+    def wait_lost(self) -> None:
+        """Returns when there may be a RankFailure to receive or this end was closed, whatever other threads do."""
+        ...
+
     def close(self) -> None:
         """Ends all connections, which ranks take as an order to exit. May be called twice and from any thread."""
         ...

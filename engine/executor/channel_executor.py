@@ -20,14 +20,27 @@ from engine.messages import RankError, Shutdown, StepPlan, StepResult, encode
 from engine.model_config import ModelConfig
 
 
+class _StepFuture(Future[list[StepResult]]):
+    """Whoever waits for it receives what the ranks send: no other thread stands between a result and the engine."""
+
+    def __init__(self, receive_until: Callable[["_StepFuture", float | None], None]) -> None:
+        super().__init__()
+        self._receive_until = receive_until
+
+    def result(self, timeout: float | None = None) -> list[StepResult]:
+        if not self.done():
+            self._receive_until(self, timeout)
+        return super().result(0)
+
+
 @dataclass
 class _PendingStep:
     """A plan on its way, and the ranks' answers so far."""
 
     step: int
     deadline: float
+    future: _StepFuture
     results: dict[int, StepResult] = field(default_factory=dict)
-    future: "Future[list[StepResult]]" = field(default_factory=Future)
 
 
 class ChannelExecutor:
@@ -66,7 +79,9 @@ class ChannelExecutor:
         self._prepared: tuple[StepPlan, bytes] | None = None
         self._failure: RemudaError | None = None
         self._closing = False
-        self._collector: threading.Thread | None = None
+        self._is_untold = False
+        self._receiving = threading.Lock()
+        self._watcher: threading.Thread | None = None
 
     def start(
         self,
@@ -83,8 +98,8 @@ class ChannelExecutor:
         """
         start = GangStart(self._channel, self._num_ranks, self._epoch, self._stall_timeout_s, on_message)
         ready = start.run(model, self._num_stages, block_size, max_model_len)
-        self._collector = threading.Thread(target=self._collect, name="step-results", daemon=True)
-        self._collector.start()
+        self._watcher = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
+        self._watcher.start()
         return ready
 
     def prepare(self, plan: StepPlan) -> None:
@@ -93,9 +108,14 @@ class ChannelExecutor:
 
     def submit(self, plan: StepPlan) -> "Future[list[StepResult]]":
         """See Executor. Calls come one at a time."""
-        assert self._collector is not None, "start comes first"
+        assert self._watcher is not None, "start comes first"
         data = self._prepared[1] if self._prepared is not None and self._prepared[0] is plan else encode(plan)
-        pending = _PendingStep(plan.step, time.monotonic() + self._step_timeout_s)
+        if not self._pending:
+            with self._receiving:
+                self._receive(0.0)  # an answer that nobody has asked for yet
+            self._tell_failure()
+        future = _StepFuture(self._receive_until)
+        pending = _PendingStep(plan.step, time.monotonic() + self._step_timeout_s, future)
         with self._lock:
             if self._failure is not None:
                 pending.future.set_exception(self._failure)
@@ -104,17 +124,32 @@ class ChannelExecutor:
         try:
             self._channel.send(data)
         except RankFailure:
-            pass  # the collector hears of it too, and of what the rank said before: its reason is the better one
+            pass  # whoever receives hears of it too, and of what the rank said before: its reason is the better one
         except (ProtocolViolation, ChannelClosed) as error:
             self._fail(error)
+            self._tell_failure()
         return pending.future
 
-    # ---- the collector's thread -----------------------------------------------------------------------------------
+    # ---- receiving, in the thread that waits for a future, or the watcher's ---------------------------------------
 
-    def _collect(self) -> None:
+    def _receive_until(self, future: _StepFuture, timeout_s: float | None) -> None:
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._receiving:
+            while not future.done() and (end is None or end > time.monotonic()):
+                self._receive(None if end is None else end - time.monotonic())
+        self._tell_failure()
+
+    def _watch(self) -> None:
+        """Nobody waits for a future while no plan is on its way, and ranks can be lost then too."""
+        while self._failure is None:
+            self._channel.wait_lost()
+            with self._receiving:
+                self._receive(0.0)
+            self._tell_failure()
+
+    def _receive(self, timeout_s: float | None) -> None:
         try:
-            while True:
-                self._take()
+            self._take(timeout_s)
         except ChannelClosed:
             self._fail(RankFailure("the gang was closed"))
         except RemudaError as error:
@@ -122,10 +157,12 @@ class ChannelExecutor:
         except Exception as error:  # noqa: BLE001  (a defect: whatever it is, plans on their way must end)
             self._fail(ProtocolViolation(f"taking in results failed: {type(error).__name__}: {error}"))
 
-    def _take(self) -> None:
+    def _take(self, timeout_s: float | None) -> None:
+        """One message, or none in ``timeout_s`` or before the oldest plan is overdue."""
         with self._lock:
-            # A plan that is sent while this waits is not overdue before the wait is over.
             left = self._pending[0].deadline - time.monotonic() if self._pending else self._step_timeout_s
+        if timeout_s is not None:
+            left = min(left, timeout_s)
         try:
             rank, data = self._channel.receive(max(0.0, left))
         except TimeoutError:
@@ -164,12 +201,17 @@ class ChannelExecutor:
     def _fail(self, error: RemudaError) -> None:
         """Of all failures the first is kept."""
         with self._lock:
-            is_news = self._failure is None and not self._closing
+            self._is_untold = self._is_untold or (self._failure is None and not self._closing)
             self._failure = self._failure or error
             failed, self._pending = self._pending, deque()
         for pending in failed:
             pending.future.set_exception(self._failure)
-        if is_news:
+
+    def _tell_failure(self) -> None:
+        """Without any lock: whoever hears of it may close this object at once."""
+        with self._lock:
+            is_untold, self._is_untold = self._is_untold, False
+        if is_untold and self._failure is not None:
             self._on_failure(self._failure)
 
     @property
@@ -187,8 +229,8 @@ class ChannelExecutor:
         with contextlib.suppress(EngineFailure):  # a rank that is gone needs no asking
             self._channel.send(encode(Shutdown("the gang is closed")))
         self._channel.close()
-        if self._collector not in (None, threading.current_thread()):  # on_failure may close, in the collector's thread
-            self._collector.join()
+        if self._watcher not in (None, threading.current_thread()):  # on_failure may close, in the watcher's thread
+            self._watcher.join()
 
 
 def _by_dp_group(results: dict[int, StepResult], sampling_ranks: list[int]) -> list[StepResult]:

@@ -47,6 +47,9 @@ class _QueueLeader:
         self._reported = True
         raise RankFailure("rank 0, a thread of this process, has ended", 0)
 
+    def wait_lost(self) -> None:
+        self._pipe.closed.wait()
+
     def close(self) -> None:
         self._closed_here = True
         self._pipe.close()

@@ -60,6 +60,9 @@ class SocketHub:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
         self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._watch_lock = threading.Lock()
+        self._watch = select.epoll()
+        self._watch.register(self._wake_fd, select.EPOLLIN)
         self._door = ConnectionDoor(addresses, secret, self._admit)
         self.addresses = self._door.addresses
 
@@ -75,6 +78,9 @@ class SocketHub:
             self._awaited.difference_update(ranks)
             self._connections[link.fileno()] = _Connection(link, ranks)
             self._epoll.register(link.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
+            # A relay says in a frame which rank was lost; a rank's own connection just ends.
+            news = select.EPOLLIN | select.EPOLLET if len(ranks) > 1 else 0
+            self._watch.register(link.fileno(), news | select.EPOLLRDHUP)
             if not self._awaited:
                 self._door.close()
             return True
@@ -139,6 +145,11 @@ class SocketHub:
                     self._arrived.extend(self._read(connection))
         return self._arrived.popleft()
 
+    def wait_lost(self) -> None:
+        with self._watch_lock:
+            if not self._closed.is_set():
+                self._watch.poll()
+
     def _read(self, connection: _Connection) -> list[tuple[int, bytes | RankFailure]]:
         messages: list[tuple[int, bytes | RankFailure]] = []
         try:
@@ -159,6 +170,7 @@ class SocketHub:
         with self._lock:
             del self._connections[connection.link.fileno()]
             self._epoll.unregister(connection.link.fileno())
+            self._watch.unregister(connection.link.fileno())
             self._awaited.update(connection.ranks)
             connection.link.close()
 
@@ -172,12 +184,13 @@ class SocketHub:
             for connection in self._connections.values():
                 _shut(connection.link)
         # Whoever was sending or receiving has been woken and leaves; then nobody uses the descriptors any more.
-        with self._send_lock, self._receive_lock, self._lock:
+        with self._send_lock, self._receive_lock, self._watch_lock, self._lock:
             for connection in self._connections.values():
                 connection.link.close()
             self._connections.clear()
             self._ring.close()
             self._epoll.close()
+            self._watch.close()
             os.close(self._wake_fd)
 
 

@@ -1,7 +1,6 @@
 """The leader's side of a gang, with ranks that follow a script: who is blamed, what is refused, what futures say."""
 
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -308,17 +307,17 @@ def test_an_answer_to_another_step_is_refused(stage: Make, step: int) -> None:
 
 
 def test_an_answer_nobody_asked_for_is_refused(stage: Make) -> None:
+    sent = threading.Event()
+
     def eager(script: Script) -> None:
         script.start()
         script.send(StepResult(0, 0, script.rank))
-
+        sent.set()
         script.receive()
 
     opened = stage(eager)
     opened.start()
-    deadline = time.monotonic() + WAIT_S
-    while opened.executor.failure is None and time.monotonic() < deadline:
-        threading.Event().wait(0.01)
+    assert sent.wait(WAIT_S)
     with pytest.raises(ProtocolViolation, match="due is none"):
         opened.executor.submit(PLAN[0]).result(WAIT_S)
 

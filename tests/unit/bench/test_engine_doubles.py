@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from bench.host_step_leader import build_engine
+from bench.host_step_leader import build_engine, null_gang
 from bench.mock_engine import FIRST_TOKEN_ID, NUM_TOKEN_IDS, MockEngine
 from engine.request import FinishReason, Output, Request, SamplingParams
 
@@ -19,18 +19,20 @@ def tokens_of(outputs: list[Output], name: str) -> list[int]:
     return [token for output in outputs if output.request_id == name for token in output.token_ids]
 
 
-def test_the_real_engine_takes_the_paced_executors_answers() -> None:
-    engine = build_engine(num_requests=5, step_s=0.002)
-    for index in range(5):
-        engine.add(request(f"r{index}", 3 + index))
-    outputs = []
-    began_s, num_steps = time.monotonic(), 0
-    while engine.has_work:
-        outputs += engine.step()
-        num_steps += 1
-    assert [tokens_of(outputs, f"r{index}") for index in range(5)] == [[7] * (3 + index) for index in range(5)]
-    assert time.monotonic() - began_s >= 0.002 * (num_steps - 1)
-    engine.check_integrity()
+def test_the_real_engine_takes_the_null_ranks_answers() -> None:
+    with null_gang(0.002) as (executor, hub):
+        engine = build_engine(5, executor)
+        for index in range(5):
+            engine.add(request(f"r{index}", 3 + index))
+        outputs = []
+        began_s, num_steps = time.monotonic(), 0
+        while engine.has_work:
+            outputs += engine.step()
+            num_steps += 1
+        assert [tokens_of(outputs, f"r{index}") for index in range(5)] == [[7] * (3 + index) for index in range(5)]
+        assert time.monotonic() - began_s >= 0.002 * num_steps
+        assert len(hub.gaps_us) == num_steps + 1, "a time for every plan, and for what told the rank its cache"
+        engine.check_integrity()
 
 
 @pytest.mark.parametrize("step_s", [0.0, 0.001])
