@@ -21,7 +21,7 @@ TensorParallelSize = Annotated[
     int | None, typer.Option("--tensor-parallel-size", "--tp", help="Ranks that share each layer. [1]")
 ]
 PipelineParallelSize = Annotated[
-    int | None, typer.Option("--pipeline-parallel-size", "--pp", help="Stages of layers. [1; more comes later]")
+    int | None, typer.Option("--pipeline-parallel-size", "--pp", help="Stages of layers, each on ranks of its own. [1]")
 ]
 DataParallelSize = Annotated[
     int | None, typer.Option("--data-parallel-size", "--dp", help="Attention replicas. [1; more comes later]")

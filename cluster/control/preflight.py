@@ -10,7 +10,7 @@ from cluster.replica.events import LaunchConfig, ReplicaPlan
 from cluster.replica.model_source import ModelSource, resolve
 from engine.config import ParallelConfig, SchedulerConfig
 from engine.errors import InvalidOption, LayoutError
-from engine.executor.defaults import default_limits
+from engine.executor.defaults import default_limits, plans_in_flight
 from engine.model_config import ModelConfig, validate_layout
 from engine.weights.adapter_config import read_adapter_config
 
@@ -127,7 +127,7 @@ def _launch_config(
         max_loras=config.max_loras,
         max_lora_rank=config.max_lora_rank,
         enable_prefix_caching=config.enable_prefix_caching,
-        depth=limits.depth if config.async_scheduling is None else 1 + config.async_scheduling,
+        depth=plans_in_flight(device.value, parallel.pp, config.async_scheduling),
     )
     return LaunchConfig(
         replica=plan,

@@ -10,6 +10,7 @@ class Limits:
     max_num_seqs: int
     max_num_batched_tokens: int
     depth: int
+    """With one pipeline stage."""
 
 
 _LIMITS = {
@@ -19,6 +20,13 @@ _LIMITS = {
     "cpu": Limits(max_num_seqs=64, max_num_batched_tokens=512, depth=1),
     "cuda": Limits(max_num_seqs=256, max_num_batched_tokens=8192, depth=2),
 }
+
+
+def plans_in_flight(device: str, pp: int, plans_ahead: bool | None = None) -> int:
+    """One for each of ``pp`` pipeline stages, and one more where the next is made while they compute (None: as the
+    device likes it)."""
+    ahead = _LIMITS[device].depth - 1 if plans_ahead is None else int(plans_ahead)
+    return pp + ahead
 
 
 def default_limits(device: str) -> Limits:

@@ -15,10 +15,12 @@ _WEIGHT = 0.2
 
 @dataclass(slots=True)
 class TokenBudget:
-    """Of one step: ``left`` tokens in all, ``prompts_left`` of prompts (None: no bound of their own)."""
+    """Of one step: ``left`` tokens in all, ``prompts_left`` of prompts and ``decodes_left`` of requests that decode
+    (None: no bound of their own)."""
 
     left: int
     prompts_left: int | None
+    decodes_left: int | None = None
 
     @property
     def for_prompts(self) -> int:
@@ -29,6 +31,13 @@ class TokenBudget:
         self.left -= num_tokens
         if num_tokens > 1 and self.prompts_left is not None:
             self.prompts_left -= num_tokens
+        if num_tokens == 1 and self.decodes_left:
+            self.decodes_left -= 1
+
+    def narrow(self, max_decodes: int, max_prompt_tokens: int) -> None:
+        """Bounds of a micro-batch, besides those that there are."""
+        self.decodes_left = max_decodes
+        self.prompts_left = min(max_prompt_tokens, self.for_prompts)
 
 
 class LatencyBudget:

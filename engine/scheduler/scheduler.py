@@ -16,6 +16,7 @@ from engine.request import FinishReason, Output, TopLogprobs
 from engine.scheduler.block_pool import BlockPool
 from engine.scheduler.block_tables import BlockTables
 from engine.scheduler.latency_budget import LatencyBudget, TokenBudget
+from engine.scheduler.micro_batch import Work
 from engine.scheduler.policy import FirstComeFirstServed, Policy
 from engine.scheduler.request_state import NO_SLOT, RequestState
 from engine.scheduler.share import share, share_next
@@ -101,6 +102,9 @@ class Scheduler:
         budget = TokenBudget(
             self._config.max_num_batched_tokens, self._latency_budget.num_prompt_tokens(num_decodes=int(is_decoding))
         )
+        if not self._input_references:
+            work = Work.of(self._running, self._waiting, self._config)
+            budget.narrow(work.max_decodes(len(self._in_flight)), work.max_prompt_tokens)
         short_of_blocks = self._schedule_running(batch, flight, budget)
         batch.removed.extend(self._removed)
         self._removed.clear()
@@ -164,6 +168,8 @@ class Scheduler:
                 budget.left -= 1
                 index += 1
                 continue
+            if num_tokens == 1 and budget.decodes_left == 0:
+                num_tokens = 0
             if num_tokens > 1:  # a prompt leaves one token to each request after it
                 num_tokens = min(num_tokens, budget.for_prompts, budget.left - (len(self._running) - index - 1))
             if num_tokens > 0 and state.num_computed + num_tokens > state.num_block_tokens:

@@ -314,7 +314,9 @@ TestDepth1 = machine(1, True, 80)
 TestDepth2 = machine(2, True, 80)
 TestDepth3 = machine(3, True, 60)
 TestDepth4 = machine(4, True, 80)
+TestDepth2WithoutReferences = machine(2, False, 40)
 TestDepth3WithoutReferences = machine(3, False, 60)
+TestDepth4WithoutReferences = machine(4, False, 40)
 
 
 @pytest.mark.full
