@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from engine.batch import ForwardBatch, StepAdapters
+from engine.kernels.host_copy import to_device_together
 from engine.messages import NO_ADAPTER
 from engine.slot_table import ScheduledSlot
 
@@ -31,22 +32,23 @@ def build_batch(
         for row, (share, kv_len) in enumerate(zip(scheduled, kv_lens, strict=True)):
             num_blocks = -(-kv_len // block_size)
             table[row, :num_blocks] = np.frombuffer(share.state.block_tables[group], np.int64, num_blocks)
-        tables.append(torch.from_numpy(table).to(device))
-        slots = table[rows, positions // block_size] * block_size + positions % block_size
-        slot_mapping.append(torch.from_numpy(slots).to(device))
+        tables.append(table)
+        slot_mapping.append(table[rows, positions // block_size] * block_size + positions % block_size)
     sampling_rows = [int(end) - 1 for share, end in zip(scheduled, ends, strict=True) if share.sample]
+    vectors = [np.array(token_ids), positions.astype(np.int64), np.array(sampling_rows, dtype=np.int64)]
+    on_device = to_device_together([*vectors, *slot_mapping, *tables], device)
     adapters = None
     if any(share.state.adapter != NO_ADAPTER for share in scheduled):
         slots = [share.state.adapter for share in scheduled for _ in range(share.num_tokens)]
         adapters = StepAdapters.of(slots, device)
     return ForwardBatch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
-        positions=torch.from_numpy(positions.astype(np.int64)).to(device),
+        token_ids=on_device[0],
+        positions=on_device[1],
         query_lens=query_lens,
         kv_lens=kv_lens,
-        block_tables=tuple(tables),
-        slot_mapping=tuple(slot_mapping),
-        logits_rows=torch.tensor(sampling_rows, dtype=torch.int64, device=device),
+        block_tables=tuple(on_device[3 + num_groups :]),
+        slot_mapping=tuple(on_device[3 : 3 + num_groups]),
+        logits_rows=on_device[2],
         prompt_lens=tuple(share.state.num_prompt_tokens for share in scheduled),
         adapters=adapters,
     )

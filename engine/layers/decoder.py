@@ -29,7 +29,8 @@ FeedForwardFactory = Callable[[ParameterBuilder, ModelConfig, int], FeedForward]
 
 
 class DecoderLayer(nn.Module):
-    """x += attention(norm(x)); x += feed_forward(norm(x))."""
+    """x += attention(norm(x)); x += feed_forward(norm(x)). Each addition waits for the norm that follows it, with which
+    it may be one pass over memory."""
 
     def __init__(
         self, build: ParameterBuilder, config: ModelConfig, layer: int, make_feed_forward: FeedForwardFactory
@@ -44,16 +45,18 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
+        update: torch.Tensor | None,
         positions: torch.Tensor,
         rotation: Rotation,
         kv_cache: KvCacheView,
         attention: StepAttention,
         adapters: StepAdapters | None,
-    ) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size]."""
-        normed = self.attention_norm.forward(hidden)
-        hidden = hidden + self.attention.forward(normed, positions, rotation, kv_cache, attention, adapters)
-        return hidden + self.feed_forward.forward(self.feed_forward_norm.forward(hidden), adapters)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``hidden`` [T, hidden_size] and what is still to be added to it, to the same after this layer."""
+        hidden, normed = self.attention_norm.add(hidden, update)
+        update = self.attention.forward(normed, positions, rotation, kv_cache, attention, adapters)
+        hidden, normed = self.feed_forward_norm.add(hidden, update)
+        return hidden, self.feed_forward.forward(normed, adapters)
 
 
 class DecoderModel(nn.Module):
@@ -97,10 +100,15 @@ class DecoderModel(nn.Module):
         if hidden is None:
             assert self.embedding is not None, "a later stage continues hidden states"
             hidden = self.embedding.forward(batch.token_ids)
+        update = None
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
-            hidden = layer.forward(hidden, batch.positions, rotation, kv_cache, attention, batch.adapters)
-        return hidden if self.norm is None else self.norm.forward(hidden)
+            hidden, update = layer.forward(
+                hidden, update, batch.positions, rotation, kv_cache, attention, batch.adapters
+            )
+        if self.norm is not None:
+            return self.norm.add(hidden, update)[1]
+        return hidden if update is None else hidden + update
 
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:
         """[R, hidden_size] to [R, vocab_size] float32 on tp rank 0 of the last stage, None elsewhere; to be called on

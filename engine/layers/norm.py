@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from engine.kernels.elementwise import rms_norm
+from engine.kernels.elementwise import add_rms_norm, rms_norm
 from engine.parameter import ParameterBuilder
 
 
@@ -28,3 +28,13 @@ class RmsNorm(nn.Module):
         """[..., size] to [..., size]."""
         normalized = rms_norm(hidden, self.weight, self._eps)
         return rms_normalize(hidden, self._eps) * self.weight if normalized is None else normalized
+
+    def add(self, hidden: torch.Tensor, update: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``hidden`` + ``update``, both [T, size], and the norm of the sum. None: nothing is added."""
+        if update is None:
+            return hidden, self.forward(hidden)
+        both = add_rms_norm(hidden, update, self.weight, self._eps)
+        if both is not None:
+            return both
+        total = hidden + update
+        return total, self.forward(total)
