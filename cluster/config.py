@@ -80,6 +80,7 @@ class ServeConfig(BaseSettings):
     data_parallel_size: Degree = 1
     expert_parallel_size: Degree = 1
     replicas: Degree = 1
+    max_replicas: Degree | None = None
     tp_across_hosts: bool = False
     host: str = "127.0.0.1"
     port: Port = 8000

@@ -19,6 +19,7 @@ def serve(
     data_parallel_size: options.DataParallelSize = None,
     expert_parallel_size: options.ExpertParallelSize = None,
     replicas: options.Replicas = None,
+    max_replicas: options.MaxReplicas = None,
     tp_across_hosts: options.TpAcrossHosts = None,
     host: options.Host = None,
     port: options.Port = None,

@@ -29,6 +29,9 @@ DataParallelSize = Annotated[
 ExpertParallelSize = Annotated[
     int | None, typer.Option("--expert-parallel-size", "--ep", help="Ranks that share out the experts. [1]")
 ]
+MaxReplicas = Annotated[
+    int | None, typer.Option(help="Add copies up to so many while requests wait. [as many as --replicas]")
+]
 TpAcrossHosts = Annotated[
     bool | None,
     typer.Option("--tp-across-hosts", help="A layer's ranks may be on several hosts where no host has room for all."),

@@ -15,8 +15,9 @@ from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.calls import TimeLimits
 from cluster.frontend.fleet import Fleet
 from cluster.replica.client import ReplicaClient
-from cluster.replica.events import Failed, ReplicaReady
+from cluster.replica.events import Failed, ReplicaEnded, ReplicaReady
 from cluster.replica.heap import settle_heap
+from engine.errors import RemudaError
 from engine.kernels.native_library import is_built
 
 CONTROL_PROCESS = "cluster.cli.control_process"
@@ -41,13 +42,14 @@ class _Serving:
         self._console = console
         self._config = config
         self._checked = checked
+        self._front_end_id = f"front-end-{uuid.uuid4().hex[:12]}"
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._is_ready = False
         self._status = 0
 
     async def run(self) -> int:
-        fleet = Fleet(on_all_lost=lambda: self._lose("no replica can be reached any more"))
+        fleet = Fleet(None if self._checked.launch.is_managed else self._lose_all)
         front_end = FrontEnd(self._front_end_config(), fleet)
         await front_end.start()
         self._greet(front_end)
@@ -60,7 +62,7 @@ class _Serving:
                 return 1
             await self._join(fleet, progress.ready)
             progress.summarize()
-            follower = asyncio.create_task(asyncio.to_thread(self._follow, launcher))
+            follower = asyncio.create_task(self._follow(launcher, fleet))
             follower.add_done_callback(lambda done: self._lose("the control process ended"))
             await self._stop.wait()
             if not self._status:
@@ -119,9 +121,8 @@ class _Serving:
             asyncio.get_running_loop().add_signal_handler(number, stop)
 
     async def _join(self, fleet: Fleet, replicas: list[ReplicaReady]) -> None:
-        front_end_id = f"front-end-{uuid.uuid4().hex[:12]}"
         for ready in replicas:
-            await fleet.add(ready.replica, ReplicaClient(ready.address, front_end_id, self._checked.launch.secret))
+            await fleet.add(ready.replica, self._client(ready))
         settle_heap()
         self._is_ready = True
         for info in fleet.replicas():
@@ -129,6 +130,9 @@ class _Serving:
                 self._console.print(
                     f"{info.id}: adapter {adapter.name}, {adapter.num_bytes} bytes on its ranks together"
                 )
+
+    def _client(self, ready: ReplicaReady) -> ReplicaClient:
+        return ReplicaClient(ready.address, self._front_end_id, self._checked.launch.secret)
 
     def _front_end_config(self) -> FrontEndConfig:
         config = self._config
@@ -144,11 +148,29 @@ class _Serving:
             limits=TimeLimits(config.request_timeout, config.queue_timeout, config.first_token_timeout),
         )
 
-    def _follow(self, launcher: Launcher) -> None:
-        """In a thread: what the control process reports from now on, until its end."""
-        for event in launcher.events():
+    async def _follow(self, launcher: Launcher, fleet: Fleet) -> None:
+        """What the control process reports from now on, until its end."""
+        events = launcher.events()
+        while (event := await asyncio.to_thread(next, events, None)) is not None:
             if isinstance(event, Failed):
                 self._console.print(f"replica {event.replica} failed: {event.message}", style="red")
+            elif isinstance(event, ReplicaReady):
+                await self._welcome(event, fleet)
+            elif isinstance(event, ReplicaEnded):
+                await fleet.remove(event.replica)
+                self._console.print(f"replica {event.replica} has ended")
+
+    async def _welcome(self, ready: ReplicaReady, fleet: Fleet) -> None:
+        """One that joins those that serve already. It may be gone again before it could be asked anything."""
+        try:
+            await fleet.add(ready.replica, self._client(ready))
+        except RemudaError as error:
+            self._console.print(f"replica {ready.replica} could not join: {error}", style="red")
+            return
+        self._console.print(f"replica {ready.replica} has joined")
+
+    def _lose_all(self) -> None:
+        self._lose("no replica can be reached any more")
 
     def _lose(self, reason: str) -> None:
         """Nothing is left to serve with: stop, and say so by the exit status."""

@@ -36,6 +36,7 @@ from cluster.replica.placed_rank import PlacedRank
 from engine.errors import RemudaError
 
 if TYPE_CHECKING:
+    from cluster.control.serve_app import ServeApp
     from cluster.replica.supervisor import Supervisor
 
 Examine = Callable[[HostCalls, ReplicaPlan, Sequence[Sequence[HostInfo]], MemoryPlanned], list[str]]
@@ -71,7 +72,7 @@ class Launch:
         self._events = events
         self._stop = stop
         self._runtime: RayRuntime | None = None
-        self._supervisors: list[Supervisor] = []
+        self._gangs: Supervisor | ServeApp | None = None
 
     def run(self) -> None:
         """Returns when ``stop`` is set; everything is still running then, until ``close``."""
@@ -93,14 +94,24 @@ class Launch:
         self._events.send(planned)
         for warning in self._examine(self._runtime, config.replica, gangs, planned) if self._examine else ():
             self._events.send(Notice(warning))
-        for index, hosts in enumerate(gangs):
-            if self._stop.is_set():
-                return
+        if config.is_managed:
+            self._begin(self._serve_app())
+        else:
+            (hosts,) = gangs
             ranks = [PlacedRank(rank, host.address) for rank, host in enumerate(hosts)]
-            supervisor = supervisor_class(f"r{index}", config.replica, ranks, self._runtime.host, config.secret)
-            self._supervisors.append(supervisor)
-            supervisor.start()
+            self._begin(supervisor_class("r0", config.replica, ranks, self._runtime.host, config.secret))
         self._watch()
+
+    def _serve_app(self) -> "ServeApp":
+        # Only where it is needed: importing Ray Serve takes a second.
+        from cluster.control.serve_app import ServeApp
+
+        return ServeApp(self._config)
+
+    def _begin(self, gangs: "Supervisor | ServeApp") -> None:
+        if not self._stop.is_set():
+            self._gangs = gangs
+            gangs.start()
 
     def _start_runtime(self) -> RayRuntime:
         if self._config.address is None:
@@ -116,18 +127,17 @@ class Launch:
         return plan_memory(self._config.replica, num_local_ranks)
 
     def _watch(self) -> None:
-        num_starting = len(self._supervisors)
-        while not self._stop.wait(START_POLL_INTERVAL_S if num_starting else POLL_INTERVAL_S):
-            for supervisor in self._supervisors:
-                for event in supervisor.poll():
-                    self._events.send(event)
-                    num_starting -= isinstance(event, ReplicaReady)
+        num_starting = self._config.num_replicas
+        while not self._stop.wait(START_POLL_INTERVAL_S if num_starting > 0 else POLL_INTERVAL_S):
+            for event in self._gangs.poll() if self._gangs is not None else []:
+                self._events.send(event)
+                num_starting -= isinstance(event, ReplicaReady)
 
     def close(self) -> None:
         """Stop the replicas, then Ray; every part is tried even if another fails."""
-        for supervisor in self._supervisors:
+        if self._gangs is not None:
             try:
-                supervisor.stop()
+                self._gangs.stop()
             except Exception:  # noqa: BLE001  (the rest is stopped all the same)
                 traceback.print_exc()
         if self._runtime is not None:

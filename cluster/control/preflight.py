@@ -136,4 +136,6 @@ def _launch_config(
         cpu_slots=config.cpu_slots,
         secret=secrets.token_hex(32),
         tp_across_hosts=config.tp_across_hosts,
+        max_replicas=config.max_replicas or config.replicas,
+        drain_timeout_s=config.drain_timeout,
     )

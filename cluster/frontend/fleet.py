@@ -22,10 +22,10 @@ class Fleet:
     """Implements cluster.frontend.backend.Backend. Empty at first: replicas join with ``add``.
 
     Args:
-        on_all_lost: called once, when every replica has failed or cannot be reached any more.
+        on_all_lost: called once, when every replica has failed or cannot be reached any more. None: others will come.
     """
 
-    def __init__(self, on_all_lost: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, on_all_lost: Callable[[], None] | None = None) -> None:
         self._clients: dict[str, ReplicaClient] = {}
         self._on_all_lost = on_all_lost
         self._table = ReplicaTable()
@@ -34,11 +34,27 @@ class Fleet:
 
     async def add(self, replica_id: str, client: ReplicaClient) -> None:
         """Connect to a leader and give it work from now on. Raises Unavailable where it does not answer."""
-        self._clients[replica_id] = client
         await client.connect()
+        await self._bring_adapters(client)
+        self._clients[replica_id] = client
         await self._ask(replica_id, client)
         if self._refresher is None:
             self._refresher = asyncio.create_task(self._keep_fresh())
+
+    async def _bring_adapters(self, client: ReplicaClient) -> None:
+        """A replica that joins later has all that the others have."""
+        wanted = {adapter.name: adapter.path for view in self._table.views() for adapter in view.info.adapters}
+        for adapter in (await client.info()).adapters:
+            wanted.pop(adapter.name, None)
+        for name, path in wanted.items():
+            await client.load_adapter(name, path)
+
+    async def remove(self, replica_id: str) -> None:
+        """The replica is gone; what still streams from it ends with Unavailable."""
+        client = self._clients.pop(replica_id, None)
+        if client is not None:
+            self._table.remove(replica_id)
+            await client.close()
 
     async def close(self) -> None:
         """Live streams end with Unavailable."""
@@ -109,7 +125,7 @@ class Fleet:
         while True:
             await asyncio.sleep(REFRESH_INTERVAL_S)
             await self._refresh()
-            if all(info.state is ReplicaState.FAILED for info in self.replicas()):
+            if self._on_all_lost is not None and all(info.state is ReplicaState.FAILED for info in self.replicas()):
                 self._on_all_lost()
                 return
 

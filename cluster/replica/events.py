@@ -52,6 +52,14 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     secret: str
     """Shared by the front end and the leaders; the leaders refuse a stream without it."""
     tp_across_hosts: bool = False
+    max_replicas: int = 1
+    """More than ``num_replicas``: their number follows the load."""
+    drain_timeout_s: float = 30.0
+
+    @property
+    def is_managed(self) -> bool:
+        """Whether Ray Serve manages the replicas: it replaces those that fail."""
+        return max(self.num_replicas, self.max_replicas) > 1
 
 
 class PhaseStarted(msgspec.Struct, frozen=True, tag="phase"):
@@ -115,11 +123,28 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     replica: str = ""
 
 
+class ReplicaEnded(msgspec.Struct, frozen=True, tag="ended"):
+    """A managed replica is gone, with everything that belonged to it; if another takes its place, it has another id."""
+
+    replica: str
+
+
 class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
     """All that was started has been stopped."""
 
 
-Event = PhaseStarted | Loading | RankPlaced | MemoryPlanned | Notice | RankLoaded | ReplicaReady | Failed | Stopped
+Event = (
+    PhaseStarted
+    | Loading
+    | RankPlaced
+    | MemoryPlanned
+    | Notice
+    | RankLoaded
+    | ReplicaReady
+    | Failed
+    | ReplicaEnded
+    | Stopped
+)
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

@@ -5,6 +5,7 @@ every ``poll`` renews, and then exit by themselves.
 """
 
 import logging
+import time
 import uuid
 from typing import Any
 
@@ -17,6 +18,7 @@ from cluster.errors import StartFailed
 from cluster.replica.actor import LeaderActor, RankActor
 from cluster.replica.events import Event, Failed, ReplicaPlan, decode_event
 from cluster.replica.leader import LeaderConfig
+from cluster.replica.leader_load import LeaderLoad
 from cluster.replica.model_source import ModelSource
 from cluster.replica.placed_rank import PlacedRank
 from cluster.replica.rank_plan import GangEndpoints, worker_configs
@@ -31,6 +33,7 @@ _log = logging.getLogger(__name__)
 PLACEMENT_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
+DRAIN_POLL_INTERVAL_S = 0.2
 _SMALL_SHARE = 0.001
 """Of a node's own ``node:IP`` resource: pins a bundle to that host."""
 
@@ -42,6 +45,10 @@ def check_checkpoint(plan: ReplicaPlan) -> None:
         verify_checkpoint(directory, ModelConfig.from_directory(directory, plan.quantization))
 
 
+class NotReserved(StartFailed):
+    """The places that a gang was to have were not free."""
+
+
 class Supervisor:
     """One replica's.
 
@@ -50,14 +57,24 @@ class Supervisor:
         ranks: where each rank goes, in order of rank; the leader goes beside rank 0.
         host: this host's address, as the ranks reach it.
         secret: what front ends must show to the leader.
+        reserve_timeout_s: how long Ray may take to reserve the ranks' places.
     """
 
-    def __init__(self, replica_id: str, plan: ReplicaPlan, ranks: list[PlacedRank], host: str, secret: str) -> None:
+    def __init__(
+        self,
+        replica_id: str,
+        plan: ReplicaPlan,
+        ranks: list[PlacedRank],
+        host: str,
+        secret: str,
+        reserve_timeout_s: float = PLACEMENT_TIMEOUT_S,
+    ) -> None:
         self.replica_id = replica_id
         self._plan = plan
         self._ranks = ranks
         self._host = host
         self._secret = secret
+        self._reserve_timeout_s = reserve_timeout_s
         self._rendezvous: Rendezvous | None = None
         self._group: PlacementGroup | None = None
         self._leader: Any = None
@@ -67,7 +84,12 @@ class Supervisor:
         self._failed = False
 
     def start(self) -> None:
-        """Create all actors. Returns before the ranks have loaded; ``poll`` tells the rest. Raises StartFailed."""
+        """Create all actors. Returns before the ranks have loaded; ``poll`` tells the rest.
+
+        Raises:
+            NotReserved: nothing was created.
+            StartFailed: ``stop`` ends what was.
+        """
         try:
             self._create()
         except RayError as error:
@@ -103,12 +125,12 @@ class Supervisor:
         bundles = [{device: 1.0, f"node:{placed.host}": _SMALL_SHARE} for placed in self._ranks]
         group = placement_group(bundles, strategy="PACK", name=name, lifetime="detached")
         try:
-            ray.get(group.ready(), timeout=PLACEMENT_TIMEOUT_S)
+            ray.get(group.ready(), timeout=self._reserve_timeout_s)
         except GetTimeoutError:
             remove_placement_group(group)
-            raise StartFailed(
+            raise NotReserved(
                 f"Ray did not reserve {len(bundles)} × {device} for replica {self.replica_id} within "
-                f"{PLACEMENT_TIMEOUT_S:.0f} s; something else holds them, see ray status"
+                f"{self._reserve_timeout_s:.0f} s; something else holds them, see ray status"
             ) from None
         return group
 
@@ -152,6 +174,26 @@ class Supervisor:
             except RayError as error:
                 return [self._failure("RankFailure", f"rank {rank} died: {_reason(error)}")]
         return []
+
+    def load(self) -> LeaderLoad | None:
+        """How busy the gang is; None before it serves, and when it cannot be asked (``poll`` then tells why)."""
+        try:
+            data = ray.get(self._leader.load.remote(), timeout=CALL_TIMEOUT_S)
+        except RayError:
+            return None
+        return LeaderLoad.decode(data) if data else None
+
+    def drain(self, timeout_s: float) -> None:
+        """Have the gang refuse new requests; returns when what runs has ended, or the time is up."""
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            ray.get(self._leader.drain.remote(), timeout=CALL_TIMEOUT_S)
+        except RayError:
+            return
+        load = self.load()
+        while load is not None and not load.has_drained and time.monotonic() < deadline_s:
+            time.sleep(DRAIN_POLL_INTERVAL_S)
+            load = self.load()
 
     def _failure(self, kind: str, message: str) -> Failed:
         return Failed(kind=kind, message=message, replica=self.replica_id)

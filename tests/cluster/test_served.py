@@ -3,7 +3,6 @@ ranks, leader, router and front end, all real."""
 
 import asyncio
 import json
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from cluster.rpc.generated.remuda.v1 import common_pb2, inference_pb2, inference_pb2_grpc
-from tests.support.served import Served, processes_with, run_remuda
+from tests.support.served import Served, listening_addresses, run_remuda
 
 NAME_QUESTION = "My name is Zora. What is my name?"
 
@@ -54,12 +53,7 @@ def test_status_names_every_rank(served: Served) -> None:
 
 
 def test_everything_listens_on_the_loopback_only(served: Served) -> None:
-    listening = {
-        (process.name(), connection.laddr.ip.removeprefix("::ffff:"))
-        for process in processes_with(served.mark)
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN or (connection.type == socket.SOCK_DGRAM and not connection.raddr)
-    }
+    listening = listening_addresses(served.mark)
     assert len(listening) >= 3  # Ray, the rendezvous store, the front end
     assert {address for _, address in listening} <= {"127.0.0.1", "::1"}, listening
 

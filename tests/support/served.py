@@ -57,6 +57,16 @@ def processes_with(mark: str) -> list[psutil.Process]:
     return found
 
 
+def listening_addresses(mark: str) -> set[tuple[str, str]]:
+    """(program, address) of every socket that takes connections or datagrams from anyone."""
+    return {
+        (process.name(), connection.laddr.ip.removeprefix("::ffff:"))
+        for process in processes_with(mark)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN or (connection.type == socket.SOCK_DGRAM and not connection.raddr)
+    }
+
+
 @dataclass
 class Served:
     """A ``remuda serve`` process with ports of its own. A context manager: ready at entry, stopped at exit."""

@@ -1,0 +1,258 @@
+"""Several replicas on one Ray cluster, managed by Ray Serve: it starts them, replaces those that failed or were drained
+and scales by what the leaders' queues say.
+
+A Serve replica is a supervisor, no more: no request and no token passes through Serve. What happens to the gangs is put
+on a board, an actor from which the control process reads it.
+"""
+
+import logging
+import threading
+import traceback
+import uuid
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.schema import LoggingConfig
+
+from cluster.control.autoscaling import ReplicaLoad, ScalingBounds, ScalingState, decide
+from cluster.control.placement import place_gangs
+from cluster.control.ray_runtime import NAMESPACE, living_hosts
+from cluster.errors import StartFailed
+from cluster.replica.events import (
+    Event,
+    Failed,
+    LaunchConfig,
+    ReplicaEnded,
+    decode_config,
+    decode_event,
+    encode_config,
+    encode_event,
+)
+from cluster.replica.leader_load import LeaderLoad
+from cluster.replica.placed_rank import PlacedRank
+from cluster.replica.supervisor import NotReserved, Supervisor
+from engine.errors import RemudaError
+
+_POLL_INTERVAL_S = 0.25
+_CALL_TIMEOUT_S = 30.0
+_RESERVE_TIMEOUT_S = 10.0
+_NUM_PLACEMENTS = 6
+"""Replicas that start at the same time may choose the same slots; those that come too late choose again."""
+_STOP_MARGIN_S = 30.0
+_SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+
+
+class _Board:
+    """What the supervisors of one app have to tell, in order, and the names that they are given."""
+
+    def __init__(self) -> None:
+        self._lines: list[bytes] = []
+        self._num_names = 0
+
+    def name(self) -> str:
+        """Never given twice: a replacement is another replica."""
+        self._num_names += 1
+        return f"r{self._num_names - 1}"
+
+    def post(self, line: bytes) -> None:
+        self._lines.append(line)
+
+    def take(self) -> bytes:
+        lines, self._lines = self._lines, []
+        return b"".join(lines)
+
+
+class GangReplica:
+    """One Serve replica: places a gang on what is free, supervises it, and ends with it.
+
+    Args:
+        config: an encoded LaunchConfig.
+        board: name of the board's actor.
+    """
+
+    def __init__(self, config: bytes, board: str) -> None:
+        _listen_at_own_address_only()
+        self._config = decode_config(config)
+        self._board: Any = ray.get_actor(board, namespace=NAMESPACE)
+        self._name: str = ray.get(self._board.name.remote(), timeout=_CALL_TIMEOUT_S)
+        self._load: LeaderLoad | None = None
+        self._ended: str | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="supervisor", daemon=True)
+        self._thread.start()
+
+    def check_health(self) -> None:
+        """Serve replaces a replica that raises here; everything of it has been stopped by then."""
+        if self._ended is not None:
+            raise RuntimeError(f"replica {self._name} ended: {self._ended}")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For ``scale``."""
+        load = self._load
+        return {} if load is None else asdict(ReplicaLoad(load.num_running, load.num_waiting, load.max_num_seqs))
+
+    def __del__(self) -> None:
+        """Serve calls it when it wants fewer replicas: what runs here may finish first."""
+        self._stopping.set()
+        self._thread.join(self._config.drain_timeout_s + _STOP_MARGIN_S)
+
+    def _live(self) -> None:
+        supervisor: Supervisor | None = None
+        try:
+            supervisor = self._start()
+            reason = self._watch(supervisor)
+        except RemudaError as error:
+            reason = str(error)
+            self._post(Failed(type(error).__name__, str(error), self._name))
+        except Exception as error:  # noqa: BLE001  (a defect: it is reported, and the replica replaced)
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+            self._post(Failed("StartFailed", reason, self._name))
+        if supervisor is not None:
+            supervisor.stop()
+        self._post(ReplicaEnded(self._name))
+        self._ended = reason
+
+    def _start(self) -> Supervisor:
+        plan, this_host = self._config.replica, ray.util.get_node_ip_address()
+        for attempt in range(_NUM_PLACEMENTS):
+            (gang,) = place_gangs(
+                plan.parallel,
+                living_hosts(this_host),
+                on_gpus=plan.device == "cuda",
+                tp_across_hosts=self._config.tp_across_hosts,
+            )
+            ranks = [PlacedRank(rank, host.address) for rank, host in enumerate(gang)]
+            supervisor = Supervisor(
+                self._name, plan, ranks, this_host, self._config.secret, reserve_timeout_s=_RESERVE_TIMEOUT_S
+            )
+            try:
+                supervisor.start()
+            except NotReserved:
+                if attempt == _NUM_PLACEMENTS - 1:
+                    raise
+                continue
+            except BaseException:
+                supervisor.stop()
+                raise
+            return supervisor
+        raise AssertionError("the last attempt returns or raises")
+
+    def _watch(self, supervisor: Supervisor) -> str:
+        """Until the gang fails, has drained or is to stop. Returns why it ended."""
+        while not self._stopping.wait(_POLL_INTERVAL_S):
+            for event in supervisor.poll():
+                self._post(event)
+                if isinstance(event, Failed):
+                    return event.message
+            self._load = supervisor.load()
+            if self._load is not None and self._load.has_drained:
+                return "it was drained"
+        supervisor.drain(self._config.drain_timeout_s)
+        return "it was stopped"
+
+    def _post(self, event: Event) -> None:
+        try:
+            ray.get(self._board.post.remote(encode_event(event)), timeout=_CALL_TIMEOUT_S)
+        except RayError:
+            # Who would read it is gone, and with it the clients' way to this replica.
+            self._stopping.set()
+
+
+def scale(context: Any) -> tuple[int, dict[str, Any]]:
+    """Serve's autoscaling policy (ray.serve.config.AutoscalingContext → number of replicas and state)."""
+    found: dict[Any, dict[str, float]] = {}
+    for name, by_replica in (context.aggregated_metrics or {}).items():
+        for replica, value in by_replica.items():
+            found.setdefault(replica, {})[name] = value
+    loads = [ReplicaLoad(**values) for values in found.values() if len(values) == 3]
+    bounds = ScalingBounds(context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas)
+    # Serve keeps entries of its own in the same mapping.
+    kept = context.policy_state.get("remuda", {})
+    number, state = decide(context.target_num_replicas, loads, bounds, ScalingState(**kept), context.current_time)
+    return number, {**context.policy_state, "remuda": asdict(state)}
+
+
+class ServeApp:
+    """The control process's side: deploys the replicas, tells what they report, and removes them.
+
+    Has the same ``start``, ``poll`` and ``stop`` as a Supervisor, for all replicas at once.
+    """
+
+    def __init__(self, config: LaunchConfig) -> None:
+        self._config = config
+        self._name = f"remuda-{uuid.uuid4().hex[:12]}"
+        self._owns_serve = False
+        self._is_deployed = False
+        self._board: Any = None
+
+    def start(self) -> None:
+        """Returns once Serve has been told; ``poll`` tells the rest. Raises StartFailed."""
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        try:
+            self._owns_serve = not _serve_runs()
+            serve.start(proxy_location="Disabled", logging_config=LoggingConfig(log_level="ERROR"))
+            self._board = ray.remote(num_cpus=0)(_Board).options(name=self._name, namespace=NAMESPACE).remote()
+            app = self._deployment().bind(encode_config(self._config), self._name)
+            self._is_deployed = True
+            serve.run(app, name=self._name, route_prefix=None)
+        except (RayError, RuntimeError) as error:
+            raise StartFailed(f"Ray Serve did not take the replicas: {error}") from error
+
+    def _deployment(self) -> Any:
+        config = self._config
+        number: dict[str, Any] = {"num_replicas": config.num_replicas}
+        if config.max_replicas > config.num_replicas:
+            policy = AutoscalingPolicy(policy_function=f"{scale.__module__}:{scale.__name__}")
+            number = {
+                "autoscaling_config": AutoscalingConfig(
+                    min_replicas=config.num_replicas,
+                    max_replicas=config.max_replicas,
+                    metrics_interval_s=0.5,
+                    look_back_period_s=2.0,
+                    policy=policy,
+                )
+            }
+        return serve.deployment(
+            name="gang",
+            ray_actor_options={"num_cpus": 0},
+            health_check_period_s=1.0,
+            health_check_timeout_s=30.0,
+            graceful_shutdown_timeout_s=config.drain_timeout_s + _STOP_MARGIN_S,
+            **number,
+        )(GangReplica)
+
+    def poll(self) -> list[Event]:
+        """What happened to all replicas since the last call."""
+        lines: bytes = ray.get(self._board.take.remote(), timeout=_CALL_TIMEOUT_S)
+        return [decode_event(line) for line in lines.splitlines()]
+
+    def stop(self) -> None:
+        """End all replicas, and Serve where it was not there before."""
+        if self._is_deployed:
+            serve.delete(self._name)
+        if self._owns_serve:
+            serve.shutdown()
+        if self._board is not None:
+            ray.kill(self._board)
+
+
+def _listen_at_own_address_only() -> None:
+    """Every Serve replica opens a port for calls between deployments, which we have none of, on all interfaces
+    (``_on_initialized`` in ray/serve/_private/replica.py) and after our constructor. There is no setting for it."""
+    from ray.serve._private import replica
+
+    host, add_port = ray.util.get_node_ip_address(), replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, f"{host}:0")
+
+
+def _serve_runs() -> bool:
+    try:
+        ray.get_actor(_SERVE_CONTROLLER, namespace="serve")
+    except ValueError:
+        return False
+    return True

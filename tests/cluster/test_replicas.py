@@ -1,0 +1,103 @@
+"""Several replicas under Ray Serve: two start, one is rolled while it streams, load brings a third, and what fails is
+replaced."""
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.served import Served, listening_addresses, run_remuda
+
+MAX_NUM_SEQS = 1
+REPLACED_WITHIN_S = 90.0
+
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    log: Path = tmp_path_factory.mktemp("replicas") / "serve.log"
+    arguments = ("remuda-tiny", "--replicas", "2", "--max-replicas", "3", "--max-num-seqs", str(MAX_NUM_SEQS))
+    with Served((*arguments, "--drain-timeout", "20"), log) as server:
+        yield server
+
+
+def ids(served: Served, state: str = "ready") -> set[str]:
+    return {replica["id"] for replica in served.status()["replicas"] if replica["state"] == state}
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not so within {timeout_s} s"
+        time.sleep(0.2)
+
+
+def generate(served: Served, num_tokens: int) -> int:
+    """Tokens that one request got."""
+    body = {"prompt": [300, 301, 302], "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{served.url}/v1/completions", json={"model": "remuda-tiny", **body}, timeout=120)
+    assert answer.status_code == httpx.codes.OK, answer.text
+    count: int = answer.json()["usage"]["completion_tokens"]
+    return count
+
+
+class Load:
+    """So many clients, each with one request at a time, until ``stop``."""
+
+    def __init__(self, served: Served, num_clients: int) -> None:
+        self._served = served
+        self._is_over = False
+        self._pool = concurrent.futures.ThreadPoolExecutor(num_clients)
+        self._clients = [self._pool.submit(self._run) for _ in range(num_clients)]
+
+    def _run(self) -> int:
+        count = 0
+        while not self._is_over:
+            assert generate(self._served, 200) == 200
+            count += 1
+        return count
+
+    def stop(self) -> int:
+        """How many requests there were; none may have failed."""
+        self._is_over = True
+        with self._pool:
+            return sum(client.result(120) for client in self._clients)
+
+
+def test_replicas_start_roll_and_follow_the_load(replicas: Served) -> None:
+    assert ids(replicas) == {"r0", "r1"}
+    assert {address for _, address in listening_addresses(replicas.mark)} <= {"127.0.0.1", "::1"}
+
+    load = Load(replicas, num_clients=2)
+    drained = run_remuda("drain", "r0", "--target", replicas.target)
+    assert drained.returncode == 0, drained.stderr
+    wait_for(lambda: ids(replicas) == {"r1", "r2"}, REPLACED_WITHIN_S)
+    assert load.stop() > 0
+
+    load = Load(replicas, num_clients=8)
+    wait_for(lambda: len(ids(replicas)) == 3, REPLACED_WITHIN_S)
+    assert load.stop() > 0
+    assert ids(replicas) == {"r1", "r2", "r3"}
+
+
+def test_a_replica_that_dies_is_replaced(replicas: Served) -> None:
+    before = {replica["id"]: replica for replica in replicas.status()["replicas"]}
+    victim = min(before)
+    psutil.Process(before[victim]["ranks"][0]["pid"]).kill()
+    wait_for(lambda: victim not in ids(replicas), 30)
+    assert generate(replicas, 8) == 8, "the others go on"
+    wait_for(lambda: len(ids(replicas)) == len(before), REPLACED_WITHIN_S)
+    assert victim not in ids(replicas)
+
+
+def test_nothing_is_left(replicas: Served) -> None:
+    """The last of this module."""
+    assert replicas.stop() == 0
+    assert replicas.left_processes() == []
