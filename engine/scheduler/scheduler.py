@@ -99,9 +99,8 @@ class Scheduler:
         batch = BatchPlan(removed=[], new=[], scheduled=[])
         flight = StepInFlight(step)
         is_decoding = any(self._num_schedulable(state) == 1 for state in self._running)
-        budget = TokenBudget(
-            self._config.max_num_batched_tokens, self._latency_budget.num_prompt_tokens(num_decodes=int(is_decoding))
-        )
+        num_decodes = len(self._running) if is_decoding else 0
+        budget = self._latency_budget.of_step(self._config.max_num_batched_tokens, num_decodes)
         if not self._input_references:
             work = Work.of(self._running, self._waiting, self._config)
             budget.narrow(work.max_decodes(len(self._in_flight)), work.max_prompt_tokens)
@@ -171,15 +170,16 @@ class Scheduler:
             if num_tokens == 1 and budget.decodes_left == 0:
                 num_tokens = 0
             if num_tokens > 1:  # a prompt leaves one token to each request after it
-                num_tokens = min(num_tokens, budget.for_prompts, budget.left - (len(self._running) - index - 1))
+                most = budget.prompt_tokens(state.num_computed)
+                num_tokens = min(num_tokens, most, budget.left - (len(self._running) - index - 1))
             if num_tokens > 0 and state.num_computed + num_tokens > state.num_block_tokens:
                 room = self._tables.room(state)
                 if room < num_tokens:
                     short_of_blocks = True
                     num_tokens = min(num_tokens, room or self._make_room(index))
             if num_tokens > 0:
+                budget.take(num_tokens, state.num_computed)
                 share(state, num_tokens, batch, flight, self._tables)
-                budget.take(num_tokens)
             if state.slot != NO_SLOT:  # else it was itself the victim, and the next has moved up
                 index += 1
         return short_of_blocks
@@ -236,9 +236,9 @@ class Scheduler:
                 break
             batch.new.append(self._enter_slot(state, flight.step, prefix))
             num_tokens = len(state.token_ids) - state.num_computed
-            num_tokens = min(num_tokens, budget.for_prompts, self._tables.room(state))
+            num_tokens = max(1, min(num_tokens, budget.prompt_tokens(state.num_computed), self._tables.room(state)))
+            budget.take(num_tokens, state.num_computed)
             share(state, num_tokens, batch, flight, self._tables)
-            budget.take(num_tokens)
             num_reserved += 1
             if state.num_computed < len(state.token_ids):
                 break
@@ -258,7 +258,7 @@ class Scheduler:
         prompt_logprobs = flight.new_prompt_logprobs(result)
         # From here on nothing raises: what was taken in is always given out.
         self._pool.step_returned(result.step)
-        self._latency_budget.observe(flight.num_decodes, flight.num_prompt_tokens, result.duration_us * 1e-6)
+        self._latency_budget.observe(flight.num_decodes, flight.prompts, result.duration_us * 1e-6)
         self._keep_blocks(flight, {error.slot for error in result.errors})
         outputs: list[Output] = []
         is_plain = not prompt_logprobs and not any(sampled.logprobs for sampled in result.sampled)

@@ -48,7 +48,7 @@ def share(state: RequestState, num_tokens: int, batch: BatchPlan, flight: StepIn
     if num_tokens == 1:
         flight.num_decodes += 1
     else:
-        flight.num_prompt_tokens += num_tokens
+        flight.prompts.append((start, num_tokens))
     if sample:
         state.num_pending += 1
         state.sample_step = flight.step

@@ -6,6 +6,7 @@ from engine.errors import ProtocolViolation
 from engine.messages import BatchPlan, StepResult
 from engine.request import TopLogprobs
 from engine.scheduler.latency_budget import TokenBudget
+from engine.scheduler.prompt_costs import PromptShare
 from engine.scheduler.request_state import RequestState
 
 
@@ -22,8 +23,8 @@ class StepInFlight:
     """(Request, slot, positions computed when the step is over) where that may fill a block."""
     num_decodes: int = 0
     """Requests with one token in this step."""
-    num_prompt_tokens: int = 0
-    """Tokens of the others."""
+    prompts: list[PromptShare] = field(default_factory=list)
+    """What the others compute."""
     prompts_ending: list[tuple[int, RequestState]] = field(default_factory=list)
     """(Slot, request) whose prompt's log-probabilities must be complete with this step."""
 
