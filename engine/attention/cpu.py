@@ -1,4 +1,5 @@
-"""Attention on CPUs with tile units: decoding requests by a native kernel, prompts as the reference does it."""
+"""Attention on CPUs with tile units, by native kernels that read the paged cache in place: one for decoding requests,
+one for prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,20 +7,22 @@ from dataclasses import dataclass
 import torch
 
 from engine.attention.backend import KvCacheView, Rotation, StepAttention
-from engine.attention.reference import PrefillTile, ReferenceAttention, attend_prefill, prefill_tiles
+from engine.attention.reference import ReferenceAttention
 from engine.batch import ForwardBatch
 from engine.config import KvGroupConfig
 from engine.kernels.decode_attention import DecodeRequests, can_attend, decode_attention
+from engine.kernels.prompt_attention import Prompts, prompt_attention
 
 
 @dataclass(frozen=True)
 class _GroupPlan:
     """One KV group's share of a step."""
 
+    config: KvGroupConfig
     slot_mapping: torch.Tensor
     block_tables: torch.Tensor
     decodes: DecodeRequests | None
-    prefills: list[PrefillTile]
+    prompts: Prompts | None
 
 
 class CpuStepAttention:
@@ -48,9 +51,17 @@ class CpuStepAttention:
         values.index_copy_(0, plan.slot_mapping, value)
         query = query.contiguous()
         output = torch.empty_like(query)
-        for prefill in plan.prefills:
-            rows = slice(prefill.start, prefill.stop)
-            output[rows] = attend_prefill(query[rows], keys, values, prefill)
+        if plan.prompts is not None:
+            prompt_attention(
+                query,
+                output,
+                key_cache,
+                value_cache,
+                plan.block_tables,
+                plan.prompts,
+                chunk_size=plan.config.chunk_size,
+                window_size=plan.config.window_size,
+            )
         if plan.decodes is not None:
             decode_attention(query, output, key_cache, value_cache, plan.block_tables, plan.decodes)
         return output
@@ -74,7 +85,7 @@ class _EitherStep:
     ) -> torch.Tensor:
         if self._step is None:
             if can_attend(query, kv_cache.key_cache[0]):
-                self._step = _plan(self._batch, self._groups, self._block_size)
+                self._step = _plan(self._batch, self._groups)
             else:
                 self._step = ReferenceAttention().plan(self._batch, self._groups, self._block_size)
         return self._step.forward(layer, query, key, value, kv_cache, rotation)
@@ -87,21 +98,25 @@ class CpuAttention:
         return _EitherStep(batch, groups, block_size)
 
 
-def _plan(batch: ForwardBatch, groups: Sequence[KvGroupConfig], block_size: int) -> CpuStepAttention:
+def _plan(batch: ForwardBatch, groups: Sequence[KvGroupConfig]) -> CpuStepAttention:
     places = {layer: (g, s) for g, group in enumerate(groups) for s, layer in enumerate(group.layers)}
-    return CpuStepAttention([_plan_group(batch, g, group, block_size) for g, group in enumerate(groups)], places)
+    return CpuStepAttention([_plan_group(batch, g, group) for g, group in enumerate(groups)], places)
 
 
-def _plan_group(batch: ForwardBatch, group: int, config: KvGroupConfig, block_size: int) -> _GroupPlan:
-    tables = batch.block_tables[group].contiguous()
+def _plan_group(batch: ForwardBatch, group: int, config: KvGroupConfig) -> _GroupPlan:
     decodes: list[tuple[int, int, int, int]] = []
-    prefills: list[PrefillTile] = []
+    prompts: list[tuple[int, int, int, int]] = []
     row = 0
     for request, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
         if query_len == 1:
             decodes.append((row, request, config.first_visible(kv_len - 1), kv_len))
         else:
-            prefills.extend(prefill_tiles(tables[request], row, kv_len - query_len, kv_len, config, block_size))
+            prompts.append((row, request, kv_len - query_len, query_len))
         row += query_len
-    requests = DecodeRequests(*torch.tensor(decodes).t().contiguous()) if decodes else None
-    return _GroupPlan(batch.slot_mapping[group], tables, requests, prefills)
+    return _GroupPlan(
+        config,
+        batch.slot_mapping[group],
+        batch.block_tables[group].contiguous(),
+        DecodeRequests(*torch.tensor(decodes).t().contiguous()) if decodes else None,
+        Prompts(*torch.tensor(prompts).t().contiguous()) if prompts else None,
+    )

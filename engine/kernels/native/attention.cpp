@@ -175,7 +175,7 @@ class DecodeAttention {
                 }
                 rows[pair] = bf16_pairs(weights[0], weights[1]);
             }
-            transpose_words(rows);
+            transpose(rows);
             for (int column = 0; column < kTileRows; column++) {
                 _mm512_store_si512(scratch_.weights + (i / kStep * kTileRows + column) * kTileRows, rows[column]);
             }
