@@ -1,14 +1,15 @@
-// The routed experts of a layer on the CPU's tile unit: down(silu(gate(x)) · up(x)) of each expert's tokens, with weights
-// in bfloat16 or in int8 with a scale for each row.
+// The routed experts of a layer on the CPU's tile unit: down(silu(gate(x)) · up(x)) of each expert's tokens, with
+// weights in bfloat16 or in int8 with a scale for each row.
 //
-// As in linear.cpp weights are the left operand, as they lie in the checkpoint, and are read once for up to kMostTokens
-// tokens of an expert. While a block of their rows is multiplied the next one is fetched in the order of memory, across
-// matrices and experts. What an expert's first product leaves in the tiles is already turned as its second one wants it.
+// Weights are the left operand, as they lie in the checkpoint, and are read once for up to kMostTokens tokens of an
+// expert, in the order of memory across matrices and experts. What an expert's first product leaves in the tiles is
+// already turned as its second one wants it.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
+#include "overlap.h"
 #include "swiglu.h"
 #include "tiles.h"
 #include "transpose.h"
@@ -19,105 +20,12 @@ namespace {
 
 using namespace remuda;
 
-constexpr int kTokenPair = 2 * kTileRows;  // tokens that are multiplied together
 constexpr int64_t kMostTokens = 256;       // so many that computing takes longer than reading the weights
-constexpr int kTileWords = kTileRows * kTileRows;
 
 struct Expert {
     const uint8_t *gate_up, *down;
     const float *gate_up_scales, *down_scales;  // of int8
 };
-
-// Two times 16 rows of weights, each 16 one after another in memory.
-struct Rows {
-    const uint8_t *first, *second;
-    int64_t bytes;  // of a row
-};
-
-// Fetches rows that are wanted soon, evenly over so many steps.
-class Ahead {
-  public:
-    Ahead(const Rows *rows, int64_t num_steps) {
-        if (rows == nullptr) return;
-        const int64_t num_lines = kTileRows * rows->bytes / kTileBytes;
-        first_ = rows->first;
-        second_ = rows->second;
-        end_ = first_ + num_lines * kTileBytes;
-        lines_per_step_ = (num_lines + num_steps - 1) / num_steps;
-    }
-    REMUDA_AMX void step() {
-        for (int64_t i = 0; i < lines_per_step_ && first_ < end_; i++, first_ += kTileBytes, second_ += kTileBytes) {
-            _mm_prefetch(reinterpret_cast<const char *>(first_), _MM_HINT_T1);
-            _mm_prefetch(reinterpret_cast<const char *>(second_), _MM_HINT_T1);
-        }
-    }
-
-  private:
-    const uint8_t *first_ = nullptr, *second_ = nullptr, *end_ = nullptr;
-    int64_t lines_per_step_ = 0;
-};
-
-// Of both 16 rows with 16 tokens, and with 16 more: [16 rows][16 tokens] each.
-struct alignas(64) Sums {
-    int32_t tiles[4][kTileWords];
-};
-
-struct Bf16 {
-    static constexpr int64_t kBytes = 2;
-    REMUDA_AMX static void first_tokens() {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-    }
-    REMUDA_AMX static void second_tokens() {
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    REMUDA_AMX static __m512 as_float(__m512i sums) { return _mm512_castsi512_ps(sums); }
-};
-
-struct Int8 {
-    static constexpr int64_t kBytes = 1;
-    REMUDA_AMX static void first_tokens() {
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 5, 6);
-    }
-    REMUDA_AMX static void second_tokens() {
-        _tile_dpbssd(2, 4, 7);
-        _tile_dpbssd(3, 5, 7);
-    }
-    REMUDA_AMX static __m512 as_float(__m512i sums) { return _mm512_cvtepi32_ps(sums); }
-};
-
-// `tokens` and what follows, if anything: 16 tokens each as the right operand, [bytes / 4][16 tokens][4 bytes].
-template <typename Kind, bool kHasTwo>
-REMUDA_AMX inline void multiply(const Rows &rows, const uint8_t *tokens, Ahead &ahead, Sums &sums) {
-    const uint8_t *left = tokens, *right = tokens + kTileRows * rows.bytes;
-    finish_writes();
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kHasTwo) {
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t k = 0; k < rows.bytes; k += kTileBytes) {
-        ahead.step();
-        _tile_loadd(4, rows.first + k, rows.bytes);
-        _tile_loadd(5, rows.second + k, rows.bytes);
-        _tile_loadd(6, left + k * kTileRows, kTileBytes);
-        Kind::first_tokens();
-        if constexpr (kHasTwo) {
-            _tile_loadd(7, right + k * kTileRows, kTileBytes);
-            Kind::second_tokens();
-        }
-    }
-    _tile_stored(0, sums.tiles[0], kTileBytes);
-    _tile_stored(1, sums.tiles[1], kTileBytes);
-    if constexpr (kHasTwo) {
-        _tile_stored(2, sums.tiles[2], kTileBytes);
-        _tile_stored(3, sums.tiles[3], kTileBytes);
-    }
-    finish_writes();
-}
 
 // 16 tokens as the right operand. `rows`: token i's bytes are at rows + i × row_bytes; a multiple of 64 of each.
 REMUDA_AMX void pack(const uint8_t *rows, int num_tokens, int64_t row_bytes, uint8_t *packed) {
@@ -133,8 +41,8 @@ REMUDA_AMX void pack(const uint8_t *rows, int num_tokens, int64_t row_bytes, uin
     }
 }
 
-// Adds to the largest magnitudes, by which numbers are rounded to int8. What is not finite goes to `poison`, which makes
-// the scale NaN: no int8 could show it.
+// Adds to the largest magnitudes, by which numbers are rounded to int8. What is not finite goes to `poison`, which
+// makes the scale NaN: no int8 could show it.
 REMUDA_AMX inline void see(__m512 values, __m512 &largest, __m512 &poison) {
     largest = _mm512_max_ps(largest, _mm512_abs_ps(values));
     poison = _mm512_fmadd_ps(values, _mm512_setzero_ps(), poison);
@@ -224,44 +132,45 @@ class Layer {
     REMUDA_AMX void compute(int64_t expert, const uint16_t *tokens, int num_tokens, uint16_t *outputs,
                             const Rows *after) {
         pack_tokens(tokens, num_tokens);
+        Finishing<StoreInner> inner(StoreInner{*this, experts_[expert]});
         for (int64_t row = 0; row < width_; row += kTileRows) {
             const bool is_last = row + kTileRows == width_;
             const Rows next = is_last ? down_rows(expert, 0) : gate_up_rows(expert, row + kTileRows);
-            multiply_all(gate_up_rows(expert, row), scratch_.tokens, num_tokens, &next,
-                         [&](int block, const int32_t *gate, const int32_t *up, Ahead &ahead) REMUDA_AMX {
-                             store_inner(expert, row, block, gate, up, ahead);
-                         });
+            multiply_all(gate_up_rows(expert, row), scratch_.tokens, num_tokens, &next, row, inner);
         }
+        finish_all(inner);
         if constexpr (Kind::kBytes == 1) round_inner(num_tokens);
+        Finishing<StoreOutput> output(StoreOutput{*this, experts_[expert], num_tokens, outputs});
         for (int64_t row = 0; row < hidden_; row += 2 * kTileRows) {
             const bool is_last = row + 2 * kTileRows == hidden_;
             const Rows next = is_last ? Rows{} : down_rows(expert, row + 2 * kTileRows);
-            multiply_all(down_rows(expert, row), scratch_.inner, num_tokens, is_last ? after : &next,
-                         [&](int block, const int32_t *low, const int32_t *high, Ahead &ahead) REMUDA_AMX {
-                             store_output(expert, row, block, num_tokens, low, outputs, ahead);
-                             store_output(expert, row + kTileRows, block, num_tokens, high, outputs, ahead);
-                         });
+            multiply_all(down_rows(expert, row), scratch_.inner, num_tokens, is_last ? after : &next, row, output);
+        }
+        finish_all(output);
+    }
+
+    template <typename Task>
+    REMUDA_AMX static void multiply_all(const Rows &rows, const uint8_t *tokens, int num_tokens, const Rows *next,
+                                        int64_t row, Finishing<Task> &finishing) {
+        const int num_pairs = (num_tokens + kTokenPair - 1) / kTokenPair;
+        const int64_t num_steps = rows.bytes / kTileBytes;
+        Ahead ahead(next, num_steps * num_pairs);
+        for (int token = 0; token < num_tokens; token += kTokenPair) {
+            const uint8_t *block = tokens + token * rows.bytes;
+            const bool has_two = num_tokens - token > kTileRows;
+            Sums &sums = finishing.next(row, token / kTileRows, has_two ? 2 : 1, num_steps);
+            if (has_two) {
+                multiply<Kind, true>(rows, block, ahead, finishing, sums);
+            } else {
+                multiply<Kind, false>(rows, block, ahead, finishing, sums);
+            }
         }
     }
 
-    // Calls `store` with the sums of both 16 rows with each block of 16 tokens.
-    template <typename Store>
-    REMUDA_AMX void multiply_all(const Rows &rows, const uint8_t *tokens, int num_tokens, const Rows *next,
-                                 const Store &store) {
-        const int num_pairs = (num_tokens + kTokenPair - 1) / kTokenPair;
-        Ahead ahead(next, rows.bytes / kTileBytes * num_pairs + (num_tokens + kTileRows - 1) / kTileRows * kTileRows);
-        for (int token = 0; token < num_tokens; token += kTokenPair) {
-            const uint8_t *block = tokens + token * rows.bytes;
-            Sums sums;
-            if (num_tokens - token > kTileRows) {
-                multiply<Kind, true>(rows, block, ahead, sums);
-                store(token / kTileRows, sums.tiles[0], sums.tiles[1], ahead);
-                store(token / kTileRows + 1, sums.tiles[2], sums.tiles[3], ahead);
-            } else {
-                multiply<Kind, false>(rows, block, ahead, sums);
-                store(token / kTileRows, sums.tiles[0], sums.tiles[1], ahead);
-            }
-        }
+    template <typename Task>
+    REMUDA_AMX static void finish_all(Finishing<Task> &finishing) {
+        finishing.next(0, 0, 0, 1);
+        finishing.finish();
     }
 
     REMUDA_AMX void pack_tokens(const uint16_t *tokens, int num_tokens) {
@@ -274,54 +183,57 @@ class Layer {
             }
             std::memset(scratch_.token_scales + token, 0, kTileRows * sizeof(float));
             for (int t = 0; t < n; t++) {
-                scratch_.token_scales[token + t] = quantize(tokens + t * hidden_, hidden_, scratch_.codes + t * hidden_);
+                uint8_t *codes = scratch_.codes + t * hidden_;
+                scratch_.token_scales[token + t] = quantize(tokens + t * hidden_, hidden_, codes);
             }
             pack(scratch_.codes, n, hidden_, packed);
             std::memset(scratch_.peaks + 2 * token, 0, 2 * kTileRows * sizeof(float));
         }
     }
 
-    // Inner values of 16 rows and 16 tokens, from the sums of their gates and ups.
-    REMUDA_AMX void store_inner(int64_t expert, int64_t row, int block, const int32_t *gate, const int32_t *up,
-                                Ahead &ahead) {
-        if constexpr (Kind::kBytes == 2) {
-            uint8_t *to = scratch_.inner + (block * width_ + row) * kTileRows * 2;
-            for (int r = 0; r < kTileRows; r += 2, to += kTileBytes) {
-                ahead.step();
-                ahead.step();
-                const __m512i even = _mm512_cvtepu16_epi32(inner_values(gate, up, r));
-                const __m512i odd = _mm512_cvtepu16_epi32(inner_values(gate, up, r + 1));
-                _mm512_store_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    // Inner values of two rows and 16 tokens, from the sums of their gates and ups.
+    struct StoreInner {
+        static constexpr int kNum = kTileRows / 2;
+        const Layer &layer;
+        const Expert &expert;
+
+        REMUDA_AMX void operator()(Sums &sums, int64_t first_row, int block_of_sums, int block, int task) const {
+            const int32_t *gate = sums.of(block_of_sums, 0) + 2 * task * kTileRows;
+            const int32_t *up = sums.of(block_of_sums, 1) + 2 * task * kTileRows;
+            const int64_t row = first_row + 2 * task;
+            const Scratch &scratch = layer.scratch_;
+            const int64_t at = (block * layer.width_ + row) * kTileRows;
+            if constexpr (Kind::kBytes == 2) {
+                const __m512 one = _mm512_set1_ps(1.0F);
+                const __m512i even = _mm512_cvtepu16_epi32(inner_values(gate, up, one, one));
+                const __m512i odd = _mm512_cvtepu16_epi32(inner_values(gate + kTileRows, up + kTileRows, one, one));
+                _mm512_store_si512(scratch.inner + at * 2, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+                return;
             }
-        } else {
-            const float *gate_scales = experts_[expert].gate_up_scales + row, *up_scales = gate_scales + width_;
-            const __m512 scales = _mm512_loadu_ps(scratch_.token_scales + block * kTileRows);
-            uint16_t *to = scratch_.unrounded + (block * width_ + row) * kTileRows;
-            float *peaks = scratch_.peaks + 2 * block * kTileRows;
+            const float *gate_scales = expert.gate_up_scales + row, *up_scales = gate_scales + layer.width_;
+            const __m512 scales = _mm512_load_ps(scratch.token_scales + block * kTileRows);
+            float *peaks = scratch.peaks + 2 * block * kTileRows;
             __m512 largest = _mm512_load_ps(peaks), poison = _mm512_load_ps(peaks + kTileRows);
-            for (int r = 0; r < kTileRows; r++, to += kTileRows) {
-                ahead.step();
+            for (int r = 0; r < 2; r++, gate += kTileRows, up += kTileRows) {
                 const __m256i values =
-                    inner_values(gate, up, r, _mm512_mul_ps(_mm512_set1_ps(gate_scales[r]), scales),
+                    inner_values(gate, up, _mm512_mul_ps(_mm512_set1_ps(gate_scales[r]), scales),
                                  _mm512_mul_ps(_mm512_set1_ps(up_scales[r]), scales));
                 see(widened(values), largest, poison);
-                _mm256_store_si256(reinterpret_cast<__m256i *>(to), values);
+                _mm256_store_si256(reinterpret_cast<__m256i *>(scratch.unrounded + at + r * kTileRows), values);
             }
             _mm512_store_ps(peaks, largest);
             _mm512_store_ps(peaks + kTileRows, poison);
         }
-    }
+    };
 
-    REMUDA_AMX static __m256i inner_values(const int32_t *gate, const int32_t *up, int row) {
-        const __m512 g = _mm512_load_ps(gate + row * kTileRows), u = _mm512_load_ps(up + row * kTileRows);
-        return narrowed(swiglu(rounded(g), rounded(u)));
-    }
-
-    REMUDA_AMX static __m256i inner_values(const int32_t *gate, const int32_t *up, int row, __m512 gate_scales,
+    REMUDA_AMX static __m256i inner_values(const int32_t *gate, const int32_t *up, __m512 gate_scales,
                                            __m512 up_scales) {
-        const __m512 g = _mm512_cvtepi32_ps(_mm512_load_si512(gate + row * kTileRows));
-        const __m512 u = _mm512_cvtepi32_ps(_mm512_load_si512(up + row * kTileRows));
-        return narrowed(swiglu(rounded(_mm512_mul_ps(g, gate_scales)), rounded(_mm512_mul_ps(u, up_scales))));
+        __m512 g = Kind::as_float(_mm512_load_si512(gate)), u = Kind::as_float(_mm512_load_si512(up));
+        if constexpr (Kind::kBytes == 1) {
+            g = _mm512_mul_ps(g, gate_scales);
+            u = _mm512_mul_ps(u, up_scales);
+        }
+        return narrowed(swiglu(rounded(g), rounded(u)));
     }
 
     // All rows of the inner values to int8.
@@ -349,27 +261,44 @@ class Layer {
         }
     }
 
-    // 16 outputs of up to 16 tokens.
-    REMUDA_AMX void store_output(int64_t expert, int64_t row, int block, int num_tokens, const int32_t *sums,
-                                 uint16_t *outputs, Ahead &ahead) {
-        __m512i words[kTileRows];
-#pragma GCC unroll 16
-        for (int r = 0; r < kTileRows; r++) words[r] = _mm512_load_si512(sums + r * kTileRows);
-        for (int i = 0; i < kTileRows / 2; i++) ahead.step();
-        transpose(words);
-        const int first = block * kTileRows, n = std::min(kTileRows, num_tokens - first);
-        uint16_t *to = outputs + first * hidden_ + row;
-        __m512 row_scales = _mm512_setzero_ps();
-        if constexpr (Kind::kBytes == 1) row_scales = _mm512_loadu_ps(experts_[expert].down_scales + row);
-        for (int t = 0; t < n; t++, to += hidden_) {
-            __m512 values = Kind::as_float(words[t]);
-            if constexpr (Kind::kBytes == 1) {
-                const __m512 scale = _mm512_set1_ps(scratch_.inner_scales[first + t]);
-                values = _mm512_mul_ps(values, _mm512_mul_ps(row_scales, scale));
+    // Of 16 outputs and 16 tokens: turns them, then stores them for kAtOnce tokens at a time.
+    struct StoreOutput {
+        static constexpr int kAtOnce = 4, kOfHalf = 1 + kTileRows / kAtOnce, kNum = 2 * kOfHalf;
+        const Layer &layer;
+        const Expert &expert;
+        int num_tokens;
+        uint16_t *outputs;
+
+        REMUDA_AMX void operator()(Sums &sums, int64_t first_row, int block_of_sums, int block, int task) const {
+            int32_t *words = sums.of(block_of_sums, task / kOfHalf);
+            const int64_t row = first_row + task / kOfHalf * kTileRows;
+            if (task % kOfHalf == 0) {
+                turn(words);
+                return;
             }
-            _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), narrowed(values));
+            const int first = (task % kOfHalf - 1) * kAtOnce;
+            const int last = std::min(first + kAtOnce, num_tokens - block * kTileRows);
+            for (int t = first; t < last; t++) {
+                const int64_t token = block * kTileRows + t;
+                __m512 values = Kind::as_float(_mm512_load_si512(words + t * kTileRows));
+                if constexpr (Kind::kBytes == 1) {
+                    const __m512 scale = _mm512_set1_ps(layer.scratch_.inner_scales[token]);
+                    values = _mm512_mul_ps(values, _mm512_mul_ps(_mm512_loadu_ps(expert.down_scales + row), scale));
+                }
+                _mm256_storeu_si256(reinterpret_cast<__m256i *>(outputs + token * layer.hidden_ + row),
+                                    narrowed(values));
+            }
         }
-    }
+
+        REMUDA_AMX static void turn(int32_t *words) {
+            __m512i rows[kTileRows];
+#pragma GCC unroll 16
+            for (int r = 0; r < kTileRows; r++) rows[r] = _mm512_load_si512(words + r * kTileRows);
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int r = 0; r < kTileRows; r++) _mm512_store_si512(words + r * kTileRows, rows[r]);
+        }
+    };
 
     const Expert *experts_;
     int64_t hidden_, width_;
@@ -386,20 +315,20 @@ int64_t remuda_experts_scratch_bytes(int64_t hidden_size, int64_t width) {
 }
 
 // outputs [n, hidden_size] of tokens [n, hidden_size], both bfloat16, sorted by expert: counts [num_experts] of each.
-// `experts`: gate_up [2 × width, hidden_size], gate first, and down [hidden_size, width], all bfloat16. hidden_size and
-// width are multiples of 32.
+// `experts`: gate_up [2 × width, hidden_size], gate first, and down [hidden_size, width], all bfloat16. hidden_size
+// and width are multiples of 32.
 REMUDA_AMX void remuda_experts_bf16(const Expert *experts, int64_t num_experts, int64_t hidden_size, int64_t width,
                                     const uint16_t *tokens, const int64_t *counts, uint16_t *outputs,
                                     uint8_t *scratch) {
-    Layer<Bf16>(experts, hidden_size, width, scratch).run(tokens, counts, num_experts, outputs);
+    Layer<Bf16Tiles>(experts, hidden_size, width, scratch).run(tokens, counts, num_experts, outputs);
 }
 
-// The same with int8 weights and float32 scales for each of their rows. hidden_size and width are multiples of 64. Tokens
-// and inner values are rounded to int8 by their own largest magnitudes ÷ 127.
+// The same with int8 weights and float32 scales for each of their rows. hidden_size and width are multiples of 64.
+// Tokens and inner values are rounded to int8 by their own largest magnitudes ÷ 127.
 REMUDA_AMX void remuda_experts_int8(const Expert *experts, int64_t num_experts, int64_t hidden_size, int64_t width,
                                     const uint16_t *tokens, const int64_t *counts, uint16_t *outputs,
                                     uint8_t *scratch) {
-    Layer<Int8>(experts, hidden_size, width, scratch).run(tokens, counts, num_experts, outputs);
+    Layer<Int8Tiles>(experts, hidden_size, width, scratch).run(tokens, counts, num_experts, outputs);
 }
 }
 

@@ -32,7 +32,8 @@ REMUDA_AMX inline float to_bf16_and_back(float value) {
     return _mm512_cvtss_f32(rounded(_mm512_set1_ps(value)));
 }
 
-// logits [kTokens][stride] of kTokens tokens and kExperts experts. Each is added up in the same order whatever the two are.
+// logits [kTokens][stride] of kTokens tokens and kExperts experts. Each is added up in the same order whatever the two
+// are.
 template <int kTokens, int kExperts>
 REMUDA_AMX void multiply(const uint16_t *tokens, const uint16_t *weights, int64_t hidden_size, float *logits,
                          int64_t stride) {
@@ -106,8 +107,8 @@ void score(const float *logits, int64_t num_experts, const int64_t *chosen, int6
 
 extern "C" {
 
-// expert_ids and scores [T, K] of hidden [T, H] and the router's weight [E, H]; `scoring` as in engine/kernels/routing.py.
-// H is a multiple of 32.
+// expert_ids and scores [T, K] of hidden [T, H] and the router's weight [E, H]; `scoring` as in
+// engine/kernels/routing.py. H is a multiple of 32.
 REMUDA_AMX void remuda_route(const uint16_t *hidden, const uint16_t *weight, int64_t num_tokens, int64_t hidden_size,
                              int64_t num_experts, int64_t k, int32_t scoring, int64_t *expert_ids, float *scores) {
     std::vector<float> logits(kGroup * num_experts), keys;
@@ -128,8 +129,8 @@ REMUDA_AMX void remuda_route(const uint16_t *hidden, const uint16_t *weight, int
 }
 
 // Sorts this rank's pairs by expert, and by token within one: `counts` [num_experts] of each of the experts from
-// `first_expert`; for the N pairs the token's row in `token_rows`, its score in `pair_scores` and its numbers in `inputs`
-// [N, H], multiplied by the score where `scales_inputs`. Returns N, which is at most T × K. H is a multiple of 16.
+// `first_expert`; for the N pairs the token's row in `token_rows`, its score in `pair_scores` and its numbers in
+// `inputs` [N, H], multiplied by the score where `scales_inputs`. Returns N, at most T × K. H is a multiple of 16.
 REMUDA_AMX int64_t remuda_dispatch(const uint16_t *hidden, const int64_t *expert_ids, const float *scores,
                                    int64_t num_tokens, int64_t k, int64_t hidden_size, int64_t first_expert,
                                    int64_t num_experts, int32_t scales_inputs, int64_t *counts, int64_t *token_rows,
@@ -163,8 +164,8 @@ REMUDA_AMX int64_t remuda_dispatch(const uint16_t *hidden, const int64_t *expert
     return num_pairs;
 }
 
-// combined [T, H]: of outputs [N, H], each multiplied by its score where pair_scores is not null, the sum by token in the
-// order of the pairs, rounded once. H is a multiple of 16.
+// combined [T, H]: of outputs [N, H], each multiplied by its score where pair_scores is not null, the sum by token in
+// the order of the pairs, rounded once. H is a multiple of 16.
 REMUDA_AMX void remuda_combine(const uint16_t *outputs, const int64_t *token_rows, const float *pair_scores,
                                int64_t num_pairs, int64_t num_tokens, int64_t hidden_size, uint16_t *combined) {
     std::vector<int64_t> ends(num_tokens + 1), pairs(num_pairs);
