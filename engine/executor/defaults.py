@@ -23,10 +23,12 @@ _LIMITS = {
 
 
 def plans_in_flight(device: str, pp: int, plans_ahead: bool | None = None) -> int:
-    """One for each of ``pp`` pipeline stages, and one more where the next is made while they compute (None: as the
-    device likes it)."""
-    ahead = _LIMITS[device].depth - 1 if plans_ahead is None else int(plans_ahead)
-    return pp + ahead
+    """One for each of ``pp`` pipeline stages. A further one would only divide the same requests into smaller batches,
+    for each of which all weights are read. With one stage: one more where the next is made while it computes
+    (``plans_ahead``; None: as the device likes it)."""
+    if pp > 1:
+        return pp
+    return _LIMITS[device].depth if plans_ahead is None else 1 + plans_ahead
 
 
 def default_limits(device: str) -> Limits:
