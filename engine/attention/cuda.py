@@ -113,8 +113,8 @@ def _decodes(batch: ForwardBatch, groups: Sequence[KvGroupConfig]) -> _Decodes |
     requests = [request for request, query_len in enumerate(batch.query_lens) if query_len == 1]
     if not requests:
         return None
-    last = [batch.kv_lens[request] - 1 for request in requests]
-    longest = tuple(max(position + 1 - group.first_visible(position) for position in last) for group in groups)
+    most = max(batch.kv_lens[request] for request in requests)
+    longest = tuple(min(most, group.chunk_size or group.window_size or most) for group in groups)
     device = batch.positions.device
     if len(requests) == len(batch.query_lens):
         both = torch.arange(len(requests), device=device)

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from engine.attention.backend import KvCacheView
 from engine.config import Dtype
 from engine.dtypes import torch_dtype
+from engine.kernels.host_copy import to_device
 from engine.kv_groups import num_layer_slots
 from engine.model_config import ModelConfig, num_local_kv_heads
 from engine.parallel.mesh import Mesh
@@ -36,6 +38,6 @@ def copy_blocks(cache: KvCacheView, pairs: Sequence[tuple[int, int]]) -> None:
     """``pairs`` of (source, destination) block ids. All sources are read before any destination is written."""
     if not pairs:
         return
-    sources, destinations = (list(ids) for ids in zip(*pairs, strict=True))
+    sources, destinations = to_device(np.array(pairs).T.copy(), cache.key_cache[0].device)
     for tensor in (*cache.key_cache, *cache.value_cache):
         tensor[destinations] = tensor[sources]

@@ -4,8 +4,10 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
+import numpy as np
 import torch
 
 from engine.attention.backend import KvCacheView
@@ -21,6 +23,7 @@ from engine.executor.sampler import SamplerOutput, sample
 from engine.executor.sampling_row import GrammarMask, SamplingRow
 from engine.executor.seen_tokens import SeenTokens
 from engine.executor.stage import run_stage
+from engine.kernels.host_copy import to_device
 from engine.messages import (
     AdapterOutcome,
     LoadAdapter,
@@ -42,10 +45,19 @@ _PROMPT_LOGPROB_ROWS = 128
 """Rows of logits held at once for prompt log-probabilities, so that memory does not grow with the chunk."""
 
 
+class CapturedSteps(Protocol):
+    """Forward passes of some shapes, captured to be replayed; see engine.executor.cuda_graphs."""
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor | None:
+        """Hidden states [T, hidden_size], valid until the next call; None where the batch has no such shape."""
+        ...
+
+
 class ModelRunner:
     """Computes plans in order. Single-threaded.
 
     Args:
+        captured: of this epoch; None where everything is launched kernel by kernel.
         grammars: of the sampling rank; other ranks do not use theirs.
     """
 
@@ -58,6 +70,7 @@ class ModelRunner:
         grammars: GrammarMasks,
         *,
         device: torch.device,
+        captured: CapturedSteps | None = None,
     ) -> None:
         self._model = model
         self._mesh = mesh
@@ -65,13 +78,14 @@ class ModelRunner:
         self._slots = slots
         self._grammars = grammars
         self._is_sampling_rank = mesh.tp_rank == 0 and mesh.is_last_stage
-        # A plan may refer to a sample that the leader had not seen when it made the plan. Between stages only the leader
-        # passes tokens on.
+        # A plan may refer to a sample that the leader had not seen when it made the plan. Between stages only the
+        # leader passes tokens on.
         self._shares_samples = mesh.config.pp == 1
         self._device = device
         self._groups = mesh.kv_groups(model.config)
         self._block_size = cache.key_cache[0].shape[1]
-        self._attention = attention_backend()
+        self._attention = attention_backend(device)
+        self._captured = captured
         self._seen: dict[int, SeenTokens] = {}
         """By slot, of requests with penalties."""
 
@@ -159,8 +173,10 @@ class ModelRunner:
         return self._run_model(batch)
 
     def _run_model(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attention = self._attention.plan(batch, self._groups, self._block_size)
-        hidden = run_stage(self._model, self._mesh, batch, self._cache, attention)
+        hidden = None if self._captured is None else self._captured.forward(batch)
+        if hidden is None:
+            attention = self._attention.plan(batch, self._groups, self._block_size)
+            hidden = run_stage(self._model, self._mesh, batch, self._cache, attention)
         logits = self._model.logits(hidden[batch.logits_rows]) if len(batch.logits_rows) else None
         return hidden, logits
 
@@ -192,8 +208,9 @@ class ModelRunner:
     def _share_samples(self, step: int, sampling: Sequence[ScheduledSlot], output: SamplerOutput | None) -> None:
         """A slot that failed gets token 0, so that plans already in flight can still be computed."""
         token_ids = output.token_ids if output is not None else [0] * len(sampling)
-        tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-        for share, token_id in zip(sampling, self._mesh.tp.broadcast(tokens).tolist(), strict=True):
+        if self._mesh.tp.size > 1:
+            token_ids = self._mesh.tp.broadcast(to_device(np.array(token_ids), self._device)).tolist()
+        for share, token_id in zip(sampling, token_ids, strict=True):
             self._slots.record_sample(step, share.slot, token_id)
 
     def _out_of_memory(self, plan: StepPlan, scheduled: Sequence[ScheduledSlot], error: RuntimeError) -> StepResult:

@@ -10,15 +10,17 @@ import torch
 import torch.distributed as dist
 
 from engine.attention.backend import KvCacheView
+from engine.attention.registry import attention_backend
 from engine.errors import ProtocolViolation, RankFailure
 from engine.executor.cache_size import cuda_kv_bytes
 from engine.executor.channel import RankChannel
 from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import allocate_kv_cache
 from engine.executor.memory_check import check_memory
-from engine.executor.model_runner import ModelRunner
+from engine.executor.model_runner import CapturedSteps, ModelRunner
 from engine.executor.warm_up import MIN_BLOCKS, run_largest_steps
 from engine.executor.worker_config import WorkerConfig
+from engine.kernels.gpu import has_triton
 from engine.messages import (
     InitCache,
     Loaded,
@@ -100,8 +102,9 @@ class _Startup:
         with self._phase("warm_up"):
             cache = self._allocate(model, mesh, message.num_blocks)
             self._run_largest_steps(model, mesh, cache, message.max_model_len)
+            captured = self._capture(model, mesh, cache, message.max_model_len)
         self._send(Ready(config.rank, dict(self._phase_seconds)))
-        return ReadyRank(self._channel, self._runner(model, mesh, cache, message.num_blocks))
+        return ReadyRank(self._channel, self._runner(model, mesh, cache, message.num_blocks, captured))
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -195,7 +198,28 @@ class _Startup:
             device=self._device,
         )
 
-    def _runner(self, model: Model, mesh: Mesh, cache: KvCacheView, num_blocks: int) -> ModelRunner:
+    def _capture(self, model: Model, mesh: Mesh, cache: KvCacheView, max_model_len: int) -> CapturedSteps | None:
+        """Decoding steps as CUDA graphs, of this epoch: they hold its communicator and cache."""
+        if self._device.type != "cuda" or not has_triton():
+            return None
+        from engine.executor.cuda_graphs import DecodeGraphs, can_capture
+
+        attention = attention_backend(self._device)
+        if not can_capture(model, mesh, attention, self._device):
+            return None
+        return DecodeGraphs(
+            model,
+            cache,
+            attention,
+            mesh.kv_groups(model.config),
+            max_num_seqs=self._config.max_num_seqs,
+            max_model_len=max_model_len,
+            device=self._device,
+        )
+
+    def _runner(
+        self, model: Model, mesh: Mesh, cache: KvCacheView, num_blocks: int, captured: CapturedSteps | None
+    ) -> ModelRunner:
         config = self._config
         slots = SlotTable(
             num_slots=config.max_num_seqs,
@@ -206,7 +230,7 @@ class _Startup:
             dp_group=mesh.dp_rank,
         )
         grammars = GrammarMasks(Path(config.model), model.config.vocab_size)
-        return ModelRunner(model, mesh, cache, slots, grammars, device=self._device)
+        return ModelRunner(model, mesh, cache, slots, grammars, device=self._device, captured=captured)
 
 
 def _host_share(config: WorkerConfig) -> HostShare:
