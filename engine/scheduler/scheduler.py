@@ -170,7 +170,7 @@ class Scheduler:
             if num_tokens == 1 and budget.decodes_left == 0:
                 num_tokens = 0
             if num_tokens > 1:  # a prompt leaves one token to each request after it
-                most = budget.prompt_tokens(state.num_computed)
+                most = 1 if self._yields(state) else budget.prompt_tokens(state.num_computed)
                 num_tokens = min(num_tokens, most, budget.left - (len(self._running) - index - 1))
             if num_tokens > 0 and state.num_computed + num_tokens > state.num_block_tokens:
                 room = self._tables.room(state)
@@ -189,6 +189,15 @@ class Scheduler:
             return 0
         num_tokens = len(state.token_ids) + state.num_pending
         return num_tokens - state.num_computed if num_tokens < state.max_num_tokens else 0
+
+    def _yields(self, state: RequestState) -> bool:
+        """Whether a prompt leaves the step to one that waits, goes before it and surely fits."""
+        if not self._waiting or not self._free_slots:
+            return False
+        first = self._policy.order([state, *self._waiting])[0]
+        if first is state or first.num_pending:
+            return False
+        return self._tables.num_needed(len(first.token_ids)) + len(self._running) <= self._pool.num_free
 
     def _make_room(self, index: int) -> int:
         """How many tokens the request at ``index`` has room for, after preempting from those not yet scheduled.

@@ -8,7 +8,7 @@ from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.errors import ProtocolViolation
 from engine.messages import NO_STEP, BatchPlan, PromptLogprobs, SampledToken, SlotError, StepResult
 from engine.request import FinishReason, Output, Request, SamplingParams, TopLogprobs
-from engine.scheduler.request_state import RequestState
+from engine.scheduler.request_state import NO_SLOT, RequestState
 from engine.scheduler.scheduler import Scheduler
 
 FULL = (KvGroupConfig((0,)),)
@@ -98,6 +98,42 @@ def test_lower_priority_numbers_are_admitted_first() -> None:
     late = [bed.add(2, priority=priority) for priority in (1, 0, -1, 0)]
     bed.shares()
     assert [state.slot >= 0 for state in late] == [False, True, True, False]
+
+
+def test_a_prompt_under_way_lets_one_of_better_priority_pass() -> None:
+    bed = Bed(budget=8)
+    bed.add(40)
+    assert bed.shares() == [(0, 0, 8)]
+    bed.update(0)
+    bed.add(5, priority=1)
+    bed.add(10, priority=-1)
+    assert bed.shares() == [(0, 8, 1), (1, 0, 7)]
+    bed.update(1)
+    assert bed.shares() == [(1, 7, 3), (0, 9, 5)], "and what it leaves is the first's again, not the third's"
+    bed.update(2, {1: 7})
+
+
+def test_a_prompt_does_not_wait_for_one_that_does_not_fit() -> None:
+    bed = Bed(budget=8, num_blocks=23)
+    bed.add(40, max_tokens=2)
+    bed.shares()
+    bed.update(0)
+    bed.add(38, max_tokens=2, priority=-1)
+    assert bed.shares() == [(0, 8, 8)]
+
+
+def test_the_victim_is_of_the_worst_priority() -> None:
+    """The oldest, as it happens; and it comes back when there is room."""
+    bed = Bed(num_blocks=1 + 8)
+    cheap, usual, vital = bed.add(3, 6, priority=5), bed.add(4, 6), bed.add(4, 6, priority=-1)
+    for step in range(6):
+        batch = bed.schedule()
+        assert batch is not None
+        bed.update(step, {share.slot: 7 for share in batch.scheduled})
+        assert step < 5 or (cheap.slot == NO_SLOT and cheap.num_generated < 6)
+    assert bed.scheduler.num_preemptions >= 1 and (vital.entry_step, usual.entry_step) == (0, 0)
+    assert (vital.num_generated, usual.num_generated, vital.finished, usual.finished) == (6, 6, True, True)
+    assert bed.shares() == [(cheap.slot, 0, len(cheap.token_ids))]
 
 
 def test_no_token_is_scheduled_beyond_max_tokens() -> None:
