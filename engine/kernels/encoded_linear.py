@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
-from torch.nn import functional
 
+from engine.kernels.linear import linear
 from engine.kernels.native_library import tile_library
 
 _UNIT = 32
 """Weights of a row that are decoded together, and rows that are multiplied together."""
 _MOST_TOKENS = 128
-"""Above, it is faster to decode rows and have torch (oneDNN) multiply them."""
+"""Above, it is faster to decode rows and then multiply them as bfloat16."""
 _TOKEN_BLOCK = 16
 _TILE_BYTES = 2**23
 """Of rows that are decoded for that, at once."""
@@ -120,7 +120,7 @@ def _multiply_by_tiles(hidden: torch.Tensor, matrix: EncodedMatrix) -> torch.Ten
     tile = max(_UNIT, _TILE_BYTES // (matrix.num_inputs * hidden.element_size()) // _UNIT * _UNIT)
     for first in range(0, num_outputs, tile):
         rows = slice(first, min(first + tile, num_outputs))
-        output[..., rows] = functional.linear(hidden, decode_rows(matrix, rows))
+        output[..., rows] = linear(hidden, decode_rows(matrix, rows))
     return output if matrix.output_scales is None else output.mul_(matrix.output_scales)
 
 

@@ -1,7 +1,7 @@
-"""Matrix products of few tokens, where reading the weights is what takes the time.
+"""Matrix products by weights as they lie in the checkpoint.
 
-On a CPU with tile units (AMX) they take one pass over the weights as they lie in memory, at nearly the speed of reading
-them (docs/performance.md), and a token's result does not depend on the tokens beside it.
+On a CPU with tile units (AMX) few tokens take one pass over the weights at nearly the speed of reading them, and many
+take less time than with oneDNN (docs/performance.md). A token's result does not depend on the tokens beside it.
 """
 
 import ctypes
@@ -12,32 +12,28 @@ from torch.nn import functional
 
 from engine.kernels.native_library import tile_library
 
-_MOST_TOKENS = 128
-"""Above, oneDNN's product of unpacked bfloat16 weights is as fast."""
 _ROWS = 32
 """Outputs that the kernel computes together; also the inputs of bfloat16 in one step of it. Of int8 it takes 64."""
 _INT8_INPUTS = 64
-_TOKEN_BLOCK = 16
 
 
 def linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``hidden`` [..., in] times the transpose of ``weight`` [out, in], with float32 sums: [..., out]."""
-    library = _tile_library()
     num_outputs, num_inputs = weight.shape
-    num_tokens = hidden.numel() // num_inputs
+    library = _tile_library()
     if (
         library is None
-        or not _is_on_cpu_in(torch.bfloat16, hidden, weight)
-        or not 0 < num_tokens <= _MOST_TOKENS
+        or hidden.dtype is not torch.bfloat16
+        or not hidden.is_cpu
+        or not _is_plain(weight, torch.bfloat16)
         or num_inputs % _ROWS
         or num_outputs % _ROWS
     ):
         return functional.linear(hidden, weight)
     hidden = hidden.contiguous()
     output = hidden.new_empty(*hidden.shape[:-1], num_outputs)
-    scratch = hidden.new_empty(_padded(num_tokens) * num_inputs)
     library.remuda_linear_bf16(
-        weight.data_ptr(), hidden.data_ptr(), output.data_ptr(), scratch.data_ptr(), num_tokens, num_inputs, num_outputs
+        weight.data_ptr(), hidden.data_ptr(), output.data_ptr(), hidden.numel() // num_inputs, num_inputs, num_outputs
     )
     return output
 
@@ -47,7 +43,7 @@ def can_multiply_int8(weight: torch.Tensor, dtype: torch.dtype) -> bool:
     num_outputs, num_inputs = weight.shape
     return (
         dtype is torch.bfloat16
-        and _is_on_cpu_in(torch.int8, weight)
+        and _is_plain(weight, torch.int8)
         and num_inputs % _INT8_INPUTS == 0
         and num_outputs % _ROWS == 0
         and _tile_library() is not None
@@ -65,18 +61,13 @@ def linear_int8(hidden: torch.Tensor, weight: torch.Tensor, row_scales: torch.Te
     assert library is not None
     num_outputs, num_inputs = weight.shape
     hidden = hidden.contiguous()
-    num_tokens = hidden.numel() // num_inputs
     output = hidden.new_empty(*hidden.shape[:-1], num_outputs)
-    scratch = torch.empty(_padded(num_tokens) * num_inputs, dtype=torch.int8)
-    token_scales = torch.empty(num_tokens)
     library.remuda_linear_int8(
         weight.data_ptr(),
         row_scales.data_ptr(),
         hidden.data_ptr(),
         output.data_ptr(),
-        scratch.data_ptr(),
-        token_scales.data_ptr(),
-        num_tokens,
+        hidden.numel() // num_inputs,
         num_inputs,
         num_outputs,
     )
@@ -88,12 +79,8 @@ def has_tiles() -> bool:
     return _tile_library() is not None
 
 
-def _padded(num_tokens: int) -> int:
-    return -(-num_tokens // _TOKEN_BLOCK) * _TOKEN_BLOCK
-
-
-def _is_on_cpu_in(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
-    return all(t.dtype is dtype and t.device.type == "cpu" for t in tensors) and tensors[-1].is_contiguous()
+def _is_plain(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    return weight.dtype is dtype and weight.is_cpu and weight.is_contiguous()
 
 
 @functools.cache
@@ -102,8 +89,8 @@ def _tile_library() -> ctypes.CDLL | None:
     library = tile_library()
     if library is None:
         return None
-    library.remuda_linear_bf16.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
+    library.remuda_linear_bf16.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
     library.remuda_linear_bf16.restype = None
-    library.remuda_linear_int8.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3
+    library.remuda_linear_int8.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
     library.remuda_linear_int8.restype = None
     return library

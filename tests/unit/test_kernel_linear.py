@@ -1,4 +1,4 @@
-"""The native product of few tokens, against float64 and beside oneDNN, which shares the tile units."""
+"""The native products, against float64 and beside oneDNN, which shares the tile units."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def matrices(num_tokens: int, num_inputs: int, num_outputs: int) -> tuple[torch.
     return hidden, weight, hidden.double() @ weight.double().t()
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 15, 16, 17, 32, 33, 48, 49, 127, 128, 129])
+@pytest.mark.parametrize("num_tokens", [1, 2, 15, 16, 17, 32, 33, 48, 49, 127, 128, 129, 256, 300])
 @pytest.mark.parametrize(("num_inputs", "num_outputs"), [(32, 32), (64, 96), (256, 32), (1024, 160), (40, 72)])
 def test_equals_float64_rounded_once(num_tokens: int, num_inputs: int, num_outputs: int) -> None:
     hidden, weight, expected = matrices(num_tokens, num_inputs, num_outputs)
@@ -31,12 +31,32 @@ def test_equals_float64_rounded_once(num_tokens: int, num_inputs: int, num_outpu
     assert ((linear(hidden, weight).double() - expected).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("num_tokens", [255, 257, 511, 545])
+def test_many_tokens_are_packed_block_by_block(num_tokens: int) -> None:
+    """A block of packed tokens has 1 MiB: 256 of these."""
+    hidden, weight, expected = matrices(num_tokens, 2048, 96)
+    magnitudes = hidden.double().abs() @ weight.double().abs().t()
+    bound = expected.abs() * 2**-8 + magnitudes * 2**-20
+    assert ((linear(hidden, weight).double() - expected).abs() <= bound).all()
+
+
 @needs_tiles
-def test_a_token_does_not_depend_on_the_others() -> None:
-    hidden, weight, _ = matrices(100, 512, 256)
-    together = linear(hidden, weight)
-    for i in (0, 1, 40, 99):
-        assert torch.equal(linear(hidden[i : i + 1], weight)[0], together[i])
+@pytest.mark.parametrize(("num_tokens", "num_inputs"), [(100, 512), (700, 2048)])
+def test_a_token_does_not_depend_on_the_others(num_tokens: int, num_inputs: int) -> None:
+    hidden, weight, _ = matrices(num_tokens, num_inputs, 256)
+    codes, scales = torch.randint(-127, 128, weight.shape, dtype=torch.int8), torch.rand(256)
+    together, int8_together = linear(hidden, weight), linear_int8(hidden, codes, scales)
+    for i in (0, 1, 40, 99, num_tokens - 1):
+        alone = hidden[i : i + 1]
+        assert torch.equal(linear(alone, weight)[0], together[i])
+        assert torch.equal(linear_int8(alone, codes, scales)[0], int8_together[i])
+
+
+def test_tokens_that_are_not_contiguous() -> None:
+    hidden, weight, _ = matrices(70, 256, 64)
+    wide = torch.cat([hidden, hidden], dim=1)
+    assert torch.equal(linear(wide[:, :256], weight), linear(hidden, weight))
+    assert torch.equal(linear(hidden.repeat_interleave(2, 0)[::2], weight), linear(hidden, weight))
 
 
 @needs_tiles
@@ -59,7 +79,7 @@ def test_what_the_kernel_does_not_take_is_torchs() -> None:
 
 
 @needs_tiles
-@pytest.mark.parametrize("num_tokens", [1, 5, 16, 33, 200])
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 33, 200, 601])
 @pytest.mark.parametrize(("num_inputs", "num_outputs"), [(64, 32), (192, 96), (2048, 64)])
 def test_int8_sums_are_exact(num_tokens: int, num_inputs: int, num_outputs: int) -> None:
     """Tokens are rounded to int8 by their largest magnitude; after that only the result is rounded."""
@@ -73,6 +93,19 @@ def test_int8_sums_are_exact(num_tokens: int, num_inputs: int, num_outputs: int)
     assert can_multiply_int8(weight, torch.bfloat16)
     error = (linear_int8(hidden, weight, scales).double() - expected).abs()
     assert (error <= expected.abs() * 2**-8).all()
+
+
+@needs_tiles
+def test_int8_of_the_smallest_and_largest_numbers() -> None:
+    """Their scales, or what the tokens are multiplied by, are at the ends of float32."""
+    weight, scales = torch.ones(32, 64, dtype=torch.int8), torch.ones(32)
+    for value in (torch.finfo(torch.bfloat16).max / 128, 2.0**-120):
+        output = linear_int8(torch.full((2, 64), value, dtype=torch.bfloat16), weight, scales)
+        torch.testing.assert_close(output.double() / value, torch.full((2, 32), 64.0).double(), rtol=2**-7, atol=0)
+    for value in (2.0**-126, 2.0**-133):
+        tiny = torch.tensor([value, 0.0] * 32, dtype=torch.bfloat16)[None]
+        assert linear_int8(tiny, weight, scales).abs().max() <= 64 * value
+    assert linear_int8(torch.empty(0, 64, dtype=torch.bfloat16), weight, scales).shape == (0, 32)
 
 
 @needs_tiles

@@ -1,14 +1,19 @@
-// y = x Wᵀ for few tokens on the CPU's tile unit, with W [out, in] in bfloat16 or in int8 with a scale for each row.
+// y = x Wᵀ on the CPU's tile unit, with W [out, in] in bfloat16 or in int8 with a scale for each row.
 //
-// W stays as it lies in the checkpoint: rows of W are the left operand, 16 at a time, so that nothing is packed beside the
-// few tokens. Each weight is read once from memory, whatever the number of tokens: a block of rows stays in the
-// second-level cache meanwhile. int8 weights meet tokens that are rounded to int8 with a scale for each token.
+// W stays as it lies in the checkpoint: rows of W are the left operand, 32 at a time (a panel), so that nothing is packed
+// beside the tokens. Tokens are packed in blocks that the second-level cache holds; each weight is read from memory once
+// for a block. int8 weights meet tokens that are rounded to int8 with a scale for each token. Every sum is made in the
+// order of the inputs, so that a token's result does not depend on the tokens beside it.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "token_tiles.h"
+#include "transpose.h"
 
 #ifdef REMUDA_TILES
 
@@ -16,12 +21,13 @@ namespace {
 
 using namespace remuda;
 
-constexpr int kRowTiles = 2;     // tiles of weights that are computed together
-constexpr int kAhead = 8 * 64;   // bytes by which each row of weights is fetched ahead
-constexpr int kBlock = 2 * kTileRows;
+constexpr int kPanelRows = 2 * kTileRows;  // of W, computed together
+constexpr int kTokenPair = 2 * kTileRows;  // tokens computed together
+constexpr int kTileWords = kTileRows * kTileRows;
+constexpr int64_t kBlockBytes = 1 << 20;   // of packed tokens: half of the second-level cache
+constexpr int kFetchedPairs = 4;           // with fewer, the CPU fetches a panel in time by itself
 
 struct Bf16 {
-    using Sum = float;
     REMUDA_AMX static void first_tokens() {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
@@ -34,7 +40,6 @@ struct Bf16 {
 };
 
 struct Int8 {
-    using Sum = int32_t;
     REMUDA_AMX static void first_tokens() {
         _tile_dpbssd(0, 4, 6);
         _tile_dpbssd(1, 5, 6);
@@ -46,109 +51,188 @@ struct Int8 {
     REMUDA_AMX static __m512 as_float(__m512i sums) { return _mm512_cvtepi32_ps(sums); }
 };
 
+// Memory of a thread that stays in its cache between products.
+class Scratch {
+  public:
+    ~Scratch() { std::free(begin_); }
+    uint8_t *at_least(int64_t num_bytes) {
+        if (num_bytes > num_bytes_) {
+            std::free(begin_);
+            num_bytes_ = 0;
+            begin_ = static_cast<uint8_t *>(std::aligned_alloc(64, (num_bytes + 63) / 64 * 64));
+            if (begin_ == nullptr) throw std::bad_alloc();
+            num_bytes_ = num_bytes;
+        }
+        return begin_;
+    }
+
+  private:
+    uint8_t *begin_ = nullptr;
+    int64_t num_bytes_ = 0;
+};
+
+// A block of tokens by all of W.
 struct Work {
     const uint8_t *weights;
     Packed tokens;
-    uint16_t *output;
+    uint16_t *output;  // of the block's first token
     int64_t num_outputs;
     int num_tokens;
     const float *row_scales;    // null: none
-    const float *token_scales;  // null: none
+    const float *token_scales;  // null: none; as many as whole tiles have
 };
 
-// sums [16 rows of W][16 tokens] to bfloat16 output [token][row].
+// What is fetched into the second-level cache during a product, in the order of memory: so many lines in each step.
+struct Ahead {
+    const uint8_t *line;
+    int lines_per_step;
+
+    REMUDA_AMX void step() {
+        for (int i = 0; i < lines_per_step; i++, line += kTileBytes) {
+            __asm__ volatile("prefetcht1 %0" : : "m"(*line));
+        }
+    }
+};
+
+// Sums of a panel with 16 tokens, [32 rows][16], to bfloat16 output [token][row].
 template <typename Kind>
 REMUDA_AMX void store(const Work &work, int64_t row, int token, const int32_t *sums) {
-    const __m512 row_scales = work.row_scales ? _mm512_loadu_ps(work.row_scales + row) : _mm512_set1_ps(1.0F);
-    const int n = work.num_tokens - token < kTileRows ? work.num_tokens - token : kTileRows;
-    for (int t = 0; t < n; t++) {
-        __m512 values = Kind::as_float(column(sums, t));
-        if (work.token_scales) {
-            values = _mm512_mul_ps(values, _mm512_mul_ps(row_scales, _mm512_set1_ps(work.token_scales[token + t])));
+    const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const float *scales = work.row_scales + row;
+    const bool is_scaled = work.row_scales != nullptr;
+    const __m512 token_scales = is_scaled ? _mm512_loadu_ps(work.token_scales + token) : _mm512_setzero_ps();
+    __m512i pairs[kTileRows];
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; i++) {
+        __m512 even = Kind::as_float(_mm512_load_si512(sums + 2 * i * kTileRows));
+        __m512 odd = Kind::as_float(_mm512_load_si512(sums + (2 * i + 1) * kTileRows));
+        if (is_scaled) {
+            even = _mm512_mul_ps(even, _mm512_mul_ps(token_scales, _mm512_set1_ps(scales[2 * i])));
+            odd = _mm512_mul_ps(odd, _mm512_mul_ps(token_scales, _mm512_set1_ps(scales[2 * i + 1])));
         }
-        store_bf16(work.output + (token + t) * work.num_outputs + row, values);
+        const __m512i one_by_one = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+        pairs[i] = _mm512_permutexvar_epi16(in_turn, one_by_one);
     }
+    transpose(pairs);
+    uint16_t *to = work.output + token * work.num_outputs + row;
+    const int n = std::min(work.num_tokens - token, kTileRows);
+    for (int t = 0; t < n; t++, to += work.num_outputs) _mm512_storeu_si512(to, pairs[t]);
 }
 
-REMUDA_AMX void prefetch_rows(const uint8_t *weights, int64_t stride) {
-    for (int row = 0; row < kRowTiles * kTileRows; row++) {
-        _mm_prefetch(reinterpret_cast<const char *>(weights + row * stride), _MM_HINT_T0);
-    }
-}
-
-// 32 rows of W by one or two blocks of 16 tokens.
-template <typename Kind>
-REMUDA_AMX void multiply(const Work &work, int64_t row, int token) {
+// A panel by one or two times 16 tokens.
+template <typename Kind, bool kHasTwo>
+REMUDA_AMX void multiply(const Work &work, int64_t row, int token, Ahead &ahead) {
     const int64_t depth = work.tokens.token_bytes;
-    const uint8_t *weights = work.weights + row * depth;
+    const uint8_t *first = work.weights + row * depth, *second = first + kTileRows * depth;
     const uint8_t *left = work.tokens.block(token), *right = left + kTileRows * depth;
-    const uint8_t *next = weights + kRowTiles * kTileRows * depth;
-    const bool has_two = work.num_tokens - token > kTileRows;
     finish_writes();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += kTileBytes) {
-        if (token == 0) prefetch_rows(k + kAhead < depth ? weights + k + kAhead : next + k + kAhead - depth, depth);
-        _tile_loadd(4, weights + k, depth);
-        _tile_loadd(5, weights + kTileRows * depth + k, depth);
+        _tile_loadd(4, first + k, depth);
+        _tile_loadd(5, second + k, depth);
         _tile_loadd(6, left + k * kTileRows, kTileBytes);
         Kind::first_tokens();
-        if (has_two) {
+        if constexpr (kHasTwo) {
             _tile_loadd(7, right + k * kTileRows, kTileBytes);
             Kind::second_tokens();
         }
+        ahead.step();
     }
-    alignas(64) int32_t sums[kTileRows * kTileRows];
+    alignas(64) int32_t sums[4 * kTileWords];
     _tile_stored(0, sums, kTileBytes);
-    store<Kind>(work, row, token, sums);
-    _tile_stored(1, sums, kTileBytes);
-    store<Kind>(work, row + kTileRows, token, sums);
-    if (has_two) {
-        _tile_stored(2, sums, kTileBytes);
-        store<Kind>(work, row, token + kTileRows, sums);
-        _tile_stored(3, sums, kTileBytes);
-        store<Kind>(work, row + kTileRows, token + kTileRows, sums);
+    _tile_stored(1, sums + kTileWords, kTileBytes);
+    if constexpr (kHasTwo) {
+        _tile_stored(2, sums + 2 * kTileWords, kTileBytes);
+        _tile_stored(3, sums + 3 * kTileWords, kTileBytes);
     }
+    finish_writes();
+    store<Kind>(work, row, token, sums);
+    if constexpr (kHasTwo) store<Kind>(work, row, token + kTileRows, sums + 2 * kTileWords);
 }
 
 template <typename Kind>
-REMUDA_AMX void multiply_all(const Work &work) {
-    FullTiles tiles;
-    for (int64_t row = 0; row < work.num_outputs; row += kRowTiles * kTileRows) {
-        for (int token = 0; token < work.num_tokens; token += kBlock) multiply<Kind>(work, row, token);
-    }
-}
-
-REMUDA_AMX __m512 wide(const uint16_t *values) {
-    __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(values));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
-}
-
-// Rounds each token to int8 by its largest magnitude ÷ 127, and packs it; `scales` [num_tokens] are filled. The scale of
-// a token with a NaN or an infinite value is NaN, which no int8 could show.
-REMUDA_AMX void pack_int8(const uint16_t *tokens, int num_tokens, int64_t num_inputs, const Packed &packed, float *scales) {
-    packed.clear(num_tokens);
-    for (int token = 0; token < num_tokens; token++) {
-        const uint16_t *values = tokens + token * num_inputs;
-        __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
-        for (int64_t k = 0; k < num_inputs; k += 16) {
-            const __m512 value = wide(values + k);
-            largest = _mm512_max_ps(largest, _mm512_abs_ps(value));
-            poison = _mm512_fmadd_ps(value, _mm512_setzero_ps(), poison);
-        }
-        const float most = _mm512_reduce_max_ps(largest);
-        scales[token] = most / 127.0F + _mm512_reduce_add_ps(poison);
-        const __m512 inverse = _mm512_set1_ps(most > 0.0F ? 127.0F / most : 0.0F);
-        for (int64_t k = 0; k < num_inputs; k += 16) {
-            __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(wide(values + k), inverse));
-            alignas(16) uint32_t words[4];
-            _mm_store_si128(reinterpret_cast<__m128i *>(words), _mm512_cvtsepi32_epi8(rounded));
-            for (int i = 0; i < 4; i++) packed.put(token, k / 4 + i, words[i]);
+REMUDA_AMX void multiply_block(const Work &work) {
+    const int64_t panel_bytes = kPanelRows * work.tokens.token_bytes;
+    const int num_pairs = (work.num_tokens + kTokenPair - 1) / kTokenPair;
+    const int lines_per_step = num_pairs < kFetchedPairs ? 0 : (kPanelRows + num_pairs - 1) / num_pairs;
+    const uint8_t *next = work.weights;
+    for (int64_t row = 0; row < work.num_outputs; row += kPanelRows) {
+        next += panel_bytes;
+        Ahead ahead{next, row + kPanelRows < work.num_outputs ? lines_per_step : 0};
+        for (int token = 0; token < work.num_tokens; token += kTokenPair) {
+            if (work.num_tokens - token > kTileRows) {
+                multiply<Kind, true>(work, row, token, ahead);
+            } else {
+                multiply<Kind, false>(work, row, token, ahead);
+            }
         }
     }
 }
+
+// The largest magnitude of a token as the bits of a bfloat16 number: these have the order of the numbers, with infinity
+// and NaN above all others.
+REMUDA_AMX uint32_t largest_bits(const uint16_t *values, int64_t num_inputs) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    __m512i even = _mm512_setzero_si512(), odd = _mm512_setzero_si512();
+    for (int64_t k = 0; k < num_inputs; k += 64) {
+        even = _mm512_max_epu16(even, _mm512_and_si512(_mm512_loadu_si512(values + k), magnitude));
+        odd = _mm512_max_epu16(odd, _mm512_and_si512(_mm512_loadu_si512(values + k + 32), magnitude));
+    }
+    const __m512i both = _mm512_max_epu16(even, odd);
+    const __m512i low = _mm512_and_si512(both, _mm512_set1_epi32(0xffff));
+    return _mm512_reduce_max_epu32(_mm512_max_epu32(low, _mm512_srli_epi32(both, 16)));
+}
+
+// 32 values times `factor`, rounded; two of them in the low half of each 32 bits.
+REMUDA_AMX inline __m512i rounded_pairs(const uint16_t *values, __m512 factor) {
+    const __m512i both = _mm512_loadu_si512(values);
+    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+    const __m512i low = _mm512_and_si512(_mm512_cvtps_epi32(_mm512_mul_ps(even, factor)), _mm512_set1_epi32(255));
+    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(odd, factor)), 8));
+}
+
+// Up to 16 tokens, rounded to int8 by their largest magnitudes ÷ 127, to tiles of the right operand. The scale of a token
+// with a NaN or an infinite value is NaN, which no int8 could show.
+REMUDA_AMX void pack_int8(const uint16_t *tokens, int num_tokens, int64_t num_inputs, uint8_t *packed, float *scales) {
+    const __m512i low_halves = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28,
+                                                26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    float factors[kTileRows] = {};
+    for (int t = 0; t < num_tokens; t++) {
+        const uint32_t bits = largest_bits(tokens + t * num_inputs, num_inputs) << 16;
+        float most;
+        std::memcpy(&most, &bits, 4);
+        scales[t] = std::isfinite(most) ? most / 127.0F : NAN;
+        const float factor = 127.0F / most;
+        factors[t] = std::isfinite(factor) ? factor : 0.0F;  // what is below 2⁻¹²⁰ is taken for 0
+    }
+    for (int64_t k = 0; k < num_inputs; k += kTileBytes, packed += kTileRows * kTileBytes) {
+        __m512i rows[kTileRows];
+#pragma GCC unroll 16
+        for (int t = 0; t < kTileRows; t++) {
+            rows[t] = _mm512_setzero_si512();
+            if (t >= num_tokens) continue;
+            const uint16_t *values = tokens + t * num_inputs + k;
+            const __m512 factor = _mm512_set1_ps(factors[t]);
+            const __m512i first = rounded_pairs(values, factor), second = rounded_pairs(values + 32, factor);
+            rows[t] = _mm512_permutex2var_epi16(first, low_halves, second);
+        }
+        store_tile(rows, packed);
+    }
+}
+
+// How many tokens are packed together: blocks are about equally large.
+int64_t block_tokens(int64_t num_tokens, int64_t token_bytes) {
+    const int64_t most = std::max<int64_t>(kBlockBytes / token_bytes / kTokenPair, 1) * kTokenPair;
+    const int64_t num_blocks = std::max<int64_t>((num_tokens + most - 1) / most, 1);
+    return ((num_tokens + num_blocks - 1) / num_blocks + kTokenPair - 1) / kTokenPair * kTokenPair;
+}
+
+thread_local Scratch packed_tokens, packed_scales;
 
 }  // namespace
 
@@ -157,23 +241,34 @@ extern "C" {
 int32_t remuda_has_tiles() { return may_use_tiles() ? 1 : 0; }
 
 // output [num_tokens, num_outputs] = tokens [num_tokens, num_inputs] × weightsᵀ, all bfloat16 and contiguous.
-// num_outputs and num_inputs are multiples of 32; `scratch` holds num_tokens, rounded up to 16, × num_inputs values.
-void remuda_linear_bf16(const uint8_t *weights, const uint16_t *tokens, uint16_t *output, uint8_t *scratch,
-                        int64_t num_tokens, int64_t num_inputs, int64_t num_outputs) {
-    const Packed packed{scratch, num_inputs * 2};
-    pack_bf16(tokens, static_cast<int>(num_tokens), num_inputs, packed);
-    multiply_all<Bf16>(Work{weights, packed, output, num_outputs, static_cast<int>(num_tokens), nullptr, nullptr});
+// num_outputs and num_inputs are multiples of 32.
+REMUDA_AMX void remuda_linear_bf16(const uint8_t *weights, const uint16_t *tokens, uint16_t *output, int64_t num_tokens,
+                                   int64_t num_inputs, int64_t num_outputs) {
+    const int64_t size = block_tokens(num_tokens, num_inputs * 2);
+    const Packed packed{packed_tokens.at_least(size * num_inputs * 2), num_inputs * 2};
+    FullTiles tiles;
+    for (int64_t done = 0; done < num_tokens; done += size) {
+        const int n = static_cast<int>(std::min(size, num_tokens - done));
+        pack_bf16(tokens + done * num_inputs, n, num_inputs, packed);
+        multiply_block<Bf16>(Work{weights, packed, output + done * num_outputs, num_outputs, n, nullptr, nullptr});
+    }
 }
 
-// The same with int8 weights and float32 row_scales [num_outputs]. num_outputs is a multiple of 32, num_inputs of 64;
-// `scratch` holds num_tokens, rounded up to 16, × num_inputs bytes, token_scales [num_tokens] float32.
-void remuda_linear_int8(const uint8_t *weights, const float *row_scales, const uint16_t *tokens, uint16_t *output,
-                        uint8_t *scratch, float *token_scales, int64_t num_tokens, int64_t num_inputs,
-                        int64_t num_outputs) {
-    const Packed packed{scratch, num_inputs};
-    pack_int8(tokens, static_cast<int>(num_tokens), num_inputs, packed, token_scales);
-    multiply_all<Int8>(
-        Work{weights, packed, output, num_outputs, static_cast<int>(num_tokens), row_scales, token_scales});
+// The same with int8 weights and float32 row_scales [num_outputs]. num_outputs is a multiple of 32, num_inputs of 64.
+REMUDA_AMX void remuda_linear_int8(const uint8_t *weights, const float *row_scales, const uint16_t *tokens,
+                                   uint16_t *output, int64_t num_tokens, int64_t num_inputs, int64_t num_outputs) {
+    const int64_t size = block_tokens(num_tokens, num_inputs);
+    const Packed packed{packed_tokens.at_least(size * num_inputs), num_inputs};
+    float *scales = reinterpret_cast<float *>(packed_scales.at_least(size * static_cast<int64_t>(sizeof(float))));
+    FullTiles tiles;
+    for (int64_t done = 0; done < num_tokens; done += size) {
+        const int n = static_cast<int>(std::min(size, num_tokens - done));
+        for (int token = 0; token < n; token += kTileRows) {
+            pack_int8(tokens + (done + token) * num_inputs, std::min(n - token, kTileRows), num_inputs,
+                      packed.block(token), scales + token);
+        }
+        multiply_block<Int8>(Work{weights, packed, output + done * num_outputs, num_outputs, n, row_scales, scales});
+    }
 }
 }
 

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "tiles.h"
+#include "transpose.h"
 
 #ifdef REMUDA_TILES
 
@@ -16,21 +16,27 @@ struct Packed {
     int64_t token_bytes;  // of one token
 
     uint8_t *block(int token) const { return bytes + static_cast<int64_t>(token) * token_bytes; }
-    void put(int token, int64_t word, uint32_t value) const {
-        std::memcpy(block(token / kTileRows * kTileRows) + (word * kTileRows + token % kTileRows) * 4, &value, 4);
-    }
-    void clear(int num_tokens) const {
-        std::memset(bytes, 0, (num_tokens + kTileRows - 1) / kTileRows * kTileRows * token_bytes);
-    }
 };
 
+// The words of 16 tokens' 64 bytes of inputs as a tile of the right operand.
+REMUDA_AMX inline void store_tile(__m512i (&tokens)[kTileRows], uint8_t *tile) {
+    transpose(tokens);
+#pragma GCC unroll 16
+    for (int word = 0; word < kTileRows; word++) _mm512_storeu_si512(tile + word * kTileBytes, tokens[word]);
+}
+
+// Tokens beyond the last, up to a whole tile, are zero. num_inputs: a multiple of 32.
 REMUDA_AMX inline void pack_bf16(const uint16_t *tokens, int num_tokens, int64_t num_inputs, const Packed &packed) {
-    packed.clear(num_tokens);
-    for (int token = 0; token < num_tokens; token++) {
-        for (int64_t k = 0; k < num_inputs; k += 2) {
-            uint32_t pair;
-            std::memcpy(&pair, tokens + token * num_inputs + k, 4);
-            packed.put(token, k / 2, pair);
+    for (int first = 0; first < num_tokens; first += kTileRows, tokens += kTileRows * num_inputs) {
+        uint8_t *tile = packed.block(first);
+        for (int64_t k = 0; k < num_inputs; k += kTileBytes / 2, tile += kTileRows * kTileBytes) {
+            __m512i rows[kTileRows];
+#pragma GCC unroll 16
+            for (int t = 0; t < kTileRows; t++) {
+                rows[t] = _mm512_setzero_si512();
+                if (first + t < num_tokens) rows[t] = _mm512_loadu_si512(tokens + t * num_inputs + k);
+            }
+            store_tile(rows, tile);
         }
     }
 }
