@@ -136,6 +136,15 @@ def test_what_is_not_finite_shows_in_its_token_alone(
     assert torch.equal(outputs[others], expected[others])
 
 
+@needs_tiles
+@pytest.mark.parametrize("scale", [2.0**-118, 2.0**-126, 2.0**-133])
+def test_int8_of_the_smallest_numbers(scale: float) -> None:
+    """What tokens would be multiplied by is beyond float32; inner values, about squares, are zero."""
+    tokens = (torch.randn(3, 64).sign() * scale).bfloat16()
+    outputs = GroupedExperts(int8_experts(1, 64, 64)).forward(tokens, torch.tensor([3]))
+    assert outputs.eq(0).all()
+
+
 def test_shapes_that_the_kernel_does_not_take() -> None:
     assert not can_group(bf16_experts(1, 64, 48))
     assert not can_group(bf16_experts(1, 48, 64))

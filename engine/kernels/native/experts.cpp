@@ -6,6 +6,7 @@
 // already turned as its second one wants it.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -48,6 +49,11 @@ REMUDA_AMX inline void see(__m512 values, __m512 &largest, __m512 &poison) {
     poison = _mm512_fmadd_ps(values, _mm512_setzero_ps(), poison);
 }
 
+// Numbers that are all below 2⁻¹²⁰ have no finite factor: they are taken for zero.
+REMUDA_AMX inline __m512 finite_or_zero(__m512 factors) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(factors, _mm512_set1_ps(INFINITY), _CMP_LT_OQ), factors);
+}
+
 // A token [num_inputs] to int8; its scale is returned.
 REMUDA_AMX float quantize(const uint16_t *token, int64_t num_inputs, uint8_t *codes) {
     __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
@@ -55,7 +61,7 @@ REMUDA_AMX float quantize(const uint16_t *token, int64_t num_inputs, uint8_t *co
         see(widened(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(token + k))), largest, poison);
     }
     const float most = _mm512_reduce_max_ps(largest);
-    const __m512 inverse = _mm512_set1_ps(most > 0.0F ? 127.0F / most : 0.0F);
+    const __m512 inverse = finite_or_zero(_mm512_set1_ps(127.0F / most));
     for (int64_t k = 0; k < num_inputs; k += 16) {
         const __m512 values = widened(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(token + k)));
         const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
@@ -243,8 +249,7 @@ class Layer {
             const __m512 largest = _mm512_load_ps(peaks), poison = _mm512_load_ps(peaks + kTileRows);
             const __m512 scales = _mm512_add_ps(_mm512_div_ps(largest, _mm512_set1_ps(127.0F)), poison);
             _mm512_store_ps(scratch_.inner_scales + block * kTileRows, scales);
-            const __mmask16 has_any = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_GT_OQ);
-            const __m512 inverse = _mm512_maskz_div_ps(has_any, _mm512_set1_ps(127.0F), largest);
+            const __m512 inverse = finite_or_zero(_mm512_div_ps(_mm512_set1_ps(127.0F), largest));
             const uint16_t *from = scratch_.unrounded + block * width_ * kTileRows;
             uint8_t *to = scratch_.inner + block * width_ * kTileRows;
             for (int64_t row = 0; row < width_; row += 4, to += kTileBytes) {
