@@ -8,7 +8,7 @@ from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.errors import ProtocolViolation
 from engine.messages import NO_STEP, BatchPlan, PromptLogprobs, SampledToken, SlotError, StepResult
 from engine.request import FinishReason, Output, Request, SamplingParams, TopLogprobs
-from engine.scheduler.request_state import NO_SLOT, RequestState
+from engine.scheduler.request_state import RequestState
 from engine.scheduler.scheduler import Scheduler
 
 FULL = (KvGroupConfig((0,)),)
@@ -123,17 +123,17 @@ def test_a_prompt_does_not_wait_for_one_that_does_not_fit() -> None:
 
 
 def test_the_victim_is_of_the_worst_priority() -> None:
-    """The oldest, as it happens; and it comes back when there is room."""
+    """The oldest, as it happens; the others lose nothing."""
     bed = Bed(num_blocks=1 + 8)
     cheap, usual, vital = bed.add(3, 6, priority=5), bed.add(4, 6), bed.add(4, 6, priority=-1)
-    for step in range(6):
+    for step in range(20):
         batch = bed.schedule()
         assert batch is not None
         bed.update(step, {share.slot: 7 for share in batch.scheduled})
-        assert step < 5 or (cheap.slot == NO_SLOT and cheap.num_generated < 6)
-    assert bed.scheduler.num_preemptions >= 1 and (vital.entry_step, usual.entry_step) == (0, 0)
-    assert (vital.num_generated, usual.num_generated, vital.finished, usual.finished) == (6, 6, True, True)
-    assert bed.shares() == [(cheap.slot, 0, len(cheap.token_ids))]
+        if cheap.finished:
+            break
+    assert cheap.finished and bed.scheduler.num_preemptions >= 1
+    assert (vital.entry_step, usual.entry_step) == (0, 0) and cheap.entry_step > 0
 
 
 def test_no_token_is_scheduled_beyond_max_tokens() -> None:
