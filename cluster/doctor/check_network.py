@@ -32,9 +32,7 @@ def check_interfaces(hosts: Sequence[HostFacts]) -> Iterator[Finding]:
                           f"unset it before Ray is started, or set it to {carrier.name}")  # fmt: skip
             continue
         own = carrier.mbit_per_s or 0
-        faster = [
-            nic for nic in host.nics if nic.name != carrier.name and nic.addresses and (nic.mbit_per_s or 0) > own
-        ]
+        faster = [nic for nic in host.nics if nic.is_physical and nic.addresses and (nic.mbit_per_s or 0) > own]
         if own and faster:
             best = max(faster, key=lambda nic: nic.mbit_per_s or 0)
             remedy = f"start Ray there with --node-ip-address={best.addresses[0]}, and on the other hosts alike"

@@ -18,6 +18,11 @@ def visible_devices() -> str:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
+def temporary_directory() -> str:
+    """As it was meant: Python's own choice passes over one that is full."""
+    return os.environ.get("TMPDIR", "/tmp")
+
+
 def quiet_torch() -> None:
     """Before torch is imported: its store warns on the terminal that it has no name for its own address."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -7,7 +7,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import msgspec
 from huggingface_hub import constants
 
-from cluster.doctor.config import ray_settings
+from cluster.doctor.config import ray_settings, temporary_directory
 from cluster.doctor.facts import Checkpoint, Disk, Gpu, HostFacts, HostQuestion
 from cluster.doctor.measure_disk import checkpoint_facts, read_rate
 from cluster.plan.local import available_host_bytes
@@ -47,7 +46,7 @@ def measure_host(argument: bytes) -> bytes:
         gpus=gpus(),
         shm_free_bytes=shutil.disk_usage(SHM).free if Path(SHM).is_dir() else 0,
         limits={name: _soft_limit(number) for name, number in _LIMITS.items()},
-        disks=(_disk("temporary files", Path(tempfile.gettempdir())), _disk("downloads", Path(constants.HF_HUB_CACHE))),
+        disks=(_disk("temporary files", Path(temporary_directory())), _disk("downloads", Path(constants.HF_HUB_CACHE))),
         nics=network_interfaces(),
         hcas=rdma_ports(),
         num_numa_nodes=num_numa_nodes(),

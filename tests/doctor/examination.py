@@ -46,7 +46,7 @@ def main(hosts: Sequence[tuple[str, int, list[str]]], slots: int, options: Seque
     flags = dict(zip(options[1::2], options[2::2], strict=True))
     model = {"model": options[0]} if options else {}
     checked = preflight(load_serve_config({**model, **flags, "cpu_slots": 64}))
-    found = examine(NamespaceCalls(made, slots), checked.launch, checked.model if options else None)
+    found = examine(NamespaceCalls(made, slots, made[0]), checked.launch, checked.model if options else None)
     print(json.dumps(as_object(found)))
 
 

@@ -20,15 +20,16 @@ sys.stdout.buffer.write(run_named(sys.argv[1], sys.stdin.buffer.read()))
 
 
 class NamespaceCalls:
-    """``hosts``: the first is the one that this process runs in. ``slots``: CPU ranks of each."""
+    """``slots``: CPU ranks of each host. ``own``: the one that this process runs in; None: it is outside."""
 
-    def __init__(self, hosts: Sequence[Host], slots: int) -> None:
+    def __init__(self, hosts: Sequence[Host], slots: int, own: Host | None = None) -> None:
         self._hosts = {host.address: host for host in hosts}
         self._slots = slots
+        self._own = own
 
     @property
     def host(self) -> str:
-        return next(iter(self._hosts))
+        return "outside" if self._own is None else self._own.address
 
     def nodes(self) -> list[HostInfo]:
         return [HostInfo(host.name, host.address, self._slots) for host in self._hosts.values()]

@@ -1,0 +1,93 @@
+"""Checks of links on planted measurements, the price of a link, and who measures when."""
+
+import itertools
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.doctor.check_links import check_links, check_tensor_parallel_link
+from cluster.doctor.facts import LinkFacts
+from cluster.doctor.finding import Level
+from cluster.doctor.rounds import measuring_rounds
+from cluster.plan.link_cost import Link, StepTraffic, predicted_loss, tensor_parallel_traffic
+from cluster.replica.model_source import ModelSource
+from engine.model_config import ModelConfig
+
+HOSTS = ["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4"]
+PAIRS = list(itertools.combinations(range(4), 2))
+
+
+def good(first: int, second: int) -> LinkFacts:
+    return LinkFacts(first, second, "gloo", 200e-6, 1e9, 50e-6, 1.2e9, 0.0)
+
+
+def judged(pair: tuple[int, int], **planted: object) -> list[tuple[str, str, Level]]:
+    """What is not well when one of six links has a fault."""
+    links = [msgspec.structs.replace(good(*each), **(planted if each == pair else {})) for each in PAIRS]
+    found = list(check_links(links, HOSTS))
+    assert all(finding.remedy for finding in found if finding.level is not Level.OK)
+    return [(finding.check, finding.where, finding.level) for finding in found if finding.level is not Level.OK]
+
+
+WHERE = "rank 1 → rank 2 (10.0.0.2 → 10.0.0.3)"
+
+
+@pytest.mark.parametrize(
+    ("planted", "check", "level"),
+    [
+        ({"channel_bytes_per_s": 2e6}, "bandwidth", Level.FAIL),
+        ({"channel_bytes_per_s": 60e6}, "bandwidth", Level.WARN),
+        # Good by itself, and a quarter of what the others carry.
+        ({"channel_bytes_per_s": 0.2e9}, "bandwidth", Level.WARN),
+        ({"channel_s": 10e-3}, "latency", Level.WARN),
+        ({"channel_s": 80e-3}, "latency", Level.FAIL),
+        ({"channel_s": 0.9e-3}, "latency", Level.WARN),
+        ({"lost_share": 0.004}, "loss", Level.WARN),
+        ({"lost_share": 0.02}, "loss", Level.FAIL),
+        ({"error": "timed out"}, "link", Level.FAIL),
+    ],
+)
+def test_the_one_bad_link_is_named(planted: dict[str, object], check: str, level: Level) -> None:
+    assert judged((1, 2), **planted) == [(check, WHERE, level)]
+
+
+def test_good_links_are_well() -> None:
+    assert judged((1, 2)) == []
+
+
+def test_a_slow_link_costs_a_tensor_parallel_group_what_the_formula_says() -> None:
+    links = [good(0, 1), msgspec.structs.replace(good(0, 2), collective_s=10e-3)]
+    traffic = StepTraffic(num_collectives=65, num_bytes=0)
+    hosts = ["a", "b", "c"]
+    assert list(check_tensor_parallel_link([range(2)], links[:1], ["a", "a"], traffic, 0.01)) == [], "inside a host"
+    (bad,) = check_tensor_parallel_link([range(3)], links, hosts, traffic, step_s=0.01)
+    # 65 × 10 ms = 650 ms beside 10 ms.
+    assert (bad.level, bad.where) == (Level.WARN, "rank 0 → rank 2 (a → c)")
+    assert bad.value.startswith("98% of a decode step would be lost: 65 collectives of 10.00 ms")
+    (fine,) = check_tensor_parallel_link([range(2)], links[:1], hosts, traffic, step_s=1.0)
+    assert fine.level is Level.OK
+
+
+def test_traffic_of_a_step_from_shapes() -> None:
+    model = ModelConfig.from_directory(ModelSource("remuda-tiny").directory())
+    traffic = tensor_parallel_traffic(model, tp=4, ranks_per_host=2, num_tokens=3, bytes_per_number=4)
+    assert traffic.num_collectives == 2 * model.num_layers + 1
+    # Each of the two ranks here sends every row to the two elsewhere.
+    assert traffic.num_bytes == traffic.num_collectives * 4 * 3 * model.hidden_size * 4
+    assert StepTraffic(10, 10**6).seconds(Link(1e-3, 1e8)) == pytest.approx(0.02)
+    assert predicted_loss(0.02, 0.02) == 0.5
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=10))
+def test_every_pair_measures_once_and_no_host_twice_at_a_time(hosts: list[str]) -> None:
+    rounds = measuring_rounds(hosts)
+    assert sorted(itertools.chain(*rounds)) == list(itertools.combinations(range(len(hosts)), 2))
+    for pairs in rounds:
+        used = [host for pair in pairs for host in {hosts[rank] for rank in pair}]
+        assert len(used) == len(set(used))
+
+
+def test_four_hosts_take_three_rounds() -> None:
+    assert [len(pairs) for pairs in measuring_rounds(HOSTS)] == [2, 2, 2]
