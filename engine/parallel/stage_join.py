@@ -16,7 +16,8 @@ _Link = SharedMemoryLink | NcclLink | TcpSender | TcpReceiver
 def join_stages(
     mesh: Mesh, store: dist.Store, device: torch.device, timeout_s: float, address: str
 ) -> tuple[StageReceiver | None, StageSender | None]:
-    """``mesh`` has its ``tp`` already. ``address``: of this host, as other hosts reach it.
+    """``mesh`` has its ``tp`` already. ``address``: of this host, as other hosts reach it. ``timeout_s``: of the first
+    link. The n-th waits n times as long, for all stages before it to compute.
 
     Ranks meet their predecessors first, so the stages connect one after the other. Raises RuntimeError where they do
     not meet in time.
@@ -25,11 +26,13 @@ def join_stages(
     following: StageSender | None = None
     stride = mesh.config.dp * mesh.config.tp
     if not mesh.is_first_stage:
-        link, is_sliced = _join(mesh, store, mesh.rank - stride, mesh.rank, device, timeout_s, address)
+        timeout = timeout_s * mesh.pp_rank
+        link, is_sliced = _join(mesh, store, mesh.rank - stride, mesh.rank, device, timeout, address)
         assert not isinstance(link, TcpSender)
         previous = SlicedReceiver(link, mesh.tp) if is_sliced else link
     if not mesh.is_last_stage:
-        link, is_sliced = _join(mesh, store, mesh.rank, mesh.rank + stride, device, timeout_s, address)
+        timeout = timeout_s * (mesh.pp_rank + 1)
+        link, is_sliced = _join(mesh, store, mesh.rank, mesh.rank + stride, device, timeout, address)
         assert not isinstance(link, TcpReceiver)
         following = SlicedSender(link, mesh.tp) if is_sliced else link
     return previous, following

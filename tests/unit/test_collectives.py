@@ -44,11 +44,13 @@ def all_operations(context: RankContext, kind: type, dtype: torch.dtype) -> dict
     assert all(result.dtype is dtype for result in sums)
     transposed = tp.all_reduce(contribution(rank, (6, 4), dtype).T)
     gathered = tp.gather_last_dim(contribution(rank, (5, 3), dtype))
+    gathered_by_all = tp.all_gather_last_dim(contribution(rank, (4, 6), dtype)[:, 1:4])
     token_ids = tp.broadcast(torch.arange(4) + 100 * rank)
     return {
         "sums": [result.double().numpy() for result in sums],
         "transposed": transposed.double().numpy(),
         "gathered": None if gathered is None else gathered.double().numpy(),
+        "gathered_by_all": gathered_by_all.double().numpy(),
         "broadcast": token_ids.tolist(),
     }
 
@@ -69,6 +71,8 @@ def test_operations(kind: type, num_ranks: int, dtype: torch.dtype) -> None:
     parts = [contribution(rank, (5, 3), dtype).double() for rank in range(num_ranks)]
     assert np.array_equal(results[0]["gathered"], np.concatenate(parts, axis=-1))
     assert all(result["gathered"] is None for result in results[1:])
+    parts = [contribution(rank, (4, 6), dtype)[:, 1:4].double() for rank in range(num_ranks)]
+    assert all(np.array_equal(result["gathered_by_all"], np.concatenate(parts, axis=-1)) for result in results)
     assert all(result["broadcast"] == [0, 1, 2, 3] for result in results)
 
 
