@@ -12,6 +12,7 @@ from engine.batch import ForwardBatch
 from engine.config import KvGroupConfig
 from engine.kernels.decode_attention import DecodeRequests, can_attend, decode_attention
 from engine.kernels.prompt_attention import Prompts, prompt_attention
+from engine.kernels.rotate_and_write import rotate_and_write
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,10 @@ class CpuStepAttention:
         kv_cache: KvCacheView,
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
-        if rotation is not None:
-            query, key = rotation.apply(query), rotation.apply(key)
         group, slot = self._places[layer]
         plan = self._plans[group]
         key_cache, value_cache = kv_cache.key_cache[slot], kv_cache.value_cache[slot]
-        keys, values = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
-        keys.index_copy_(0, plan.slot_mapping, key)
-        values.index_copy_(0, plan.slot_mapping, value)
-        query = query.contiguous()
+        query = _write(query, key, value, key_cache, value_cache, plan.slot_mapping, rotation)
         output = torch.empty_like(query)
         if plan.prompts is not None:
             prompt_attention(
@@ -65,6 +61,29 @@ class CpuStepAttention:
         if plan.decodes is not None:
             decode_attention(query, output, key_cache, value_cache, plan.block_tables, plan.decodes)
         return output
+
+
+def _write(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    rotation: Rotation | None,
+) -> torch.Tensor:
+    """Turned keys, and values, to the cache; returns the turned queries, contiguous."""
+    if rotation is not None and rotation.interleaved:
+        query, key, rotation = rotation.apply(query), rotation.apply(key), None
+    angles = None if rotation is None else (rotation.cos, rotation.sin)
+    turned = rotate_and_write(query, key, value, key_cache, value_cache, slots, angles)
+    if turned is not None:
+        return turned
+    if rotation is not None:
+        query, key = rotation.apply(query), rotation.apply(key)
+    key_cache.flatten(0, 1).index_copy_(0, slots, key)
+    value_cache.flatten(0, 1).index_copy_(0, slots, value)
+    return query.contiguous()
 
 
 class _EitherStep:

@@ -36,12 +36,22 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor | None, eps: float) -> t
 def add_rms_norm(
     residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The sum of two [T, n], and its ``rms_norm``."""
+    """The sum of two [T, n], and its ``rms_norm``. ``residual`` may become the sum."""
     if runs_on_gpu(residual):
         from engine.kernels.triton import rms_norm as kernels
 
         return kernels.add_rms_norm(residual, update, weight, eps)
-    return None
+    library = _library()
+    num_rows, size = residual.shape
+    if library is None or not _is_bfloat16_on_cpu(residual) or size % _STEP or not residual.is_contiguous():
+        return None
+    if update.dtype is not torch.bfloat16 or not update.is_contiguous():
+        return None
+    output = torch.empty_like(residual)
+    library.remuda_add_rms_norm(
+        residual.data_ptr(), update.data_ptr(), weight.data_ptr(), output.data_ptr(), num_rows, size, eps
+    )
+    return residual, output
 
 
 def silu_multiply(gate_and_up: torch.Tensor) -> torch.Tensor | None:
@@ -111,8 +121,9 @@ def _library() -> ctypes.CDLL | None:
     pointer: Any = ctypes.c_void_p
     number: Any = ctypes.c_int64
     library.remuda_rms_norm.argtypes = (pointer, pointer, pointer, number, number, ctypes.c_float)
+    library.remuda_add_rms_norm.argtypes = (pointer, pointer, pointer, pointer, number, number, ctypes.c_float)
     library.remuda_silu_multiply.argtypes = [pointer] * 2 + [number] * 2
     library.remuda_rotate_halves.argtypes = [pointer, number] + [pointer] * 3 + [number] * 3
-    for function in (library.remuda_rms_norm, library.remuda_silu_multiply, library.remuda_rotate_halves):
-        function.restype = None
+    for name in ("rms_norm", "add_rms_norm", "silu_multiply", "rotate_halves"):
+        getattr(library, f"remuda_{name}").restype = None
     return library

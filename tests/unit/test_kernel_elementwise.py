@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from engine.kernels.elementwise import _library, rms_norm, rotate_halves, silu_multiply
+from engine.kernels.elementwise import _library, add_rms_norm, rms_norm, rotate_halves, silu_multiply
 
 needs_library = pytest.mark.skipif(_library() is None, reason="needs a CPU with AMX and the native library")
 ROUNDED_TWICE = 2**-7
@@ -26,6 +26,18 @@ def test_rms_norm(shape: tuple[int, ...], has_weight: bool) -> None:
     output = rms_norm(hidden, weight if has_weight else None, 1e-5)
     assert output is not None
     torch.testing.assert_close(output.double(), expected, rtol=ROUNDED_TWICE, atol=1e-6)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(1, 16), (7, 64), (2, 2048)])
+def test_add_rms_norm(shape: tuple[int, int]) -> None:
+    """As the addition and the norm, one after another."""
+    hidden, update, weight = random(*shape), random(*shape), random(shape[-1])
+    total = hidden + update
+    expected = rms_norm(total, weight, 1e-5)
+    both = add_rms_norm(hidden, update, weight, 1e-5)
+    assert both is not None and expected is not None
+    assert torch.equal(both[0], total) and torch.equal(both[1], expected)
 
 
 @needs_library
@@ -57,5 +69,7 @@ def test_what_the_kernels_do_not_take() -> None:
     assert rms_norm(torch.ones(2, 16), None, 1e-5) is None
     assert rms_norm(random(2, 24), None, 1e-5) is None
     assert silu_multiply(random(2, 40)) is None
+    assert add_rms_norm(random(2, 24), random(2, 24), random(24), 1e-5) is None
+    assert add_rms_norm(random(4, 16)[:, :16].t().contiguous().t(), random(4, 16), random(16), 1e-5) is None
     assert rotate_halves(random(2, 1, 48), torch.ones(2, 1, 24), torch.ones(2, 1, 24)) is None
     assert rms_norm(random(0, 16), None, 1e-5) is None

@@ -21,6 +21,22 @@ REMUDA_AMX inline void store(uint16_t *target, __m512 values) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(target), narrowed(values));
 }
 
+// output [n] = input ÷ root mean square, rounded, × weight.
+REMUDA_AMX inline void normalize(const uint16_t *input, const uint16_t *weight, uint16_t *output, int64_t n, float eps) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 16) {
+        const __m512 x = load(input + i);
+        squares = _mm512_fmadd_ps(x, x, squares);
+    }
+    const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(n);
+    const __m512 factor = _mm512_set1_ps(1.0F / std::sqrt(mean + eps));
+    for (int64_t i = 0; i < n; i += 16) {
+        __m512 x = _mm512_mul_ps(load(input + i), factor);
+        if (weight) x = _mm512_mul_ps(rounded(x), load(weight + i));
+        store(output + i, x);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -28,19 +44,15 @@ extern "C" {
 // output [rows, n] = input ÷ root mean square of its row, rounded, × weight [n] where it is not null. n: multiple of 16.
 REMUDA_AMX void remuda_rms_norm(const uint16_t *input, const uint16_t *weight, uint16_t *output, int64_t num_rows,
                                 int64_t n, float eps) {
-    for (int64_t row = 0; row < num_rows; row++, input += n, output += n) {
-        __m512 squares = _mm512_setzero_ps();
-        for (int64_t i = 0; i < n; i += 16) {
-            const __m512 x = load(input + i);
-            squares = _mm512_fmadd_ps(x, x, squares);
-        }
-        const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(n);
-        const __m512 factor = _mm512_set1_ps(1.0F / std::sqrt(mean + eps));
-        for (int64_t i = 0; i < n; i += 16) {
-            __m512 x = _mm512_mul_ps(load(input + i), factor);
-            if (weight) x = _mm512_mul_ps(rounded(x), load(weight + i));
-            store(output + i, x);
-        }
+    for (int64_t row = 0; row < num_rows; row++, input += n, output += n) normalize(input, weight, output, n, eps);
+}
+
+// residual [rows, n] += update, rounded; output = the sum's norm as above.
+REMUDA_AMX void remuda_add_rms_norm(uint16_t *residual, const uint16_t *update, const uint16_t *weight, uint16_t *output,
+                                    int64_t num_rows, int64_t n, float eps) {
+    for (int64_t row = 0; row < num_rows; row++, residual += n, update += n, output += n) {
+        for (int64_t i = 0; i < n; i += 16) store(residual + i, _mm512_add_ps(load(residual + i), load(update + i)));
+        normalize(residual, weight, output, n, eps);
     }
 }
 
