@@ -8,7 +8,7 @@ ARGS ?=
 TEXT_CONFORMANCE := $(addprefix tests/frontend/test_,templates.py tool_parser.py meta_tokenizers.py infilling.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve hosts test conformance test-full lint type fmt protos bench bench-roof bench-peers bench-models clean
+.PHONY: help setup demo serve hosts test conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-models clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ bench: setup  ## ratios of our host path to a reference measured in the same run
 
 bench-roof: setup  ## native kernels and whole steps as fractions of the same-run memory read or GEMM (wants make bench-models)
 	$(PY) -m bench.roof $(ARGS)
+
+bench-gpu: setup  ## on a CUDA machine: every GPU path checked against float64, then measured against the same GPU's copy and GEMM
+	$(PY) -m bench.gpu $(ARGS)
 
 bench-peers: setup  ## us and every installed peer on one checkpoint with the same load, in turns (wants make bench-models)
 	$(PY) -m bench.peers $(ARGS)

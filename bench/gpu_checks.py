@@ -1,0 +1,113 @@
+"""What only a GPU can show, each against something that does not use it: the largest error, and what it may be."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import engine
+from bench.gpu_kernels import attention_step
+from bench.gpu_model import GpuModel
+from bench.gpu_roofs import DEVICE
+from engine.attention.registry import attention_backend
+from engine.config import Dtype, KvGroupConfig
+from engine.executor.sampler import sample
+from engine.executor.sampling_row import SamplingRow
+from engine.model_config import ModelConfig
+from engine.quantization.fp8 import multiply_float8, quantize_rows
+from engine.request import SamplingParams
+
+Check = Callable[[], tuple[float, float]]
+_TINY = Path(engine.__path__[0]) / "assets" / "remuda-tiny"
+_CPU = torch.device("cpu")
+_PROMPTS = [list(range(5, 205)), [7, 300, 9], list(range(400, 433))]
+_LARGEST_PROMPT = 256
+
+
+def _tiny(dtype: Dtype, device: torch.device) -> GpuModel:
+    config = ModelConfig.from_directory(_TINY)
+    return GpuModel(config, str(_TINY), dtype, device, num_requests=len(_PROMPTS), max_len=_LARGEST_PROMPT)
+
+
+def _tiny_logits(model: GpuModel, *, is_captured: bool = False) -> torch.Tensor:
+    """Of prompts, of prompts continued together with decoding, and of a step that only decodes."""
+    lengths = [len(prompt) for prompt in _PROMPTS]
+    captured = model.capture() if is_captured else None
+    steps = [
+        model.batch([0, 0, 0], _PROMPTS),
+        model.batch(lengths, [[11, 12, 13], [14], [15]]),
+        model.batch([lengths[0] + 3, lengths[1] + 1, lengths[2] + 1], [[16], [17], [18]]),
+    ]
+    return torch.cat([model.logits(step, captured).cpu() for step in steps])
+
+
+def _worst(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """As a share of the largest number."""
+    expected = expected.double().cpu()
+    error = (found.double().cpu() - expected).abs().max() / expected.abs().max()
+    return float(error)
+
+
+def _model_float32() -> tuple[float, float]:
+    return _worst(_tiny_logits(_tiny(Dtype.FLOAT32, DEVICE)), _tiny_logits(_tiny(Dtype.FLOAT32, _CPU))), 1e-3
+
+
+def _model_bfloat16() -> tuple[float, float]:
+    return _worst(_tiny_logits(_tiny(Dtype.BFLOAT16, DEVICE)), _tiny_logits(_tiny(Dtype.FLOAT32, _CPU))), 0.1
+
+
+def _graphs() -> tuple[float, float]:
+    model = _tiny(Dtype.BFLOAT16, DEVICE)
+    return _worst(_tiny_logits(model, is_captured=True), _tiny_logits(model)), 0.02
+
+
+def _long_attention(name: str, group: KvGroupConfig) -> Check:
+    """Prompts after a long past, decoding requests of many parts, against the reference in float32."""
+
+    def check() -> tuple[float, float]:
+        batch, cache = attention_step([(6000, 700), (9000, 1), (20, 1), (0, 3000)])
+        num_tokens = len(batch.positions)
+        query = torch.randn(num_tokens, 32, 128, dtype=torch.bfloat16, device=DEVICE)
+        key, value = (torch.randn(num_tokens, 8, 128, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+        found = attention_backend(name=name).plan(batch, (group,), 16).forward(0, query, key, value, cache)
+        wide = type(cache)(tuple(t.float() for t in cache.key_cache), tuple(t.float() for t in cache.value_cache))
+        reference = attention_backend(name="reference").plan(batch, (group,), 16)
+        return _worst(found, reference.forward(0, query.float(), key.float(), value.float(), wide)), 0.02
+
+    return check
+
+
+def _float8() -> tuple[float, float]:
+    """Against float64 products of the same codes."""
+    codes, scales = quantize_rows(torch.randn(512, 1024, device=DEVICE))
+    hidden = torch.randn(33, 1024, dtype=torch.bfloat16, device=DEVICE)
+    inputs, input_scales = quantize_rows(hidden)
+    expected = (inputs.double() * input_scales) @ (codes.double() * scales).t()
+    return _worst(multiply_float8(hidden, codes, scales), expected), 0.01
+
+
+def _draws() -> tuple[float, float]:
+    """Share of tokens that differ from the CPU's: exponentials may differ in their last bit."""
+    logits = torch.randn(512, 128256) * 4
+    rows = [
+        SamplingRow(r, SamplingParams(max_tokens=1, temperature=0.7 * (r % 3), top_p=0.9, seed=r), [1], 1)
+        for r in range(len(logits))
+    ]
+    found, expected = sample(logits.to(DEVICE), rows), sample(logits, rows)
+    different = sum(a != b for a, b in zip(found.token_ids, expected.token_ids, strict=True))
+    return different / len(rows), 0.005
+
+
+_GROUPS = {
+    "full": KvGroupConfig((0,)),
+    "chunked": KvGroupConfig((0,), chunk_size=2048),
+    "sliding": KvGroupConfig((0,), window_size=1024),
+}
+CHECKS: dict[str, Check] = {
+    "remuda-tiny, float32, against the CPU": _model_float32,
+    "remuda-tiny, bfloat16, against the CPU in float32": _model_bfloat16,
+    "CUDA graphs against single launches": _graphs,
+    **{f"long {kind} attention": _long_attention("cuda", group) for kind, group in _GROUPS.items()},
+    "FP8 products against float64": _float8,
+    "drawn tokens against the CPU": _draws,
+}
