@@ -124,7 +124,7 @@ def test_a_prompt_does_not_wait_for_one_that_does_not_fit() -> None:
 
 def test_the_victim_is_of_the_worst_priority() -> None:
     """The oldest, as it happens; the others lose nothing."""
-    bed = Bed(num_blocks=1 + 8)
+    bed = Bed(num_blocks=1 + 10)
     cheap, usual, vital = bed.add(3, 6, priority=5), bed.add(4, 6), bed.add(4, 6, priority=-1)
     for step in range(20):
         batch = bed.schedule()
