@@ -9,7 +9,7 @@ import logging
 import threading
 import traceback
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import ray
@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
-from cluster.control.autoscaling import ReplicaLoad, ScalingBounds, ScalingState, decide
+from cluster.control.autoscaling import DOWN_DELAY_S, UP_DELAY_S, ReplicaLoad, wanted_replicas
 from cluster.control.placement import place_gangs
 from cluster.control.ray_runtime import NAMESPACE, living_hosts
 from cluster.errors import StartFailed
@@ -169,12 +169,9 @@ def scale(context: Any) -> tuple[int, dict[str, Any]]:
     for name, by_replica in (context.aggregated_metrics or {}).items():
         for replica, value in by_replica.items():
             found.setdefault(replica, {})[name] = value
-    loads = [ReplicaLoad(**values) for values in found.values() if len(values) == 3]
-    bounds = ScalingBounds(context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas)
-    # Serve keeps entries of its own in the same mapping.
-    kept = context.policy_state.get("remuda", {})
-    number, state = decide(context.target_num_replicas, loads, bounds, ScalingState(**kept), context.current_time)
-    return number, {**context.policy_state, "remuda": asdict(state)}
+    loads = [ReplicaLoad(**values) for values in found.values() if len(values) == len(fields(ReplicaLoad))]
+    least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+    return wanted_replicas(context.target_num_replicas, loads, least, most), context.policy_state
 
 
 class ServeApp:
@@ -214,6 +211,8 @@ class ServeApp:
                     max_replicas=config.max_replicas,
                     metrics_interval_s=0.5,
                     look_back_period_s=2.0,
+                    upscale_delay_s=UP_DELAY_S,
+                    downscale_delay_s=DOWN_DELAY_S,
                     policy=policy,
                 )
             }
