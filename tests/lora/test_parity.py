@@ -40,6 +40,17 @@ def test_mixed_adapters(adapted: Callable[[str], Adapted], conforms: Conforms, n
         np.testing.assert_allclose(ours[which], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "tp"), [("llama", 1), ("llama4", 2)])
+def test_each_stage_loads_its_part_of_an_adapter(
+    adapted: Callable[[str], Adapted], conforms: Conforms, name: str, tp: int
+) -> None:
+    conforms(TITLES[name], "float32 + 2 adapters", pp=2, tp=tp, oracle="PEFT")
+    made = adapted(name)
+    ours = run_ranks(mixed_logits, 2 * tp, made, tp, 1, 2)[tp]
+    for which, expected in made.logits.items():
+        np.testing.assert_allclose(ours[which], expected, rtol=0, atol=1e-4)
+
+
 def test_experts_adapted_one_by_one(adapted: Callable[[str], Adapted], tmp_path: Path) -> None:
     """As PEFT wrote it for transformers 4, where each expert's matrices were modules; the oracle has them merged."""
     made = adapted("mixtral")
