@@ -11,6 +11,7 @@ BACKENDS = {
     "reference": "engine.attention.reference:ReferenceAttention",
     "cpu": "engine.attention.cpu:CpuAttention",
     "cuda": "engine.attention.cuda:CudaAttention",
+    "flashinfer": "engine.attention.flashinfer:FlashInferAttention",
 }
 """Name to "module:class"."""
 

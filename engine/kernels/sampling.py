@@ -17,7 +17,7 @@ def most_likely(logits: torch.Tensor) -> torch.Tensor:
 
         return greedy(logits.contiguous())
     library = _library()
-    if library is not None and logits.dtype is torch.float32 and logits.stride(1) == 1:
+    if library is not None and not logits.is_cuda and logits.dtype is torch.float32 and logits.stride(1) == 1:
         found = torch.empty(len(logits), dtype=torch.int64)
         library.remuda_most_likely(logits.data_ptr(), logits.stride(0), found.data_ptr(), *logits.shape)
         return found
