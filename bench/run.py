@@ -1,6 +1,6 @@
 """``make bench``: our own path's cost as ratios to references measured in the same run.
 
-    python -m bench.run [--only host-step,streaming,end-to-end] [--repetitions 5] [--quick] [--out out/bench.json]
+    python -m bench.run [--only host-step,streaming,idle,end-to-end] [--repetitions 5] [--quick] [--out out/bench.json]
 
 Prints a table and writes the same as JSON. Absolute figures depend on the machine and on what else runs there; only
 the ratios are meant to be compared between runs, and their spread says how far.
@@ -14,13 +14,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import end_to_end, host_step, streaming
+from bench import end_to_end, host_step, idle, streaming
 from bench.measure import Row
 from bench.output import machine, make_console, print_rows, write_rows
 
 BENCHMARKS: dict[str, Callable[[int, bool], list[Row]]] = {
     "host-step": host_step.run,
     "streaming": streaming.run,
+    "idle": idle.run,
     "end-to-end": end_to_end.run,
 }
 

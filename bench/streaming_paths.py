@@ -3,10 +3,11 @@
 import asyncio
 import json
 import sys
+import time
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
 
@@ -17,8 +18,32 @@ from engine.request import Request, SamplingParams
 
 PROMPT = [300, 301, 302]
 
-Read = Callable[[int, int], Awaitable[int]]
-"""(stream, tokens) → the number of messages in which that many tokens came."""
+
+@dataclass
+class Received:
+    """One stream's messages: when each came, and how many tokens had come with it."""
+
+    times_s: list[float] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+
+    def note(self, num_tokens: int) -> None:
+        """A message with so many more tokens is here."""
+        self.times_s.append(time.perf_counter())
+        self.num_tokens.append(num_tokens + (self.num_tokens[-1] if self.num_tokens else 0))
+
+    @property
+    def total(self) -> int:
+        return self.num_tokens[-1] if self.num_tokens else 0
+
+    def delays_s(self, step_s: float) -> list[float]:
+        """Of each message, how much later than the stream's quickest it came after the step of its oldest token."""
+        oldest = [0, *self.num_tokens[:-1]]
+        late = [at_s - first * step_s for at_s, first in zip(self.times_s, oldest, strict=True)]
+        return [each - min(late) for each in late]
+
+
+Read = Callable[[int, int], Awaitable[Received]]
+"""(stream, tokens) → the messages in which that many tokens came."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +80,13 @@ async def plain_grpc(step_s: float) -> AsyncIterator[StreamingPath]:
     async with server("reference", "--step-s", str(step_s)) as (pid, address), open_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
 
-        async def read(index: int, num_tokens: int) -> int:
+        async def read(index: int, num_tokens: int) -> Received:
             sampling = common_pb2.SamplingParams(max_tokens=num_tokens)
-            num_messages = 0
+            received = Received()
             async for _ in stub.Generate(inference_pb2.GenerateRequest(sampling=sampling)):
-                num_messages += 1
-            _check(num_messages, num_tokens)
-            return num_messages
+                received.note(1)
+            _check(received.total, num_tokens)
+            return received
 
         yield StreamingPath((pid,), read)
 
@@ -73,14 +98,13 @@ async def leader_to_client(step_s: float) -> AsyncIterator[StreamingPath]:
         client = ReplicaClient(address, "bench")
         await client.connect()
 
-        async def read(index: int, num_tokens: int) -> int:
+        async def read(index: int, num_tokens: int) -> Received:
             request = Request(f"request-{index}", PROMPT, len(PROMPT), SamplingParams(max_tokens=num_tokens))
-            num_outputs, received = 0, 0
+            received = Received()
             async for output in client.generate(request):
-                num_outputs += 1
-                received += len(output.token_ids)
-            _check(received, num_tokens)
-            return num_outputs
+                received.note(len(output.token_ids))
+            _check(received.total, num_tokens)
+            return received
 
         yield StreamingPath((pid,), read)
         await client.close()
@@ -103,17 +127,17 @@ async def front_end_grpc(step_s: float) -> AsyncIterator[StreamingPath]:
     async with front_end(step_s) as (pids, _, address), open_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
 
-        async def read(index: int, num_tokens: int) -> int:
+        async def read(index: int, num_tokens: int) -> Received:
             request = inference_pb2.GenerateRequest(
                 token_ids=inference_pb2.TokenIds(ids=PROMPT),
                 sampling=common_pb2.SamplingParams(max_tokens=num_tokens, ignore_eos=True),
             )
-            num_messages, received = 0, 0
+            received = Received()
             async for response in stub.Generate(request):
-                num_messages += 1
-                received += len(response.delta.token_ids)
-            _check(received, num_tokens)
-            return num_messages
+                if response.delta.token_ids:
+                    received.note(len(response.delta.token_ids))
+            _check(received.total, num_tokens)
+            return received
 
         yield StreamingPath(pids, read)
 
@@ -126,18 +150,28 @@ async def front_end_http(step_s: float) -> AsyncIterator[StreamingPath]:
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
     ):
 
-        async def read(index: int, num_tokens: int) -> int:
+        async def read(index: int, num_tokens: int) -> Received:
             body = {"model": "mock", "prompt": PROMPT, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
             body["stream_options"] = {"include_usage": True}
-            num_events, last = 0, b""
+            # Only where delays are measured, and parsing does not hold up the rest.
+            body["return_token_ids"] = step_s > 0
+            received, last = Received(), b""
             async with session.post(f"http://{address}/v1/completions", json=body) as response:
                 async for line in response.content:
                     if line.startswith(b"data: {"):
-                        num_events, last = num_events + 1, line
+                        last = line
+                        count = len(_token_ids(line)) if step_s > 0 else 1
+                        if count:
+                            received.note(count)
             _check(json.loads(last[6:])["usage"]["completion_tokens"], num_tokens)
-            return num_events
+            return received
 
         yield StreamingPath(pids, read)
+
+
+def _token_ids(line: bytes) -> list[int]:
+    choices = json.loads(line[6:])["choices"]
+    return choices[0].get("token_ids", []) if choices else []
 
 
 def _check(received: int, wanted: int) -> None:

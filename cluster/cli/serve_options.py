@@ -59,7 +59,7 @@ MaxLoras = Annotated[int | None, typer.Option(help="Adapters that may be loaded 
 AsyncScheduling = Annotated[
     bool | None,
     typer.Option(
-        "--async-scheduling/--no-async-scheduling", help="Make the next step's plan while a step runs. [on GPUs]"
+        "--async-scheduling/--no-async-scheduling", help="Send the next step's plan while a step runs. [on GPUs]"
     ),
 ]
 EnablePrefixCaching = Annotated[

@@ -163,7 +163,8 @@ class Delta:
     """More of one choice. ``text`` never ends inside a character; a token whose text is still held back comes later.
     ``tool_calls`` come after the text.
 
-    ``position`` is the first token's, ``text_offsets`` each token's first character, both within the choice.
+    ``position`` is the first token's, ``text_offsets`` each token's first character, both within the choice; where
+    no log-probabilities were asked for, all tokens that came together may have the offset of the first.
     """
 
     choice: int

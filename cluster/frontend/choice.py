@@ -88,20 +88,40 @@ class Choice:
             if output.token_ids or output.finish_reason is not None:
                 self.finished = Finished(self.index, FinishReason.LENGTH)
             return
+        if not self._feed_plain(output) and self._feed_each(output):
+            return
+        if output.finish_reason is not None:
+            self._finish(output.finish_reason, output.stop_token_id)
+
+    def _feed_plain(self, output: Output) -> bool:
+        """All tokens in one go, where nothing is to be known of each: no log-probabilities with their offsets, nothing
+        looked for in the text, no unfinished character. False: nothing was done."""
+        if self._logprobs is not None or self._tools is not None or self._stops.looks_for_any:
+            return False
+        token_ids = output.token_ids
+        text = self._detokenizer.feed_whole(token_ids if output.stop_token_id is None else token_ids[:-1])
+        if text is None:
+            return False
+        self._offsets += [self._num_chars] * len(token_ids)
+        self.num_tokens += len(token_ids)
+        self._token_ids += token_ids
+        self._num_chars += len(text)
+        self._ends += [self._num_chars] * len(token_ids)
+        self._show(text)
+        return True
+
+    def _feed_each(self, output: Output) -> bool:
+        """Whether the text has come to its end, with a stop string or a tool call."""
         last = len(output.token_ids) - 1
         for index, token_id in enumerate(output.token_ids):
             is_silent = index == last and output.stop_token_id is not None
             self._add_token(token_id, is_silent)
             if self._logprobs is not None and output.logprobs:
                 self._logprobs.append(output.logprobs[index])
-            if self._stops.matched is not None:
+            if self._stops.matched is not None or (self._tools is not None and self._tools.is_done):
                 self._end(FinishReason.STOP, None)
-                return
-            if self._tools is not None and self._tools.is_done:
-                self._end(FinishReason.STOP, None)
-                return
-        if output.finish_reason is not None:
-            self._finish(output.finish_reason, output.stop_token_id)
+                return True
+        return False
 
     def _add_token(self, token_id: int, is_silent: bool) -> None:
         """A silent token ends the sequence: it counts, and its text is not part of the answer."""

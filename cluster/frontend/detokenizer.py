@@ -37,6 +37,20 @@ class Detokenizer:
         """The text that this token completes, often its own, sometimes none."""
         return self._decoder.decode(self._raw(token_id) if token_id in self._shown else self._visible(token_id))
 
+    def feed_whole(self, token_ids: Sequence[int]) -> str | None:
+        """The text of all these tokens, where it begins and ends between characters; None, and nothing done, where not.
+
+        Control tokens that are shown are looked for by ``feed`` only.
+        """
+        if self._shown or self.is_inside_character:
+            return None
+        before = self._decoder.getstate()
+        text = self._decoder.decode(b"".join(map(self._visible, token_ids)))
+        if self._decoder.getstate()[0]:
+            self._decoder.setstate(before)
+            return None
+        return text
+
     def finish(self) -> str:
         """The sequence is over: what an unfinished character leaves, U+FFFD or nothing."""
         return self._decoder.decode(b"", final=True)

@@ -65,6 +65,11 @@ class StopStrings:
         self._held = ""
         self.matched: str | None = None
 
+    @property
+    def looks_for_any(self) -> bool:
+        """Whether there are stop strings."""
+        return self._root is not None
+
     def feed(self, text: str) -> str:
         """The next piece of the text → what can be shown now. After a match nothing more is to be fed."""
         assert self.matched is None

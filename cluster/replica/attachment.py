@@ -30,7 +30,9 @@ class Attachment:
         self.is_closing = False
         self._incarnation = incarnation
         self._sequence = 0
-        self._outputs: dict[int, list[Output]] = {}
+        self._outputs: dict[int, Output] = {}
+        self._merging: dict[int, list[Output]] = {}
+        """Where more than one output waits: all of them, the one in ``_outputs`` first."""
         self._errors: dict[int, RemudaError] = {}
         self._may_be_heavy = False
         """Spares the usual step, one token per stream, the weighing."""
@@ -39,10 +41,10 @@ class Attachment:
         """The caller sets ``wake`` once for all that a step gave."""
         waiting = self._outputs.get(stream)
         if waiting is not None:
-            waiting.append(output)
+            self._merging.setdefault(stream, [waiting]).append(output)
             self._may_be_heavy = True
             return
-        self._outputs[stream] = [output]
+        self._outputs[stream] = output
         if output.logprobs or output.prompt_logprobs:
             self._may_be_heavy = True
 
@@ -52,6 +54,7 @@ class Attachment:
     def forget(self, stream: int) -> None:
         """Nobody waits for this stream any more."""
         self._outputs.pop(stream, None)
+        self._merging.pop(stream, None)
         self._errors.pop(stream, None)
 
     @property
@@ -72,11 +75,11 @@ class Attachment:
 
     def _take(self) -> tuple[Iterable[tuple[int, Output]], list[tuple[int, RemudaError]]]:
         """An error waits for the frame after its stream's last output: a frame lists a stream once."""
-        waiting, self._outputs = self._outputs, {}
-        taken = {stream: parts[0] if len(parts) == 1 else merge(parts) for stream, parts in waiting.items()}
+        taken, self._outputs = self._outputs, {}
         if self._may_be_heavy:
-            taken, rest = _split(taken)
-            self._outputs = {stream: [output] for stream, output in rest.items()}
+            merging, self._merging = self._merging, {}
+            taken |= {stream: merge(parts) for stream, parts in merging.items()}
+            taken, self._outputs = _split(taken)
             self._may_be_heavy = bool(self._outputs)
         ready: dict[int, RemudaError] = {}
         if self._errors:

@@ -169,19 +169,12 @@ def frame_to_proto(
     ``outputs`` are (stream, output), each stream at most once over both arguments; ``refusals`` are requests that
     ended with an error. An output's ``num_cached_tokens`` travels with its finish only.
     """
-    streams: list[int] = []
-    num_tokens: list[int] = []
-    token_ids: list[int] = []
-    logprobs: list[replica_pb2.StreamLogprobs] = []
-    finishes: list[replica_pb2.StreamFinish] = []
-    for stream, output in outputs:
-        streams.append(stream)
-        num_tokens.append(len(output.token_ids))
-        token_ids += output.token_ids
-        if output.logprobs or output.prompt_logprobs:
-            logprobs.append(_stream_logprobs(stream, output))
-        if output.finish_reason is not None:
-            finishes.append(_stream_finish(stream, output))
+    entries = list(outputs)
+    streams = [stream for stream, _ in entries]
+    num_tokens = [len(output.token_ids) for _, output in entries]
+    token_ids = [token_id for _, output in entries for token_id in output.token_ids]
+    logprobs = [_stream_logprobs(s, output) for s, output in entries if output.logprobs or output.prompt_logprobs]
+    finishes = [_stream_finish(stream, output) for stream, output in entries if output.finish_reason is not None]
     for stream, error in refusals:
         streams.append(stream)
         num_tokens.append(0)

@@ -67,6 +67,24 @@ def test_a_continuation_finishes_the_prompt_s_character(kind: str, loaded: Any, 
     assert before + after == whole
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+@given(data=st.data())
+def test_tokens_in_one_go_give_the_same_text_or_nothing(kind: str, loaded: Any, data: st.DataObject) -> None:
+    """However the sequence is cut; None only where a piece begins or ends inside a character."""
+    tokenizer: Tokenizer = loaded[kind]
+    text = data.draw(st.text(st.sampled_from("aé日🙂 "), min_size=1, max_size=12))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    one_by_one, at_once = Detokenizer(tokenizer.bytes), Detokenizer(tokenizer.bytes)
+    while ids:
+        count = data.draw(st.integers(1, len(ids)))
+        begins_inside = one_by_one.is_inside_character
+        expected = "".join(map(one_by_one.feed, ids[:count]))
+        found = at_once.feed_whole(ids[:count])
+        assert (found is None) == (begins_inside or one_by_one.is_inside_character)
+        assert ("".join(map(at_once.feed, ids[:count])) if found is None else found) == expected
+        del ids[:count]
+
+
 def test_an_unfinished_character_at_the_end_is_shown_as_such(loaded: Any) -> None:
     tokenizer: Tokenizer = loaded["byte-level"]
     first = next(i for i in range(300) if tokenizer.bytes.raw(i) == "🙂".encode()[:1])

@@ -22,7 +22,7 @@ def bench(*arguments: str, module: str = "run", timeout_s: float = 300.0) -> sub
 def test_an_unknown_benchmark_is_refused_by_name(tmp_path: Path) -> None:
     done = bench("--only", "host-step,speed", "--out", str(tmp_path / "bench.json"))
     assert done.returncode == 2
-    assert "--only speed: there are host-step, streaming, end-to-end" in done.stderr
+    assert "--only speed: there are host-step, streaming, idle, end-to-end" in done.stderr
     assert not (tmp_path / "bench.json").exists()
 
 
@@ -34,7 +34,8 @@ def test_every_benchmark_gives_its_figures(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     rows = checked_rows(out)
     cases = [row["case"] for row in rows]
-    for part in ("1 running", "64 running", "256 running", "leader → client", "→ SSE", "→ gRPC", "concurrency 8"):
+    parts = ("1 running", "64 running", "256 running, critical path", "leader → client", "→ SSE", "→ gRPC", "serve")
+    for part in (*parts, "concurrency 8"):
         assert any(part in case for case in cases), f"no figure of {part}"
         assert part in done.stdout
 
