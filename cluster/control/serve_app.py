@@ -37,7 +37,7 @@ from cluster.replica.placed_rank import PlacedRank
 from cluster.replica.supervisor import NotReserved, Supervisor
 from engine.errors import RemudaError
 
-_POLL_INTERVAL_S = 0.25
+_POLL_INTERVAL_S = 0.5
 _CALL_TIMEOUT_S = 30.0
 _RESERVE_TIMEOUT_S = 10.0
 _NUM_PLACEMENTS = 6

@@ -75,7 +75,7 @@ def test_replicas_start_roll_and_follow_the_load(replicas: Served) -> None:
     assert ids(replicas) == {"r0", "r1"}
     assert {address for _, address in listening_addresses(replicas.mark)} <= {"127.0.0.1", "::1"}
 
-    load = Load(replicas, num_clients=2)
+    load = Load(replicas, num_clients=1)
     drained = run_remuda("drain", "r0", "--target", replicas.target)
     assert drained.returncode == 0, drained.stderr
     wait_for(lambda: ids(replicas) == {"r1", "r2"}, REPLACED_WITHIN_S)
