@@ -1,6 +1,6 @@
 """``make bench-roof``: native kernels and whole steps as fractions of what this machine can do at best.
 
-    python -m bench.roof [--only kernels,collectives,step] [--model dense-1b] [--tp 2] [--quantization int8]
+    python -m bench.roof [--only kernels,experts,collectives,step] [--model dense-1b] [--tp 2] [--quantization int8]
         [--repetitions 5] [--quick] [--out out/roof.json]
 
 The ceilings (memory reads in huge pages, a bfloat16 product) are measured again beside every figure, in the same run.
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import roof_collectives, roof_kernels, roof_step
+from bench import roof_collectives, roof_experts, roof_kernels, roof_step
 from bench.bench_cache import model_dir
 from bench.measure import Row
 from bench.output import machine, make_console, print_rows, write_rows
 
-SECTIONS = ("kernels", "collectives", "step")
+SECTIONS = ("kernels", "experts", "collectives", "step")
 
 
 def main() -> int:
@@ -60,6 +60,8 @@ def _section(name: str, arguments: argparse.Namespace, model: Path) -> list[Row]
     repetitions, quick = 1 if arguments.quick else arguments.repetitions, arguments.quick
     if name == "kernels":
         return roof_kernels.run(repetitions, quick, arguments.tp)
+    if name == "experts":
+        return roof_experts.run(repetitions, quick, arguments.tp)
     if name == "collectives":
         return roof_collectives.run(repetitions, quick)
     return roof_step.run(repetitions, quick, model, arguments.tp, arguments.quantization)

@@ -79,7 +79,7 @@ def run(num_repetitions: int, quick: bool, num_threads: int) -> list[Row]:
 
 def _products(roofs: Roofs, dtype: torch.dtype, num_repetitions: int) -> list[Row]:
     name = f"linear {str(dtype).removeprefix('torch.')} [{NUM_OUTPUTS}, {NUM_INPUTS}]"
-    weights = _rotating(roofs, (NUM_OUTPUTS, NUM_INPUTS), dtype)
+    weights = rotating(roofs, (NUM_OUTPUTS, NUM_INPUTS), dtype)
     scales = torch.rand(NUM_OUTPUTS)
     if dtype is torch.int8 and not can_multiply_int8(weights[0][0], torch.bfloat16):
         return []  # this CPU has no tile units: there is no kernel to measure
@@ -110,7 +110,7 @@ def _attention(roofs: Roofs, num_repetitions: int) -> list[Row]:
     """Each call's requests have blocks of their own, scattered over the whole cache."""
     shape = (BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
     blocks_per_request = CONTEXT // BLOCK_SIZE
-    pools = _rotating(roofs, shape, torch.bfloat16)
+    pools = rotating(roofs, shape, torch.bfloat16)
     num_blocks = len(pools[0]) // 2 // blocks_per_request * blocks_per_request
     caches = [(pool[:num_blocks], pool[num_blocks : 2 * num_blocks]) for pool in pools]
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
@@ -142,9 +142,11 @@ def _attention(roofs: Roofs, num_repetitions: int) -> list[Row]:
     return rows
 
 
-def _rotating(roofs: Roofs, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-    """For each thread a tensor [n, *shape] in huge pages, as large as the roofs' set; of ordinary values."""
-    one = torch.randint(-127, 128, shape, dtype=torch.int8) if dtype is torch.int8 else torch.randn(shape).to(dtype)
+def rotating(roofs: Roofs, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> list[torch.Tensor]:
+    """For each thread a tensor [n, *shape] in huge pages, as large as the roofs' set; of ordinary values, floats times
+    ``scale``."""
+    is_int8 = dtype is torch.int8
+    one = torch.randint(-127, 128, shape, dtype=dtype) if is_int8 else (torch.randn(shape) * scale).to(dtype)
     count = roofs.set_bytes // one.nbytes
     found = []
     for _ in range(roofs.num_threads):

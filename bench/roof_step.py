@@ -1,17 +1,25 @@
 """Whole steps of a checkpoint on a gang of CPU ranks, as the leader sees them: from the plan's departure to the result.
 
 Decoding steps are compared with reading memory (all weights, and the keys and values that are attended to), prefill
-with a bfloat16 GEMM. Dense models only: of a mixture, how much a step reads depends on its tokens.
+with a bfloat16 GEMM. Of a mixture's experts a step reads those that its tokens are routed to: they are counted
+beforehand, on one rank in this process.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from bench.measure import Row, row
 from bench.roof_kernels import Roofs
 from engine.config import Dtype, ParallelConfig
+from engine.executor.in_process import InProcessExecutor
 from engine.executor.process_gang import ProcessGang
 from engine.executor.worker_config import WorkerConfig
+from engine.layer_config import LayerConfig
+from engine.layers.router import Router
 from engine.messages import BatchPlan, NewRequest, ScheduledRequest, StepPlan
 from engine.model_config import ModelConfig, kv_groups
 from engine.request import SamplingParams
@@ -24,17 +32,24 @@ _NUM_STEPS = 8
 _BLOCK_SIZE = 16
 _SAMPLING = SamplingParams(max_tokens=PREFILL_TOKENS, temperature=0.0)
 # Ordinary tokens in every tokenizer.
-_TOKEN_ID = 300
+_FIRST_TOKEN_ID, _NUM_TOKEN_IDS = 300, 500
+_SLOT_STRIDE = 37
 
 
 class GangSteps:
     """Makes plans by hand and times their steps. Each slot has blocks of its own."""
 
-    def __init__(self, model: Path, tp: int, quantization: str | None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        tp: int,
+        quantization: str | None,
+        executor: type[ProcessGang] | type[InProcessExecutor] = ProcessGang,
+    ) -> None:
         self.config = ModelConfig.from_directory(str(model), quantization)
         self._num_groups = len(kv_groups(self.config))
         self._blocks_per_slot = self._num_groups * (PREFILL_TOKENS // _BLOCK_SIZE + 2)
-        self.gang = ProcessGang(
+        self.gang = executor(
             WorkerConfig(
                 rank=0,
                 channel_address="",
@@ -54,10 +69,10 @@ class GangSteps:
         self._lengths: dict[int, int] = {}
 
     def admit(self, slots: range, num_tokens: int) -> float:
-        """Seconds of the step that computes new prompts in ``slots``; those that were there before are gone."""
+        """Seconds of the step that computes new prompts, all different, in ``slots``; those that were there before are
+        gone."""
         removed, self._lengths = list(self._lengths), dict.fromkeys(slots, num_tokens)
-        tokens = [_TOKEN_ID + index % 500 for index in range(num_tokens)]
-        new = [NewRequest(slot, tokens, num_tokens, _SAMPLING) for slot in slots]
+        new = [NewRequest(slot, _prompt(slot, num_tokens), num_tokens, _SAMPLING) for slot in slots]
         shares = [ScheduledRequest(slot, 0, num_tokens, [], self._tables(slot), True) for slot in slots]
         return self._seconds(BatchPlan(removed, new, shares))
 
@@ -65,7 +80,7 @@ class GangSteps:
         """Seconds of a step with one token for every slot."""
         shares = []
         for slot, length in self._lengths.items():
-            shares.append(ScheduledRequest(slot, length, 1, [_TOKEN_ID], [], True))
+            shares.append(ScheduledRequest(slot, length, 1, [], [], True, input_step=self._step - 1))
             self._lengths[slot] = length + 1
         return self._seconds(BatchPlan([], [], shares))
 
@@ -84,22 +99,62 @@ class GangSteps:
         return seconds
 
 
+def _prompt(slot: int, num_tokens: int) -> list[int]:
+    return [_FIRST_TOKEN_ID + (_SLOT_STRIDE * slot + index) % _NUM_TOKEN_IDS for index in range(num_tokens)]
+
+
 def run(num_repetitions: int, quick: bool, model: Path, tp: int, quantization: str | None) -> list[Row]:
     config = ModelConfig.from_directory(str(model), quantization)
-    if any(layer.moe for layer in config.layers):
-        raise SystemExit(f"--model {model.name}: a step of a mixture has no fixed roof; take a dense model")
+    is_mixture = any(layer.moe for layer in config.layers)
+    shares = _used_shares(model, quantization) if is_mixture else dict.fromkeys(BATCHES, 1.0)
     roofs = Roofs(tp, (64 if quick else 640) * 2**20)
     steps = GangSteps(model, tp, quantization)
     try:
-        rows = [_decode(steps, roofs, batch, num_repetitions, tp) for batch in BATCHES]
+        rows = [_decode(steps, roofs, batch, num_repetitions, tp, shares[batch]) for batch in BATCHES]
         return [*rows, _prefill(steps, roofs, num_repetitions)]
     finally:
         steps.gang.close()
 
 
-def _decode(steps: GangSteps, roofs: Roofs, batch: int, num_repetitions: int, tp: int) -> Row:
+@torch.inference_mode()
+def _used_shares(model: Path, quantization: str | None) -> dict[int, float]:
+    """By the number of requests: which share of its experts a layer's router chooses in a decoding step, on average."""
+    found: dict[int, float] = {}
+    shares: list[float] = []
+    with _noted_choices(shares):
+        steps = GangSteps(model, 1, quantization, InProcessExecutor)
+        try:
+            for batch in BATCHES:
+                steps.admit(range(batch), PROMPT_TOKENS)
+                shares.clear()
+                for _ in range(_NUM_STEPS):
+                    steps.decode()
+                found[batch] = sum(shares) / len(shares)
+        finally:
+            steps.gang.close()
+    return found
+
+
+@contextmanager
+def _noted_choices(shares: list[float]) -> Iterator[None]:
+    """While it lasts, routers of this process add the share of their experts that they chose."""
+    route = Router.forward
+
+    def noting(router: Router, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        expert_ids, scores = route(router, hidden)
+        shares.append(len(expert_ids.unique()) / len(router.weight))
+        return expert_ids, scores
+
+    Router.forward = noting  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Router.forward = route  # type: ignore[method-assign]
+
+
+def _decode(steps: GangSteps, roofs: Roofs, batch: int, num_repetitions: int, tp: int, used_share: float) -> Row:
     kv_bytes = _kv_bytes(steps.config, batch, PROMPT_TOKENS + _NUM_STEPS)
-    gigabytes = (_read_bytes(steps.config, tp) + kv_bytes) / 1e9
+    gigabytes = (_read_bytes(steps.config, tp, used_share) + kv_bytes) / 1e9
     ours, theirs = [], []
     for _ in range(num_repetitions):
         theirs.append(roofs.read_gb_s())
@@ -122,11 +177,13 @@ def _prefill(steps: GangSteps, roofs: Roofs, num_repetitions: int) -> Row:
     return row("prefill", f"{PREFILL_TOKENS} tokens", "TFLOP/s", ours, theirs, "higher", note)
 
 
-def _read_bytes(config: ModelConfig, tp: int) -> int:
-    """Of weights, on all ranks. Of an embedding that is not the head too, a step reads a few rows only."""
+def _read_bytes(config: ModelConfig, tp: int, used_share: float = 1.0) -> int:
+    """Of weights, on all ranks. Of an embedding that is not the head too, a step reads a few rows only, and of experts
+    ``used_share``."""
     shards: list[ShardBytes] = [shard_bytes(config, ParallelConfig(tp=tp), r, Dtype.BFLOAT16) for r in range(tp)]
     unread = sum(shard.by_kind["embedding"] for shard in shards if shard.by_kind.get("head"))
-    return sum(shard.total for shard in shards) - unread
+    experts = sum(shard.by_kind.get("experts", 0) for shard in shards)
+    return sum(shard.total for shard in shards) - unread - round((1 - used_share) * experts)
 
 
 def _kv_bytes(config: ModelConfig, batch: int, context: int) -> int:
@@ -134,8 +191,15 @@ def _kv_bytes(config: ModelConfig, batch: int, context: int) -> int:
 
 
 def _prefill_flops(config: ModelConfig, num_tokens: int) -> int:
-    """Products with every matrix but the head, which computes one token, and causal attention."""
+    """Products with every matrix that a token meets but the head, which computes one token, and causal attention."""
     attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
-    matrices = sum(attention + 3 * config.hidden_size * layer.intermediate_size for layer in config.layers)
+    matrices = sum(attention + 3 * config.hidden_size * _active_width(layer) for layer in config.layers)
     scores = len(config.layers) * 2 * config.num_heads * config.head_dim * num_tokens * (num_tokens + 1) // 2
     return 2 * (matrices * num_tokens + scores)
+
+
+def _active_width(layer: LayerConfig) -> int:
+    """Of the feed-forward layer, or of all experts that one token meets. A mixture's router is left out."""
+    if layer.moe is None:
+        return layer.intermediate_size
+    return layer.moe.intermediate_size * (layer.moe.num_experts_per_token + layer.moe.has_shared_expert)

@@ -1,15 +1,20 @@
 """The ceilings and what kernels and steps are divided by."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.limits import MemoryLimits, memory_buffer
 from bench.rank_processes import on_ranks
-from bench.roof_step import _kv_bytes, _prefill_flops, _read_bytes
+from bench.roof_step import _kv_bytes, _noted_choices, _prefill_flops, _read_bytes
 from engine.config import Dtype
-from engine.layer_config import LayerConfig
+from engine.layer_config import LayerConfig, MoeConfig
+from engine.layers.router import SigmoidRouter
 from engine.model_config import ModelConfig
+from engine.parallel.mesh import Mesh
+from engine.parameter import ParameterBuilder
 from engine.rope_config import RopeConfig
 from tests.unit.bench.rank_functions import double_of_all, fails_on_one
 
@@ -48,6 +53,29 @@ def test_prefill_work_is_that_of_its_matrices_and_attention() -> None:
     pairs = sum(range(1, num_tokens + 1))
     attention = 3 * pairs * 4 * 16 * 2  # layers, (query, key) pairs, heads, head_dim; scores and values
     assert _prefill_flops(config(False), num_tokens) == 2 * (matrices * num_tokens + attention)
+
+
+def test_a_mixture_reads_and_computes_what_its_tokens_use() -> None:
+    moe = MoeConfig(num_experts=8, num_experts_per_token=2, intermediate_size=32, has_shared_expert=True)
+    mixture = replace(
+        config(True), architecture="Llama4ForCausalLM", layers=(LayerConfig(96), LayerConfig(96, moe=moe))
+    )
+    dense = replace(mixture, layers=(LayerConfig(96), LayerConfig(3 * 32)))
+    assert _prefill_flops(mixture, 10) == _prefill_flops(dense, 10)
+    of_one = 3 * 64 * 32 * 2
+    assert _read_bytes(mixture, 1) - _read_bytes(mixture, 1, 3 / 8) == 5 * of_one
+
+
+def test_choices_of_routers_are_noted() -> None:
+    build = ParameterBuilder(Mesh(), torch.float32, torch.device("cpu"))
+    router = SigmoidRouter(build, "router", 4, MoeConfig(4, 1, 32))
+    router.weight.data.copy_(torch.eye(4))
+    shares: list[float] = []
+    with _noted_choices(shares):
+        expert_ids, _ = router.forward(torch.eye(4)[[0, 2, 2]])
+    assert expert_ids.flatten().tolist() == [0, 2, 2] and shares == [0.5]
+    router.forward(torch.eye(4))
+    assert shares == [0.5]
 
 
 def test_keys_and_values_of_a_batch() -> None:
