@@ -96,6 +96,15 @@ class Scheduler:
         """Begins the batch of plan ``step`` before that plan can leave: what the running requests compute in it. None
         where they compute nothing. ``schedule`` returns this very object unless something has changed meanwhile.
         """
+        draft = self._begin(step)
+        if not draft.batch.scheduled:
+            return None
+        draft.batch.removed.extend(self._removed)
+        self._removed.clear()
+        self._draft = draft
+        return draft.batch
+
+    def _begin(self, step: int) -> Draft:
         batch = BatchPlan(removed=[], new=[], scheduled=[])
         flight = StepInFlight(step)
         is_decoding = any(self._num_schedulable(state) == 1 for state in self._running)
@@ -105,10 +114,7 @@ class Scheduler:
             work = Work.of(self._running, self._waiting, self._config)
             budget.narrow(work.max_decodes(len(self._in_flight)), work.max_prompt_tokens)
         short_of_blocks = self._schedule_running(batch, flight, budget)
-        batch.removed.extend(self._removed)
-        self._removed.clear()
-        self._draft = Draft(batch, flight, budget, short_of_blocks)
-        return batch if batch.scheduled else None
+        return Draft(batch, flight, budget, short_of_blocks)
 
     def is_final(self, result: StepResult) -> bool:
         """Whether the draft can leave before ``result``, the next to be taken in: it ends no request of the draft, and
@@ -120,10 +126,8 @@ class Scheduler:
 
     def schedule(self, step: int) -> BatchPlan | None:
         """The batch of plan ``step``, or None where nothing can be computed until a plan in flight returns."""
-        if self._draft is None:
-            self.draft(step)
-        assert self._draft is not None and self._draft.flight.step == step
-        draft, self._draft = self._draft, None
+        draft, self._draft = self._draft or self._begin(step), None
+        assert draft.flight.step == step
         batch, flight = draft.batch, draft.flight
         if self._removed:
             batch = self._without_ended(batch, flight)
