@@ -109,8 +109,9 @@ class ChannelExecutor:
     def submit(self, plan: StepPlan) -> "Future[list[StepResult]]":
         """See Executor. Calls come one at a time."""
         assert self._watcher is not None, "start comes first"
-        data = self._prepared[1] if self._prepared is not None and self._prepared[0] is plan else encode(plan)
-        if not self._pending:
+        is_prepared = self._prepared is not None and self._prepared[0] is plan
+        data = self._prepared[1] if self._prepared is not None and is_prepared else encode(plan)
+        if not self._pending and not is_prepared:  # a prepared one follows a result at once
             with self._receiving:
                 self._receive(0.0)  # an answer that nobody has asked for yet
             self._tell_failure()
