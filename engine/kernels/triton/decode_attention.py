@@ -69,16 +69,16 @@ def decode_attention(
         return
     sums = torch.empty(num_requests, num_heads, parts, head_dim, dtype=torch.float32, device=query.device)
     weights = torch.empty(num_requests, num_heads, parts, dtype=torch.float32, device=query.device)
-    group = num_heads // num_kv_heads
-    width = power_of_2(head_dim, _LEAST_ROWS)
+    shape = {
+        "HEADS": num_heads,
+        "HEAD_DIM": head_dim,
+        "WIDTH": power_of_2(head_dim, _LEAST_ROWS),
+        "PARTS": parts,
+        "num_warps": 4,
+    }
+    inputs = (query, key_cache, value_cache, block_tables, positions, rows, requests)
     _attend_part[(num_requests, num_kv_heads, parts)](
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        positions,
-        rows,
-        requests,
+        *inputs,
         sums,
         weights,
         block_tables.shape[1],
@@ -86,29 +86,50 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         CHUNK=chunk_size or 0,
         WINDOW=window_size or 0,
-        HEADS=num_heads,
-        GROUP=group,
-        GROUP_ROWS=power_of_2(group, _LEAST_ROWS),
-        HEAD_DIM=head_dim,
-        WIDTH=width,
+        GROUP=num_heads // num_kv_heads,
+        GROUP_ROWS=power_of_2(num_heads // num_kv_heads, _LEAST_ROWS),
         POSITIONS=_POSITIONS,
-        PARTS=parts,
         DOT=dot_dtype(query.dtype),
-        num_warps=4,
         num_stages=2,
+        **shape,
     )
-    _combine_parts[(num_requests, num_heads)](
-        sums,
-        weights,
-        rows,
-        output,
-        HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        WIDTH=width,
-        PARTS=parts,
-        PARTS_ROWS=power_of_2(parts),
-        num_warps=4,
-    )
+    _combine_parts[(num_requests, num_heads)](sums, weights, rows, output, PARTS_ROWS=power_of_2(parts), **shape)
+
+
+@triton.jit
+def _seen_by(
+    stop: Any,
+    part: Any,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PARTS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+) -> Any:
+    """First position of a part, and the one after its last, of what the token at ``stop`` − 1 sees."""
+    start = 0
+    if CHUNK:
+        start = (stop - 1) // CHUNK * CHUNK
+    if WINDOW:
+        start = tl.maximum(stop - WINDOW, 0)
+    share = tl.cdiv(tl.cdiv(stop - start, PARTS), POSITIONS) * POSITIONS
+    begin = start + part * share
+    return begin, tl.minimum(begin + share, stop)
+
+
+@triton.jit
+def _attend_tile(
+    q: Any, k: Any, v: Any, is_seen: Any, scale: Any, largest: Any, weight: Any, total: Any, DOT: tl.constexpr
+) -> Any:
+    """The online softmax's state after one more tile of keys and values."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.where(is_seen[None, :], scores, float("-inf"))
+    # The first position of a part is always seen, so the maximum is finite.
+    larger = tl.maximum(largest, tl.max(scores, axis=1))
+    decay = tl.exp2(largest - larger)
+    powers = tl.exp2(scores - larger[:, None])
+    weight = weight * decay + tl.sum(powers, axis=1)
+    total = total * decay[:, None] + tl.dot(powers.to(DOT), v, input_precision="ieee")
+    return larger, weight, total
 
 
 @triton.jit
@@ -142,15 +163,7 @@ def _attend_part(
     row = tl.load(rows + request)
     table = block_tables + tl.load(requests + request) * table_width
     stop = (tl.load(positions + row) + 1).to(tl.int32)
-    start = 0
-    if CHUNK:
-        start = (stop - 1) // CHUNK * CHUNK
-    if WINDOW:
-        start = tl.maximum(stop - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(stop - start, PARTS), POSITIONS) * POSITIONS
-    begin = start + part * share
-    end = tl.minimum(begin + share, stop)
-
+    begin, end = _seen_by(stop, part, CHUNK, WINDOW, PARTS, POSITIONS)
     members = tl.arange(0, GROUP_ROWS)
     dims = tl.arange(0, WIDTH)
     heads = kv_head * GROUP + members
@@ -170,16 +183,8 @@ def _attend_part(
         offsets = place[:, None] * HEAD_DIM + dims[None, :]
         mask = is_seen[:, None] & (dims[None, :] < HEAD_DIM)
         k = tl.load(key_cache + offsets, mask=mask, other=0.0).to(tl.float32).to(DOT)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(is_seen[None, :], scores, float("-inf"))
-        # The first position of a part is always seen, so the maximum is finite from here on.
-        larger = tl.maximum(largest, tl.max(scores, axis=1))
-        decay = tl.exp2(largest - larger)
-        powers = tl.exp2(scores - larger[:, None])
-        weight = weight * decay + tl.sum(powers, axis=1)
         v = tl.load(value_cache + offsets, mask=mask, other=0.0).to(tl.float32).to(DOT)
-        total = total * decay[:, None] + tl.dot(powers.to(DOT), v, input_precision="ieee")
-        largest = larger
+        largest, weight, total = _attend_tile(q, k, v, is_seen, scale, largest, weight, total, DOT)
 
     is_empty = begin >= end
     places = ((request * HEADS + heads) * PARTS + part).to(tl.int64)
