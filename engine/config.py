@@ -43,7 +43,8 @@ class ParallelConfig:
                 raise LayoutError(f"{name} must be at least 1, not {getattr(self, name)}")
         if (self.dp * self.tp) % self.ep:
             raise LayoutError(
-                f"ep must divide dp × tp: ep={self.ep} does not divide {self.dp} × {self.tp} = {self.dp * self.tp}"
+                f"ep must divide dp × tp: ep={self.ep} does not divide {self.dp} × {self.tp} = {self.dp * self.tp} "
+                f"({self.product})"
             )
 
     @property

@@ -40,9 +40,10 @@ def preflight(config: ServeConfig) -> Preflight:
     device = _device(config.device)
     num_ranks = parallel.num_ranks * config.replicas
     if config.address is None and device == Device.CPU and num_ranks > config.cpu_slots:
+        copies = f", × {config.replicas} replicas = {num_ranks}" if config.replicas > 1 else ""
         raise LayoutError(
-            f"{num_ranks} ranks ({config.replicas} replicas × {parallel.num_ranks}) need more than the "
-            f"{config.cpu_slots} CPU slots of this host; raise --cpu-slots or use fewer ranks"
+            f"{parallel.product}{copies}: more than the {config.cpu_slots} CPU slots of this host; raise --cpu-slots "
+            "or lower the degrees"
         )
     source = resolve(config.model, config.revision)
     directory = source.directory()
