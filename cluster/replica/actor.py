@@ -41,10 +41,10 @@ class LeaderProcess:
         """Begin to wait for the ranks, then to serve; what happens is reported by ``poll``."""
         self._leader.start()
 
-    def poll(self) -> bytes:
-        """Encoded events since the last call. Calling it renews the supervisor's lease."""
+    def poll(self, wait_s: float) -> bytes:
+        """Encoded events since the last call, as soon as there is one. Calling it renews the supervisor's lease."""
         with self._lock:
-            return self._leader.poll()
+            return self._leader.poll(wait_s)
 
     def load(self) -> bytes:
         """The encoded LeaderLoad; empty before the gang serves."""

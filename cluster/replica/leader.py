@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import os
+import queue
 import secrets
 import threading
 import time
-from collections import deque
 from dataclasses import replace
 from typing import Any, Self
 
@@ -74,7 +74,7 @@ class Leader:
     def __init__(self, config: LeaderConfig) -> None:
         setproctitle.setproctitle(f"remuda: leader {config.replica_id}")
         self._config = config
-        self._events: deque[Event] = deque()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._bytes_by_rank: dict[int, tuple[int, int]] = {}
         self._executor: ChannelExecutor | None = None
         self._loop: EngineLoop | None = None
@@ -100,13 +100,16 @@ class Leader:
         self._thread.start()
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
 
-    def poll(self) -> bytes:
-        """Encoded events since the last call; renews the lease."""
+    def poll(self, wait_s: float) -> bytes:
+        """Encoded events since the last call; waits for one, but not longer than ``wait_s``. Renews the lease."""
         self._last_poll_s = time.monotonic()
         lines = []
-        while self._events:
-            lines.append(encode_event(self._events.popleft()))
-        return b"".join(lines)
+        try:
+            lines.append(encode_event(self._events.get(timeout=wait_s)))
+            while True:
+                lines.append(encode_event(self._events.get_nowait()))
+        except queue.Empty:
+            return b"".join(lines)
 
     def load(self) -> LeaderLoad | None:
         """How busy the gang is; None before it serves."""
@@ -142,7 +145,7 @@ class Leader:
     def _report(self, error: Exception) -> None:
         _log.error("the replica ended", exc_info=error)
         kind = type(error).__name__ if isinstance(error, RemudaError) else StartFailed.__name__
-        self._events.append(Failed(kind, str(error), self._config.replica_id))
+        self._events.put(Failed(kind, str(error), self._config.replica_id))
 
     def _form_gang(self, executor: ChannelExecutor) -> tuple[Engine, ReplicaInfo]:
         plan = self._config.plan
@@ -178,7 +181,7 @@ class Leader:
     def _load_adapters(self, engine: Engine) -> None:
         """Those that are there from the beginning. Raises AdapterError."""
         for name, path in self._config.plan.lora_modules.items():
-            self._events.append(PhaseStarted("adapters", self._config.replica_id))
+            self._events.put(PhaseStarted("adapters", self._config.replica_id))
             loaded = engine.load_adapter(name, path)
             while not loaded.done():
                 engine.step()
@@ -209,16 +212,16 @@ class Leader:
         replica = self._config.replica_id
         if isinstance(message, Hello):
             host = self._host_of(message)
-            self._events.append(RankPlaced(replica, message.rank, message.pid, host, message.device))
+            self._events.put(RankPlaced(replica, message.rank, message.pid, host, message.device))
         elif isinstance(message, Loaded):
-            self._events.append(RankLoaded(replica, message.rank, message.weight_bytes))
+            self._events.put(RankLoaded(replica, message.rank, message.weight_bytes))
         elif isinstance(message, LoadProgress):
             if message.num_bytes_total:
                 self._bytes_by_rank[message.rank] = (message.num_bytes_done, message.num_bytes_total)
                 done, total = (sum(column) for column in zip(*self._bytes_by_rank.values(), strict=True))
-                self._events.append(Loading(replica, done, total))
+                self._events.put(Loading(replica, done, total))
             else:
-                self._events.append(PhaseStarted(message.phase, replica))
+                self._events.put(PhaseStarted(message.phase, replica))
 
     def _on_gang_failure(self, error: RemudaError) -> None:
         """Without this an idle replica would learn of a lost rank from its next request."""
@@ -239,7 +242,7 @@ class Leader:
         )
         address = await server.start()
         settle_heap()
-        self._events.append(ReplicaReady(info.id, address, info.num_blocks))
+        self._events.put(ReplicaReady(info.id, address, info.num_blocks))
         stop = asyncio.create_task(asyncio.to_thread(self._stopping.wait))
         ends: list[asyncio.Future[Any]] = [stop, failure]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

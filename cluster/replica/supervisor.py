@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 PLACEMENT_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
+NEWS_WAIT_S = 10.0
+"""So long a leader may wait for an event before it answers; well below its lease."""
 DRAIN_POLL_INTERVAL_S = 0.2
 _SMALL_SHARE = 0.001
 """Of a node's own ``node:IP`` resource: pins a bundle to that host."""
@@ -82,6 +84,9 @@ class Supervisor:
         self._rank_runs: dict[Any, int] = {}
         """Ray's reference of each rank's life → the rank."""
         self._failed = False
+        self._question: Any = None
+        """Ray's reference of the leader's next answer, and when it was asked for."""
+        self._asked_s = 0.0
 
     def start(self) -> None:
         """Create all actors. Returns before the ranks have loaded; ``poll`` tells the rest.
@@ -145,19 +150,32 @@ class Supervisor:
         }
 
     def poll(self) -> list[Event]:
-        """What happened since the last call. After a Failed of this replica there is nothing more. Renews the lease."""
+        """What happened since the last call. After a Failed of this replica there is nothing more. Renews the lease.
+
+        The leader always has one question of ours to answer, and takes its time while there is nothing to tell: asking
+        again and again would cost an idle replica more than all else.
+        """
         if self._failed or self._leader is None:
             return []
         events: list[Event] = []
         try:
-            lines = ray.get(self._leader.poll.remote(), timeout=CALL_TIMEOUT_S)
-            events += [decode_event(line) for line in lines.splitlines()]
+            events += self._news(self._leader)
         except RayError as error:
             events.append(self._failure("RankFailure", f"the leader is gone: {_reason(error)}"))
         if not any(isinstance(event, Failed) for event in events):
             events += self._dead_ranks()
         self._failed = any(isinstance(event, Failed) for event in events)
         return events
+
+    def _news(self, leader: Any) -> list[Event]:
+        """Raises RayError where the leader is gone, or silent for too long."""
+        if self._question is None:
+            self._question, self._asked_s = leader.poll.remote(NEWS_WAIT_S), time.monotonic()
+        answered, _ = ray.wait([self._question], timeout=0)
+        if not answered and time.monotonic() < self._asked_s + NEWS_WAIT_S + CALL_TIMEOUT_S:
+            return []
+        question, self._question = self._question, None
+        return [decode_event(line) for line in ray.get(question, timeout=0).splitlines()]
 
     def _dead_ranks(self) -> list[Event]:
         """Ranks whose process ended before the leader could say why, for example while Ray was starting them."""
