@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from cluster.config import is_loopback
 from cluster.control.host_calls import HostCall, HostCalls
 from cluster.control.placement import HostInfo
 from cluster.doctor.facts import Clock, HostFacts, HostQuestion
@@ -21,14 +22,18 @@ _TELL_TIME = f"{tell_time.__module__}:{tell_time.__name__}"
 def ask_hosts(
     calls: HostCalls, hosts: Sequence[HostInfo], *, model: str | None, revision: str | None, reads_disk: bool
 ) -> tuple[list[HostFacts], list[Finding]]:
-    """What each host says of itself, this one without a process of its own; and a failure for each that does not."""
+    """What each host says of itself, and a failure for each that does not.
+
+    A private Ray's only host is measured in this process, which is quicker. Any other is asked through its Ray, this
+    one too: only there the settings are seen with which it was started.
+    """
     questions = [
         msgspec.msgpack.encode(HostQuestion(host.address, model, revision, reads_disk)) for host in hosts
     ]  # fmt: skip
     remote = [
         HostCall(host, _MEASURE, question)
         for host, question in zip(hosts, questions, strict=True)
-        if host.address != calls.host
+        if not is_loopback(host.address)
     ]
     answers = {
         call.host.address: answer for call, answer in zip(remote, calls.call(remote, HOST_TIMEOUT_S), strict=True)

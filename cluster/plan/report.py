@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.plan.layout_plan import LayoutPlan
+from cluster.plan.link_cost import tensor_parallel_traffic
 from cluster.plan.rank_memory import PlanOptions, RankMemory
 from cluster.plan.source import FoundModel
 from engine.config import ParallelConfig
@@ -37,6 +38,8 @@ class PlanReport:
             found.append(f"{shapes.config.architecture} is not served by this version; only its shapes are known")
         elif plan.unserved:
             found.append(f"this layout is not served by this version: {plan.unserved}")
+        if plan.layout.tp > plan.machines.per_host:
+            found.append(self._link_notice())
         if shapes.vision and shapes.is_served:
             found.append("the vision part is not loaded: only text is served")
         elif shapes.vision:
@@ -46,6 +49,18 @@ class PlanReport:
             bytes_more = per_token * len(shapes.cross_attention_layers)
             found.append(f"cross attention keeps {bytes_more:,} bytes for each token of an image besides")
         return found
+
+    def _link_notice(self) -> str:
+        """The link's speed is not known here; what it costs for each millisecond is."""
+        layout, per_host = self.plan.layout, self.plan.machines.per_host
+        number_bytes = self.options.dtype.num_bytes
+        traffic = tensor_parallel_traffic(self.model.shapes.config, layout.tp, per_host, 1, number_bytes)
+        return (
+            f"--tp {layout.tp} crosses hosts of {per_host}: every step waits for {traffic.num_collectives} collectives "
+            f"between hosts, so {traffic.num_collectives} ms for each millisecond that one takes, and sends "
+            f"{traffic.num_bytes:,} bytes out of a host for each token; remuda doctor measures the link and predicts "
+            f"the loss; --pp across hosts needs neither"
+        )
 
     def windowed(self) -> tuple[int, int] | None:
         """(positions, bytes): what a token keeps once so many have come after it; None where it keeps all."""

@@ -113,3 +113,15 @@ def test_a_model_of_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "models--some--model" / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert find_model("some/model").name == "some/model"
+
+
+def test_a_tensor_parallel_group_across_hosts_is_warned_about_with_what_it_waits_for() -> None:
+    def notices(gpus: str) -> list[str]:
+        result = CliRunner().invoke(app, ["plan", "remuda-tiny", "--gpus", gpus, "--tp", "4", "--json"])
+        told: list[str] = json.loads(result.stdout)["notices"]
+        return told
+
+    assert notices("1x4xcpu-4") == []
+    (crossing,) = notices("2x2xcpu-4")
+    # Two all-reduces in each of eight layers, and the embedding's.
+    assert "--tp 4 crosses hosts of 2: every step waits for 17 collectives" in crossing

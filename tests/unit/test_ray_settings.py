@@ -13,6 +13,7 @@ from cluster.control.ray_settings import (
     MAX_ROOT_BYTES,
     NodePaths,
     NodeSpec,
+    by_hand_defaults,
     driver_environment,
     joining_environment,
     node_environment,
@@ -122,3 +123,12 @@ def test_what_is_not_an_address_is_named(address: str) -> None:
     with pytest.raises(InvalidOption, match="write HOST:PORT") as refusal:
         parse_address(address)
     assert f"--address {address}:" in str(refusal.value)
+
+
+def test_a_node_started_by_hand_notices_silence_unless_it_is_alone() -> None:
+    several = by_hand_defaults(["--head", "--node-ip-address=10.0.0.1"])
+    assert several["RAY_health_check_period_ms"] == "500"
+    assert several["RAY_memory_monitor_refresh_ms"] == several["RAY_USAGE_STATS_ENABLED"] == "0"
+    alone = by_hand_defaults(["--head", "--node-ip-address=127.0.0.1"])
+    # A busy machine of its own is not to be taken for a dead one.
+    assert not [name for name in alone if "health_check" in name]
