@@ -170,12 +170,16 @@ class Supervisor:
     def _news(self, leader: Any) -> list[Event]:
         """Raises RayError where the leader is gone, or silent for too long."""
         if self._question is None:
-            self._question, self._asked_s = leader.poll.remote(NEWS_WAIT_S), time.monotonic()
+            self._ask(leader)
         answered, _ = ray.wait([self._question], timeout=0)
         if not answered and time.monotonic() < self._asked_s + NEWS_WAIT_S + CALL_TIMEOUT_S:
             return []
-        question, self._question = self._question, None
-        return [decode_event(line) for line in ray.get(question, timeout=0).splitlines()]
+        lines = ray.get(self._question, timeout=0)
+        self._ask(leader)
+        return [decode_event(line) for line in lines.splitlines()]
+
+    def _ask(self, leader: Any) -> None:
+        self._question, self._asked_s = leader.poll.remote(NEWS_WAIT_S), time.monotonic()
 
     def _dead_ranks(self) -> list[Event]:
         """Ranks whose process ended before the leader could say why, for example while Ray was starting them."""
