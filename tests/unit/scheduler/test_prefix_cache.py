@@ -1,11 +1,16 @@
 """What requests share of each other's beginnings, each in the smallest case that shows it."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 
+import pytest
+
 from engine.block_hash import block_hash, extend_hashes, root_hash
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
+from engine.engine import Engine
+from engine.executor.null import NullExecutor
 from engine.messages import NULL_BLOCK, BatchPlan, NewRequest, SampledToken, SlotError, StepResult
 from engine.request import Request, SamplingParams
 from engine.scheduler.block_pool import BlockPool
@@ -54,9 +59,9 @@ class Bed:
         self.scheduler.update(StepResult(0, self.num_steps - 1, 0, sampled, [], errors))
         self.scheduler.check_integrity()
 
-    def run(self, token_ids: Sequence[int], **options: int) -> NewRequest:
+    def run(self, token_ids: Sequence[int], max_tokens: int = 1, root: bytes = b"", **sampling: int) -> NewRequest:
         """One request from its arrival to its end; how it was introduced to the ranks."""
-        self.add(token_ids, **options)
+        self.add(token_ids, max_tokens, root, **sampling)
         first = self.schedule()
         self.answer(first)
         while self.scheduler.num_running:
@@ -195,10 +200,45 @@ def test_a_preempted_request_finds_its_own_blocks() -> None:
 
 
 def test_names_are_the_same_in_every_process() -> None:
-    program = "from engine.block_hash import *; print(block_hash(root_hash('a', 'b'), [1, 2, 70000]).hex())"
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == block_hash(root_hash("a", "b"), [1, 2, 70000]).hex()
+    """Whatever seed Python gives its own hashes, and one by one as many at once."""
+    program = """
+from engine.block_hash import *
+names = []
+extend_hashes(names, root_hash("model", "adapter#1", "tenant"), [1, 2, 70000, 4, 5, 6], 3, 2)
+print(*(name.hex() for name in names))
+"""
+    expected, parent = [], root_hash("model", "adapter#1", "tenant")
+    for token_ids in ([1, 2], [70000, 4], [5, 6]):
+        parent = block_hash(parent, token_ids)
+        expected.append(parent.hex())
+    for hash_seed in ("0", "4711"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        command = [sys.executable, "-c", program]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        assert found.split() == expected
+    assert expected[0] == "493108f0658959f9a4dbad69cbcb86de", (
+        "a name is a contract between versions: other numbers, other caches"
+    )
     assert root_hash("a", "b") != root_hash("ab", "") != root_hash("", "ab")
+
+
+@pytest.mark.parametrize("changes", [{"model_identity": "other"}, {"cache_salt": "other"}, {}], ids=str)
+def test_what_blocks_depend_on_besides_their_tokens(changes: dict[str, str]) -> None:
+    """Two engines, one request each: whether the second would find the first's blocks."""
+    roots = []
+    for given in ({"model_identity": "model", "cache_salt": "tenant"}, changes):
+        values = {"model_identity": "model", "cache_salt": "tenant"} | given
+        engine = Engine(
+            executor=NullExecutor(1),
+            kv_groups=(FULL,),
+            vocab_size=100,
+            scheduler_config=SchedulerConfig(),
+            cache_config=CacheConfig(BLOCK_SIZE, 100),
+            model_identity=values["model_identity"],
+        )
+        engine.add(Request("r", [1, 2, 3], 3, SamplingParams(4), cache_salt=values["cache_salt"]))
+        roots.append(engine._states["r"].root_hash)
+    assert (roots[0] == roots[1]) == (not changes)
 
 
 def test_equal_contents_computed_twice_are_kept_once() -> None:

@@ -387,7 +387,7 @@ def test_prompt_logprobs_come_with_each_chunk_and_never_twice() -> None:
     assert bed.update(1, prompt_logprobs=[PromptLogprobs(0, 1, entries(1, 5))]) == []
     bed.schedule()
     outputs = bed.update(2, {0: 7}, prompt_logprobs=[PromptLogprobs(0, 5, entries(5, 6))])
-    assert outputs == [Output("r0", [7], prompt_logprobs=entries(5, 6))]
+    assert outputs == [Output("r0", [7], prompt_logprobs=[*entries(5, 6)])]
 
 
 def test_prompt_logprobs_of_a_single_token() -> None:
