@@ -1,7 +1,7 @@
 """Matrix products by weights as they lie in the checkpoint.
 
-On a CPU with tile units (AMX) few tokens take one pass over the weights at nearly the speed of reading them, and many
-take less time than with oneDNN (docs/performance.md). A token's result does not depend on the tokens beside it.
+On a CPU with tile units (AMX) few tokens take one pass over the weights at nearly the speed of reading them, and a few
+hundred less time than with oneDNN (docs/performance.md). A token's result, among so many, is its own alone.
 """
 
 import ctypes
@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from engine.kernels.native_library import tile_library
 
+_MOST_TOKENS = 512
+"""Above, oneDNN's product of bfloat16 is faster or about as fast."""
 _ROWS = 32
 """Outputs that the kernel computes together; also the inputs of bfloat16 in one step of it. Of int8 it takes 64."""
 _INT8_INPUTS = 64
@@ -20,11 +22,13 @@ _INT8_INPUTS = 64
 def linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``hidden`` [..., in] times the transpose of ``weight`` [out, in], with float32 sums: [..., out]."""
     num_outputs, num_inputs = weight.shape
+    num_tokens = hidden.numel() // num_inputs
     library = _tile_library()
     if (
         library is None
         or hidden.dtype is not torch.bfloat16
         or not hidden.is_cpu
+        or num_tokens > _MOST_TOKENS
         or not _is_plain(weight, torch.bfloat16)
         or num_inputs % _ROWS
         or num_outputs % _ROWS
@@ -33,7 +37,7 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     hidden = hidden.contiguous()
     output = hidden.new_empty(*hidden.shape[:-1], num_outputs)
     library.remuda_linear_bf16(
-        weight.data_ptr(), hidden.data_ptr(), output.data_ptr(), hidden.numel() // num_inputs, num_inputs, num_outputs
+        weight.data_ptr(), hidden.data_ptr(), output.data_ptr(), num_tokens, num_inputs, num_outputs
     )
     return output
 

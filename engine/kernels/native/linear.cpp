@@ -1,9 +1,9 @@
 // y = x Wᵀ on the CPU's tile unit, with W [out, in] in bfloat16 or in int8 with a scale for each row.
 //
-// W stays as it lies in the checkpoint: rows of W are the left operand, 32 at a time (a panel), so that nothing is packed
-// beside the tokens. Tokens are packed in blocks that the second-level cache holds; each weight is read from memory once
-// for a block. int8 weights meet tokens that are rounded to int8 with a scale for each token. Every sum is made in the
-// order of the inputs, so that a token's result does not depend on the tokens beside it.
+// W stays as it lies in the checkpoint: rows of W are the left operand, 32 at a time (a panel). Tokens are packed in
+// blocks that the second-level cache holds. Each weight is read from memory once for a block; many tokens then take it
+// from a copy in the order of tiles. int8 weights meet tokens that are rounded to int8 with a scale for each token. Every
+// sum is made in the order of the inputs, so that a token's result does not depend on the tokens beside it.
 
 #include <algorithm>
 #include <cmath>
@@ -120,9 +120,12 @@ REMUDA_AMX void store(const Work &work, int64_t row, int token, const int32_t *s
     for (int t = 0; t < n; t++, to += work.num_outputs) _mm512_storeu_si512(to, pairs[t]);
 }
 
+// Where a panel is read: as it lies in memory, where it is also copied in the order of tiles, or from that copy.
+enum class From { kMemory, kMemoryToCopy, kCopy };
+
 // A panel by one or two times 16 tokens.
-template <typename Kind, bool kHasTwo>
-REMUDA_AMX void multiply(const Work &work, int64_t row, int token, Ahead &ahead) {
+template <typename Kind, bool kHasTwo, From kFrom>
+REMUDA_AMX void multiply(const Work &work, int64_t row, int token, uint8_t *copy, Ahead &ahead) {
     const int64_t depth = work.tokens.token_bytes;
     const uint8_t *first = work.weights + row * depth, *second = first + kTileRows * depth;
     const uint8_t *left = work.tokens.block(token), *right = left + kTileRows * depth;
@@ -131,16 +134,31 @@ REMUDA_AMX void multiply(const Work &work, int64_t row, int token, Ahead &ahead)
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += kTileBytes) {
-        _tile_loadd(4, first + k, depth);
-        _tile_loadd(5, second + k, depth);
+    const uint16_t *output = work.output + token * work.num_outputs + row;
+    int lines_to_write = std::min(work.num_tokens - token, kHasTwo ? kTokenPair : kTileRows);
+    for (int64_t k = 0; k < depth; k += kTileBytes, copy += 2 * kTileBytes * kTileRows) {
+        if constexpr (kFrom == From::kCopy) {
+            _tile_loadd(4, copy, kTileBytes);
+            _tile_loadd(5, copy + kTileBytes * kTileRows, kTileBytes);
+        } else {
+            _tile_loadd(4, first + k, depth);
+            _tile_loadd(5, second + k, depth);
+        }
         _tile_loadd(6, left + k * kTileRows, kTileBytes);
         Kind::first_tokens();
         if constexpr (kHasTwo) {
             _tile_loadd(7, right + k * kTileRows, kTileBytes);
             Kind::second_tokens();
         }
+        if constexpr (kFrom == From::kMemoryToCopy) {
+            _tile_stored(4, copy, kTileBytes);
+            _tile_stored(5, copy + kTileBytes * kTileRows, kTileBytes);
+        }
         ahead.step();
+        if (lines_to_write-- > 0) {
+            __asm__ volatile("prefetchw %0" : : "m"(*output));
+            output += work.num_outputs;
+        }
     }
     alignas(64) int32_t sums[4 * kTileWords];
     _tile_stored(0, sums, kTileBytes);
@@ -154,8 +172,17 @@ REMUDA_AMX void multiply(const Work &work, int64_t row, int token, Ahead &ahead)
     if constexpr (kHasTwo) store<Kind>(work, row, token + kTileRows, sums + 2 * kTileWords);
 }
 
+template <typename Kind, From kFrom>
+REMUDA_AMX void multiply_pair(const Work &work, int64_t row, int token, uint8_t *copy, Ahead &ahead) {
+    if (work.num_tokens - token > kTileRows) {
+        multiply<Kind, true, kFrom>(work, row, token, copy, ahead);
+    } else {
+        multiply<Kind, false, kFrom>(work, row, token, copy, ahead);
+    }
+}
+
 template <typename Kind>
-REMUDA_AMX void multiply_block(const Work &work) {
+REMUDA_AMX void multiply_block(const Work &work, uint8_t *copy) {
     const int64_t panel_bytes = kPanelRows * work.tokens.token_bytes;
     const int num_pairs = (work.num_tokens + kTokenPair - 1) / kTokenPair;
     const int lines_per_step = num_pairs < kFetchedPairs ? 0 : (kPanelRows + num_pairs - 1) / num_pairs;
@@ -163,11 +190,14 @@ REMUDA_AMX void multiply_block(const Work &work) {
     for (int64_t row = 0; row < work.num_outputs; row += kPanelRows) {
         next += panel_bytes;
         Ahead ahead{next, row + kPanelRows < work.num_outputs ? lines_per_step : 0};
-        for (int token = 0; token < work.num_tokens; token += kTokenPair) {
-            if (work.num_tokens - token > kTileRows) {
-                multiply<Kind, true>(work, row, token, ahead);
-            } else {
-                multiply<Kind, false>(work, row, token, ahead);
+        if (num_pairs < kFetchedPairs) {
+            for (int token = 0; token < work.num_tokens; token += kTokenPair) {
+                multiply_pair<Kind, From::kMemory>(work, row, token, copy, ahead);
+            }
+        } else {
+            multiply<Kind, true, From::kMemoryToCopy>(work, row, 0, copy, ahead);
+            for (int token = kTokenPair; token < work.num_tokens; token += kTokenPair) {
+                multiply_pair<Kind, From::kCopy>(work, row, token, copy, ahead);
             }
         }
     }
@@ -232,7 +262,7 @@ int64_t block_tokens(int64_t num_tokens, int64_t token_bytes) {
     return ((num_tokens + num_blocks - 1) / num_blocks + kTokenPair - 1) / kTokenPair * kTokenPair;
 }
 
-thread_local Scratch packed_tokens, packed_scales;
+thread_local Scratch packed_tokens, packed_scales, panel_copy;
 
 }  // namespace
 
@@ -246,11 +276,13 @@ REMUDA_AMX void remuda_linear_bf16(const uint8_t *weights, const uint16_t *token
                                    int64_t num_inputs, int64_t num_outputs) {
     const int64_t size = block_tokens(num_tokens, num_inputs * 2);
     const Packed packed{packed_tokens.at_least(size * num_inputs * 2), num_inputs * 2};
+    uint8_t *copy = panel_copy.at_least(kPanelRows * num_inputs * 2);
     FullTiles tiles;
     for (int64_t done = 0; done < num_tokens; done += size) {
         const int n = static_cast<int>(std::min(size, num_tokens - done));
         pack_bf16(tokens + done * num_inputs, n, num_inputs, packed);
-        multiply_block<Bf16>(Work{weights, packed, output + done * num_outputs, num_outputs, n, nullptr, nullptr});
+        const Work work{weights, packed, output + done * num_outputs, num_outputs, n, nullptr, nullptr};
+        multiply_block<Bf16>(work, copy);
     }
 }
 
@@ -259,6 +291,7 @@ REMUDA_AMX void remuda_linear_int8(const uint8_t *weights, const float *row_scal
                                    uint16_t *output, int64_t num_tokens, int64_t num_inputs, int64_t num_outputs) {
     const int64_t size = block_tokens(num_tokens, num_inputs);
     const Packed packed{packed_tokens.at_least(size * num_inputs), num_inputs};
+    uint8_t *copy = panel_copy.at_least(kPanelRows * num_inputs);
     float *scales = reinterpret_cast<float *>(packed_scales.at_least(size * static_cast<int64_t>(sizeof(float))));
     FullTiles tiles;
     for (int64_t done = 0; done < num_tokens; done += size) {
@@ -267,7 +300,8 @@ REMUDA_AMX void remuda_linear_int8(const uint8_t *weights, const float *row_scal
             pack_int8(tokens + (done + token) * num_inputs, std::min(n - token, kTileRows), num_inputs,
                       packed.block(token), scales + token);
         }
-        multiply_block<Int8>(Work{weights, packed, output + done * num_outputs, num_outputs, n, row_scales, scales});
+        const Work work{weights, packed, output + done * num_outputs, num_outputs, n, row_scales, scales};
+        multiply_block<Int8>(work, copy);
     }
 }
 }
