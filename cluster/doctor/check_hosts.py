@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from cluster.config import is_loopback
 from cluster.control.ray_settings import OBJECT_STORE_MEMORY_BYTES
-from cluster.doctor.facts import Clock, Gpu, HostFacts
+from cluster.doctor.facts import Clock, HostFacts
 from cluster.doctor.finding import Finding, Level, least, most
 
 GIB = 2**30
@@ -167,14 +167,9 @@ def check_read_rates(hosts: Sequence[HostFacts], bytes_read: Mapping[str, int]) 
         )
 
 
-def check_memory(
-    hosts: Sequence[HostFacts], bytes_needed: Mapping[str, int], *, on_gpus: bool, utilization: float
-) -> Iterator[Finding]:
-    """``bytes_needed``: by all CPU ranks of an address together. A GPU is to be free as far as it will be used."""
+def check_memory(hosts: Sequence[HostFacts], bytes_needed: Mapping[str, int]) -> Iterator[Finding]:
+    """``bytes_needed``: by all CPU ranks of an address together."""
     for host in hosts:
-        if on_gpus:
-            yield _gpu_memory(host, utilization)
-            continue
         needed = bytes_needed.get(host.address, 0)
         level = Level.FAIL if needed > host.available_bytes else Level.OK
         remedy = "" if level is Level.OK else "free memory there, lower --kv-cache-memory, or use more hosts"
@@ -182,18 +177,23 @@ def check_memory(
         yield Finding("memory", host.address, level, f"{_mib(host.available_bytes)} available", limit, remedy)
 
 
-def _gpu_memory(host: HostFacts, utilization: float) -> Finding:
-    if not host.gpus:
-        return Finding("memory", host.address, Level.FAIL, "no GPU", "", "install the driver, or use --device cpu")
-
-    def spare(gpu: Gpu) -> float:
-        return gpu.free_bytes - utilization * gpu.total_bytes
-
-    index, fullest = min(enumerate(host.gpus), key=lambda item: spare(item[1]))
-    level = Level.OK if spare(fullest) >= 0 else Level.FAIL
-    value = f"GPU {index} has {_mib(fullest.free_bytes)} free of {_mib(fullest.total_bytes)}"
-    remedy = "" if level is Level.OK else "end what uses it (nvidia-smi), or lower --gpu-memory-utilization"
-    return Finding("memory", host.address, level, value, f"{utilization:.0%} must be free", remedy)
+def check_gpu_memory(
+    hosts: Sequence[HostFacts], num_ranks: Mapping[str, int], num_used: Mapping[str, int], utilization: float
+) -> Iterator[Finding]:
+    """Each address's ``num_ranks`` need as many GPUs with so much free; ``num_used`` are Ray's already. One that
+    something else uses may be given to a rank even where enough others are free."""
+    for host in hosts:
+        free = [gpu.free_bytes >= utilization * gpu.total_bytes for gpu in host.gpus]
+        level = Level.OK
+        if sum(free) < max(1, num_ranks.get(host.address, 0)):
+            level = Level.FAIL
+        elif len(free) - sum(free) > num_used.get(host.address, 0):
+            level = Level.WARN
+        taken = "; ".join(f"GPU {number} has {_mib(gpu.free_bytes)} free of {_mib(gpu.total_bytes)}"
+                          for number, gpu in enumerate(host.gpus) if not free[number])  # fmt: skip
+        value = f"{sum(free)} of {len(free)} GPUs free" + (f": {taken}" if taken else "")
+        remedy = "" if level is Level.OK else "end what uses them (nvidia-smi), or lower --gpu-memory-utilization"
+        yield Finding("memory", host.address, level, value, f"{utilization:.0%} of each must be free", remedy)
 
 
 def _mib(num_bytes: int) -> str:

@@ -116,18 +116,20 @@ def check_visible_devices(hosts: Sequence[HostFacts], ray_gpus: Mapping[str, int
             yield Finding("devices", host.address, Level.OK, told)
 
 
-def check_equal_memory(hosts: Sequence[HostFacts]) -> Iterator[Finding]:
-    """All ranks of a gang get as much as its smallest GPU has: what larger ones have beyond that lies idle."""
+def check_equal_memory(hosts: Sequence[HostFacts], num_ranks: Mapping[str, int]) -> Iterator[Finding]:
+    """All ranks of a gang get as much as its smallest GPU has: what larger ones have beyond that lies idle. Where
+    ``num_ranks`` leave GPUs of an address over, the unequal ones may be those, so it is not refused."""
     sizes = [gpu.total_bytes for host in hosts for gpu in host.gpus]
     names = {gpu.name for host in hosts for gpu in host.gpus}
     if not sizes or len(names) == 1:
         return
+    all_taken = all(num_ranks.get(host.address, 0) == len(host.gpus) for host in hosts)
     for host in hosts:
         idle = sum(gpu.total_bytes - min(sizes) for gpu in host.gpus)
         largest = max((gpu.total_bytes for gpu in host.gpus), default=0)
         kinds = ", ".join(sorted({gpu.name for gpu in host.gpus}))
         if idle:
-            level = Level.FAIL if min(sizes) < UNUSABLE_DEVICE * largest else Level.WARN
+            level = Level.FAIL if all_taken and min(sizes) < UNUSABLE_DEVICE * largest else Level.WARN
             yield Finding("equal devices", host.address, level, f"{kinds}: {idle / 2**30:,.0f} GiB would lie idle",
                           f"the gang's smallest GPU has {min(sizes) / 2**30:,.0f} GiB",
                           "make gangs of equal GPUs: one Ray cluster for each kind")  # fmt: skip

@@ -12,8 +12,6 @@ from cluster.doctor.finding import Finding, Level, of_level
 from cluster.errors import StartFailed
 from cluster.replica.events import MemoryPlanned, ReplicaPlan
 
-_PROCESS_BYTES = 512 * 2**20
-
 
 def examine_quickly(
     calls: HostCalls, plan: ReplicaPlan, gangs: Sequence[Sequence[HostInfo]], planned: MemoryPlanned
@@ -35,11 +33,12 @@ def examine_quickly(
 
 
 def bytes_needed(plan: ReplicaPlan, gangs: Sequence[Sequence[HostInfo]], weight_bytes: Sequence[int]) -> dict[str, int]:
-    """By the CPU ranks of each address: weights, caches and what their processes take."""
+    """By the CPU ranks of each address, at the very least: weights and caches. What libraries take besides is not
+    certain, and nothing is refused for it."""
     needed: Counter[str] = Counter()
     for gang in gangs:
         for host, weights in zip(gang, weight_bytes, strict=True):
-            needed[host.address] += weights + plan.kv_cache_memory_bytes + _PROCESS_BYTES
+            needed[host.address] += weights + plan.kv_cache_memory_bytes
     return needed
 
 
@@ -54,11 +53,14 @@ def check_facts(
     on_gpus = plan.device == "cuda"
     num_ranks = Counter(host.address for gang in gangs for host in gang)
     ray_gpus = {host.address: host.num_gpus for gang in gangs for host in gang}
+    ray_used = {host.address: host.used_gpus for gang in gangs for host in gang}
     checks: list[Iterable[Finding]] = [
         check_hosts.check_versions(facts),
         check_hosts.check_settings(facts),
         check_hosts.check_checkpoints(facts),
-        check_hosts.check_memory(facts, needed, on_gpus=on_gpus, utilization=plan.gpu_memory_utilization),
+        check_hosts.check_gpu_memory(facts, num_ranks, ray_used, plan.gpu_memory_utilization)
+        if on_gpus
+        else check_hosts.check_memory(facts, needed),
         check_hosts.check_shm(facts, num_ranks, on_gpus=on_gpus),
         check_hosts.check_limits(facts),
         check_hosts.check_disks(facts),
@@ -68,6 +70,6 @@ def check_facts(
         check_network.check_adapters(facts),
         check_network.check_numa(facts, on_gpus=on_gpus),
         check_network.check_visible_devices(facts, ray_gpus) if on_gpus else (),
-        check_network.check_equal_memory(facts) if on_gpus else (),
+        check_network.check_equal_memory(facts, num_ranks) if on_gpus else (),
     ]
     return [finding for check in checks for finding in check]

@@ -32,7 +32,7 @@ def test_a_healthy_cluster_passes_every_check() -> None:
         check_hosts.check_disks(hosts),
         check_hosts.check_checkpoints(hosts),
         check_hosts.check_read_rates(hosts, {}),
-        check_hosts.check_memory(hosts, {FIRST: GIB}, on_gpus=False, utilization=0.9),
+        check_hosts.check_memory(hosts, {FIRST: GIB}),
         check_hosts.check_clocks({SECOND: Clock(0.01, 0.001)}),
         check_network.check_interfaces(hosts),
         check_network.check_numa(hosts, on_gpus=False),
@@ -112,16 +112,21 @@ def test_a_checkpoint_that_is_missing_or_another() -> None:
 
 def test_too_little_memory_for_the_ranks_of_a_host() -> None:
     hosts = [healthy(FIRST), healthy(SECOND)]
-    found = check_hosts.check_memory(hosts, {FIRST: GIB, SECOND: 100 * GIB}, on_gpus=False, utilization=0.9)
+    found = check_hosts.check_memory(hosts, {FIRST: GIB, SECOND: 100 * GIB})
     assert not_ok(found) == [("memory", SECOND, Level.FAIL)]
 
 
 def test_a_gpu_that_something_else_uses_is_named() -> None:
     taken = Gpu(H100.name, 80 * GIB, 30 * GIB)
-    (bad,) = check_hosts.check_memory([healthy(gpus=(H100, taken))], {}, on_gpus=True, utilization=0.9)
+    hosts = [healthy(gpus=(H100, taken))]
+    (bad,) = check_hosts.check_gpu_memory(hosts, {FIRST: 2}, {}, utilization=0.9)
     assert bad.level is Level.FAIL
-    assert bad.value.startswith("GPU 1 has 30.0 GiB free")
-    (none,) = check_hosts.check_memory([healthy()], {}, on_gpus=True, utilization=0.9)
+    assert bad.value == "1 of 2 GPUs free: GPU 1 has 30.0 GiB free of 80.0 GiB"
+    (perhaps,) = check_hosts.check_gpu_memory(hosts, {FIRST: 1}, {}, utilization=0.9)
+    assert perhaps.level is Level.WARN, "the rank may get the one that is taken"
+    (known,) = check_hosts.check_gpu_memory(hosts, {FIRST: 1}, {FIRST: 1}, utilization=0.9)
+    assert known.level is Level.OK, "Ray gave it to another gang, and gives ours the other"
+    (none,) = check_hosts.check_gpu_memory([healthy()], {FIRST: 1}, {}, utilization=0.9)
     assert none.level is Level.FAIL
 
 
@@ -137,10 +142,13 @@ def test_gpus_that_ray_does_not_have_and_ranks_that_would_see_all() -> None:
 
 def test_unequal_gpus_are_priced_and_very_unequal_ones_refused() -> None:
     larger, tiny = Gpu("NVIDIA H200", 141 * GIB, 140 * GIB), Gpu("NVIDIA L4", 22 * GIB, 22 * GIB)
-    (priced,) = check_network.check_equal_memory([healthy(FIRST, gpus=(H100,)), healthy(SECOND, gpus=(larger,) * 2)])
+    both = [healthy(FIRST, gpus=(H100,)), healthy(SECOND, gpus=(larger,) * 2)]
+    (priced,) = check_network.check_equal_memory(both, {FIRST: 1, SECOND: 2})
     assert (priced.where, priced.level) == (SECOND, Level.WARN)
     assert "122 GiB would lie idle" in priced.value
-    (refused,) = check_network.check_equal_memory([healthy(FIRST, gpus=(H100,)), healthy(SECOND, gpus=(tiny,))])
+    unlike = [healthy(FIRST, gpus=(H100,)), healthy(SECOND, gpus=(tiny,))]
+    (refused,) = check_network.check_equal_memory(unlike, {FIRST: 1, SECOND: 1})
+    assert not_ok(check_network.check_equal_memory(unlike, {FIRST: 1})) == [("equal devices", FIRST, Level.WARN)]
     assert (refused.where, refused.level) == (FIRST, Level.FAIL)
 
 
