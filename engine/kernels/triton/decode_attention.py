@@ -98,8 +98,8 @@ def decode_attention(
 
 @triton.jit
 def _seen_by(
-    stop: Any,
-    part: Any,
+    stop: tl.tensor,
+    part: tl.tensor,
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     PARTS: tl.constexpr,
@@ -118,7 +118,15 @@ def _seen_by(
 
 @triton.jit
 def _attend_tile(
-    q: Any, k: Any, v: Any, is_seen: Any, scale: Any, largest: Any, weight: Any, total: Any, DOT: tl.constexpr
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    is_seen: tl.tensor,
+    scale: tl.tensor,
+    largest: tl.tensor,
+    weight: tl.tensor,
+    total: tl.tensor,
+    DOT: tl.constexpr,
 ) -> Any:
     """The online softmax's state after one more tile of keys and values."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -134,17 +142,17 @@ def _attend_tile(
 
 @triton.jit
 def _attend_part(
-    query: Any,
-    key_cache: Any,
-    value_cache: Any,
-    block_tables: Any,
-    positions: Any,
-    rows: Any,
-    requests: Any,
-    sums: Any,
-    weights: Any,
-    table_width: Any,
-    scale: Any,
+    query: tl.tensor,
+    key_cache: tl.tensor,
+    value_cache: tl.tensor,
+    block_tables: tl.tensor,
+    positions: tl.tensor,
+    rows: tl.tensor,
+    requests: tl.tensor,
+    sums: tl.tensor,
+    weights: tl.tensor,
+    table_width: tl.tensor,
+    scale: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -197,10 +205,10 @@ def _attend_part(
 
 @triton.jit
 def _combine_parts(
-    sums: Any,
-    weights: Any,
-    rows: Any,
-    output: Any,
+    sums: tl.tensor,
+    weights: tl.tensor,
+    rows: tl.tensor,
+    output: tl.tensor,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,

@@ -1,6 +1,5 @@
 """The most likely token of each row, and whether the row is of any use, in one pass over the logits."""
 
-from typing import Any
 
 import torch
 import triton
@@ -22,7 +21,7 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _greedy(logits: Any, tokens: Any, vocab_size: Any, BLOCK: tl.constexpr) -> None:
+def _greedy(logits: tl.tensor, tokens: tl.tensor, vocab_size: tl.tensor, BLOCK: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     columns = tl.zeros([BLOCK], tl.int32)

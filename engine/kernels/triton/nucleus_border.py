@@ -5,7 +5,6 @@ is found exactly, by search: a program takes one row and compares all its weight
 settles three bits.
 """
 
-from typing import Any
 
 import torch
 import triton
@@ -34,7 +33,13 @@ def nucleus_border(weights: torch.Tensor, goals: torch.Tensor, num_bits: int) ->
 
 @triton.jit
 def _nucleus_border(
-    weights: Any, goals: Any, borders: Any, vocab_size: Any, num_rounds: Any, BLOCK: tl.constexpr, BITS: tl.constexpr
+    weights: tl.tensor,
+    goals: tl.tensor,
+    borders: tl.tensor,
+    vocab_size: tl.tensor,
+    num_rounds: tl.tensor,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     goal = tl.load(goals + row)

@@ -54,7 +54,14 @@ def _shape(size: int, has_weight: bool) -> dict[str, Any]:
 
 @triton.jit
 def _normalized(
-    row: Any, weight: Any, columns: Any, mask: Any, size: Any, eps: Any, dtype: tl.constexpr, HAS_WEIGHT: tl.constexpr
+    row: tl.tensor,
+    weight: tl.tensor,
+    columns: tl.tensor,
+    mask: tl.tensor,
+    size: tl.tensor,
+    eps: tl.tensor,
+    dtype: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
 ) -> Any:
     """A row [BLOCK] of float32, normalized, rounded to ``dtype`` and weighted: float32."""
     scale = tl.rsqrt(tl.sum(row * row, axis=0) / size + eps)
@@ -67,14 +74,14 @@ def _normalized(
 
 @triton.jit
 def _rms_norm(
-    rows: Any,
-    weight: Any,
-    output: Any,
-    rows_per_token: Any,
-    token_stride: Any,
-    row_stride: Any,
-    size: Any,
-    eps: Any,
+    rows: tl.tensor,
+    weight: tl.tensor,
+    output: tl.tensor,
+    rows_per_token: tl.tensor,
+    token_stride: tl.tensor,
+    row_stride: tl.tensor,
+    size: tl.tensor,
+    eps: tl.tensor,
     HAS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -90,13 +97,13 @@ def _rms_norm(
 
 @triton.jit
 def _add_rms_norm(
-    residual: Any,
-    update: Any,
-    weight: Any,
-    total: Any,
-    output: Any,
-    size: Any,
-    eps: Any,
+    residual: tl.tensor,
+    update: tl.tensor,
+    weight: tl.tensor,
+    total: tl.tensor,
+    output: tl.tensor,
+    size: tl.tensor,
+    eps: tl.tensor,
     HAS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:

@@ -5,7 +5,6 @@ A program takes one token and a few heads, of the queries, the keys or the value
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -115,12 +114,12 @@ def _with_whole_heads(tensor: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _copy_heads(
-    source: Any,
-    destination: Any,
-    cos: Any,
-    sin: Any,
-    first_head: Any,
-    num_heads: Any,
+    source: tl.tensor,
+    destination: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    first_head: tl.tensor,
+    num_heads: tl.tensor,
     HEAD_DIM: tl.constexpr,
     ROTATES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -145,12 +144,12 @@ def _copy_heads(
 
 @triton.jit
 def _rotate(
-    heads: Any,
-    output: Any,
-    cos: Any,
-    sin: Any,
-    token_stride: Any,
-    num_heads: Any,
+    heads: tl.tensor,
+    output: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    token_stride: tl.tensor,
+    num_heads: tl.tensor,
     HEAD_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
@@ -166,22 +165,22 @@ def _rotate(
 
 @triton.jit
 def _rotate_and_write(
-    query: Any,
-    key: Any,
-    value: Any,
-    output: Any,
-    key_cache: Any,
-    value_cache: Any,
-    slots: Any,
-    cos: Any,
-    sin: Any,
-    query_stride: Any,
-    key_stride: Any,
-    value_stride: Any,
-    num_heads: Any,
-    num_kv_heads: Any,
-    query_blocks: Any,
-    kv_blocks: Any,
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    output: tl.tensor,
+    key_cache: tl.tensor,
+    value_cache: tl.tensor,
+    slots: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    query_stride: tl.tensor,
+    key_stride: tl.tensor,
+    value_stride: tl.tensor,
+    num_heads: tl.tensor,
+    num_kv_heads: tl.tensor,
+    query_blocks: tl.tensor,
+    kv_blocks: tl.tensor,
     HEAD_DIM: tl.constexpr,
     ROTATES: tl.constexpr,
     INTERLEAVED: tl.constexpr,

@@ -74,10 +74,10 @@ def routed_experts(
 
 @triton.jit
 def _find_pairs(
-    expert_ids: Any,
-    num_pairs: Any,
-    num_experts: Any,
-    first_expert: Any,
+    expert_ids: tl.tensor,
+    num_pairs: tl.tensor,
+    num_experts: tl.tensor,
+    first_expert: tl.tensor,
     BY_PAIR: tl.constexpr,
     PAIRS: tl.constexpr,
 ) -> Any:
@@ -100,7 +100,7 @@ def _find_pairs(
 
 
 @triton.jit
-def _pairs_at(places: Any, first: Any, PAIRS: tl.constexpr, TOKENS: tl.constexpr) -> Any:
+def _pairs_at(places: tl.tensor, first: tl.tensor, PAIRS: tl.constexpr, TOKENS: tl.constexpr) -> Any:
     """The numbers of the TOKENS pairs from place ``first``, and whether there are so many."""
     wanted = first + tl.arange(0, TOKENS)
     is_it = places[None, :] == wanted[:, None]
@@ -110,17 +110,17 @@ def _pairs_at(places: Any, first: Any, PAIRS: tl.constexpr, TOKENS: tl.constexpr
 
 @triton.jit
 def _gate_up(
-    hidden: Any,
-    expert_ids: Any,
-    scores: Any,
-    weights: Any,
-    inner: Any,
-    num_pairs: Any,
-    num_experts: Any,
-    first_expert: Any,
-    num_choices: Any,
-    size: Any,
-    width: Any,
+    hidden: tl.tensor,
+    expert_ids: tl.tensor,
+    scores: tl.tensor,
+    weights: tl.tensor,
+    inner: tl.tensor,
+    num_pairs: tl.tensor,
+    num_experts: tl.tensor,
+    first_expert: tl.tensor,
+    num_choices: tl.tensor,
+    size: tl.tensor,
+    width: tl.tensor,
     SCALES: tl.constexpr,
     BY_PAIR: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -162,17 +162,17 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    inner: Any,
-    expert_ids: Any,
-    scores: Any,
-    weights: Any,
-    outputs: Any,
-    num_pairs: Any,
-    num_experts: Any,
-    first_expert: Any,
-    num_choices: Any,
-    size: Any,
-    width: Any,
+    inner: tl.tensor,
+    expert_ids: tl.tensor,
+    scores: tl.tensor,
+    weights: tl.tensor,
+    outputs: tl.tensor,
+    num_pairs: tl.tensor,
+    num_experts: tl.tensor,
+    first_expert: tl.tensor,
+    num_choices: tl.tensor,
+    size: tl.tensor,
+    width: tl.tensor,
     SCALES: tl.constexpr,
     BY_PAIR: tl.constexpr,
     PAIRS: tl.constexpr,

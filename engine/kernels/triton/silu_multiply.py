@@ -1,6 +1,5 @@
 """SwiGLU's activation (arXiv 2002.05202) in one pass over memory."""
 
-from typing import Any
 
 import torch
 import triton
@@ -22,7 +21,7 @@ def silu_multiply(gate_and_up: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _silu_multiply(gate_and_up: Any, output: Any, size: Any, BLOCK: tl.constexpr) -> None:
+def _silu_multiply(gate_and_up: tl.tensor, output: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
