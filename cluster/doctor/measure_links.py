@@ -24,7 +24,9 @@ from engine.parallel.distributed import init_distributed
 from engine.parallel.store import connect_store
 
 SMALL_BYTES = 8192
-_STORE_TIMEOUT_S = 60.0
+_STORE_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = 30.0
+"""Importing torch takes ranks different times; who takes longer is left out."""
 _MEET_TIMEOUT_S = 10.0
 _TURN_TIMEOUT_S = 60.0
 _SMALL_S, _MAX_SMALL = 0.15, 300
@@ -45,27 +47,42 @@ class _Rank:
         self._question = question
         self._rank = question.rank
         self._device = torch.device("cuda", 0) if question.on_gpu else torch.device("cpu")
+        self._present: frozenset[int] = frozenset()
         self._store = connect_store(question.store_host, question.store_port, _STORE_TIMEOUT_S)
 
     def run(self) -> RankFacts:
-        # Importing torch takes ranks different times.
-        self._meet("start")
+        self._present = self._gather()
         rate = memory_rate(self._device)
         links = []
         for number, pairs in enumerate(self._question.rounds):
             self._meet(str(number))
             for first, second in pairs:
-                if self._rank == first:
+                if self._rank == first and second in self._present:
                     links.append(self._measure(first, second))
-                elif self._rank == second:
+                elif self._rank == second and first in self._present:
                     self._help(first, second)
         name = torch.cuda.get_device_name(self._device) if self._question.on_gpu else "cpu"
         return RankFacts(self._rank, name, visible_devices(), rate, tuple(links))
 
+    def _gather(self) -> frozenset[int]:
+        """The ranks that reach the store. One that waited in vain for the others decides, for all alike."""
+        keys = [f"present/{rank}" for rank in range(len(self._question.hosts))]
+        self._store.set(keys[self._rank], "")
+        try:
+            self._store.wait(keys, timedelta(seconds=_START_TIMEOUT_S))
+        except RuntimeError:
+            came = [rank for rank, key in enumerate(keys) if self._store.check([key])]
+        else:
+            came = list(range(len(keys)))
+        decided = self._store.compare_set("present", "", " ".join(map(str, came)))
+        present = frozenset(int(rank) for rank in decided.split())
+        if self._rank not in present:
+            raise TimeoutError(f"came more than {_START_TIMEOUT_S:.0f} s after the first rank")
+        return present
+
     def _meet(self, turn: str) -> None:
-        """Wait until all ranks are here."""
-        num_ranks = len(self._question.hosts)
-        if self._store.add(f"turn/{turn}", 1) == num_ranks:
+        """Wait until all ranks that are present are here."""
+        if self._store.add(f"turn/{turn}", 1) == len(self._present):
             self._store.set(f"turn/{turn}/all", "")
         self._store.wait([f"turn/{turn}/all"], timedelta(seconds=_TURN_TIMEOUT_S))
 

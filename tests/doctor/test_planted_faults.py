@@ -160,6 +160,21 @@ def test_slow_lossy_and_separated_links_are_caught(make_bed: MakeBed) -> None:
     assert "firewall" in failed["link", places[2, 3]]["remedy"]
 
 
+@pytest.mark.full
+@pytest.mark.timeout(240)
+def test_a_host_that_does_not_reach_the_one_that_asks_leaves_the_others_measured(make_bed: MakeBed) -> None:
+    bed = make_bed(3)
+    bed.network.partition([bed.hosts[0]], [bed.hosts[2]])
+    found = examine_bed(bed)
+    reached = {(link["first"], link["second"]): link["error"] is None for link in found["links"]}
+    assert reached == {(0, 1): True, (0, 2): False, (1, 2): False}
+    assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
+    assert {where for check, where in cells(found, "fail") if check == "link"} == {
+        "rank 0 → rank 2 (10.77.0.1 → 10.77.0.3)",
+        "rank 1 → rank 2 (10.77.0.2 → 10.77.0.3)",
+    }
+
+
 def test_tensor_parallelism_over_a_link_of_5_ms_is_warned_about_with_the_loss(make_bed: MakeBed) -> None:
     bed = make_bed(2)
     bed.network.delay(bed.hosts[1], 5)
