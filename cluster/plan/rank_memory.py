@@ -147,7 +147,7 @@ def budget_of(device: Device, options: PlanOptions) -> int:
 def _bounded(is_gpu: bool, num_ranks: int, activations: int) -> dict[str, int]:
     if not is_gpu:
         return {"process": PROCESS_BYTES}
-    # This version captures no CUDA graphs.
+    # The pool of CUDA graphs lies outside what a rank may use; nobody has measured it yet.
     return {
         "cuda_context": CUDA_CONTEXT_BYTES,
         "nccl": NCCL_BYTES if num_ranks > 1 else 0,
