@@ -1,8 +1,9 @@
 """One replica's engine: requests in, outputs out, one step at a time. Knows neither tensors nor threads.
 
-The leader's loop calls ``step`` as long as ``has_work``; ``add`` and ``abort`` come between two steps or from within one
-(``news``), from the same thread. ``engine.scheduler`` decides who is computed in a step, ``engine.executor`` has it
-computed. While ranks compute, the next plan is drafted; it leaves as soon as a result is there, before that is taken in.
+The leader's loop calls ``step`` as long as ``has_work``; ``add`` and ``abort`` come between two steps or from within
+one (``news``), from the same thread. ``engine.scheduler`` decides who is computed in a step, ``engine.executor`` has it
+computed. While ranks compute, the next plan is drafted; it leaves as soon as a result is there, before that is taken
+in.
 """
 
 import operator

@@ -13,7 +13,8 @@ from engine.errors import InvalidOption
 
 SERVE_OPTIONS = {
     "--tensor-parallel-size", "--tp", "--pipeline-parallel-size", "--pp", "--data-parallel-size", "--dp",
-    "--expert-parallel-size", "--ep", "--replicas", "--max-replicas", "--tp-across-hosts", "--host", "--port", "--grpc-port", "--dtype", "--device",
+    "--expert-parallel-size", "--ep", "--replicas", "--max-replicas", "--tp-across-hosts",
+    "--host", "--port", "--grpc-port", "--dtype", "--device",
     "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--gpu-memory-utilization", "--kv-cache-memory",
     "--load-format", "--revision", "--quantization", "--served-model-name", "--api-key-file", "--address",
     "--lora-modules", "--lora-dir", "--max-loras", "--max-lora-rank", "--enable-prefix-caching",

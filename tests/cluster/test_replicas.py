@@ -39,13 +39,19 @@ def wait_for(condition: Callable[[], Any], timeout_s: float) -> None:
         time.sleep(0.2)
 
 
-def generate(served: Served, num_tokens: int) -> int:
-    """Tokens that one request got."""
+def generate(served: Served, num_tokens: int) -> dict[str, Any]:
+    """One greedy completion of a fixed prompt."""
     body = {"prompt": [300, 301, 302], "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
     answer = httpx.post(f"{served.url}/v1/completions", json={"model": "remuda-tiny", **body}, timeout=120)
     assert answer.status_code == httpx.codes.OK, answer.text
-    count: int = answer.json()["usage"]["completion_tokens"]
-    return count
+    completion: dict[str, Any] = answer.json()
+    assert completion["usage"]["completion_tokens"] == num_tokens
+    return completion
+
+
+def text(served: Served) -> str:
+    found: str = generate(served, 8)["choices"][0]["text"]
+    return found
 
 
 class Load:
@@ -60,7 +66,7 @@ class Load:
     def _run(self) -> int:
         count = 0
         while not self._is_over:
-            assert generate(self._served, 200) == 200
+            generate(self._served, 200)
             count += 1
         return count
 
@@ -73,6 +79,9 @@ class Load:
 
 def test_replicas_start_roll_and_follow_the_load(replicas: Served) -> None:
     assert ids(replicas) == {"r0", "r1"}
+    # Equals have work in turn.
+    assert {text(replicas) for _ in range(6)} == {text(replicas)}
+    assert all(replica["num_steps"] > 0 for replica in replicas.status()["replicas"])
     assert {address for _, address in listening_addresses(replicas.mark)} <= {"127.0.0.1", "::1"}
 
     load = Load(replicas, num_clients=1)
@@ -89,10 +98,11 @@ def test_replicas_start_roll_and_follow_the_load(replicas: Served) -> None:
 
 def test_a_replica_that_dies_is_replaced(replicas: Served) -> None:
     before = {replica["id"]: replica for replica in replicas.status()["replicas"]}
-    victim = min(before)
+    victim, expected = min(before), text(replicas)
     psutil.Process(before[victim]["ranks"][0]["pid"]).kill()
     wait_for(lambda: victim not in ids(replicas), 30)
-    assert generate(replicas, 8) == 8, "the others go on"
+    assert {text(replicas) for _ in range(4)} == {expected}, "the others go on"
+    assert httpx.get(f"{replicas.url}/readyz").status_code == httpx.codes.OK
     wait_for(lambda: len(ids(replicas)) == len(before), REPLACED_WITHIN_S)
     assert victim not in ids(replicas)
 

@@ -1,6 +1,5 @@
 """The most likely token of each row, and whether the row is of any use, in one pass over the logits."""
 
-
 import torch
 import triton
 import triton.language as tl

@@ -5,7 +5,6 @@ is found exactly, by search: a program takes one row and compares all its weight
 settles three bits.
 """
 
-
 import torch
 import triton
 import triton.language as tl

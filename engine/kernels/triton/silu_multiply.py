@@ -1,6 +1,5 @@
 """SwiGLU's activation (arXiv 2002.05202) in one pass over memory."""
 
-
 import torch
 import triton
 import triton.language as tl
