@@ -132,10 +132,8 @@ def test_a_faulty_host_that_joins_is_found_and_serve_refuses_it(cluster: ByTheBo
     assert {"versions", "/dev/shm"} <= failed
     others = {where for _, where in cells(found, "fail")} - {faulty.address}
     assert not [where for where in others if "10.77.0.3" not in where]
-    begun_s = time.monotonic()
     done = cluster.remuda(
         cluster.bed.hosts[0], "serve", "remuda-tiny", "--tp", "2", "--pp", "3", "--address", cluster.address
     )
     assert done.returncode == 1, done.stderr
     assert "versions of 10.77.0.3: safetensors 9.9.9" in done.stderr
-    assert time.monotonic() - begun_s < 60
