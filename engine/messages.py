@@ -200,7 +200,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="ready")
 
 
 class RankError(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="error"):
-    """The rank cannot go on and exits. ``kind``: the class name in the error tree. ``detail``: a traceback for logs."""
+    """The rank cannot go on and exits. ``kind``: the class name in the error tree. ``detail``: a traceback for logs.
+    ``culprit``: the rank that it blames; None: itself, or it does not know."""
 
     epoch: int
     step: int
@@ -208,6 +209,7 @@ class RankError(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="err
     kind: str
     message: str
     detail: str
+    culprit: int | None = None
 
 
 FromRank = Hello | LoadProgress | Loaded | Ready | StepResult | RankError

@@ -18,7 +18,8 @@ def error_of(report: RankError) -> RemudaError:
             error = error_class(f"rank {report.rank}: {report.message}")
             error.add_note(report.detail)
             return error
-    failure = RankFailure(f"rank {report.rank}: {report.message}", report.rank)
+    culprit = report.rank if report.culprit is None else report.culprit
+    failure = RankFailure(f"rank {report.rank}: {report.message}", culprit)
     failure.add_note(report.detail)
     return failure
 

@@ -13,7 +13,7 @@ import traceback
 
 import setproctitle
 
-from engine.errors import RemudaError
+from engine.errors import RankFailure, RemudaError
 from engine.executor.channel import ChannelClosed, RankChannel
 from engine.executor.relay import HostRelay
 from engine.executor.socket_rank import SocketRankChannel
@@ -81,8 +81,9 @@ def _report(config: WorkerConfig, channel: RankChannel, step: int, error: Except
     else:
         kind, message = "EngineFailure", f"{type(error).__name__}: {error}"
     detail = "".join(traceback.format_exception(error))
+    culprit = error.rank if isinstance(error, RankFailure) else None
     with contextlib.suppress(ChannelClosed):  # the leader is gone; the caller still sees the error itself
-        channel.send(encode(RankError(config.epoch, step, config.rank, kind, message, detail)))
+        channel.send(encode(RankError(config.epoch, step, config.rank, kind, message, detail, culprit)))
 
 
 def _watch_leader(channel: RankChannel, finished: threading.Event) -> None:

@@ -84,7 +84,9 @@ class SharedMemoryLink:
         if result == _GONE:
             raise RankFailure(f"rank {self._peer} of the neighbouring stage has died", self._peer)
         if result == _LATE:
-            raise RankFailure(f"rank {self._peer} of the neighbouring stage {complaint} for {self._timeout_s:g} s")
+            raise RankFailure(
+                f"rank {self._peer} of the neighbouring stage {complaint} for {self._timeout_s:g} s", self._peer
+            )
         raise ProtocolViolation(f"rank {self._peer} sent hidden states of another size than {tuple(hidden.shape)}")
 
 

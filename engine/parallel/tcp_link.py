@@ -41,10 +41,14 @@ class _TcpEnd:
         weakref.finalize(self, _close, connection, self._messages)
 
     def _lost(self, error: OSError) -> RankFailure:
-        return RankFailure(f"the connection to rank {self._peer} of the neighbouring stage was lost: {error}")
+        return RankFailure(
+            f"the connection to rank {self._peer} of the neighbouring stage was lost: {error}", self._peer
+        )
 
     def _silent(self, complaint: str) -> RankFailure:
-        return RankFailure(f"rank {self._peer} of the neighbouring stage {complaint} for {self._timeout_s:g} s")
+        return RankFailure(
+            f"rank {self._peer} of the neighbouring stage {complaint} for {self._timeout_s:g} s", self._peer
+        )
 
 
 class TcpSender(_TcpEnd):

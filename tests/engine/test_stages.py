@@ -190,3 +190,21 @@ def test_a_rank_that_is_killed_in_a_stage_is_named(mixture: Reference, victim: i
         assert failure.value.rank == victim
         assert time.monotonic() - killed_at < 5.0
     assert not [child for child in psutil.Process().children() if child.name().startswith("remuda: rank")]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs_is_named_by_the_stage_that_waits_for_it(mixture: Reference, victim: int) -> None:
+    with staged(mixture, pp=3, depth=3, collective_timeout_s=2.0) as served:
+        for i, prompt in enumerate(mixture.prompts):
+            served.engine.add(make_request(f"r{i}", prompt, max_tokens=200))
+        for _ in range(3):
+            served.engine.step()
+        os.kill(served.gang.processes[victim].pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(RankFailure) as failure:
+                while True:
+                    served.engine.step()
+        finally:
+            os.kill(served.gang.processes[victim].pid, signal.SIGCONT)
+        assert failure.value.rank == victim
