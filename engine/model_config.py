@@ -231,8 +231,11 @@ def num_local_kv_heads(config: ModelConfig, parallel: ParallelConfig) -> int:
 def validate_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Raises LayoutError, naming the numbers, where ``model`` cannot be divided as ``parallel`` says, or where this
     version does not serve such a layout."""
-    if parallel.dp > 1:
-        raise LayoutError(f"dp={parallel.dp} is not supported yet; use dp=1 and a larger tp or pp ({parallel.product})")
+    if parallel.dp > 1 and model.num_experts:
+        raise LayoutError(
+            f"dp={parallel.dp} is not supported yet for a mixture of experts; use dp=1 and a larger tp or pp "
+            f"({parallel.product})"
+        )
     validate_division(model, parallel)
 
 

@@ -24,7 +24,7 @@ PipelineParallelSize = Annotated[
     int | None, typer.Option("--pipeline-parallel-size", "--pp", help="Stages of layers, each on ranks of its own. [1]")
 ]
 DataParallelSize = Annotated[
-    int | None, typer.Option("--data-parallel-size", "--dp", help="Attention replicas. [1; more comes later]")
+    int | None, typer.Option("--data-parallel-size", "--dp", help="Attention replicas that share the experts. [1]")
 ]
 ExpertParallelSize = Annotated[
     int | None, typer.Option("--expert-parallel-size", "--ep", help="Ranks that share out the experts. [1]")

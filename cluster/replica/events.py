@@ -41,6 +41,11 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
             ep=self.expert_parallel_size,
         )
 
+    @property
+    def num_slots(self) -> int:
+        """Requests that run at once, over all dp groups."""
+        return self.max_num_seqs * self.data_parallel_size
+
 
 class LaunchConfig(msgspec.Struct, frozen=True):
     """The control process's whole configuration. ``address`` None: start a private Ray on this host."""

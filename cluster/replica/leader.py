@@ -116,7 +116,7 @@ class Leader:
         if self._loop is None:
             return None
         load = self._loop.load()
-        return LeaderLoad(self._loop.state, load.num_running, load.num_waiting, self._config.plan.max_num_seqs)
+        return LeaderLoad(self._loop.state, load.num_running, load.num_waiting, self._config.plan.num_slots)
 
     def drain(self) -> None:
         """Refuse new requests from now on; what runs may finish."""
@@ -167,6 +167,7 @@ class Leader:
         engine = Engine(
             executor=executor,
             kv_groups=kv_groups(model, plan.pipeline_parallel_size),
+            num_dp_groups=plan.data_parallel_size,
             # Stages work on different plans: what is sampled comes to the first through the next plan.
             input_references=plan.pipeline_parallel_size == 1,
             vocab_size=model.vocab_size,
@@ -195,7 +196,7 @@ class Leader:
             address="",
             incarnation=secrets.randbits(63),
             max_model_len=gang.max_model_len,
-            max_num_seqs=self._config.plan.max_num_seqs,
+            max_num_seqs=self._config.plan.num_slots,
             block_size=gang.cache.block_size,
             num_blocks=gang.cache.num_blocks,
             ranks=tuple(

@@ -5,21 +5,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from engine.config import Dtype, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import RankFailure
-from engine.executor.process_gang import ProcessGang
-from engine.executor.worker_config import WorkerConfig
-from engine.model_config import ModelConfig, kv_groups
-from engine.request import FinishReason, Output, Request, SamplingParams
-from tests.parity.architectures import NUM_NEW, Reference, make_reference
+from engine.request import FinishReason, Output
+from tests.parity.architectures import Reference, make_reference
+from tests.support.gang_engine import gang_engine, make_request, tokens_of
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -33,71 +29,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return make_reference("llama4-scout", tmp_path_factory.mktemp("mixture"))
-
-
-class Staged:
-    """An engine on a gang of processes."""
-
-    def __init__(self, gang: ProcessGang, config: WorkerConfig) -> None:
-        self.gang = gang
-        model = ModelConfig.from_directory(config.model)
-        self.engine = Engine(
-            executor=gang,
-            kv_groups=kv_groups(model, config.pp),
-            vocab_size=model.vocab_size,
-            scheduler_config=SchedulerConfig(
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_model_len=gang.ready.max_model_len,
-                depth=config.depth,
-            ),
-            cache_config=gang.ready.cache,
-            input_references=False,
-        )
-        self.most_in_flight = 0
-
-    def run(self, requests: list[Request]) -> dict[str, list[Output]]:
-        outputs: dict[str, list[Output]] = {request.request_id: [] for request in requests}
-        for request in requests:
-            self.engine.add(request)
-        while self.engine.has_work:
-            for output in self.engine.step():
-                outputs[output.request_id].append(output)
-            self.most_in_flight = max(self.most_in_flight, self.engine.stats().num_in_flight)
-            self.engine.check_integrity()
-        assert self.engine.stats().num_blocks_used == 0
-        return outputs
-
-
-@contextmanager
-def staged(reference: Reference, **changes: Any) -> Iterator[Staged]:
-    values: dict[str, Any] = {
-        "rank": 0,
-        "channel_address": "",
-        "secret": "",
-        "model": str(reference.directory),
-        "dtype": Dtype.FLOAT32,
-        "max_num_seqs": 16,
-        "max_num_batched_tokens": 64,
-        "block_size": 4,
-        "kv_cache_memory_bytes": 2**20,
-        "collective_timeout_s": 20.0,
-    }
-    config = WorkerConfig(**values | changes)
-    gang = ProcessGang(config)
-    try:
-        yield Staged(gang, config)
-    finally:
-        gang.close()
-
-
-def make_request(name: str, prompt: list[int], **options: Any) -> Request:
-    values: dict[str, Any] = {"max_tokens": NUM_NEW, "temperature": 0.0}
-    return Request(name, list(prompt), len(prompt), SamplingParams(**values | options))
-
-
-def tokens_of(outputs: list[Output]) -> list[int]:
-    return [token_id for output in outputs for token_id in output.token_ids]
 
 
 # Pairs of everything: stages, tensor-parallel ranks, plans in flight, whole prompts and chunks, model, experts.
@@ -120,7 +51,7 @@ def test_stages_compute_what_transformers_does(
         for copy in range(3)
         for i, prompt in enumerate(reference.prompts)
     ]
-    with staged(reference, **layout) as served:
+    with gang_engine(reference, **layout) as served:
         outputs = served.run(requests)
         assert served.most_in_flight >= layout["pp"] - 1
     assert [process.returncode for process in served.gang.processes] == [0] * (layout["pp"] * layout["tp"])
@@ -153,10 +84,10 @@ def test_sampled_streams_are_those_of_one_rank(mixture: Reference) -> None:
         for i, prompt in enumerate(mixture.prompts)
         for j, option in enumerate(options)
     ]
-    with staged(mixture) as alone:
+    with gang_engine(mixture) as alone:
         expected = {name: tokens_of(outputs) for name, outputs in alone.run(requests).items()}
         block_bytes = 2**20 // alone.gang.ready.cache.num_blocks
-    with staged(mixture, pp=2, depth=2, kv_cache_memory_bytes=40 * block_bytes) as served:
+    with gang_engine(mixture, pp=2, depth=2, kv_cache_memory_bytes=40 * block_bytes) as served:
         assert served.gang.ready.cache.num_blocks == 40
         assert {name: tokens_of(outputs) for name, outputs in served.run(requests).items()} == expected
         assert served.engine.stats().num_preemptions > 0
@@ -177,7 +108,7 @@ def iter_outputs(engine: Engine) -> Iterator[Output]:
     "victim", [pytest.param(0, marks=pytest.mark.full), 1, pytest.param(2, marks=pytest.mark.full)]
 )
 def test_a_rank_that_is_killed_in_a_stage_is_named(mixture: Reference, victim: int) -> None:
-    with staged(mixture, pp=3, depth=3) as served:
+    with gang_engine(mixture, pp=3, depth=3) as served:
         for i, prompt in enumerate(mixture.prompts):
             served.engine.add(make_request(f"r{i}", prompt, max_tokens=200))
         for _ in range(3):
@@ -195,7 +126,7 @@ def test_a_rank_that_is_killed_in_a_stage_is_named(mixture: Reference, victim: i
 @pytest.mark.full
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_hangs_is_named_by_the_stage_that_waits_for_it(mixture: Reference, victim: int) -> None:
-    with staged(mixture, pp=3, depth=3, collective_timeout_s=2.0) as served:
+    with gang_engine(mixture, pp=3, depth=3, collective_timeout_s=2.0) as served:
         for i, prompt in enumerate(mixture.prompts):
             served.engine.add(make_request(f"r{i}", prompt, max_tokens=200))
         for _ in range(3):

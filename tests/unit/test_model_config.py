@@ -314,7 +314,6 @@ def test_kv_heads_are_replicated_over_more_ranks() -> None:
         ({"intermediate_size": 98}, {"tp": 4}, "feed-forward width 98"),
         ({}, {"tp": 2, "ep": 2}, "ep=2 needs a mixture of experts"),
         ({}, {"pp": 3}, "pp=3 is more than the model's 2 layers"),
-        ({}, {"dp": 2}, "dp=2 is not supported yet"),
     ],
 )
 def test_illegal_layouts_of_a_dense_model(change: dict[str, Any], layout: dict[str, int], message: str) -> None:

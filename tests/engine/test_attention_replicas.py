@@ -1,0 +1,96 @@
+"""Data-parallel attention in real processes: a batch per group, each with slots, blocks and samples of its own, against
+transformers."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+
+from engine.errors import RankFailure
+from engine.request import Output
+from tests.parity.architectures import Reference, make_reference
+from tests.support.gang_engine import gang_engine, make_request, tokens_of
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return make_reference("llama3.1", tmp_path_factory.mktemp("dense"))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"dp": 2}, id="dp2"),
+        pytest.param({"dp": 2, "tp": 2, "max_num_batched_tokens": 16, "depth": 2}, id="dp2-tp2-chunked"),
+        pytest.param({"dp": 2, "pp": 2, "depth": 2}, id="dp2-pp2"),
+        pytest.param({"dp": 4, "tp": 2, "pp": 1, "depth": 2}, id="dp4-tp2", marks=pytest.mark.full),
+    ],
+)
+def test_groups_compute_what_transformers_does(dense: Reference, layout: dict[str, int]) -> None:
+    """More requests than one group has slots; log-probabilities of prompts come from every group."""
+    requests = [
+        make_request(f"{copy}-{i}", prompt, prompt_logprobs=2)
+        for copy in range(3)
+        for i, prompt in enumerate(dense.prompts)
+    ]
+    with gang_engine(dense, **{"max_num_seqs": 5} | layout) as served:
+        outputs = served.run(requests)
+    assert [process.returncode for process in served.gang.processes] == [0] * len(served.gang.processes)
+    for request in requests:
+        expected = dense.generated[int(request.request_id[2:])].token_ids
+        assert tokens_of(outputs[request.request_id]) == expected[len(request.token_ids) :]
+        assert _num_prompt_entries(outputs[request.request_id]) == len(request.token_ids)
+
+
+def _num_prompt_entries(outputs: list[Output]) -> int:
+    return sum(len(output.prompt_logprobs or []) for output in outputs)
+
+
+def test_a_group_without_requests(dense: Reference) -> None:
+    """One request at a time: the other group gets empty batches, and takes its turn afterwards."""
+    with gang_engine(dense, dp=2, tp=2) as served:
+        for i, prompt in enumerate(dense.prompts):
+            outputs = served.run([make_request(f"r{i}", prompt)])
+            assert tokens_of(outputs[f"r{i}"]) == dense.generated[i].token_ids[len(prompt) :]
+
+
+def test_streams_do_not_depend_on_their_group(dense: Reference) -> None:
+    """Seeds, penalties and a cache so small that requests are computed again."""
+    options: list[dict[str, Any]] = [
+        {"temperature": 1.0, "seed": 7},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 8, "repetition_penalty": 1.2},
+        {"temperature": 0.0, "stop_token_ids": (5, 6, 7, 8, 9, 10, 11)},
+    ]
+    requests = [
+        make_request(f"{i}-{j}-{copy}", prompt, **option)
+        for i, prompt in enumerate(dense.prompts)
+        for j, option in enumerate(options)
+        for copy in range(2)
+    ]
+    with gang_engine(dense) as alone:
+        expected = {name: tokens_of(outputs) for name, outputs in alone.run(requests).items()}
+        block_bytes = 2**20 // alone.gang.ready.cache.num_blocks
+    with gang_engine(dense, dp=2, kv_cache_memory_bytes=40 * block_bytes) as served:
+        assert served.gang.ready.cache.num_blocks == 40
+        assert served.engine.stats().num_blocks == 2 * 39
+        assert {name: tokens_of(outputs) for name, outputs in served.run(requests).items()} == expected
+        assert served.engine.stats().num_preemptions > 0
+
+
+def test_a_rank_that_is_killed_in_another_group_is_named(dense: Reference) -> None:
+    with gang_engine(dense, dp=2) as served:
+        for i, prompt in enumerate(dense.prompts):
+            served.engine.add(make_request(f"r{i}", prompt, max_tokens=80))
+        for _ in range(3):
+            served.engine.step()
+        os.kill(served.gang.processes[1].pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        with pytest.raises(RankFailure, match="rank 1") as failure:
+            while True:
+                served.engine.step()
+        assert failure.value.rank == 1
+        assert time.monotonic() - killed_at < 5.0

@@ -1,0 +1,79 @@
+"""An engine on a real gang of processes, and requests for it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from engine.config import Dtype, SchedulerConfig
+from engine.engine import Engine
+from engine.executor.process_gang import ProcessGang
+from engine.executor.worker_config import WorkerConfig
+from engine.model_config import ModelConfig, kv_groups
+from engine.request import Output, Request, SamplingParams
+from tests.parity.architectures import NUM_NEW, Reference
+
+
+class GangEngine:
+    """An engine on a gang of processes."""
+
+    def __init__(self, gang: ProcessGang, config: WorkerConfig) -> None:
+        self.gang = gang
+        model = ModelConfig.from_directory(config.model)
+        self.engine = Engine(
+            executor=gang,
+            kv_groups=kv_groups(model, config.pp),
+            num_dp_groups=config.dp,
+            vocab_size=model.vocab_size,
+            scheduler_config=SchedulerConfig(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=gang.ready.max_model_len,
+                depth=config.depth,
+            ),
+            cache_config=gang.ready.cache,
+            input_references=config.pp == 1,
+        )
+        self.most_in_flight = 0
+
+    def run(self, requests: list[Request]) -> dict[str, list[Output]]:
+        outputs: dict[str, list[Output]] = {request.request_id: [] for request in requests}
+        for request in requests:
+            self.engine.add(request)
+        while self.engine.has_work:
+            for output in self.engine.step():
+                outputs[output.request_id].append(output)
+            self.most_in_flight = max(self.most_in_flight, self.engine.stats().num_in_flight)
+            self.engine.check_integrity()
+        assert self.engine.stats().num_blocks_used == 0
+        return outputs
+
+
+@contextmanager
+def gang_engine(reference: Reference, **changes: Any) -> Iterator[GangEngine]:
+    values: dict[str, Any] = {
+        "rank": 0,
+        "channel_address": "",
+        "secret": "",
+        "model": str(reference.directory),
+        "dtype": Dtype.FLOAT32,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 64,
+        "block_size": 4,
+        "kv_cache_memory_bytes": 2**20,
+        "collective_timeout_s": 20.0,
+    }
+    config = WorkerConfig(**values | changes)
+    gang = ProcessGang(config)
+    try:
+        yield GangEngine(gang, config)
+    finally:
+        gang.close()
+
+
+def make_request(name: str, prompt: list[int], **options: Any) -> Request:
+    values: dict[str, Any] = {"max_tokens": NUM_NEW, "temperature": 0.0}
+    return Request(name, list(prompt), len(prompt), SamplingParams(**values | options))
+
+
+def tokens_of(outputs: list[Output]) -> list[int]:
+    return [token_id for output in outputs for token_id in output.token_ids]
