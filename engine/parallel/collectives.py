@@ -1,8 +1,13 @@
 """The collectives seam: what layers may ask of the ranks that they share work with."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
+
+ReceivedRows = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+"""Waits for rows that are under way; to be called once. Gives the rows [M, W], ordered by sender, and how many came
+from each rank: [size] int64 on the CPU."""
 
 
 class Collectives(Protocol):
@@ -37,6 +42,18 @@ class Collectives(Protocol):
         """Axis rank 0's values, in place, on all."""
         ...
 
+    def post_rows(self, rows: torch.Tensor, counts: torch.Tensor, expected: torch.Tensor | None = None) -> ReceivedRows:
+        """All-to-all of rows: any number, also none, from every rank to every rank.
+
+        Args:
+            rows: [N, W] in any format, ordered by receiver; not to be changed before the answer has come.
+            counts: [size] int64 on the CPU, how many go to each rank.
+            expected: [size] int64 on the CPU, how many come from each, where that is known.
+
+        Returns at once; no other operation may begin on the axis before the answer is called.
+        """
+        ...
+
 
 class LocalCollectives:
     """An axis of one rank: nothing to do."""
@@ -55,3 +72,6 @@ class LocalCollectives:
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+    def post_rows(self, rows: torch.Tensor, counts: torch.Tensor, expected: torch.Tensor | None = None) -> ReceivedRows:
+        return lambda: (rows, counts)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from engine.config import ParallelConfig
 from engine.errors import RankFailure
-from engine.parallel.collectives import Collectives, LocalCollectives
+from engine.parallel.collectives import Collectives, LocalCollectives, ReceivedRows
 from engine.parallel.mesh import Mesh
 from engine.parallel.nccl import nccl_group
 from engine.parallel.shared_memory import SharedMemoryCollectives
@@ -59,6 +59,25 @@ class _GroupCollectives:
         options.rootRank = 0
         self._wait(self._group.broadcast([tensor], options), "broadcast")
         return tensor
+
+    def post_rows(self, rows: torch.Tensor, counts: torch.Tensor, expected: torch.Tensor | None = None) -> ReceivedRows:
+        rows = rows.contiguous()
+        received = self._counts(counts, rows.device) if expected is None else expected
+        output = rows.new_empty(int(received.sum()), rows.shape[1])
+        work = self._group.alltoall_base(output, rows, received.tolist(), counts.tolist())
+
+        def wait() -> tuple[torch.Tensor, torch.Tensor]:
+            self._wait(work, f"all-to-all of {len(rows)} rows")
+            return output, received
+
+        return wait
+
+    def _counts(self, counts: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """How many rows each rank sends to this one: [size] int64 on the CPU."""
+        sent = counts.to(device)
+        received = torch.empty_like(sent)
+        self._wait(self._group.alltoall_base(received, sent, [], []), "all-to-all of counts")
+        return received.cpu()
 
     def _wait(self, work: Any, operation: str) -> None:
         raise NotImplementedError
@@ -137,25 +156,29 @@ def init_distributed(
         return Mesh(parallel, rank)
     mesh = Mesh(parallel, rank)
     try:
-        tp = _tp_collectives(mesh, store, device, timeout_s, bind_address)
+        tp = _neighbours("tp", parallel.tp, mesh, store, device, timeout_s, bind_address)
+        stage = tp
+        if parallel.dp > 1:
+            # A dp group without work comes to an exchange while the others still are in the stages before.
+            patience_s = timeout_s * (mesh.pp_rank + 1)
+            stage = _neighbours("stage", parallel.dp * parallel.tp, mesh, store, device, patience_s, bind_address)
         previous, following = join_stages(replace(mesh, tp=tp), store, device, timeout_s, bind_address)
     except RuntimeError as error:
         raise RankFailure(f"rank {rank} did not meet its gang within {timeout_s:g} s: {error}", rank) from error
-    return replace(mesh, tp=tp, previous=previous, next=following)
+    return replace(mesh, tp=tp, stage=stage, previous=previous, next=following)
 
 
-def _tp_collectives(
-    mesh: Mesh, store: dist.Store, device: torch.device, timeout_s: float, bind_address: str
+def _neighbours(
+    name: str, size: int, mesh: Mesh, store: dist.Store, device: torch.device, timeout_s: float, bind_address: str
 ) -> Collectives:
-    """Over the ranks of this one's stage and dp group."""
-    size = mesh.config.tp
+    """Over the ``size`` neighbouring ranks that this one is among. ``name``: of the axis."""
     if size == 1:
         return LocalCollectives()
-    store = dist.PrefixStore(f"tp-{mesh.rank // size}", store)
+    rank = mesh.rank % size
+    store = dist.PrefixStore(f"{name}-{mesh.rank // size}", store)
     if device.type == "cuda":
-        nccl = nccl_group(store, mesh.tp_rank, size, timeout_s)
-        return NcclCollectives(nccl, mesh.tp_rank, size, timeout_s)
-    return _cpu_collectives(store, mesh.tp_rank, size, timeout_s, bind_address)
+        return NcclCollectives(nccl_group(store, rank, size, timeout_s), rank, size, timeout_s)
+    return _cpu_collectives(store, rank, size, timeout_s, bind_address)
 
 
 def _cpu_collectives(store: dist.Store, rank: int, size: int, timeout_s: float, bind_address: str) -> Collectives:

@@ -9,10 +9,18 @@ from engine.parallel.collectives import Collectives, LocalCollectives
 from engine.parallel.stage_link import StageReceiver, StageSender
 
 
+def exchanges_tokens(parallel: ParallelConfig) -> bool:
+    """Whether experts work for tokens of several dp groups, which go to them and back by all-to-all; else all of a
+    stage's ranks hold the same tokens."""
+    return parallel.dp > 1
+
+
 @dataclass(frozen=True)
 class Mesh:
     """Global rank = (pp_rank × dp + dp_rank) × tp + tp_rank: tensor parallel neighbours are adjacent.
 
+    ``tp``: over the ranks of this one's stage and dp group. ``stage``: over all ranks of its stage, in the order of
+    expert_index; where there is one dp group, the same.
     ``previous``, ``next``: to the rank with the same dp and tp rank in the stage before and after this one; None where
     there is no such stage.
     Within a stage, expert index i = dp_rank × tp + tp_rank; ep_rank = i // expert_tp, expert_tp_rank = i % expert_tp.
@@ -21,6 +29,7 @@ class Mesh:
     config: ParallelConfig = field(default_factory=ParallelConfig)
     rank: int = 0
     tp: Collectives = field(default_factory=LocalCollectives)
+    stage: Collectives = field(default_factory=LocalCollectives)
     previous: StageReceiver | None = None
     next: StageSender | None = None
 
@@ -43,6 +52,10 @@ class Mesh:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.config.pp - 1
+
+    @property
+    def exchanges_tokens(self) -> bool:
+        return exchanges_tokens(self.config)
 
     def layers(self, model: ModelConfig) -> range:
         """Those of this rank's pipeline stage."""

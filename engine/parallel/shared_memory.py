@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from engine.errors import RankFailure
 from engine.kernels.native_library import native_library
+from engine.parallel.collectives import ReceivedRows
 from engine.parallel.memory_area import HEADER_BYTES, SharedArea, num_spins, share_area
 
 _BUFFER_BYTES = 4 * 1024 * 1024
@@ -117,6 +118,22 @@ class SharedMemoryCollectives:
         num_bytes = ctypes.c_int64(values.numel() * values.element_size())
         self._call(self._library.remuda_broadcast, "broadcast", ctypes.c_void_p(values.data_ptr()), num_bytes)
         return tensor if values is tensor else tensor.copy_(values)
+
+    def post_rows(self, rows: torch.Tensor, counts: torch.Tensor, expected: torch.Tensor | None = None) -> ReceivedRows:
+        rows = rows.contiguous()
+        row_bytes = rows.shape[1] * rows.element_size()
+        assert 0 < row_bytes <= _BUFFER_BYTES // 2, f"a row of {row_bytes} bytes does not fit into {_BUFFER_BYTES}"
+        posted = ctypes.c_void_p(rows.data_ptr()), ctypes.c_void_p(counts.data_ptr()), ctypes.c_int64(row_bytes)
+        self._library.remuda_post_rows(self._handle, *posted)
+
+        def wait() -> tuple[torch.Tensor, torch.Tensor]:
+            received = torch.empty_like(counts)
+            self._call(self._library.remuda_await_counts, "all-to-all", ctypes.c_void_p(received.data_ptr()))
+            output = rows.new_empty(int(received.sum()), rows.shape[1])
+            self._call(self._library.remuda_take_rows, "all-to-all", *posted, ctypes.c_void_p(output.data_ptr()))
+            return output, received
+
+        return wait
 
     def _call(self, function: Callable[..., int], operation: str, *arguments: Any) -> None:
         result = function(self._handle, *arguments)

@@ -52,14 +52,18 @@ int await_rank(Group *group, int peer) {
     }
 }
 
-// Publish what stands in this rank's buffer and wait for all others.
-int exchange(Group *group) {
-    remuda::publish(turn_of(group, group->rank), group->done + 1);
+int await_all(Group *group) {
     for (int peer = 0; peer < group->size; peer++) {
         if (peer == group->rank) continue;
         if (int result = await_rank(group, peer); result != kOk) return result;
     }
     return kOk;
+}
+
+// Publish what stands in this rank's buffer and wait for all others.
+int exchange(Group *group) {
+    remuda::publish(turn_of(group, group->rank), group->done + 1);
+    return await_all(group);
 }
 
 float from_bf16(uint16_t value) {
@@ -119,6 +123,29 @@ void sum(const Group *group, int64_t first, int64_t count, int element_bytes, ui
         sum_bf16(reinterpret_cast<const uint16_t *const *>(parts), group->size, reinterpret_cast<uint16_t *>(output),
                  count);
     }
+}
+
+// Rows that go from every rank to every rank, in rounds: in each a rank's buffer begins with how many of its rows go to
+// each rank in all, and then holds as many of them, ordered by receiver, as fit.
+int64_t counts_bytes(const Group *group) { return (group->size * 8 + kLine - 1) / kLine * kLine; }
+
+int64_t rows_per_round(const Group *group, int64_t row_bytes) {
+    return (group->buffer_bytes - counts_bytes(group)) / row_bytes;
+}
+
+int64_t total_of(const int64_t *counts, int size) {
+    int64_t total = 0;
+    for (int rank = 0; rank < size; rank++) total += counts[rank];
+    return total;
+}
+
+void write_round(const Group *group, const uint8_t *rows, const int64_t *counts, int64_t row_bytes, int64_t round) {
+    uint8_t *buffer = buffer_of(group, group->rank, group->done);
+    std::memcpy(buffer, counts, group->size * 8);
+    int64_t most = rows_per_round(group, row_bytes), first = round * most;
+    int64_t n = total_of(counts, group->size) - first;
+    if (n > most) n = most;
+    if (n > 0) std::memcpy(buffer + counts_bytes(group), rows + first * row_bytes, n * row_bytes);
 }
 
 }  // namespace
@@ -186,6 +213,56 @@ int32_t remuda_broadcast(Group *group, uint8_t *values, int64_t num_bytes) {
         if (group->rank == 0) std::memcpy(buffer_of(group, 0, group->done), values + first, n);
         if (int result = exchange(group); result != kOk) return result;
         if (group->rank != 0) std::memcpy(values + first, buffer_of(group, 0, group->done), n);
+        group->done++;
+    }
+    return kOk;
+}
+
+// Rows [sum of counts, row_bytes], ordered by receiver, begin their way; counts [size]. A row must fit into a buffer. No
+// other operation may come before remuda_await_counts and remuda_take_rows have ended this one.
+void remuda_post_rows(Group *group, const uint8_t *rows, const int64_t *counts, int64_t row_bytes) {
+    write_round(group, rows, counts, row_bytes, 0);
+    remuda::publish(turn_of(group, group->rank), group->done + 1);
+}
+
+// How many rows come from each rank: received [size].
+int32_t remuda_await_counts(Group *group, int64_t *received) {
+    if (int result = await_all(group); result != kOk) return result;
+    for (int rank = 0; rank < group->size; rank++) {
+        received[rank] = reinterpret_cast<const int64_t *>(buffer_of(group, rank, group->done))[group->rank];
+    }
+    return kOk;
+}
+
+// The rows from all ranks, ordered by sender. `rows`, `counts`: what was posted.
+int32_t remuda_take_rows(Group *group, const uint8_t *rows, const int64_t *counts, int64_t row_bytes,
+                         uint8_t *output) {
+    int64_t most = rows_per_round(group, row_bytes), num_rounds = 1;
+    int64_t starts[kMaxRanks], lengths[kMaxRanks];  // of this rank's rows among each sender's
+    for (int rank = 0; rank < group->size; rank++) {
+        auto sent = reinterpret_cast<const int64_t *>(buffer_of(group, rank, group->done));
+        starts[rank] = total_of(sent, group->rank);
+        lengths[rank] = sent[group->rank];
+        int64_t rounds = (total_of(sent, group->size) + most - 1) / most;
+        if (rounds > num_rounds) num_rounds = rounds;
+    }
+    for (int64_t round = 0; round < num_rounds; round++) {
+        if (round > 0) {
+            write_round(group, rows, counts, row_bytes, round);
+            if (int result = exchange(group); result != kOk) return result;
+        }
+        uint8_t *target = output;
+        for (int rank = 0; rank < group->size; rank++) {
+            int64_t first = starts[rank] > round * most ? starts[rank] : round * most;
+            int64_t end = starts[rank] + lengths[rank];
+            if (end > (round + 1) * most) end = (round + 1) * most;
+            const uint8_t *source = buffer_of(group, rank, group->done) + counts_bytes(group);
+            if (end > first) {
+                std::memcpy(target + (first - starts[rank]) * row_bytes, source + (first - round * most) * row_bytes,
+                            (end - first) * row_bytes);
+            }
+            target += lengths[rank] * row_bytes;
+        }
         group->done++;
     }
     return kOk;
