@@ -34,6 +34,11 @@ class StepAdapters:
         slots = self.slots[index]
         return type(self)(slots, tuple((slot, torch.nonzero(slots == slot).squeeze(1)) for slot, _ in self.rows))
 
+    def part(self, rows: slice) -> Self | None:
+        """For neighbouring rows of this matrix; None where none of them has an adapter."""
+        slots = self.slots[rows]
+        return self.of(slots.tolist(), slots.device)
+
     def split(self, counts: Sequence[int]) -> list[Self]:
         """For the parts of ``counts`` rows, one after another, into which this matrix is cut."""
         borders = [0, *accumulate(counts)]

@@ -229,17 +229,6 @@ def num_local_kv_heads(config: ModelConfig, parallel: ParallelConfig) -> int:
 
 
 def validate_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises LayoutError, naming the numbers, where ``model`` cannot be divided as ``parallel`` says, or where this
-    version does not serve such a layout."""
-    if parallel.dp > 1 and model.num_experts:
-        raise LayoutError(
-            f"dp={parallel.dp} is not supported yet for a mixture of experts; use dp=1 and a larger tp or pp "
-            f"({parallel.product})"
-        )
-    validate_division(model, parallel)
-
-
-def validate_division(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Raises LayoutError, naming the numbers, where ``model`` cannot be divided as ``parallel`` says."""
     tp, ep = parallel.tp, parallel.ep
     if parallel.pp > model.num_layers:
@@ -262,7 +251,8 @@ def validate_division(model: ModelConfig, parallel: ParallelConfig) -> None:
                 raise LayoutError(f"tp={tp} does not divide the feed-forward width {width}")
         if layer.moe and layer.moe.intermediate_size % parallel.expert_tp:
             raise LayoutError(
-                f"tp / ep = {parallel.expert_tp} does not divide the experts' width {layer.moe.intermediate_size}"
+                f"dp × tp / ep = {parallel.dp} × {tp} / {ep} = {parallel.expert_tp} does not divide the experts' width "
+                f"{layer.moe.intermediate_size}"
             )
 
 

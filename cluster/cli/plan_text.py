@@ -9,7 +9,7 @@ from rich.table import Table
 
 from cluster.plan.layout_plan import LayoutPlan
 from cluster.plan.rank_memory import RankMemory
-from cluster.plan.report import PlanReport, as_object, layout_text
+from cluster.plan.report import PlanReport, as_object, expert_dispatch, layout_text
 
 WIDTH = 100
 _MAX_COLUMNS = 4
@@ -36,11 +36,18 @@ def print_plan(report: PlanReport, console: Console) -> None:
     used = f", {report.options.utilization:.0%} of it used" if plan.machines.device.is_gpu else ""
     console.print(
         f"\n{plan.machines} ({_gib(plan.machines.device.usable_bytes)} usable on each{used}): "
-        f"{layout_text(plan.layout)}"
+        f"{layout_text(plan.layout)}{_dispatch_text(report)}"
     )
     console.print(_table(plan))
     for line in _verdict(report):
         console.print(line)
+
+
+def _dispatch_text(report: PlanReport) -> str:
+    """How tokens come to their experts, where these are on several ranks."""
+    form = expert_dispatch(report.model.shapes.config, report.plan.layout)
+    is_divided = report.plan.layout.dp * report.plan.layout.tp > 1
+    return f"; expert dispatch: {form}" if form is not None and is_divided else ""
 
 
 def _cache_line(report: PlanReport) -> str:
@@ -114,13 +121,10 @@ def _verdict(report: PlanReport) -> Iterator[str]:
             yield f"with --quantization {name} it fits: {_place(quantized)}"
     for notice in report.notices():
         yield f"note: {notice}"
-    if report.served is not None:
-        yield f"this version serves: {_place(report.served)}"
 
 
 def _place(plan: LayoutPlan) -> str:
-    later = ", which this version does not serve yet" if plan.unserved else ""
-    return f"{plan.machines} with {layout_text(plan.layout)}, {plan.max_model_len:,} tokens a request{later}"
+    return f"{plan.machines} with {layout_text(plan.layout)}, {plan.max_model_len:,} tokens a request"
 
 
 def _gib(num_bytes: int) -> str:

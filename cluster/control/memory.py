@@ -54,7 +54,7 @@ def _machines(num_local_ranks: int, *, on_gpus: bool) -> Machines | None:
 
 def _remedy(shapes: ModelShapes, plan: LayoutPlan, options: PlanOptions) -> str:
     if plan.machines.device.is_gpu:
-        nearest = LayoutSearch(shapes, options).nearest(plan.machines, only_served=True)
+        nearest = LayoutSearch(shapes, options).nearest(plan.machines)
         if nearest is None:
             return "no layout on more GPUs of this kind fits either; use --quantization, or larger GPUs"
         return f"nearest that fits: {nearest.machines} with {layout_text(nearest.layout)}"

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.plan.devices import Machines
-from cluster.plan.layouts import unserved
 from cluster.plan.rank_memory import PlanOptions, RankMemory, rank_memories
 from engine.config import ParallelConfig
 from engine.executor.cache_size import MIN_MODEL_LEN, longest_fitting
@@ -15,9 +14,8 @@ from engine.models.shapes.model_shapes import ModelShapes
 @dataclass(frozen=True)
 class LayoutPlan:
     """A layout on machines. ``max_model_len``: tokens of the longest request, 0 where not even one fits.
-    ``kv_tokens``: tokens that the cache holds in all layers at once, over all requests. ``num_contexts``: requests of
-    ``max_model_len`` that fit at once. ``reasons``: why it does not fit. ``unserved``: why this version does not serve
-    it though it divides the model, or None."""
+    ``kv_tokens``: tokens that the cache holds in all layers at once, over all requests and dp groups.
+    ``num_contexts``: requests of ``max_model_len`` that fit at once. ``reasons``: why it does not fit."""
 
     machines: Machines
     layout: ParallelConfig
@@ -26,7 +24,6 @@ class LayoutPlan:
     kv_tokens: int
     num_contexts: int
     reasons: tuple[str, ...]
-    unserved: str | None
 
     @property
     def fits(self) -> bool:
@@ -54,10 +51,10 @@ def plan_layout(
         layout=layout,
         ranks=tuple(ranks),
         max_model_len=0 if reasons else length,
-        kv_tokens=min(_num_usable(rank) // len(rank.groups) * block_size for rank in ranks),
-        num_contexts=min(_num_usable(rank) // num_blocks_needed(rank.groups, length - 1, block_size) for rank in ranks),
+        kv_tokens=layout.dp * min(_num_usable(rank) // len(rank.groups) * block_size for rank in ranks),
+        num_contexts=layout.dp
+        * min(_num_usable(rank) // num_blocks_needed(rank.groups, length - 1, block_size) for rank in ranks),
         reasons=reasons,
-        unserved=unserved(shapes.config, layout),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from cluster.plan.devices import Machines
 from engine.config import ParallelConfig
 from engine.errors import LayoutError
-from engine.model_config import ModelConfig, validate_division, validate_layout
+from engine.model_config import ModelConfig, validate_layout
 
 _MAX_HOSTS = 64
 
@@ -38,15 +38,6 @@ def candidates(model: ModelConfig, machines: Machines, fixed: Degrees) -> Iterat
 
 def refusal(model: ModelConfig, layout: ParallelConfig) -> str | None:
     """Why the model cannot be divided so; None where it can."""
-    try:
-        validate_division(model, layout)
-    except LayoutError as error:
-        return str(error)
-    return None
-
-
-def unserved(model: ModelConfig, layout: ParallelConfig) -> str | None:
-    """Why this version does not serve a layout that divides the model; None where it does."""
     try:
         validate_layout(model, layout)
     except LayoutError as error:

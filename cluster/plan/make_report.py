@@ -70,13 +70,9 @@ def make_report(model: FoundModel, machines: Machines, fixed: Degrees, options: 
     """Raises LayoutError where the fixed degrees are impossible."""
     search = LayoutSearch(model.shapes, options)
     plan = search.choose(machines, fixed)
-    nearest = None if plan.fits else search.nearest(machines, only_served=False)
-    shown = plan if plan.fits else nearest
-    served = None
-    if model.shapes.is_served and shown is not None and shown.unserved:
-        served = search.nearest(machines, only_served=True)
+    nearest = None if plan.fits else search.nearest(machines)
     quantized = None if plan.fits else _quantized(model, machines, fixed, options)
-    return PlanReport(model, options, search.counts, plan, nearest, served, quantized)
+    return PlanReport(model, options, search.counts, plan, nearest, quantized)
 
 
 def _quantized(

@@ -8,22 +8,22 @@ from cluster.plan.link_cost import tensor_parallel_traffic
 from cluster.plan.rank_memory import PlanOptions, RankMemory
 from cluster.plan.source import FoundModel
 from engine.config import ParallelConfig
-from engine.parallel.mesh import Mesh
+from engine.model_config import ModelConfig
+from engine.parallel.mesh import Mesh, exchanges_tokens
 from engine.weights.ledger import ParameterCounts, kv_token_bytes, stage_kv
 
 
 @dataclass(frozen=True)
 class PlanReport:
     """Everything that ``remuda plan`` tells. ``nearest``: the nearest layout that fits, where the plan does not;
-    ``served``: the nearest that fits and that this version serves, where the plan is not one. ``quantized``: the
-    ``--quantization`` with which a float model fits on the same machines after all, and that plan."""
+    ``quantized``: the ``--quantization`` with which a float model fits on the same machines after all, and that
+    plan."""
 
     model: FoundModel
     options: PlanOptions
     counts: ParameterCounts
     plan: LayoutPlan
     nearest: LayoutPlan | None = None
-    served: LayoutPlan | None = None
     quantized: tuple[str, LayoutPlan] | None = None
 
     @property
@@ -36,8 +36,6 @@ class PlanReport:
         found = []
         if not shapes.is_served:
             found.append(f"{shapes.config.architecture} is not served by this version; only its shapes are known")
-        elif plan.unserved:
-            found.append(f"this layout is not served by this version: {plan.unserved}")
         if plan.layout.tp > plan.machines.per_host:
             found.append(self._link_notice())
         if shapes.vision and shapes.is_served:
@@ -77,7 +75,7 @@ def as_object(report: PlanReport) -> dict[str, Any]:
     return {
         "model": report.model.name,
         "architecture": config.architecture,
-        "served": shapes.is_served and plan.unserved is None,
+        "served": shapes.is_served,
         "parameters": report.counts.total,
         "active_parameters": report.counts.active,
         "vision_parameters": report.counts.vision,
@@ -88,6 +86,7 @@ def as_object(report: PlanReport) -> dict[str, Any]:
         "num_hosts": plan.machines.num_hosts,
         "devices_per_host": plan.machines.per_host,
         "layout": _degrees(plan.layout),
+        "expert_dispatch": expert_dispatch(config, plan.layout),
         "fits": plan.fits,
         "reasons": list(plan.reasons),
         "max_model_len": plan.max_model_len,
@@ -97,12 +96,18 @@ def as_object(report: PlanReport) -> dict[str, Any]:
         "max_num_batched_tokens": report.options.max_num_batched_tokens,
         "ranks": [_rank(rank) for rank in plan.ranks],
         "nearest": _nearest(report.nearest),
-        "nearest_served": _nearest(report.served),
         "quantized": report.quantized
         and {"quantization": report.quantized[0], **(_nearest(report.quantized[1]) or {})},
         "notices": report.notices(),
         "licence": {"name": licence.name, "attribution": licence.attribution, "notices": list(licence.notices)},
     }
+
+
+def expert_dispatch(config: ModelConfig, layout: ParallelConfig) -> str | None:
+    """How tokens come to their experts; None where there are none."""
+    if not config.num_experts:
+        return None
+    return "all-to-all" if exchanges_tokens(layout) else "replicated"
 
 
 def _rank(rank: RankMemory) -> dict[str, Any]:
@@ -135,7 +140,6 @@ def _nearest(plan: LayoutPlan | None) -> dict[str, Any] | None:
         "devices_per_host": machines.per_host,
         "layout": _degrees(plan.layout),
         "max_model_len": plan.max_model_len,
-        "served": plan.unserved is None,
     }
 
 

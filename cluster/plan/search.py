@@ -5,7 +5,7 @@ from itertools import islice
 
 from cluster.plan.devices import Machines
 from cluster.plan.layout_plan import LayoutPlan, plan_layout
-from cluster.plan.layouts import Degrees, candidates, larger, refusal, unserved
+from cluster.plan.layouts import Degrees, candidates, larger, refusal
 from cluster.plan.rank_memory import PlanOptions, budget_of, weights_by_rank
 from engine.config import ParallelConfig
 from engine.errors import LayoutError
@@ -52,28 +52,22 @@ class LayoutSearch:
         refused = [error for error in self._weights.values() if isinstance(error, LayoutError)]
         raise refused[0] if refused else LayoutError(self._impossible(machines, fixed))
 
-    def nearest(self, machines: Machines, *, only_served: bool) -> LayoutPlan | None:
+    def nearest(self, machines: Machines) -> LayoutPlan | None:
         """The first that fits, with requests of a useful length, on these machines or the fewest more of their kind;
-        None where none was found.
-
-        ``only_served``: none that this version does not serve.
-        """
+        None where none was found."""
         wanted = self._options.max_model_len or self._shapes.config.max_context_len
         for grown in (machines, *larger(machines)):
             if self._is_hopeless(grown):
                 continue
-            for plan in self._plans(grown, Degrees(), only_served=only_served):
+            for plan in self._plans(grown, Degrees()):
                 if plan.max_model_len >= min(wanted, _USEFUL_MODEL_LEN):
                     return plan
         return None
 
-    def _plans(self, machines: Machines, fixed: Degrees, *, only_served: bool = False) -> Iterator[LayoutPlan]:
+    def _plans(self, machines: Machines, fixed: Degrees) -> Iterator[LayoutPlan]:
         config = self._shapes.config
-        layouts = (
-            layout
-            for layout in candidates(config, machines, fixed)
-            if not (only_served and unserved(config, layout)) and self._weights_of(layout) is not None
-        )
+        found = candidates(config, machines, fixed)
+        layouts = (layout for layout in found if self._weights_of(layout) is not None)
         for layout in islice(layouts, _MAX_TRIED):
             weights = self._weights_of(layout)
             assert weights is not None

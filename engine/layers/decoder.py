@@ -10,6 +10,7 @@ from engine.attention.backend import KvCacheView, StepAttention
 from engine.batch import ForwardBatch, StepAdapters
 from engine.layers.attention import Attention
 from engine.layers.embedding import VocabEmbedding
+from engine.layers.moe import MixtureOfExperts
 from engine.layers.norm import RmsNorm
 from engine.layers.rotary import RotaryEmbedding, Rotation
 from engine.model_config import ModelConfig
@@ -109,6 +110,14 @@ class DecoderModel(nn.Module):
         if self.norm is not None:
             return self.norm.add(hidden, update)[1]
         return hidden if update is None else hidden + update
+
+    def forward_idle(self) -> None:
+        """This rank's part of a step in which its dp group has no tokens: its experts work for the others'."""
+        empty = next(self.parameters()).new_empty(0, self.config.hidden_size, dtype=self.dtype)
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            if isinstance(layer.feed_forward, MixtureOfExperts):
+                layer.feed_forward.forward(empty)
 
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:
         """[R, hidden_size] to [R, vocab_size] float32 on tp rank 0 of the last stage, None elsewhere; to be called on

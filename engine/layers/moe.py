@@ -10,6 +10,8 @@ from engine.batch import StepAdapters
 from engine.layers.experts import Experts
 from engine.layers.feed_forward import GatedFeedForward
 from engine.layers.router import Router
+from engine.parallel.all_to_all_dispatch import AllToAllDispatch
+from engine.parallel.expert_balance import linear_placement
 from engine.parallel.mesh import Mesh
 from engine.parallel.token_dispatch import ReplicatedDispatch, TokenDispatch
 
@@ -36,27 +38,49 @@ class MixtureOfExperts(nn.Module):
         self.experts = experts
         self.shared_expert = shared_expert
         self._scales_inputs = scales_inputs
-        self._dispatch: TokenDispatch = ReplicatedDispatch(
-            experts.first_expert, experts.num_experts, scales_inputs=scales_inputs
-        )
+        self._dispatch = self._make_dispatch(mesh)
+        self._is_replicated = not mesh.exchanges_tokens
+
+    def _make_dispatch(self, mesh: Mesh) -> TokenDispatch:
+        experts, scales_inputs = self.experts, self._scales_inputs
+        if not mesh.exchanges_tokens:
+            return ReplicatedDispatch(experts.first_expert, experts.num_experts, scales_inputs=scales_inputs)
+        placement = linear_placement(self.router.num_experts, mesh.config.ep, experts.num_experts)
+        return AllToAllDispatch(mesh, placement, self.router.num_experts, scales_inputs=scales_inputs)
 
     def forward(self, hidden: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
-        """[T, H] to [T, H], the same on all ranks; one reduction for routed and shared experts together.
+        """[T, H] to [T, H], the same on all tensor-parallel ranks; one reduction for routed and shared experts
+        together. Where tokens are exchanged T may be 0: this rank's experts then work for others.
 
         ``adapters``: of the T tokens.
         """
-        output = self._routed(hidden, adapters)
-        if self.shared_expert is not None:
-            output = output + self.shared_expert.forward_partial(hidden, adapters)
+        share = self._dispatch.share(len(hidden))
+        routed, shared = self._routed(hidden[share], adapters, share, hidden)
+        if len(hidden) == 0:
+            return hidden  # no other rank of the dp group has anything to add up either
+        if shared is None and self._is_replicated:
+            return self._tp.all_reduce(routed)
+        output = torch.zeros_like(hidden) if shared is None else shared
+        output[share] += routed
         return self._tp.all_reduce(output)
 
-    def _routed(self, hidden: torch.Tensor, adapters: StepAdapters | None) -> torch.Tensor:
-        """This rank's experts' summand."""
-        expert_ids, scores = self.router.forward(hidden)
-        if adapters is None:
-            output = self.experts.forward_routed(hidden, expert_ids, scores, scales_inputs=self._scales_inputs)
+    def _routed(
+        self, mine: torch.Tensor, adapters: StepAdapters | None, share: slice, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The routed experts' sum, of the rank's share of tokens, and the shared expert's summand, of all."""
+        expert_ids, scores = self.router.forward(mine)
+        if adapters is None and self._is_replicated:
+            output = self.experts.forward_routed(mine, expert_ids, scores, scales_inputs=self._scales_inputs)
             if output is not None:
-                return output
-        tokens, counts, handle = self._dispatch.dispatch(hidden, expert_ids, scores)
-        pair_adapters = None if adapters is None else adapters.select(handle.token_rows)
-        return self._dispatch.combine(self.experts.forward(tokens, counts, pair_adapters), handle)
+                return output, self._shared(hidden, adapters)
+        own = adapters if adapters is None or self._is_replicated else adapters.part(share)
+        dispatched = self._dispatch.dispatch(mine, expert_ids, scores, own)
+        shared = self._shared(hidden, adapters)  # while tokens are under way
+        arrived = dispatched.receive()
+        outputs = self.experts.forward(arrived.tokens, arrived.counts, arrived.adapters)
+        return dispatched.combine(outputs), shared
+
+    def _shared(self, hidden: torch.Tensor, adapters: StepAdapters | None) -> torch.Tensor | None:
+        if self.shared_expert is None or not len(hidden):
+            return None
+        return self.shared_expert.forward_partial(hidden, adapters)

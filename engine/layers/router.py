@@ -19,6 +19,7 @@ class Router(nn.Module, abc.ABC):
     def __init__(self, build: ParameterBuilder, name: str, hidden_size: int, config: MoeConfig) -> None:
         super().__init__()
         self._config = config
+        self.num_experts = config.num_experts
         self.weight = build.whole(f"{name}.weight", config.num_experts, hidden_size)
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

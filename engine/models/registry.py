@@ -47,6 +47,10 @@ class Model(Protocol):
         after the last. ``hidden``: those of the stage before; None in the first."""
         ...
 
+    def forward_idle(self) -> None:
+        """Takes part in a step in which other dp groups have tokens, and this rank's has none."""
+        ...
+
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:
         """Logits [R, vocab_size] float32 of final hidden states [R, hidden_size], on tp rank 0 of the last stage; None
         on the others.

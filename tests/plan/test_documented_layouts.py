@@ -23,19 +23,17 @@ def test_405b_on_two_hosts_of_eight() -> None:
     assert [rank.host for rank in report.plan.ranks] == [0] * 8 + [1] * 8
     assert "embedding" in report.plan.ranks[0].weights and "head" not in report.plan.ranks[0].weights
     assert "head" in report.plan.ranks[8].weights and "embedding" not in report.plan.ranks[8].weights
-    assert report.plan.unserved is None
 
 
 def test_405b_in_fp8_on_one_host_of_eight() -> None:
     report = report_of("Llama-3.1-405B-FP8", "8xH100-80")
     assert report.plan.fits and report.plan.layout == ParallelConfig(tp=8)
-    assert report.plan.unserved is None and report.plan.max_model_len == 131072
+    assert report.plan.max_model_len == 131072
 
 
 def test_maverick_in_fp8_on_one_host_of_eight() -> None:
     report = report_of("Llama-4-Maverick-17B-128E-Instruct-FP8", "8xH100-80")
     assert report.plan.fits and report.plan.layout == ParallelConfig(tp=8, ep=8)
-    assert report.plan.unserved is None
     assert any("multimodal" in notice for notice in report.model.licence.notices)
 
 

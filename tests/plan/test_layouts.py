@@ -6,7 +6,7 @@ from cluster.control.placement import HostInfo, place_gangs
 from cluster.plan.devices import Machines, parse_machines
 from cluster.plan.layouts import Degrees, candidates, host_of, larger
 from engine.config import ParallelConfig
-from engine.model_config import ModelConfig, validate_division
+from engine.model_config import ModelConfig, validate_layout
 from tests.plan.models import config_of
 
 DENSE = ModelConfig.from_hf(config_of("Llama-3.1-8B"))
@@ -21,7 +21,7 @@ def test_all_are_legal_and_placeable(model: ModelConfig, gpus: str) -> None:
     assert layouts and len(set(layouts)) == len(layouts)
     hosts = [HostInfo(str(i), f"10.0.0.{i}", 0, machines.per_host) for i in range(machines.num_hosts)]
     for layout in layouts:
-        validate_division(model, layout)
+        validate_layout(model, layout)
         ours = [host_of(rank, layout, machines) for rank in range(layout.num_ranks)]
         assert max(ours) < machines.num_hosts
         assert all(ours.count(host) <= machines.per_host for host in ours)

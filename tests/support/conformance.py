@@ -29,8 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def conforms(record_property: Callable[[str, object], None]) -> Conforms:
     """Say what a test holds against whom: ``conforms("Mixtral", "float32", tp=2, ep=2, oracle="transformers")``."""
 
-    def record(model: str, weights: str, *, pp: int = 1, tp: int = 1, ep: int = 1, oracle: str) -> None:
-        layout = f"pp{pp} " * (pp > 1) + f"tp{tp}" + f" ep{ep}" * (ep > 1)
+    def record(model: str, weights: str, *, pp: int = 1, dp: int = 1, tp: int = 1, ep: int = 1, oracle: str) -> None:
+        layout = f"pp{pp} " * (pp > 1) + f"dp{dp} " * (dp > 1) + f"tp{tp}" + f" ep{ep}" * (ep > 1)
         record_property(_PROPERTY, (model, weights, layout, oracle))
 
     return record

@@ -105,9 +105,10 @@ class ModelDriver:
             return self.mesh.tp.broadcast(chosen)
         assert self.store is not None
         self._num_chosen += 1
+        key = f"chosen/{self.mesh.dp_rank}/{self._num_chosen}"
         if self.samples:
-            self.store.set(f"chosen/{self._num_chosen}", json.dumps(chosen.tolist()))
-        return torch.tensor(json.loads(self.store.get(f"chosen/{self._num_chosen}")))
+            self.store.set(key, json.dumps(chosen.tolist()))
+        return torch.tensor(json.loads(self.store.get(key)))
 
     def release(self, sequence: Stream) -> None:
         for table in sequence.tables:
@@ -215,12 +216,14 @@ def run_model(
     num_new: int,
     store: dist.Store | None = None,
 ) -> dict[str, list[Generated]]:
-    """Load a checkpoint and generate both ways."""
+    """Load a checkpoint and generate both ways. Alone, dp groups compute the prompts in different orders."""
     model = build_model(config, mesh, dtype, torch.device("cpu"))
     load_weights(model, directory)
     driver = ModelDriver(model, mesh, torch_dtype(dtype), store=store)
+    first = mesh.dp_rank % len(prompts)
+    alone = generate_alone(driver, prompts[first:] + prompts[:first], num_new)
     return {
-        "alone": generate_alone(driver, prompts, num_new),
+        "alone": alone[len(prompts) - first :] + alone[: len(prompts) - first],
         "together": generate_together(driver, prompts, num_new, chunk=7),
     }
 
@@ -235,11 +238,12 @@ def run_rank(
     num_new: int,
     pp: int = 1,
     num_hosts: int = 1,
+    dp: int = 1,
 ) -> dict[str, list[Generated]]:
-    """``run_model`` as one rank of a gang; for ``run_ranks``. ``num_hosts``: over how many the stages are spread; they
-    are made of loopback addresses, and share no memory."""
-    parallel = ParallelConfig(tp=tp, ep=ep, pp=pp)
-    host = context.rank // tp * num_hosts // pp
+    """``run_model`` as one rank of a gang; for ``run_ranks``. ``num_hosts``: over how many the stages and dp groups are
+    spread; they are made of loopback addresses, and share no memory."""
+    parallel = ParallelConfig(tp=tp, ep=ep, pp=pp, dp=dp)
+    host = context.rank // tp * num_hosts // (pp * dp)
     mesh = init_distributed(
         parallel, context.rank, context.store, torch.device("cpu"), timeout_s=30.0, bind_address=f"127.0.0.{host + 1}"
     )

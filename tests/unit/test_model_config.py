@@ -330,7 +330,7 @@ def test_illegal_layouts_of_a_dense_model(change: dict[str, Any], layout: dict[s
         (
             {"architectures": ["MixtralForCausalLM"], "intermediate_size": 50},
             {"tp": 4},
-            "tp / ep = 4 does not divide the experts' width 50",
+            "dp × tp / ep = 1 × 4 / 1 = 4 does not divide the experts' width 50",
         ),
     ],
 )

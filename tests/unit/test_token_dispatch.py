@@ -23,11 +23,12 @@ def test_sum_over_ranks_is_the_mixture(scales_inputs: bool, num_ranks: int, num_
     total = torch.zeros_like(hidden)
     for rank in range(num_ranks):
         dispatch = ReplicatedDispatch(rank * per_rank, per_rank, scales_inputs=scales_inputs)
-        tokens, counts, handle = dispatch.dispatch(hidden, expert_ids, scores)
+        dispatched = dispatch.dispatch(hidden[dispatch.share(NUM_TOKENS)], expert_ids, scores)
+        tokens, counts = dispatched.receive().tokens, dispatched.receive().counts
         assert len(counts) == per_rank and int(counts.sum()) == len(tokens)
         parts = tokens.split(counts.tolist())
         outputs = torch.cat([expert(rank * per_rank + i, part) for i, part in enumerate(parts)])
-        total += dispatch.combine(outputs, handle)
+        total += dispatched.combine(outputs)
     expected = torch.zeros_like(hidden)
     for t in range(NUM_TOKENS):
         for e, score in zip(expert_ids[t].tolist(), scores[t], strict=True):
@@ -39,9 +40,10 @@ def test_scores_may_be_more_exact_than_the_tokens() -> None:
     dispatch = ReplicatedDispatch(0, 1, scales_inputs=False)
     hidden = torch.arange(1, 200, dtype=torch.bfloat16)[None]
     score = torch.full((1, 1), 1 / 3)
-    tokens, _, handle = dispatch.dispatch(hidden, torch.zeros(1, 1, dtype=torch.int64), score)
+    dispatched = dispatch.dispatch(hidden, torch.zeros(1, 1, dtype=torch.int64), score)
+    tokens = dispatched.receive().tokens
     assert tokens.dtype == torch.bfloat16
-    assert dispatch.combine(tokens, handle).equal((hidden.float() * score).bfloat16())
+    assert dispatched.combine(tokens).equal((hidden.float() * score).bfloat16())
     assert not (hidden * score.bfloat16()).equal((hidden.float() * score).bfloat16())
 
 
@@ -49,6 +51,7 @@ def test_scores_may_be_more_exact_than_the_tokens() -> None:
 def test_a_rank_without_tokens(scales_inputs: bool) -> None:
     dispatch = ReplicatedDispatch(4, 4, scales_inputs=scales_inputs)
     hidden = torch.ones(3, HIDDEN)
-    tokens, counts, handle = dispatch.dispatch(hidden, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+    dispatched = dispatch.dispatch(hidden, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+    tokens, counts = dispatched.receive().tokens, dispatched.receive().counts
     assert tokens.shape == (0, HIDDEN) and counts.tolist() == [0, 0, 0, 0]
-    assert dispatch.combine(tokens, handle).eq(0).all()
+    assert dispatched.combine(tokens).eq(0).all()
