@@ -94,3 +94,45 @@ def test_a_rank_that_is_killed_in_another_group_is_named(dense: Reference) -> No
                 served.engine.step()
         assert failure.value.rank == 1
         assert time.monotonic() - killed_at < 5.0
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return make_reference("llama4-scout", tmp_path_factory.mktemp("mixture"))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"dp": 2, "tp": 2, "ep": 4, "depth": 2}, id="dp2-tp2-ep4"),
+        pytest.param({"dp": 2, "pp": 2, "ep": 2, "depth": 3, "max_num_batched_tokens": 16}, id="dp2-pp2-chunked"),
+        pytest.param({"dp": 4, "ep": 2}, id="dp4-ep2", marks=pytest.mark.full),
+    ],
+)
+def test_experts_work_for_all_groups(mixture: Reference, layout: dict[str, int]) -> None:
+    """Groups are at different places in their requests, and some are idle while others compute."""
+    requests = [make_request(f"{copy}-{i}", prompt) for copy in range(3) for i, prompt in enumerate(mixture.prompts)]
+    with gang_engine(mixture, **{"max_num_seqs": 5} | layout) as served:
+        outputs = served.run(requests)
+        for i, prompt in enumerate(mixture.prompts):
+            outputs |= served.run([make_request(f"alone-{i}", prompt)])
+    assert [process.returncode for process in served.gang.processes] == [0] * len(served.gang.processes)
+    for name, found in outputs.items():
+        i = int(name.split("-")[1])
+        assert tokens_of(found) == mixture.generated[i].token_ids[len(mixture.prompts[i]) :]
+
+
+def test_a_rank_that_is_killed_in_an_exchange_is_named(mixture: Reference) -> None:
+    """The others wait for its rows in the middle of a step."""
+    with gang_engine(mixture, dp=2, tp=2, ep=4) as served:
+        for i, prompt in enumerate(mixture.prompts):
+            served.engine.add(make_request(f"r{i}", prompt, max_tokens=200))
+        for _ in range(3):
+            served.engine.step()
+        os.kill(served.gang.processes[3].pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        with pytest.raises(RankFailure, match="rank 3") as failure:
+            while True:
+                served.engine.step()
+        assert failure.value.rank == 3
+        assert time.monotonic() - killed_at < 5.0
