@@ -91,7 +91,7 @@ class SchedulerConfig:
     """Most requests that wait; beyond it ``add`` raises Overloaded."""
     depth: int = 1
     """Plans in flight at most."""
-    max_step_stretch: float = 3.0
+    max_step_stretch: float = 5.0
     """While requests decode, prompts may make a step so many times as long as it would be without them."""
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 one for prompts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -11,6 +11,7 @@ from engine.attention.reference import ReferenceAttention
 from engine.batch import ForwardBatch
 from engine.config import KvGroupConfig
 from engine.kernels.decode_attention import DecodeRequests, can_attend, decode_attention
+from engine.kernels.decoder_layer import NativeAttended
 from engine.kernels.prompt_attention import Prompts, prompt_attention
 from engine.kernels.rotate_and_write import rotate_and_write
 
@@ -32,6 +33,14 @@ class CpuStepAttention:
     def __init__(self, plans: list[_GroupPlan], places: dict[int, tuple[int, int]]) -> None:
         self._plans = plans
         self._places = places
+        self._native: dict[int, NativeAttended] = {}
+
+    def native(self, layer: int, kv_cache: KvCacheView) -> tuple[NativeAttended, int]:
+        """For native layers: what this one attends to, and its slot in the cache."""
+        group, slot = self._places[layer]
+        if group not in self._native:
+            self._native[group] = _native(self._plans[group], kv_cache.key_cache[0].shape[1])
+        return self._native[group], slot
 
     def forward(
         self,
@@ -102,12 +111,37 @@ class _EitherStep:
         kv_cache: KvCacheView,
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
+        return self.chosen(query, kv_cache).forward(layer, query, key, value, kv_cache, rotation)
+
+    def chosen(self, query: torch.Tensor, kv_cache: KvCacheView) -> StepAttention:
         if self._step is None:
             if can_attend(query, kv_cache.key_cache[0]):
                 self._step = _plan(self._batch, self._groups)
             else:
                 self._step = ReferenceAttention().plan(self._batch, self._groups, self._block_size)
-        return self._step.forward(layer, query, key, value, kv_cache, rotation)
+        return self._step
+
+
+def native_step(attention: StepAttention, query: torch.Tensor, kv_cache: KvCacheView) -> CpuStepAttention | None:
+    """The step as the native kernels see it; None where they do not take queries and a cache such as these."""
+    step = attention.chosen(query, kv_cache) if isinstance(attention, _EitherStep) else attention
+    return step if isinstance(step, CpuStepAttention) else None
+
+
+def _native(plan: _GroupPlan, block_size: int) -> NativeAttended:
+    prompts, decodes = plan.prompts, plan.decodes
+    return NativeAttended(
+        plan.slot_mapping.data_ptr(),
+        plan.block_tables.data_ptr(),
+        plan.block_tables.shape[1],
+        block_size,
+        plan.config.chunk_size or 0,
+        plan.config.window_size or 0,
+        *((None,) * 4 if prompts is None else (getattr(prompts, f.name).data_ptr() for f in fields(prompts))),
+        0 if prompts is None else len(prompts.rows),
+        *((None,) * 4 if decodes is None else (getattr(decodes, f.name).data_ptr() for f in fields(decodes))),
+        0 if decodes is None else len(decodes.rows),
+    )
 
 
 class CpuAttention:

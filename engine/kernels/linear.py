@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from engine.kernels.native_library import tile_library
 
-_MOST_TOKENS = 512
+MOST_TOKENS = 512
 """Above, oneDNN's product of bfloat16 is faster or about as fast."""
 _ROWS = 32
 """Outputs that the kernel computes together; also the inputs of bfloat16 in one step of it. Of int8 it takes 64."""
@@ -28,7 +28,7 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         library is None
         or hidden.dtype is not torch.bfloat16
         or not hidden.is_cpu
-        or num_tokens > _MOST_TOKENS
+        or num_tokens > MOST_TOKENS
         or not _is_plain(weight, torch.bfloat16)
         or num_inputs % _ROWS
         or num_outputs % _ROWS

@@ -18,10 +18,10 @@ class Attention(nn.Module):
 
     def __init__(self, build: ParameterBuilder, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self._layer = layer
-        self._head_dim = config.head_dim
+        self.layer = layer
+        self.head_dim = config.head_dim
         self._eps = config.rms_norm_eps
-        self._use_rope = config.layers[layer].use_rope
+        self.use_rope = config.layers[layer].use_rope
         self._qk_norm = config.layers[layer].qk_norm
         if self._qk_norm is QkNorm.WEIGHTED_BEFORE_ROPE:
             self.query_norm = RmsNorm(build, "q_norm", config.head_dim, config.rms_norm_eps)
@@ -36,6 +36,12 @@ class Attention(nn.Module):
         ]
         self.qkv = ColumnParallelLinear(build, config.hidden_size, parts, config.attention_bias)
         self.output = RowParallelLinear(build, "o_proj", query_size, config.hidden_size, config.attention_bias)
+        self.num_heads, self.num_kv_heads = (size // config.head_dim for size in self.qkv.local_sizes[:2])
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but the rotation lies between the projections and attention."""
+        return self._qk_norm is None and self._temperature is None
 
     def forward(
         self,
@@ -48,19 +54,19 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size], the same on all ranks. ``positions``: [T] int64."""
         parts = self.qkv.forward(hidden, adapters).split(self.qkv.local_sizes, dim=-1)
-        query, key, value = (part.unflatten(-1, (-1, self._head_dim)) for part in parts)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         if self._qk_norm is QkNorm.WEIGHTED_BEFORE_ROPE:
             query, key = self.query_norm.forward(query), self.key_norm.forward(key)
         # Where nothing follows the rotation, the backend turns keys on their way to the cache.
-        last_turn = rotation if self._use_rope else None
-        if self._use_rope and self._qk_norm is QkNorm.UNWEIGHTED_AFTER_ROPE:
+        last_turn = rotation if self.use_rope else None
+        if self.use_rope and self._qk_norm is QkNorm.UNWEIGHTED_AFTER_ROPE:
             query, key = rotation.apply(query), rotation.apply(key)
             last_turn = None
         if self._qk_norm is QkNorm.UNWEIGHTED_AFTER_ROPE:
             query, key = rms_normalize(query, self._eps), rms_normalize(key, self._eps)
         if self._temperature:
             query = (query * query_scales(self._temperature, positions)[:, None, None]).to(query.dtype)
-        attended = attention.forward(self._layer, query, key, value, kv_cache, last_turn)
+        attended = attention.forward(self.layer, query, key, value, kv_cache, last_turn)
         return self.output.forward(attended.flatten(1), adapters)
 
 

@@ -1,5 +1,6 @@
 """The frame that all Llama-class models share: embedding, decoder layers, final norm, output head. T tokens."""
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,9 +12,11 @@ from engine.batch import ForwardBatch, StepAdapters
 from engine.layers.attention import Attention
 from engine.layers.embedding import VocabEmbedding
 from engine.layers.moe import MixtureOfExperts
+from engine.layers.native_decoder import NativeDecoderLayer, NativeStep
 from engine.layers.norm import RmsNorm
 from engine.layers.rotary import RotaryEmbedding, Rotation
 from engine.model_config import ModelConfig
+from engine.parallel.collectives import Collectives
 from engine.parameter import ParameterBuilder
 
 
@@ -59,6 +62,12 @@ class DecoderLayer(nn.Module):
         hidden, normed = self.feed_forward_norm.add(hidden, update)
         return hidden, self.feed_forward.forward(normed, adapters)
 
+    def native(self, tp: Collectives) -> NativeDecoderLayer | None:
+        """The same layer as one native call, where there is such."""
+        return NativeDecoderLayer.of(
+            self.attention, self.feed_forward, (self.attention_norm, self.feed_forward_norm), tp
+        )
+
 
 class DecoderModel(nn.Module):
     """A whole model; what differs between architectures is how a layer's feed-forward part is made.
@@ -83,6 +92,7 @@ class DecoderModel(nn.Module):
             self.head = self.embedding
         if mesh.is_last_stage and not config.tie_word_embeddings:
             self.head = VocabEmbedding(build, "lm_head", config.vocab_size, config.hidden_size)
+        self._tp = mesh.tp
         self._rotary = RotaryEmbedding(config.rope, build.device)
         self.slices, self.conversions = tuple(build.slices), tuple(build.conversions)
 
@@ -102,7 +112,11 @@ class DecoderModel(nn.Module):
             assert self.embedding is not None, "a later stage continues hidden states"
             hidden = self.embedding.forward(batch.token_ids)
         update = None
-        for layer in self.layers:
+        step = self._native_step(batch, kv_cache, attention, rotation, hidden)
+        for layer, native in zip(self.layers, self._native_layers, strict=True):
+            if step is not None and native is not None:
+                update = step.run(native, hidden, update)
+                continue
             assert isinstance(layer, DecoderLayer)
             hidden, update = layer.forward(
                 hidden, update, batch.positions, rotation, kv_cache, attention, batch.adapters
@@ -118,6 +132,24 @@ class DecoderModel(nn.Module):
             assert isinstance(layer, DecoderLayer)
             if isinstance(layer.feed_forward, MixtureOfExperts):
                 layer.feed_forward.forward(empty)
+
+    @functools.cached_property
+    def _native_layers(self) -> list[NativeDecoderLayer | None]:
+        """Made at the first step, when the weights are in place."""
+        return [layer.native(self._tp) for layer in self.layers if isinstance(layer, DecoderLayer)]
+
+    def _native_step(
+        self,
+        batch: ForwardBatch,
+        kv_cache: KvCacheView,
+        attention: StepAttention,
+        rotation: Rotation,
+        hidden: torch.Tensor,
+    ) -> NativeStep | None:
+        first = next((native for native in self._native_layers if native is not None), None)
+        if first is None or batch.adapters is not None:
+            return None
+        return NativeStep.of(first, attention, kv_cache, rotation, hidden)
 
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:
         """[R, hidden_size] to [R, vocab_size] float32 on tp rank 0 of the last stage, None elsewhere; to be called on

@@ -21,19 +21,19 @@ class RmsNorm(nn.Module):
 
     def __init__(self, build: ParameterBuilder, name: str, size: int, eps: float) -> None:
         super().__init__()
-        self._eps = eps
+        self.eps = eps
         self.weight = build.whole(f"{name}.weight", size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., size] to [..., size]."""
-        normalized = rms_norm(hidden, self.weight, self._eps)
-        return rms_normalize(hidden, self._eps) * self.weight if normalized is None else normalized
+        normalized = rms_norm(hidden, self.weight, self.eps)
+        return rms_normalize(hidden, self.eps) * self.weight if normalized is None else normalized
 
     def add(self, hidden: torch.Tensor, update: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """``hidden`` + ``update``, both [T, size], and the norm of the sum. None: nothing is added."""
         if update is None:
             return hidden, self.forward(hidden)
-        both = add_rms_norm(hidden, update, self.weight, self._eps)
+        both = add_rms_norm(hidden, update, self.weight, self.eps)
         if both is not None:
             return both
         total = hidden + update

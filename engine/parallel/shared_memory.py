@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from engine.parallel.memory_area import HEADER_BYTES, SharedArea, num_spins, sha
 
 _BUFFER_BYTES = 4 * 1024 * 1024
 """Of each of a rank's two; only what is used becomes resident."""
-_SPLIT_BYTES = 64 * 1024
+SPLIT_BYTES = 64 * 1024
 """Larger sums are divided among the ranks; below, each adds up everything, which takes one exchange instead of two."""
 _LATE, _GONE = -1000, -2000
 _ELEMENT_BYTES = {torch.float32: 4, torch.bfloat16: 2}
@@ -58,7 +58,7 @@ class SharedMemoryCollectives:
             done=0,
         )
         self._handle = ctypes.byref(self._group)
-        self.size, self.rank = size, rank
+        self.size, self.rank, self.split_bytes = size, rank, SPLIT_BYTES
 
     @classmethod
     def join(cls, store: dist.Store, rank: int, size: int, address: str, timeout_s: float) -> Self | None:
@@ -85,7 +85,7 @@ class SharedMemoryCollectives:
             ctypes.c_void_p(tensor.data_ptr()),
             ctypes.c_int64(tensor.numel()),
             element_bytes,
-            ctypes.c_int64(_SPLIT_BYTES),
+            ctypes.c_int64(SPLIT_BYTES),
         )
         return tensor
 
@@ -137,8 +137,16 @@ class SharedMemoryCollectives:
 
     def _call(self, function: Callable[..., int], operation: str, *arguments: Any) -> None:
         result = function(self._handle, *arguments)
-        if result == 0:
-            return
+        if result != 0:
+            self.fail(result, operation)
+
+    @property
+    def address(self) -> int:
+        """Of the native group, for native code that calls collectives itself."""
+        return ctypes.addressof(self._group)
+
+    def fail(self, result: int, operation: str) -> NoReturn:
+        """Raise what a native collective's ``result`` other than 0 means."""
         number = self._group.done
         if result <= _GONE:
             raise RankFailure(f"{operation} {number} failed: rank {_GONE - result} of the axis has died")

@@ -1,0 +1,110 @@
+"""A whole dense decoder layer as one native call, on CPUs with tile units (engine/kernels/native/decoder_layer.cpp)."""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+from engine.kernels.native_library import tile_library
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_ROWS = 32
+_INT8_INPUTS = 64
+
+
+class NativeMatrix(ctypes.Structure):
+    """``weights`` [out, in] bfloat16, or int8 with ``row_scales`` [out] float32."""
+
+    _fields_ = (("weights", _POINTER), ("row_scales", _POINTER), ("num_inputs", _NUMBER), ("num_outputs", _NUMBER))
+
+
+class NativeLayer(ctypes.Structure):
+    """Head numbers are this rank's. ``group``: of its collectives; null where it is alone on the axis."""
+
+    _fields_ = (
+        *((name, NativeMatrix) for name in ("qkv", "output", "gate_up", "down")),
+        ("attention_norm", _POINTER),
+        ("feed_forward_norm", _POINTER),
+        ("group", _POINTER),
+        *((name, _NUMBER) for name in ("split_bytes", "num_heads", "num_kv_heads", "head_dim", "rotates")),
+        ("eps", ctypes.c_float),
+    )
+
+
+class NativeAttended(ctypes.Structure):
+    """What a step's tokens attend to in the layers of one KV group: as ``Prompts`` and ``DecodeRequests`` have it."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("slots", "block_tables")),
+        *((name, _NUMBER) for name in ("table_width", "block_size", "chunk_size", "window_size")),
+        *((f"prompt_{name}", _POINTER) for name in ("rows", "tables", "starts", "counts")),
+        ("num_prompts", _NUMBER),
+        *((f"decode_{name}", _POINTER) for name in ("rows", "tables", "firsts", "lasts")),
+        ("num_decodes", _NUMBER),
+    )
+
+
+class NativeBuffers(ctypes.Structure):
+    """Space for one step's tokens, and the angles of their rotation."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("normed", "qkv", "query", "attended", "gate_up", "inner", "cosines", "sines")),
+        ("num_tokens", _NUMBER),
+    )
+
+
+def native_matrix(weight: torch.Tensor, row_scales: torch.Tensor | None) -> NativeMatrix | None:
+    """None where the native product does not take the matrix. Keeps its addresses, not the tensors."""
+    num_outputs, num_inputs = weight.shape
+    dtype, multiple = (torch.bfloat16, _ROWS) if row_scales is None else (torch.int8, _INT8_INPUTS)
+    if weight.dtype is not dtype or not weight.is_cpu or not weight.is_contiguous():
+        return None
+    if num_inputs % multiple or num_outputs % _ROWS:
+        return None
+    scales = None if row_scales is None else row_scales.data_ptr()
+    return NativeMatrix(weight.data_ptr(), scales, num_inputs, num_outputs)
+
+
+def decoder_layer(
+    layer: NativeLayer,
+    seen: NativeAttended,
+    buffers: NativeBuffers,
+    hidden: torch.Tensor,
+    update: torch.Tensor | None,
+    output: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+) -> int:
+    """Add ``update`` and what attention gives to ``hidden`` [T, n], in place; ``output`` [T, n] gets what the
+    feed-forward part gives, which is still to be added, and may be ``update``. All bfloat16 and contiguous.
+
+    Returns what a failed collective returned, else 0.
+    """
+    library = _library()
+    assert library is not None
+    result: int = library.remuda_decoder_layer(
+        ctypes.byref(layer),
+        ctypes.byref(seen),
+        ctypes.byref(buffers),
+        hidden.data_ptr(),
+        None if update is None else update.data_ptr(),
+        output.data_ptr(),
+        caches[0].data_ptr(),
+        caches[1].data_ptr(),
+    )
+    return result
+
+
+def has_decoder_layer() -> bool:
+    return _library() is not None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = tile_library()
+    if library is None:
+        return None
+    argtypes: list[Any] = [_POINTER] * 8
+    library.remuda_decoder_layer.argtypes = argtypes
+    library.remuda_decoder_layer.restype = ctypes.c_int32
+    return library
