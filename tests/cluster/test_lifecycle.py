@@ -30,7 +30,7 @@ def own_tmp() -> Iterator[Path]:
         (("remuda-tiny", "--tp", "2", "--ep", "3"), ["ep=3", "1 × 2"]),
         (("remuda-tiny", "--tp", "8", "--ep", "8"), ["ep=8", "4 experts"]),
         (("remuda-tiny", "--tp", "4", "--cpu-slots", "2"), ["4", "2 CPU slots", "--cpu-slots"]),
-        (("remuda-tiny", "--pp", "2"), ["pp=2"]),
+        (("remuda-tiny", "--pp", "9", "--cpu-slots", "9"), ["pp=9", "8 layers"]),
         (("remuda-tiny", "--host", "0.0.0.0"), ["--api-key-file"]),
         (("remuda-tiny", "--deterministic"), ["--deterministic"]),
         (("remuda-tiny", "--address", "somewhere"), ["--address", "somewhere", "HOST:PORT"]),

@@ -132,7 +132,7 @@ class NormWithoutWeights(RmsNorm):
 
 class NormOverAllHeads(RmsNorm):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return rms_normalize(hidden.flatten(1), self._eps).view_as(hidden) * self.weight
+        return rms_normalize(hidden.flatten(1), self.eps).view_as(hidden) * self.weight
 
 
 def no_shared_expert(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,8 @@ def test_whatever_a_prompt_costs_the_gap_keeps_to_the_factor(
     model: Model, prompts: list[list[int]], num_before: int
 ) -> None:
     """Eight requests decode under a virtual clock."""
-    scheduler = Scheduler(SchedulerConfig(16, 2048, 2**18), CacheConfig(16, 20_000), (KvGroupConfig((0,)),))
+    config = SchedulerConfig(16, 2048, 2**18, max_step_stretch=3.0)
+    scheduler = Scheduler(config, CacheConfig(16, 20_000), (KvGroupConfig((0,)),))
     gaps: list[float] = []
     states: list[RequestState] = []
     step = itertools.count()
