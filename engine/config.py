@@ -57,6 +57,12 @@ class ParallelConfig:
         return f"pp {self.pp} × dp {self.dp} × tp {self.tp} = {self.num_ranks} ranks"
 
     @property
+    def exchanges_tokens(self) -> bool:
+        """Whether experts work for the tokens of several dp groups, which go to them and back by all-to-all; else all
+        of a stage's ranks hold the same tokens."""
+        return self.dp > 1
+
+    @property
     def expert_tp(self) -> int:
         """Over how many ranks one expert's matrices are split."""
         return self.dp * self.tp // self.ep

@@ -9,7 +9,7 @@ from cluster.plan.rank_memory import PlanOptions, RankMemory
 from cluster.plan.source import FoundModel
 from engine.config import ParallelConfig
 from engine.model_config import ModelConfig
-from engine.parallel.mesh import Mesh, exchanges_tokens
+from engine.parallel.mesh import Mesh
 from engine.weights.ledger import ParameterCounts, kv_token_bytes, stage_kv
 
 
@@ -107,7 +107,7 @@ def expert_dispatch(config: ModelConfig, layout: ParallelConfig) -> str | None:
     """How tokens come to their experts; None where there are none."""
     if not config.num_experts:
         return None
-    return "all-to-all" if exchanges_tokens(layout) else "replicated"
+    return "all-to-all" if layout.exchanges_tokens else "replicated"
 
 
 def _rank(rank: RankMemory) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.config import Dtype, ParallelConfig
-from engine.layer_config import LayerConfig
+from engine.layer_config import LayerConfig, MoeConfig
 from engine.model_config import ModelConfig, num_local_kv_heads
 
 _MASK_BYTES = 2
@@ -21,6 +21,8 @@ _GATHERED_POSITIONS = 32768
 """Bounds of engine.attention.reference: queries of one prefill tile, and positions that decoding gathers at once."""
 _PIECE_POSITIONS = 16384
 """Bound of engine.attention.pieces: positions before a prompt's tile that are gathered at once."""
+_ROW_NUMBERS_BYTES = 64
+"""Where a row goes, comes from, and what is written beside it."""
 _MATRIX_TILE_BYTES = 4 * 8 * 2**20
 """Of a quantized matrix that is converted tile by tile (engine.quantization.matrix): a tile and its copies."""
 
@@ -72,12 +74,32 @@ def _phases(config: ModelConfig, parallel: ParallelConfig, layer: LayerConfig, d
         return
     pairs = layer.moe.num_experts_per_token
     width = layer.moe.intermediate_size // parallel.expert_tp
+    if parallel.exchanges_tokens:
+        yield angles + 5 * b * size + _exchange(layer.moe, parallel, size, b, copy)
+        return
     # Experts: residual, normed input, and the sum with what is added to it; inputs of all pairs; then either outputs
     # of all pairs and one expert's widths for at most all tokens, or the outputs twice and in float32 while they are
     # weighted.
     rows = b * size * pairs
     weighted = pairs * size * copy
     yield angles + 5 * b * size + rows + max(rows + b * (4 * width + size), 2 * rows + weighted)
+
+
+def _exchange(moe: MoeConfig, parallel: ParallelConfig, size: int, b: int, copy: int) -> int:
+    """Bytes per token where tokens come from all dp groups, as if all of them met at this rank's experts. ``copy``:
+    bytes of a number's float32 copy, if it has one."""
+    width = moe.intermediate_size // parallel.expert_tp
+    sent = -(-moe.num_experts_per_token * parallel.expert_tp // parallel.tp)
+    received = parallel.dp * min(moe.num_experts_per_token, moe.num_experts // parallel.ep)
+    row = b * size
+    numbers = _ROW_NUMBERS_BYTES * (sent + received)
+    # Rows gathered, weighted and with their labels; rows on both sides, and the received sorted; the experts' inputs
+    # and outputs, and one expert's widths for all tokens; outputs on both sides, those that came back twice, their sum.
+    posting = sent * (2 * row + copy * size)
+    receiving = (sent + 2 * received) * row
+    computing = 2 * received * row + parallel.dp * (4 * b * width + row)
+    combining = 2 * received * row + 2 * sent * row + 3 * _FLOAT32_BYTES * size
+    return numbers + max(posting, receiving, computing, combining)
 
 
 def _prefill_attention(config: ModelConfig, parallel: ParallelConfig, step: StepSize, dtype: Dtype) -> int:

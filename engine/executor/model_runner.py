@@ -101,7 +101,7 @@ class ModelRunner:
         result = StepResult(plan.epoch, plan.step, self._mesh.rank)
         if scheduled:
             result = self._compute(plan, scheduled)
-        elif self._mesh.exchanges_tokens and any(other.scheduled for other in plan.batches):
+        elif self._mesh.config.exchanges_tokens and any(other.scheduled for other in plan.batches):
             self._model.forward_idle()
         duration_us = int((time.perf_counter() - began) * 1e6)
         return msgspec.structs.replace(result, duration_us=duration_us, adapters=outcomes)

@@ -40,6 +40,18 @@ def gpu_experts(
     return compute(hidden, expert_ids, scores, gate_up_weights, down_weights, first_expert, scales_inputs=scales_inputs)
 
 
+def gpu_sorted_experts(
+    tokens: torch.Tensor, counts: torch.Tensor, gate_up_weights: torch.Tensor, down_weights: torch.Tensor
+) -> torch.Tensor | None:
+    """[N, H] sorted by local expert, ``counts`` [E] int64 of each, to each row's output [N, H]. None where no kernel
+    serves."""
+    if not runs_on_gpu(tokens) or not len(tokens):
+        return None
+    experts = torch.arange(len(counts), device=tokens.device).repeat_interleave(counts, output_size=len(tokens))
+    ones = torch.ones(len(tokens), 1, device=tokens.device)
+    return gpu_experts(tokens, experts[:, None], ones, gate_up_weights, down_weights, 0, scales_inputs=True)
+
+
 def has_grouped_kernel(down_weights: torch.Tensor) -> bool:
     """Whether ``grouped_experts`` runs on this GPU as one kernel a product. ``down_weights``: [E, H, I]."""
     _, size, width = down_weights.shape

@@ -13,7 +13,7 @@ from torch import nn
 
 from engine.batch import StepAdapters
 from engine.kernels.experts import ExpertMatrices, GroupedExperts, can_group
-from engine.kernels.gpu_experts import gpu_experts
+from engine.kernels.gpu_experts import gpu_experts, gpu_sorted_experts
 from engine.kernels.linear import linear
 from engine.layer_config import MoeConfig
 from engine.layers.activation import silu_and_multiply
@@ -75,6 +75,10 @@ class Experts(nn.Module, abc.ABC):
         where there is no such kernel, as for all but unquantized experts on GPUs."""
         return None
 
+    def _sorted_on_gpu(self, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor | None:
+        """As ``forward`` without adapters, where a GPU has kernels for it."""
+        return None
+
     @functools.cached_property
     def _grouped(self) -> GroupedExperts | None:
         matrices = self.matrices()
@@ -88,6 +92,8 @@ class Experts(nn.Module, abc.ABC):
         is_plain = adapters is None or not self.lora.has_updates
         if is_plain and tokens.dtype == torch.bfloat16 and self._grouped is not None:
             return self._grouped.forward(tokens, counts)
+        if is_plain and (outputs := self._sorted_on_gpu(tokens, counts)) is not None:
+            return outputs
         return self._one_by_one(tokens, counts.tolist(), None if is_plain else adapters)
 
     def _one_by_one(self, tokens: torch.Tensor, counts: list[int], adapters: StepAdapters | None) -> torch.Tensor:
@@ -133,6 +139,9 @@ class StackedExperts(Experts):
     ) -> torch.Tensor | None:
         weights = self.gate_up_weights, self.down_weights
         return gpu_experts(hidden, expert_ids, scores, *weights, self.first_expert, scales_inputs=scales_inputs)
+
+    def _sorted_on_gpu(self, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor | None:
+        return gpu_sorted_experts(tokens, counts, self.gate_up_weights, self.down_weights)
 
     def matrices(self) -> list[ExpertMatrices]:
         return [ExpertMatrices(*pair) for pair in zip(self.gate_up_weights, self.down_weights, strict=True)]

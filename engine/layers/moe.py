@@ -13,7 +13,7 @@ from engine.layers.router import Router
 from engine.parallel.all_to_all_dispatch import AllToAllDispatch
 from engine.parallel.expert_balance import linear_placement
 from engine.parallel.mesh import Mesh
-from engine.parallel.token_dispatch import ReplicatedDispatch, TokenDispatch
+from engine.parallel.token_dispatch import ExpertTokens, ReplicatedDispatch, TokenDispatch
 
 
 class MixtureOfExperts(nn.Module):
@@ -39,11 +39,11 @@ class MixtureOfExperts(nn.Module):
         self.shared_expert = shared_expert
         self._scales_inputs = scales_inputs
         self._dispatch = self._make_dispatch(mesh)
-        self._is_replicated = not mesh.exchanges_tokens
+        self._is_replicated = not mesh.config.exchanges_tokens
 
     def _make_dispatch(self, mesh: Mesh) -> TokenDispatch:
         experts, scales_inputs = self.experts, self._scales_inputs
-        if not mesh.exchanges_tokens:
+        if not mesh.config.exchanges_tokens:
             return ReplicatedDispatch(experts.first_expert, experts.num_experts, scales_inputs=scales_inputs)
         placement = linear_placement(self.router.num_experts, mesh.config.ep, experts.num_experts)
         return AllToAllDispatch(mesh, placement, self.router.num_experts, scales_inputs=scales_inputs)
@@ -76,9 +76,10 @@ class MixtureOfExperts(nn.Module):
         own = adapters if adapters is None or self._is_replicated else adapters.part(share)
         dispatched = self._dispatch.dispatch(mine, expert_ids, scores, own)
         shared = self._shared(hidden, adapters)  # while tokens are under way
-        arrived = dispatched.receive()
-        outputs = self.experts.forward(arrived.tokens, arrived.counts, arrived.adapters)
-        return dispatched.combine(outputs), shared
+        return dispatched.combine(self._computed(dispatched.receive())), shared
+
+    def _computed(self, arrived: ExpertTokens) -> torch.Tensor:
+        return self.experts.forward(arrived.tokens, arrived.counts, arrived.adapters)
 
     def _shared(self, hidden: torch.Tensor, adapters: StepAdapters | None) -> torch.Tensor | None:
         if self.shared_expert is None or not len(hidden):

@@ -61,13 +61,13 @@ class AllToAllDispatch:
         adapters: StepAdapters | None = None,
     ) -> "ExchangedTokens":
         """Posts the rows; see TokenDispatch."""
-        device, (num_tokens, num_chosen) = hidden.device, expert_ids.shape
+        num_tokens, num_chosen = expert_ids.shape
         expert_ids, by_expert = expert_ids.sort(dim=1)
         scores = scores.gather(1, by_expert)
-        num_copies, places = self._num_copies.to(device), self._places.to(device)
-        copy = torch.arange(num_tokens, device=device)[:, None] % num_copies[expert_ids]
-        place = places[expert_ids, copy]  # [T, K]
-        parts = torch.arange(self._expert_tp, device=device)
+        self._move_tables(hidden.device)
+        copy = torch.arange(num_tokens, device=hidden.device)[:, None] % self._num_copies[expert_ids]
+        place = self._places[expert_ids, copy]  # [T, K]
+        parts = torch.arange(self._expert_tp, device=hidden.device)
         receiver = ((place // self._num_slots)[:, :, None] * self._expert_tp + parts).flatten()
         slot = (place % self._num_slots)[:, :, None].expand(-1, -1, self._expert_tp).flatten()
         order = torch.argsort(receiver * self._num_slots + slot, stable=True)
@@ -82,6 +82,11 @@ class AllToAllDispatch:
         rows = torch.cat([tokens.view(torch.uint8), labels.view(torch.uint8)], dim=1)
         sent = _Sent(order, counts, (num_tokens, num_chosen, self._expert_tp), None if self._scales_inputs else scores)
         return ExchangedTokens(self, sent, hidden.dtype, self._stage.post_rows(rows, counts))
+
+    def _move_tables(self, device: torch.device) -> None:
+        """Once: a plan makes its model on no device at all."""
+        if self._places.device != device:
+            self._num_copies, self._places = self._num_copies.to(device), self._places.to(device)
 
     def receive(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[ExpertTokens, torch.Tensor]:
         """From rows with labels, in the order of their arrival: what the experts get, and each one's place among the
@@ -115,11 +120,14 @@ class ExchangedTokens:
     """See Dispatched."""
 
     def __init__(self, dispatch: AllToAllDispatch, sent: _Sent, dtype: torch.dtype, rows: ReceivedRows) -> None:
-        self._dispatch, self._sent, self._dtype, self._rows = dispatch, sent, dtype, rows
+        self._dispatch, self._sent, self._dtype = dispatch, sent, dtype
+        self._rows: ReceivedRows | None = rows
         self._order = self._received = torch.empty(0, dtype=torch.int64)
 
     def receive(self) -> ExpertTokens:
+        assert self._rows is not None, "received once"
         rows, self._received = self._rows()
+        self._rows = None  # it holds what was sent
         arrived, self._order = self._dispatch.receive(rows, self._dtype)
         return arrived
 

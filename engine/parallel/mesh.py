@@ -9,12 +9,6 @@ from engine.parallel.collectives import Collectives, LocalCollectives
 from engine.parallel.stage_link import StageReceiver, StageSender
 
 
-def exchanges_tokens(parallel: ParallelConfig) -> bool:
-    """Whether experts work for tokens of several dp groups, which go to them and back by all-to-all; else all of a
-    stage's ranks hold the same tokens."""
-    return parallel.dp > 1
-
-
 @dataclass(frozen=True)
 class Mesh:
     """Global rank = (pp_rank × dp + dp_rank) × tp + tp_rank: tensor parallel neighbours are adjacent.
@@ -52,10 +46,6 @@ class Mesh:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.config.pp - 1
-
-    @property
-    def exchanges_tokens(self) -> bool:
-        return exchanges_tokens(self.config)
 
     def layers(self, model: ModelConfig) -> range:
         """Those of this rank's pipeline stage."""

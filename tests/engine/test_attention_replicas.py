@@ -3,11 +3,14 @@ transformers."""
 
 import os
 import signal
+import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
+from engine.config import Dtype
 from engine.errors import RankFailure
 from engine.request import Output
 from tests.parity.architectures import Reference, make_reference
@@ -122,14 +125,36 @@ def test_experts_work_for_all_groups(mixture: Reference, layout: dict[str, int])
         assert tokens_of(found) == mixture.generated[i].token_ids[len(mixture.prompts[i]) :]
 
 
+def test_bfloat16_in_groups_is_that_of_one_rank(mixture: Reference) -> None:
+    """Through the kernels for that format, also where a group is idle: its ranks get tokens and have none."""
+    prompts = {f"r{i}": prompt for i, prompt in enumerate(mixture.prompts)}
+    logprobs: list[list[float]] = []
+    for layout in ({}, {"dp": 2, "tp": 2, "ep": 2}):
+        with gang_engine(mixture, dtype=Dtype.BFLOAT16, **layout) as served:
+            found = [
+                entry.logprob
+                for name, prompt in prompts.items()
+                for output in served.run([make_request(name, prompt, max_tokens=1, prompt_logprobs=0)])[name]
+                for entry in output.prompt_logprobs or []
+                if entry is not None
+            ]
+        logprobs.append(found)
+    differences = np.abs(np.array(logprobs[0]) - np.array(logprobs[1]))
+    assert len(differences) == sum(len(prompt) - 1 for prompt in mixture.prompts)
+    # A token that another expert gets by a rounded score differs by more; most must not.
+    assert np.median(differences) < 0.05
+
+
 def test_a_rank_that_is_killed_in_an_exchange_is_named(mixture: Reference) -> None:
-    """The others wait for its rows in the middle of a step."""
+    """It is stopped first, so that the others wait for its rows in the middle of a step."""
     with gang_engine(mixture, dp=2, tp=2, ep=4) as served:
         for i, prompt in enumerate(mixture.prompts):
             served.engine.add(make_request(f"r{i}", prompt, max_tokens=200))
         for _ in range(3):
             served.engine.step()
-        os.kill(served.gang.processes[3].pid, signal.SIGKILL)
+        victim = served.gang.processes[3].pid
+        os.kill(victim, signal.SIGSTOP)
+        threading.Timer(0.5, os.kill, (victim, signal.SIGKILL)).start()
         killed_at = time.monotonic()
         with pytest.raises(RankFailure, match="rank 3") as failure:
             while True:

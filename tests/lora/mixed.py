@@ -33,12 +33,12 @@ _CHUNKS = {None: (9, 1, 16), 0: (1, 15, 1), 1: (12, 1, 8)}
 
 
 def mixed_logits(
-    context: RankContext | None, made: Adapted, tp: int, ep: int, pp: int = 1
+    context: RankContext | None, made: Adapted, tp: int, ep: int, pp: int = 1, dp: int = 1
 ) -> dict[int | None, np.ndarray]:
-    """Of all three texts, computed together, on tp rank 0 of the last stage."""
+    """Of all three texts, computed together, on tp rank 0 of the last stage. Of dp groups each leaves out one more."""
     mesh = Mesh()
     if context is not None:
-        parallel = ParallelConfig(tp=tp, ep=ep, pp=pp)
+        parallel = ParallelConfig(tp=tp, ep=ep, pp=pp, dp=dp)
         mesh = init_distributed(parallel, context.rank, context.store, torch.device("cpu"), timeout_s=30.0)
     model = build_model(ModelConfig.from_directory(made.base), mesh, Dtype.FLOAT32, torch.device("cpu"))
     load_weights(model, made.base)
@@ -52,6 +52,7 @@ def mixed_logits(
         if which is not None:
             # A stage may have none of the layers that an adapter changes.
             assert adapters.load(slot, made.adapters[which], max_rank=64) > 0 or pp > 1
+    streams = dict(list(streams.items())[mesh.dp_rank :])
     with torch.inference_mode():
         for step in range(3):
             driver.step([(stream, _CHUNKS[which][step]) for which, stream in streams.items()])

@@ -51,6 +51,20 @@ def test_each_stage_loads_its_part_of_an_adapter(
         np.testing.assert_allclose(ours[which], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "tp", "ep"), [("llama4", 1, 2), ("mixtral", 2, 2)])
+def test_adapters_travel_with_their_tokens(
+    adapted: Callable[[str], Adapted], conforms: Conforms, name: str, tp: int, ep: int
+) -> None:
+    """To experts on ranks of another dp group."""
+    conforms(TITLES[name], "float32 + 2 adapters", dp=2, tp=tp, ep=ep, oracle="PEFT")
+    made = adapted(name)
+    ranks = run_ranks(mixed_logits, 2 * tp, made, tp, ep, 1, 2)
+    assert set(ranks[0]) == {None, 0, 1} and set(ranks[tp]) == {0, 1}
+    for ours in (ranks[0], ranks[tp]):
+        for which, logits in ours.items():
+            np.testing.assert_allclose(logits, made.logits[which], rtol=0, atol=1e-4)
+
+
 def test_experts_adapted_one_by_one(adapted: Callable[[str], Adapted], tmp_path: Path) -> None:
     """As PEFT wrote it for transformers 4, where each expert's matrices were modules; the oracle has them merged."""
     made = adapted("mixtral")

@@ -5,7 +5,7 @@ import pytest
 from cluster.plan.devices import parse_machines
 from cluster.plan.layouts import Degrees
 from cluster.plan.make_report import make_report, plan_options
-from cluster.plan.report import PlanReport
+from cluster.plan.report import PlanReport, as_object
 from engine.config import ParallelConfig
 from engine.errors import InvalidOption, LayoutError
 from tests.plan.models import found
@@ -62,6 +62,20 @@ def test_the_nearest_may_be_more_devices_of_the_same_host() -> None:
 def test_nothing_nearer_than_nothing() -> None:
     report = report_of("Llama-3.1-405B", "1x1xTiny-1")
     assert not report.plan.fits and report.nearest is None
+
+
+def test_attention_replicas_are_planned_as_they_are_served() -> None:
+    """Each has a cache of its own; with them tokens travel to their experts, and their copies take memory."""
+    replicated = report_of("Mixtral-8x7B", "8xH100-80", Degrees(tp=8, ep=8))
+    exchanged = report_of("Mixtral-8x7B", "8xH100-80", Degrees(tp=2, dp=4, ep=8))
+    assert as_object(replicated)["expert_dispatch"] == "replicated"
+    assert as_object(exchanged)["expert_dispatch"] == "all-to-all"
+    assert as_object(report_of("Llama-3.1-8B", "2xH100-80", Degrees(dp=2)))["expert_dispatch"] is None
+    first, second = replicated.plan.ranks[0], exchanged.plan.ranks[0]
+    assert first.weights["experts"] == second.weights["experts"]
+    assert second.weights["attention"] == 4 * first.weights["attention"]
+    assert second.activations > first.activations
+    assert exchanged.plan.kv_tokens == 4 * (second.num_blocks - 1) * exchanged.options.block_size
 
 
 def test_a_longer_context_than_fits_is_a_reason() -> None:

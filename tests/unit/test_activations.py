@@ -1,10 +1,7 @@
 """The formula of activations against what torch's allocator counts while the largest steps run."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch.autograd.profiler import profile
 
 from engine.config import Dtype, ParallelConfig
 from engine.executor.activations import StepSize, activation_bytes, input_bytes
@@ -17,6 +14,7 @@ from engine.models.registry import build_model
 from engine.parallel.mesh import Mesh
 from engine.rope_config import RopeConfig
 from engine.weights.dummy import fill_with_random_values
+from tests.support.peak import peak_bytes
 
 CPU = torch.device("cpu")
 NUM_TOKENS, NUM_REQUESTS = 1024, 4
@@ -56,18 +54,6 @@ CASES = {
         LayerConfig(512, qk_norm=QkNorm.WEIGHTED_BEFORE_ROPE, moe=MoeConfig(8, 4, 128, normalize_scores=True)),
     ),
 }
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes that were allocated at once while ``function`` ran, beyond those before it."""
-    with profile(profile_memory=True) as profiled:
-        function()
-    changes = [event for event in profiled.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        held += change.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def test_the_measure_counts_what_is_freed() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engine.kernels import gpu_experts
 from engine.kernels.triton.routed_experts import routed_experts
 from tests.kernels.triton import references as expected
 from tests.kernels.triton.references import DEVICE, check_close, randn
@@ -60,3 +61,16 @@ def test_experts_elsewhere_add_nothing(num_tokens: int) -> None:
     arguments = (hidden, expert_ids, scores, gate_up, down)
     found = routed_experts(*arguments, 2, scales_inputs=False)
     check_close(found, right(*arguments, 2, False))
+
+
+def test_rows_that_are_sorted_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes from other ranks belongs to one expert a row; an expert may get none."""
+    monkeypatch.setattr(gpu_experts, "runs_on_gpu", lambda tensor: True)
+    counts = torch.tensor([3, 0, 7, 1], device=DEVICE)
+    tokens = randn(11, 32, dtype=torch.float32)
+    gate_up, down = randn(4, 2 * 16, 32, dtype=torch.float32), randn(4, 32, 16, dtype=torch.float32)
+    found = gpu_experts.gpu_sorted_experts(tokens, counts, gate_up, down)
+    assert found is not None
+    expert_ids = torch.tensor([[0]] * 3 + [[2]] * 7 + [[3]], device=DEVICE)
+    check_close(found, right(tokens, expert_ids, torch.ones(11, 1), gate_up, down, 0, False))
+    assert gpu_experts.gpu_sorted_experts(tokens[:0], counts * 0, gate_up, down) is None
