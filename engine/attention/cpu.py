@@ -82,10 +82,9 @@ def _write(
     rotation: Rotation | None,
 ) -> torch.Tensor:
     """Turned keys, and values, to the cache; returns the turned queries, contiguous."""
-    if rotation is not None and rotation.interleaved:
-        query, key, rotation = rotation.apply(query), rotation.apply(key), None
     angles = None if rotation is None else (rotation.cos, rotation.sin)
-    turned = rotate_and_write(query, key, value, key_cache, value_cache, slots, angles)
+    interleaved = rotation is not None and rotation.interleaved
+    turned = rotate_and_write(query, key, value, key_cache, value_cache, slots, angles, interleaved=interleaved)
     if turned is not None:
         return turned
     if rotation is not None:

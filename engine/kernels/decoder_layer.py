@@ -1,4 +1,5 @@
-"""A whole dense decoder layer as one native call, on CPUs with tile units (engine/kernels/native/decoder_layer.cpp)."""
+"""A dense decoder layer, or the attention half of any, as one native call on CPUs with tile units
+(engine/kernels/native/decoder_layer.cpp)."""
 
 import ctypes
 import functools
@@ -20,7 +21,11 @@ class NativeMatrix(ctypes.Structure):
 
 
 class NativeLayer(ctypes.Structure):
-    """Head numbers are this rank's. ``group``: of its collectives; null where it is alone on the axis."""
+    """Head numbers are this rank's. ``group``: of its collectives; null where it is alone on the axis.
+
+    interleaved: how heads turn, where they do (``rotates``). normalizes_heads: queries and keys, after that; without
+    weights. scales_queries: by the step's query_scales. gate_up, down and feed_forward_norm: of dense layers only.
+    """
 
     _fields_ = (
         *((name, NativeMatrix) for name in ("qkv", "output", "gate_up", "down")),
@@ -28,6 +33,7 @@ class NativeLayer(ctypes.Structure):
         ("feed_forward_norm", _POINTER),
         ("group", _POINTER),
         *((name, _NUMBER) for name in ("split_bytes", "num_heads", "num_kv_heads", "head_dim", "rotates")),
+        *((name, _NUMBER) for name in ("interleaved", "normalizes_heads", "scales_queries")),
         ("eps", ctypes.c_float),
     )
 
@@ -50,6 +56,7 @@ class NativeBuffers(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("normed", "qkv", "query", "attended", "gate_up", "inner", "cosines", "sines")),
+        ("query_scales", _POINTER),
         ("num_tokens", _NUMBER),
     )
 
@@ -75,14 +82,17 @@ def decoder_layer(
     output: torch.Tensor,
     caches: tuple[torch.Tensor, torch.Tensor],
 ) -> int:
-    """Add ``update`` and what attention gives to ``hidden`` [T, n], in place; ``output`` [T, n] gets what the
-    feed-forward part gives, which is still to be added, and may be ``update``. All bfloat16 and contiguous.
+    """Add ``update`` to ``hidden`` [T, n], in place; ``output`` [T, n] gets what attention gives, which is still to be
+    added, and may be ``update``. A dense layer adds that too, and ``output`` gets what its feed-forward part gives. All
+    bfloat16 and contiguous.
 
     Returns what a failed collective returned, else 0.
     """
     library = _library()
     assert library is not None
-    result: int = library.remuda_decoder_layer(
+    is_dense = layer.gate_up.weights is not None
+    function = library.remuda_decoder_layer if is_dense else library.remuda_attention_layer
+    result: int = function(
         ctypes.byref(layer),
         ctypes.byref(seen),
         ctypes.byref(buffers),
@@ -105,6 +115,6 @@ def _library() -> ctypes.CDLL | None:
     if library is None:
         return None
     argtypes: list[Any] = [_POINTER] * 8
-    library.remuda_decoder_layer.argtypes = argtypes
-    library.remuda_decoder_layer.restype = ctypes.c_int32
+    for function in (library.remuda_decoder_layer, library.remuda_attention_layer):
+        function.argtypes, function.restype = argtypes, ctypes.c_int32
     return library

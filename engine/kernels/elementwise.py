@@ -74,6 +74,19 @@ def rotate_halves(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     """Rotary embedding of [T, num_heads, d], in float32 and rounded once; ``cos``, ``sin``: [T, 1, d / 2] float32."""
     if runs_on_gpu(heads):
         return _rotate_on_gpu(heads, cos, sin, interleaved=False)
+    return _rotate_on_cpu(heads, cos, sin, interleaved=False)
+
+
+def rotate_pairs(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
+    """The same where element 2i turns with element 2i + 1."""
+    if runs_on_gpu(heads):
+        return _rotate_on_gpu(heads, cos, sin, interleaved=True)
+    return _rotate_on_cpu(heads, cos, sin, interleaved=True)
+
+
+def _rotate_on_cpu(
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool
+) -> torch.Tensor | None:
     library = _library()
     num_tokens, num_heads, head_dim = heads.shape
     if (
@@ -85,7 +98,8 @@ def rotate_halves(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     ):
         return None
     output = heads.new_empty(heads.shape)
-    library.remuda_rotate_halves(
+    rotate = library.remuda_rotate_pairs if interleaved else library.remuda_rotate_halves
+    rotate(
         heads.data_ptr(),
         heads.stride(0),
         cos.data_ptr(),
@@ -96,11 +110,6 @@ def rotate_halves(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
         head_dim,
     )
     return output
-
-
-def rotate_pairs(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
-    """The same where element 2i turns with element 2i + 1."""
-    return _rotate_on_gpu(heads, cos, sin, interleaved=True) if runs_on_gpu(heads) else None
 
 
 def _rotate_on_gpu(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
@@ -124,6 +133,7 @@ def _library() -> ctypes.CDLL | None:
     library.remuda_add_rms_norm.argtypes = (pointer, pointer, pointer, pointer, number, number, ctypes.c_float)
     library.remuda_silu_multiply.argtypes = [pointer] * 2 + [number] * 2
     library.remuda_rotate_halves.argtypes = [pointer, number] + [pointer] * 3 + [number] * 3
-    for name in ("rms_norm", "add_rms_norm", "silu_multiply", "rotate_halves"):
+    library.remuda_rotate_pairs.argtypes = library.remuda_rotate_halves.argtypes
+    for name in ("rms_norm", "add_rms_norm", "silu_multiply", "rotate_halves", "rotate_pairs"):
         getattr(library, f"remuda_{name}").restype = None
     return library

@@ -19,8 +19,10 @@ def rotate_and_write(
     value_cache: torch.Tensor,
     slots: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    interleaved: bool = False,
 ) -> torch.Tensor | None:
-    """Turn queries and keys, element i with i + d / 2, and write keys and values to their slots.
+    """Turn queries and keys, and write keys and values to their slots.
 
     Args:
         query: [T, heads, d] bfloat16; may be a part of wider rows, as ``key`` and ``value``.
@@ -28,6 +30,7 @@ def rotate_and_write(
         key_cache, value_cache: [blocks, block_size, kv_heads, d], contiguous; written in place.
         slots: [T] int64, block × block_size + offset of each token.
         angles: cosines and sines, [T, 1, d / 2] float32; None: nothing turns.
+        interleaved: element 2i turns with 2i + 1; else i with i + d / 2.
 
     Returns:
         The queries, turned and contiguous. None where the kernel does not take its arguments: nothing is written then.
@@ -62,6 +65,7 @@ def rotate_and_write(
         num_heads,
         key.shape[1],
         head_dim,
+        interleaved,
     )
     return turned
 
@@ -74,6 +78,6 @@ def _library() -> ctypes.CDLL | None:
         return None
     pointer: Any = ctypes.c_void_p
     number: Any = ctypes.c_int64
-    library.remuda_rotate_and_write.argtypes = [pointer, number] * 3 + [pointer] * 6 + [number] * 4
+    library.remuda_rotate_and_write.argtypes = [pointer, number] * 3 + [pointer] * 6 + [number] * 5
     library.remuda_rotate_and_write.restype = None
     return library

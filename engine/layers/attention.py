@@ -39,9 +39,12 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = (size // config.head_dim for size in self.qkv.local_sizes[:2])
 
     @property
-    def is_plain(self) -> bool:
-        """Nothing but the rotation lies between the projections and attention."""
-        return self._qk_norm is None and self._temperature is None
+    def qk_norm(self) -> QkNorm | None:
+        return self._qk_norm
+
+    @property
+    def temperature(self) -> TemperatureConfig | None:
+        return self._temperature
 
     def forward(
         self,

@@ -59,14 +59,19 @@ class DecoderLayer(nn.Module):
         """``hidden`` [T, hidden_size] and what is still to be added to it, to the same after this layer."""
         hidden, normed = self.attention_norm.add(hidden, update)
         update = self.attention.forward(normed, positions, rotation, kv_cache, attention, adapters)
+        return self.feed_forward_part(hidden, update, adapters)
+
+    def feed_forward_part(
+        self, hidden: torch.Tensor, update: torch.Tensor, adapters: StepAdapters | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The second half of ``forward``, given what attention is to add."""
         hidden, normed = self.feed_forward_norm.add(hidden, update)
         return hidden, self.feed_forward.forward(normed, adapters)
 
-    def native(self, tp: Collectives) -> NativeDecoderLayer | None:
+    def native(self, tp: Collectives, *, interleaved: bool) -> NativeDecoderLayer | None:
         """The same layer as one native call, where there is such."""
-        return NativeDecoderLayer.of(
-            self.attention, self.feed_forward, (self.attention_norm, self.feed_forward_norm), tp
-        )
+        norms = self.attention_norm, self.feed_forward_norm
+        return NativeDecoderLayer.of(self.attention, self.feed_forward, norms, tp, interleaved=interleaved)
 
 
 class DecoderModel(nn.Module):
@@ -114,10 +119,12 @@ class DecoderModel(nn.Module):
         update = None
         step = self._native_step(batch, kv_cache, attention, rotation, hidden)
         for layer, native in zip(self.layers, self._native_layers, strict=True):
+            assert isinstance(layer, DecoderLayer)
             if step is not None and native is not None:
                 update = step.run(native, hidden, update)
+                if not native.is_dense:
+                    hidden, update = layer.feed_forward_part(hidden, update, batch.adapters)
                 continue
-            assert isinstance(layer, DecoderLayer)
             hidden, update = layer.forward(
                 hidden, update, batch.positions, rotation, kv_cache, attention, batch.adapters
             )
@@ -136,7 +143,9 @@ class DecoderModel(nn.Module):
     @functools.cached_property
     def _native_layers(self) -> list[NativeDecoderLayer | None]:
         """Made at the first step, when the weights are in place."""
-        return [layer.native(self._tp) for layer in self.layers if isinstance(layer, DecoderLayer)]
+        interleaved = self.config.rope.interleaved
+        layers = (layer for layer in self.layers if isinstance(layer, DecoderLayer))
+        return [layer.native(self._tp, interleaved=interleaved) for layer in layers]
 
     def _native_step(
         self,
@@ -149,7 +158,7 @@ class DecoderModel(nn.Module):
         first = next((native for native in self._native_layers if native is not None), None)
         if first is None or batch.adapters is not None:
             return None
-        return NativeStep.of(first, attention, kv_cache, rotation, hidden)
+        return NativeStep.of(first, attention, kv_cache, rotation, batch.positions, hidden)
 
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:
         """[R, hidden_size] to [R, vocab_size] float32 on tp rank 0 of the last stage, None elsewhere; to be called on

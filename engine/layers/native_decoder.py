@@ -1,4 +1,5 @@
-"""Dense decoder layers as single native calls, where a layer, a step and the CPU allow it. The same kernels in the same
+"""Dense decoder layers, and the attention halves of others, as single native calls, where a layer, a step and the CPU
+allow it. The same kernels in the same
 order as the layers' own ``forward``, so the same results; what is saved is the way from one to the next. T tokens."""
 
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from engine.kernels.decoder_layer import (
     native_matrix,
 )
 from engine.kernels.linear import MOST_TOKENS
-from engine.layers.attention import Attention
+from engine.layer_config import QkNorm, TemperatureConfig
+from engine.layers.attention import Attention, query_scales
 from engine.layers.feed_forward import GatedFeedForward
+from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from engine.layers.norm import RmsNorm
 from engine.layers.rotary import Rotation
 from engine.parallel.collectives import Collectives, LocalCollectives
@@ -29,31 +32,42 @@ from engine.quantization.matrix import WeightMatrix
 
 @dataclass(frozen=True)
 class NativeDecoderLayer:
-    """``index``: of the layer in the model. ``kept``: tensors whose addresses ``layer`` has."""
+    """``index``: of the layer in the model. ``is_dense``: the native part is the whole layer, else its attention half.
+    ``kept``: tensors whose addresses ``layer`` has."""
 
     index: int
     layer: NativeLayer
+    is_dense: bool
+    temperature: TemperatureConfig | None
     tp: Collectives
     kept: tuple[torch.Tensor, ...]
 
     @classmethod
     def of(
-        cls, attention: Attention, feed_forward: object, norms: tuple[RmsNorm, RmsNorm], tp: Collectives
+        cls,
+        attention: Attention,
+        feed_forward: object,
+        norms: tuple[RmsNorm, RmsNorm],
+        tp: Collectives,
+        *,
+        interleaved: bool,
     ) -> Self | None:
-        """None where the layer has parts that the native one lacks. To be made when the weights are in place."""
-        if not has_decoder_layer() or not isinstance(feed_forward, GatedFeedForward) or not attention.is_plain:
+        """None where attention has parts that the native one lacks. To be made when the weights are in place."""
+        if not has_decoder_layer() or attention.qk_norm is QkNorm.WEIGHTED_BEFORE_ROPE:
             return None
         if not isinstance(tp, LocalCollectives | SharedMemoryCollectives):
             return None
-        linears = (attention.qkv, attention.output, feed_forward.gate_up, feed_forward.down)
-        found = [_matrix(linear.matrix) for linear in linears]
-        matrices = [matrix for matrix, _ in found if matrix is not None]
-        if len(matrices) < len(linears) or any(linear.bias is not None for linear in linears):
+        halves = [_linears(attention.qkv, attention.output)]
+        if isinstance(feed_forward, GatedFeedForward):
+            halves.append(_linears(feed_forward.gate_up, feed_forward.down))
+        is_dense = len(halves) == 2 and halves[1] is not None
+        if halves[0] is None or any(norm.weight.dtype is not torch.bfloat16 for norm in norms):
             return None
-        if any(norm.weight.dtype is not torch.bfloat16 for norm in norms):
-            return None
+        linears = [linear for half in halves if half is not None for linear in half]
+        matrices = [matrix for matrix, _ in linears]
         layer = NativeLayer(
             *matrices,
+            *(NativeMatrix() for _ in range(4 - len(matrices))),
             *(norm.weight.data_ptr() for norm in norms),
             tp.address if isinstance(tp, SharedMemoryCollectives) else None,
             tp.split_bytes if isinstance(tp, SharedMemoryCollectives) else 0,
@@ -61,21 +75,32 @@ class NativeDecoderLayer:
             attention.num_kv_heads,
             attention.head_dim,
             attention.use_rope,
+            interleaved,
+            attention.qk_norm is QkNorm.UNWEIGHTED_AFTER_ROPE,
+            attention.temperature is not None,
             norms[0].eps,
         )
-        kept = tuple(tensor for _, tensors in found for tensor in tensors)
-        return cls(attention.layer, layer, tp, (*kept, *(norm.weight for norm in norms)))
+        kept = tuple(tensor for _, tensors in linears for tensor in tensors)
+        kept += tuple(norm.weight for norm in norms)
+        return cls(attention.layer, layer, is_dense, attention.temperature, tp, kept)
 
 
 class NativeStep:
     """One step's tokens, for the layers that are native."""
 
     def __init__(
-        self, attention: CpuStepAttention, kv_cache: KvCacheView, rotation: Rotation, hidden: torch.Tensor
+        self,
+        attention: CpuStepAttention,
+        kv_cache: KvCacheView,
+        rotation: Rotation,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
     ) -> None:
         self._attention = attention
         self._kv_cache = kv_cache
         self._rotation = rotation
+        self._positions = positions
+        self._scales: dict[TemperatureConfig, torch.Tensor] = {}
         self._output = torch.empty_like(hidden)
         self._buffers: dict[tuple[int, ...], tuple[NativeBuffers, list[torch.Tensor]]] = {}
 
@@ -86,26 +111,29 @@ class NativeStep:
         attention: StepAttention,
         kv_cache: KvCacheView,
         rotation: Rotation,
+        positions: torch.Tensor,
         hidden: torch.Tensor,
     ) -> Self | None:
         """None for a step that native layers, such as this one, do not compute."""
-        if rotation.interleaved or not 0 < len(hidden) <= MOST_TOKENS or hidden.dtype is not torch.bfloat16:
+        if not 0 < len(hidden) <= MOST_TOKENS or hidden.dtype is not torch.bfloat16:
             return None
         heads = hidden.new_empty(0, layer.layer.num_heads, layer.layer.head_dim)
         step = native_step(attention, heads, kv_cache)
-        return None if step is None else cls(step, kv_cache, rotation, hidden)
+        return None if step is None else cls(step, kv_cache, rotation, positions, hidden)
 
     def run(self, layer: NativeDecoderLayer, hidden: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
-        """``hidden`` [T, n] += ``update`` and what attention gives, in place; returns what is still to be added."""
+        """``hidden`` [T, n] += ``update``, in place, and, where the layer is dense, what attention gives. Returns what
+        is still to be added."""
         seen, slot = self._attention.native(layer.index, self._kv_cache)
         caches = self._kv_cache.key_cache[slot], self._kv_cache.value_cache[slot]
-        result = decoder_layer(layer.layer, seen, self._space(layer.layer), hidden, update, self._output, caches)
+        result = decoder_layer(layer.layer, seen, self._space(layer), hidden, update, self._output, caches)
         if result and isinstance(layer.tp, SharedMemoryCollectives):
             layer.tp.fail(result, "all-reduce")
         return self._output
 
-    def _space(self, layer: NativeLayer) -> NativeBuffers:
+    def _space(self, native: NativeDecoderLayer) -> NativeBuffers:
         """The same for all layers of one shape."""
+        layer = native.layer
         query_size = layer.num_heads * layer.head_dim
         widths = (
             layer.qkv.num_inputs,
@@ -120,8 +148,27 @@ class NativeStep:
             tensors = [self._output.new_empty(num_tokens, width) for width in widths]
             angles = [self._rotation.cos.contiguous(), self._rotation.sin.contiguous()]
             pointers = [tensor.data_ptr() for tensor in (*tensors, *angles)]
-            self._buffers[widths] = NativeBuffers(*pointers, num_tokens), tensors + angles
-        return self._buffers[widths][0]
+            self._buffers[widths] = NativeBuffers(*pointers, None, num_tokens), tensors + angles
+        buffers, _ = self._buffers[widths]
+        if native.temperature is not None:
+            buffers.query_scales = self._scales_of(native.temperature).data_ptr()
+        return buffers
+
+    def _scales_of(self, temperature: TemperatureConfig) -> torch.Tensor:
+        if temperature not in self._scales:
+            self._scales[temperature] = query_scales(temperature, self._positions).contiguous()
+        return self._scales[temperature]
+
+
+def _linears(
+    *linears: ColumnParallelLinear | RowParallelLinear,
+) -> list[tuple[NativeMatrix, list[torch.Tensor]]] | None:
+    """Their matrices, and the tensors that these point to; None where one has a bias or another form."""
+    if any(linear.bias is not None for linear in linears):
+        return None
+    found = [_matrix(linear.matrix) for linear in linears]
+    native = [(matrix, tensors) for matrix, tensors in found if matrix is not None]
+    return native if len(native) == len(linears) else None
 
 
 def _matrix(matrix: WeightMatrix) -> tuple[NativeMatrix | None, list[torch.Tensor]]:

@@ -43,6 +43,25 @@ LLAMA: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 20}
+LLAMA4: dict[str, Any] = LLAMA | {
+    "architectures": ["Llama4ForCausalLM"],
+    "model_type": "llama4_text",
+    "intermediate_size": 96,
+    "intermediate_size_mlp": 192,
+    "num_hidden_layers": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+    "moe_layers": [1, 3],
+    "no_rope_layers": [1, 1, 1, 0],
+    "attention_chunk_size": 32,
+    "attn_temperature_tuning": True,
+    "floor_scale": 8,
+    "attn_scale": 0.1,
+    "use_qk_norm": True,
+    "rope_scaling": None,
+}
+"""Dense layers and mixtures; chunked attention with norms after rotation in pairs, and scaled queries without one."""
 
 Answers = list[tuple[list[int], list[float]]]
 """By request its tokens and their log-probabilities."""
@@ -116,7 +135,7 @@ def num_native_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("config", [LLAMA, MISTRAL], ids=["llama", "mistral"])
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL, LLAMA4], ids=["llama", "mistral", "llama4"])
 def test_bits_are_those_of_layer_by_layer(
     config: dict[str, Any],
     quantization: str | None,
