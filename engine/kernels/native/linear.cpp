@@ -12,6 +12,7 @@
 #include <cstring>
 #include <new>
 
+#include "tile_kinds.h"
 #include "token_tiles.h"
 #include "transpose.h"
 
@@ -26,30 +27,6 @@ constexpr int kTokenPair = 2 * kTileRows;  // tokens computed together
 constexpr int kTileWords = kTileRows * kTileRows;
 constexpr int64_t kBlockBytes = 1 << 20;   // of packed tokens: half of the second-level cache
 constexpr int kFetchedPairs = 4;           // with fewer, the CPU fetches a panel in time by itself
-
-struct Bf16 {
-    REMUDA_AMX static void first_tokens() {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-    }
-    REMUDA_AMX static void second_tokens() {
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    REMUDA_AMX static __m512 as_float(__m512i sums) { return _mm512_castsi512_ps(sums); }
-};
-
-struct Int8 {
-    REMUDA_AMX static void first_tokens() {
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 5, 6);
-    }
-    REMUDA_AMX static void second_tokens() {
-        _tile_dpbssd(2, 4, 7);
-        _tile_dpbssd(3, 5, 7);
-    }
-    REMUDA_AMX static __m512 as_float(__m512i sums) { return _mm512_cvtepi32_ps(sums); }
-};
 
 // Memory of a thread that stays in its cache between products.
 class Scratch {
@@ -282,7 +259,7 @@ REMUDA_AMX void remuda_linear_bf16(const uint8_t *weights, const uint16_t *token
         const int n = static_cast<int>(std::min(size, num_tokens - done));
         pack_bf16(tokens + done * num_inputs, n, num_inputs, packed);
         const Work work{weights, packed, output + done * num_outputs, num_outputs, n, nullptr, nullptr};
-        multiply_block<Bf16>(work, copy);
+        multiply_block<Bf16Tiles>(work, copy);
     }
 }
 
@@ -301,7 +278,7 @@ REMUDA_AMX void remuda_linear_int8(const uint8_t *weights, const float *row_scal
                       packed.block(token), scales + token);
         }
         const Work work{weights, packed, output + done * num_outputs, num_outputs, n, row_scales, scales};
-        multiply_block<Int8>(work, copy);
+        multiply_block<Int8Tiles>(work, copy);
     }
 }
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "tile_kinds.h"
 #include "tiles.h"
 
 #ifdef REMUDA_TILES
@@ -88,32 +89,6 @@ class Finishing {
     Sums sums_[2];
     int due_ = 0, next_task_ = 0, num_tasks_ = 0, block_ = 0, new_block_ = 0, num_new_blocks_ = 0;
     int64_t tasks_per_step_ = 0, row_ = 0, new_row_ = 0;
-};
-
-struct Bf16Tiles {
-    static constexpr int64_t kBytes = 2;
-    REMUDA_AMX static void first_tokens() {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-    }
-    REMUDA_AMX static void second_tokens() {
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    REMUDA_AMX static __m512 as_float(__m512i sums) { return _mm512_castsi512_ps(sums); }
-};
-
-struct Int8Tiles {
-    static constexpr int64_t kBytes = 1;
-    REMUDA_AMX static void first_tokens() {
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 5, 6);
-    }
-    REMUDA_AMX static void second_tokens() {
-        _tile_dpbssd(2, 4, 7);
-        _tile_dpbssd(3, 5, 7);
-    }
-    REMUDA_AMX static __m512 as_float(__m512i sums) { return _mm512_cvtepi32_ps(sums); }
 };
 
 // `tokens` and what follows, if anything: 16 tokens each as the right operand, [bytes / 4][16 tokens][4 bytes].
