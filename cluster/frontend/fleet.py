@@ -10,7 +10,7 @@ from cluster.errors import Unavailable
 from cluster.replica.client import ReplicaClient
 from cluster.router.query import RoutingQuery
 from cluster.router.replica_table import ReplicaTable
-from cluster.router.router import least_load_router
+from cluster.router.router import default_router
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.errors import InvalidRequest, RemudaError
 from engine.request import AdapterInfo, Output, Request
@@ -29,7 +29,7 @@ class Fleet:
         self._clients: dict[str, ReplicaClient] = {}
         self._on_all_lost = on_all_lost
         self._table = ReplicaTable()
-        self._router = least_load_router(self._table)
+        self._router = default_router(self._table)
         self._refresher: asyncio.Task[None] | None = None
 
     async def add(self, replica_id: str, client: ReplicaClient) -> None:
@@ -69,7 +69,7 @@ class Fleet:
         is passed over for another one."""
         tried: frozenset[str] = frozenset()
         while True:
-            replica_id = self._router.route(RoutingQuery(request.token_ids, tried))
+            replica_id = self._router.route(RoutingQuery(request.token_ids, tried, request.adapter, request.cache_salt))
             has_begun = False
             try:
                 async with contextlib.aclosing(self._clients[replica_id].generate(request)) as outputs:

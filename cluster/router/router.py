@@ -5,9 +5,14 @@ from collections.abc import Sequence
 from cluster.errors import Unavailable
 from cluster.router.filters import Filter, ReadyFilter, UntriedFilter
 from cluster.router.picker import BestInTurnPicker, Picker
+from cluster.router.prefix_index import PrefixIndex
 from cluster.router.query import RoutingQuery
 from cluster.router.replica_table import ReplicaTable, ReplicaView
-from cluster.router.scorers import LeastLoadScorer, Scorer
+from cluster.router.scorers import LeastLoadScorer, PrefixScorer, Scorer
+
+PREFIX_WEIGHT = 0.5
+"""Of a wholly cached prompt, beside 1 for an idle replica: it is worth waiting beside other requests for, until a
+quarter of the slots are in use; then another replica computes, and so caches, the same beginning."""
 
 
 class NoReplica(Unavailable):
@@ -15,25 +20,32 @@ class NoReplica(Unavailable):
 
 
 class Router:
-    """Pure but for the picker's memory of its last choice and the table's count of what was sent.
+    """Pure but for the picker's memory of its last choice, and the table's and the index's of what was sent.
 
     Args:
         table: the replicas.
         filters: each narrows down what the one before it left.
         scorers: (scorer, weight) pairs; a replica's score is the weighted sum.
         picker: chooses by score.
+        prefixes: learns what went where.
     """
 
     def __init__(
-        self, table: ReplicaTable, filters: Sequence[Filter], scorers: Sequence[tuple[Scorer, float]], picker: Picker
+        self,
+        table: ReplicaTable,
+        filters: Sequence[Filter],
+        scorers: Sequence[tuple[Scorer, float]],
+        picker: Picker,
+        prefixes: PrefixIndex,
     ) -> None:
         self._table = table
         self._filters = filters
         self._scorers = scorers
         self._picker = picker
+        self._prefixes = prefixes
 
     def route(self, query: RoutingQuery) -> str:
-        """The id of the replica that is to take the request; the table counts it as sent there.
+        """The id of the replica that is to take the request; table and index count it as sent there.
 
         Raises:
             NoReplica: none may. The message says how many there are and what keeps them out.
@@ -45,15 +57,20 @@ class Router:
             raise NoReplica(_why_none(self._table.views(), query))
         chosen = self._picker.pick({replica.id: self._score(query, replica) for replica in replicas})
         self._table.note_sent(chosen)
+        info = next(replica.info for replica in replicas if replica.id == chosen)
+        self._prefixes.note_sent(info, query.block_hashes(info.block_size))
         return chosen
 
     def _score(self, query: RoutingQuery, replica: ReplicaView) -> float:
         return sum(weight * scorer.score(query, replica) for scorer, weight in self._scorers)
 
 
-def least_load_router(table: ReplicaTable) -> Router:
-    """Ready replicas that did not fail the request before; the one with least to do; equals in turn."""
-    return Router(table, [ReadyFilter(), UntriedFilter()], [(LeastLoadScorer(), 1.0)], BestInTurnPicker())
+def default_router(table: ReplicaTable) -> Router:
+    """Ready replicas that did not fail the request before; the one with little to do that has much of the prompt in its
+    cache; equals in turn."""
+    prefixes = PrefixIndex()
+    scorers: list[tuple[Scorer, float]] = [(LeastLoadScorer(), 1.0), (PrefixScorer(prefixes), PREFIX_WEIGHT)]
+    return Router(table, [ReadyFilter(), UntriedFilter()], scorers, BestInTurnPicker(), prefixes)
 
 
 def _why_none(replicas: Sequence[ReplicaView], query: RoutingQuery) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cluster.errors import Unavailable
 from cluster.router.query import RoutingQuery
 from cluster.router.replica_table import ReplicaTable
-from cluster.router.router import NoReplica, least_load_router
+from cluster.router.router import NoReplica, default_router
 from cluster.types import ReplicaInfo, ReplicaState
 
 
@@ -55,7 +55,7 @@ names = st.sets(st.text("abcdef", min_size=1, max_size=3), max_size=4)
 
 
 def routes(table: ReplicaTable, query: RoutingQuery, count: int) -> list[str | None]:
-    router = least_load_router(table)
+    router = default_router(table)
     found: list[str | None] = []
     for _ in range(count):
         try:
@@ -99,7 +99,7 @@ def test_requests_between_two_updates_level_the_load(loads: list[int], count: in
 
 def test_equals_take_turns() -> None:
     table = table_of([replica(name) for name in "cab"])
-    router = least_load_router(table)
+    router = default_router(table)
     found = []
     for _ in range(6):
         found.append(router.route(RoutingQuery()))
@@ -110,7 +110,7 @@ def test_equals_take_turns() -> None:
 
 def test_an_update_forgets_what_was_sent_before_it() -> None:
     table = table_of([replica("a"), replica("b")])
-    router = least_load_router(table)
+    router = default_router(table)
     router.route(RoutingQuery())
     view = table.get("a")
     assert view is not None and view.load == 1
@@ -121,7 +121,7 @@ def test_an_update_forgets_what_was_sent_before_it() -> None:
 
 def test_a_replica_comes_back_only_by_an_update() -> None:
     table = table_of([replica("a")], {"a"})
-    router = least_load_router(table)
+    router = default_router(table)
     with pytest.raises(NoReplica, match="a is not connected"):
         router.route(RoutingQuery())
     table.note_sent("a")
@@ -136,4 +136,4 @@ def test_a_replica_comes_back_only_by_an_update() -> None:
 def test_the_error_says_what_keeps_each_one_out() -> None:
     table = table_of([replica("a", ReplicaState.DRAINING), replica("b", ReplicaState.FAILED), replica("c")])
     with pytest.raises(NoReplica, match="a is draining, b is failed, c failed this request"):
-        least_load_router(table).route(RoutingQuery(tried=frozenset("c")))
+        default_router(table).route(RoutingQuery(tried=frozenset("c")))
