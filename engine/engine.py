@@ -19,6 +19,7 @@ from engine.executor.executor import Executor
 from engine.messages import StepPlan, StepResult
 from engine.request import AdapterInfo, FinishReason, Output, Request
 from engine.scheduler.adapter_table import AdapterTable
+from engine.scheduler.dp_group import choose_group
 from engine.scheduler.policy import FirstComeFirstServed, Policy
 from engine.scheduler.request_state import RequestState
 from engine.scheduler.scheduler import Scheduler
@@ -210,10 +211,10 @@ class Engine:
         """
         self._validate(request)
         adapter = self._adapters.slot_of(request.adapter)
-        loads = [scheduler.num_running + scheduler.num_waiting for scheduler in self._schedulers]
-        state = RequestState.of(request, self._num_arrivals, loads.index(min(loads)), adapter)
+        state = RequestState.of(request, self._num_arrivals, adapter=adapter)
         adapter_identity = self._adapters.identity_of(request.adapter)
         state.root_hash = root_hash(self._model_identity, adapter_identity, request.cache_salt)
+        state.dp_group = self._choose_group(state)
         scheduler = self._schedulers[state.dp_group]
         if not scheduler.fits(state):
             raise ContextLengthExceeded(
@@ -227,6 +228,13 @@ class Engine:
         self._num_arrivals += 1
         self._states[request.request_id] = state
         scheduler.add(state)
+
+    def _choose_group(self, state: RequestState) -> int:
+        if self._num_dp_groups == 1:
+            return 0
+        loads = [scheduler.num_running + scheduler.num_waiting for scheduler in self._schedulers]
+        shares = [scheduler.num_cached(state) / len(state.token_ids) for scheduler in self._schedulers]
+        return choose_group(loads, shares, self._config.max_num_seqs)
 
     def _validate(self, request: Request) -> None:
         sampling, num_prompt_tokens = request.sampling, request.num_prompt_tokens

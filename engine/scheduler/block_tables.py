@@ -58,6 +58,11 @@ class BlockTables:
         firsts = [first_visible_block(group, end, self._block_size) for group in self._kv_groups]
         return [[NULL_BLOCK] * first + blocks[first:num_blocks] for blocks, first in zip(found, firsts, strict=True)]
 
+    def num_cached(self, state: RequestState) -> int:
+        """Leading tokens that ``find_prefix`` would find, as far as it looks at once."""
+        found = self.find_prefix(state, all_at_once=False)
+        return len(found[0]) * self._block_size if found else 0
+
     def _find_blocks(self, state: RequestState, group: int, num_most: int) -> list[int]:
         """Of a full group the blocks up to the first that is missing; of others all, NULL_BLOCK for those missing."""
         blocks: list[int] = []

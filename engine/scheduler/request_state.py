@@ -67,7 +67,7 @@ class RequestState:
     finished: bool = False
 
     @classmethod
-    def of(cls, request: Request, arrival: int, dp_group: int, adapter: int = NO_ADAPTER) -> "RequestState":
+    def of(cls, request: Request, arrival: int, dp_group: int = 0, adapter: int = NO_ADAPTER) -> "RequestState":
         return cls(
             request_id=request.request_id,
             token_ids=list(request.token_ids),

@@ -81,6 +81,10 @@ class Scheduler:
         """Whether the whole cache could hold this request to its end. The last token is never computed."""
         return self._tables.num_needed(state.max_num_tokens - 1) <= self._pool.num_usable
 
+    def num_cached(self, state: RequestState) -> int:
+        """Leading tokens of a new request that this group holds already."""
+        return self._tables.num_cached(state)
+
     def add(self, state: RequestState) -> None:
         assert self.fits(state), f"request {state.request_id} can never fit"
         self._waiting.append(state)
