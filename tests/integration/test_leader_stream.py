@@ -18,6 +18,7 @@ from cluster.replica.server import SERVICE_NAME, LeaderServer
 from cluster.rpc import convert
 from cluster.rpc.channel import open_channel
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
+from cluster.simulate.gang import SimulatedGang, sequential_tokens
 from cluster.types import ReplicaState
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.engine import Engine
@@ -31,7 +32,6 @@ from engine.errors import (
 from engine.request import FinishReason, Request
 from tests.support.leader_bed import INFO, WAIT_S, Bed, collect, health_of, request, serving, tokens_of, until
 from tests.support.scripted_engine import answer
-from tests.support.simulated_gang import SimulatedGang, sequential_tokens
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 import pytest
 
+from cluster.simulate.gang import SimulatedGang
 from engine.config import KvGroupConfig
 from engine.messages import BatchPlan, NewRequest, ScheduledRequest, StepPlan
 from engine.request import SamplingParams
-from tests.support.simulated_gang import SimulatedGang
 
 
 def new_gang(kv_groups: tuple[KvGroupConfig, ...] = (KvGroupConfig((0,)),)) -> SimulatedGang:

@@ -13,13 +13,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from cluster.simulate.gang import SimulatedGang, sequential_tokens
 from engine.config import CacheConfig, KvGroupConfig, LoraConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import AdapterError, ContextLengthExceeded, EngineFailure, Overloaded, RankFailure
 from engine.kv_groups import num_blocks_needed
 from engine.messages import NO_STEP
 from engine.request import AdapterInfo, FinishReason, Output, Request, SamplingParams, TopLogprobs
-from tests.support.simulated_gang import SimulatedGang, sequential_tokens
 
 VOCAB_SIZE = 23
 MAX_MODEL_LEN = 28

@@ -4,6 +4,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from cluster.simulate.gang import SimulatedGang, sequential_tokens
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import (
@@ -16,7 +17,6 @@ from engine.errors import (
 )
 from engine.messages import SampledToken, StepPlan, StepResult
 from engine.request import FinishReason, Output, Request, SamplingParams
-from tests.support.simulated_gang import SimulatedGang, sequential_tokens
 
 VOCAB_SIZE = 50
 GROUPS = (KvGroupConfig((0,)), KvGroupConfig((1,), chunk_size=8))
