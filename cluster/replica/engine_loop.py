@@ -115,6 +115,9 @@ class EngineLoop:
         self._stats = self._engine.stats()
         self._adapters = self._engine.adapters
         self._state = ReplicaState.READY
+        self._launch()
+
+    def _launch(self) -> None:
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
 
@@ -233,7 +236,7 @@ class EngineLoop:
     def _turn(self) -> bool:
         """Waits for work, takes in what came, runs one step. False: time to stop."""
         with self._wake:
-            while not (self._inbox or self._stopping or self._broken or self._engine.has_work):
+            while self._has_nothing_to_do:
                 self._is_busy = False
                 self._wake.wait()
             if self._stopping:
@@ -257,6 +260,10 @@ class EngineLoop:
         if outputs or errors:
             self._publish(StepOutputs(outputs, errors))
         return True
+
+    @property
+    def _has_nothing_to_do(self) -> bool:
+        return not (self._inbox or self._stopping or self._broken or self._engine.has_work)
 
     def _take_in(self) -> None:
         """Hands requests and aborts to the engine, in order, and notes those that it refuses."""

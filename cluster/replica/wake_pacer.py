@@ -19,7 +19,8 @@ class WakePacer:
     """Belongs to the event loop's thread."""
 
     def __init__(self) -> None:
-        self._buffers: set[StreamBuffer] = set()
+        self._buffers: dict[StreamBuffer, None] = {}
+        """In the order in which they came, so that a simulated run can be repeated."""
         self._is_working = False
         self._work_began_s = 0.0
         self._next_s = 0.0
@@ -27,7 +28,7 @@ class WakePacer:
 
     def add(self, buffer: StreamBuffer) -> None:
         """This one's reader has news."""
-        self._buffers.add(buffer)
+        self._buffers[buffer] = None
 
     def wake(self) -> None:
         """All of a frame is added: wakes the readers now, or plans to."""
