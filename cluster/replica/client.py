@@ -81,13 +81,16 @@ class ReplicaClient:
             Unavailable: the leader did not answer in time.
         """
         if self._task is None:
-            self._channel = open_channel(self.address, self._credentials)
-            self._stub = replica_pb2_grpc.ReplicaStub(self._channel)
+            self._channel, self._stub = self._dial()
             self._task = asyncio.create_task(self._stay_attached())
         try:
             await asyncio.wait_for(self._attached.wait(), timeout_s)
         except TimeoutError:
             raise Unavailable(f"no leader answers at {self.address}: {self._last_error}") from None
+
+    def _dial(self) -> tuple[grpc.aio.Channel, replica_pb2_grpc.ReplicaAsyncStub]:
+        channel = open_channel(self.address, self._credentials)
+        return channel, replica_pb2_grpc.ReplicaStub(channel)
 
     async def close(self) -> None:
         """Live streams end with Unavailable. Nothing is attached again."""
