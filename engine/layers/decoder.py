@@ -18,6 +18,7 @@ from engine.layers.rotary import RotaryEmbedding, Rotation
 from engine.model_config import ModelConfig
 from engine.parallel.collectives import Collectives
 from engine.parameter import ParameterBuilder
+from engine.progress import Operation
 
 
 class FeedForward(Protocol):
@@ -45,6 +46,7 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(build.at("self_attn"), config, layer)
         self.feed_forward_norm = RmsNorm(build, "post_attention_layernorm", size, eps)
         self.feed_forward = make_feed_forward(build, config, layer)
+        self._progress, self.index = build.mesh.progress, layer
 
     def forward(
         self,
@@ -57,6 +59,7 @@ class DecoderLayer(nn.Module):
         adapters: StepAdapters | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``hidden`` [T, hidden_size] and what is still to be added to it, to the same after this layer."""
+        self._progress.at(Operation.ATTENTION, self.index)
         hidden, normed = self.attention_norm.add(hidden, update)
         update = self.attention.forward(normed, positions, rotation, kv_cache, attention, adapters)
         return self.feed_forward_part(hidden, update, adapters)
@@ -65,6 +68,7 @@ class DecoderLayer(nn.Module):
         self, hidden: torch.Tensor, update: torch.Tensor, adapters: StepAdapters | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The second half of ``forward``, given what attention is to add."""
+        self._progress.at(Operation.FEED_FORWARD, self.index)
         hidden, normed = self.feed_forward_norm.add(hidden, update)
         return hidden, self.feed_forward.forward(normed, adapters)
 
@@ -97,7 +101,7 @@ class DecoderModel(nn.Module):
             self.head = self.embedding
         if mesh.is_last_stage and not config.tie_word_embeddings:
             self.head = VocabEmbedding(build, "lm_head", config.vocab_size, config.hidden_size)
-        self._tp = mesh.tp
+        self._tp, self._progress = mesh.tp, mesh.progress
         self._rotary = RotaryEmbedding(config.rope, build.device)
         self.slices, self.conversions = tuple(build.slices), tuple(build.conversions)
 
@@ -115,12 +119,14 @@ class DecoderModel(nn.Module):
         rotation = self._rotary.rotation(batch)
         if hidden is None:
             assert self.embedding is not None, "a later stage continues hidden states"
+            self._progress.at(Operation.EMBEDDING)
             hidden = self.embedding.forward(batch.token_ids)
         update = None
         step = self._native_step(batch, kv_cache, attention, rotation, hidden)
         for layer, native in zip(self.layers, self._native_layers, strict=True):
             assert isinstance(layer, DecoderLayer)
             if step is not None and native is not None:
+                self._progress.at(Operation.LAYER if native.is_dense else Operation.ATTENTION, native.index)
                 update = step.run(native, hidden, update)
                 if not native.is_dense:
                     hidden, update = layer.feed_forward_part(hidden, update, batch.adapters)
@@ -138,6 +144,7 @@ class DecoderModel(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             if isinstance(layer.feed_forward, MixtureOfExperts):
+                self._progress.at(Operation.FEED_FORWARD, layer.index)
                 layer.feed_forward.forward(empty)
 
     @functools.cached_property
@@ -163,4 +170,5 @@ class DecoderModel(nn.Module):
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:
         """[R, hidden_size] to [R, vocab_size] float32 on tp rank 0 of the last stage, None elsewhere; to be called on
         all tp ranks."""
+        self._progress.at(Operation.LOGITS)
         return None if self.head is None else self.head.logits(hidden_rows)

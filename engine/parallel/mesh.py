@@ -7,6 +7,7 @@ from engine.kv_groups import groups_of_stage
 from engine.model_config import ModelConfig, kv_groups, stage_layers
 from engine.parallel.collectives import Collectives, LocalCollectives
 from engine.parallel.stage_link import StageReceiver, StageSender
+from engine.progress import RankProgress
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Mesh:
     stage: Collectives = field(default_factory=LocalCollectives)
     previous: StageReceiver | None = None
     next: StageSender | None = None
+    progress: RankProgress = field(default_factory=RankProgress)
+    """Where this rank notes what it does."""
 
     @property
     def tp_rank(self) -> int:

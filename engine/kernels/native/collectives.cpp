@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "marks.h"
 #include "turn.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -18,6 +19,7 @@
 namespace {
 
 using remuda::kLine;
+using remuda::Mark;
 using remuda::Turn;  // its number: operations that a rank has written
 
 constexpr int kOk = 0;
@@ -34,6 +36,7 @@ struct Group {
     const int32_t *pidfds;  // of each rank; -1: unknown
     int64_t timeout_ns;
     uint32_t done;  // operations finished by this rank
+    remuda::Marks *marks;
 };
 
 Turn *turn_of(const Group *group, int rank) { return reinterpret_cast<Turn *>(group->area) + rank; }
@@ -45,7 +48,8 @@ uint8_t *buffer_of(const Group *group, int rank, uint32_t operation) {
 
 int await_rank(Group *group, int peer) {
     uint32_t target = group->done + 1;
-    switch (remuda::await(turn_of(group, peer), target, group->num_spins, group->pidfds[peer], group->timeout_ns)) {
+    switch (remuda::await_marked(turn_of(group, peer), target, group->num_spins, group->pidfds[peer], group->timeout_ns,
+                                 group->marks, 0)) {
         case remuda::Outcome::kReached: return kOk;
         case remuda::Outcome::kLate: return kLate - peer;
         default: return kGone - peer;
@@ -60,9 +64,14 @@ int await_all(Group *group) {
     return kOk;
 }
 
+void publish(Group *group) {
+    remuda::mark_entered(group->marks);
+    remuda::publish(turn_of(group, group->rank), group->done + 1);
+}
+
 // Publish what stands in this rank's buffer and wait for all others.
 int exchange(Group *group) {
-    remuda::publish(turn_of(group, group->rank), group->done + 1);
+    publish(group);
     return await_all(group);
 }
 
@@ -159,6 +168,7 @@ int32_t remuda_max_ranks() { return kMaxRanks; }
 // Sum of `count` float32 (element_bytes 4) or bfloat16 (2) values over the ranks, in place.
 // Above `split_bytes` each rank adds up its part and the parts are exchanged; below, every rank adds up everything.
 int32_t remuda_all_reduce(Group *group, uint8_t *values, int64_t count, int32_t element_bytes, int64_t split_bytes) {
+    remuda::mark_operation(group->marks, Mark::kAllReduce);
     int64_t most = group->buffer_bytes / element_bytes;
     for (int64_t first = 0; first < count; first += most) {
         int64_t n = count - first < most ? count - first : most;
@@ -189,6 +199,7 @@ int32_t remuda_all_reduce(Group *group, uint8_t *values, int64_t count, int32_t 
 // Every rank gives `row_bytes` of each of `num_rows` rows; `output` [num_rows, size × row_bytes] is filled where it is
 // not null. A row must fit into a buffer.
 int32_t remuda_gather_rows(Group *group, const uint8_t *rows, int64_t num_rows, int64_t row_bytes, uint8_t *output) {
+    remuda::mark_operation(group->marks, Mark::kGather);
     int64_t most = row_bytes ? group->buffer_bytes / row_bytes : num_rows;
     for (int64_t first = 0; first < num_rows; first += most) {
         int64_t n = num_rows - first < most ? num_rows - first : most;
@@ -208,6 +219,7 @@ int32_t remuda_gather_rows(Group *group, const uint8_t *rows, int64_t num_rows, 
 
 // Rank 0's bytes, on all.
 int32_t remuda_broadcast(Group *group, uint8_t *values, int64_t num_bytes) {
+    remuda::mark_operation(group->marks, Mark::kBroadcast);
     for (int64_t first = 0; first < num_bytes; first += group->buffer_bytes) {
         int64_t n = num_bytes - first < group->buffer_bytes ? num_bytes - first : group->buffer_bytes;
         if (group->rank == 0) std::memcpy(buffer_of(group, 0, group->done), values + first, n);
@@ -221,8 +233,9 @@ int32_t remuda_broadcast(Group *group, uint8_t *values, int64_t num_bytes) {
 // Rows [sum of counts, row_bytes], ordered by receiver, begin their way; counts [size]. A row must fit into a buffer. No
 // other operation may come before remuda_await_counts and remuda_take_rows have ended this one.
 void remuda_post_rows(Group *group, const uint8_t *rows, const int64_t *counts, int64_t row_bytes) {
+    remuda::mark_operation(group->marks, Mark::kAllToAll);
     write_round(group, rows, counts, row_bytes, 0);
-    remuda::publish(turn_of(group, group->rank), group->done + 1);
+    publish(group);
 }
 
 // How many rows come from each rank: received [size].

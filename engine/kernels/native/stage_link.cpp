@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "marks.h"
 #include "turn.h"
 
 namespace {
@@ -25,6 +26,7 @@ struct Link {
     int32_t pidfd;  // of the other process; -1: unknown
     uint32_t done;  // pieces that this process has sent or received
     int64_t timeout_ns;
+    remuda::Marks *marks;
 };
 
 Turn *written(const Link *link) { return reinterpret_cast<Turn *>(link->area); }
@@ -35,7 +37,7 @@ uint8_t *slot(const Link *link) {
 }
 
 int await(const Link *link, Turn *turn, uint32_t target) {
-    switch (remuda::await(turn, target, link->num_spins, link->pidfd, link->timeout_ns)) {
+    switch (remuda::await_marked(turn, target, link->num_spins, link->pidfd, link->timeout_ns, link->marks, 1)) {
         case Outcome::kReached: return kOk;
         case Outcome::kLate: return kLate;
         default: return kGone;
@@ -49,6 +51,7 @@ extern "C" {
 int64_t remuda_link_bytes(int32_t num_slots, int64_t slot_bytes) { return 2 * kLine + num_slots * (kLine + slot_bytes); }
 
 int32_t remuda_link_send(Link *link, const uint8_t *message, int64_t num_bytes) {
+    remuda::mark_operation(link->marks, remuda::Mark::kSend);
     for (int64_t first = 0; first < num_bytes; first += link->slot_bytes) {
         int64_t n = num_bytes - first < link->slot_bytes ? num_bytes - first : link->slot_bytes;
         if (int result = await(link, read(link), link->done + 1 - link->num_slots); result != kOk) return result;
@@ -56,12 +59,14 @@ int32_t remuda_link_send(Link *link, const uint8_t *message, int64_t num_bytes) 
         std::memcpy(here, &num_bytes, sizeof num_bytes);
         std::memcpy(here + kLine, message + first, n);
         link->done++;
+        remuda::mark_entered(link->marks);
         remuda::publish(written(link), link->done);
     }
     return kOk;
 }
 
 int32_t remuda_link_receive(Link *link, uint8_t *message, int64_t num_bytes) {
+    remuda::mark_operation(link->marks, remuda::Mark::kReceive);
     for (int64_t first = 0; first < num_bytes; first += link->slot_bytes) {
         int64_t n = num_bytes - first < link->slot_bytes ? num_bytes - first : link->slot_bytes;
         if (int result = await(link, written(link), link->done + 1); result != kOk) return result;
@@ -71,6 +76,7 @@ int32_t remuda_link_receive(Link *link, uint8_t *message, int64_t num_bytes) {
         if (sent != num_bytes) return kOtherSize;
         std::memcpy(message + first, here + kLine, n);
         link->done++;
+        remuda::mark_entered(link->marks);
         remuda::publish(read(link), link->done);
     }
     return kOk;
