@@ -10,6 +10,7 @@ import torch.distributed as dist
 from engine.errors import ProtocolViolation, RankFailure
 from engine.kernels.native_library import native_library
 from engine.parallel.memory_area import HEADER_BYTES, SharedArea, num_spins, share_area
+from engine.progress import AxisMarks
 
 _NUM_SLOTS = 16
 _SLOT_BYTES = 4 * 1024 * 1024
@@ -28,6 +29,7 @@ class _Link(ctypes.Structure):
         ("pidfd", ctypes.c_int32),
         ("done", ctypes.c_uint32),
         ("timeout_ns", ctypes.c_int64),
+        ("marks", ctypes.c_void_p),
     )
 
 
@@ -37,7 +39,15 @@ class SharedMemoryLink:
     A dead peer is noticed within 50 ms, a silent one after the timeout; both are named by ``peer``, a global rank.
     """
 
-    def __init__(self, library: ctypes.CDLL, area: SharedArea, rank: int, peer: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        area: SharedArea,
+        rank: int,
+        peer: int,
+        timeout_s: float,
+        marks: AxisMarks | None = None,
+    ) -> None:
         self._library = library
         self._area = area
         self._peer = peer
@@ -50,23 +60,28 @@ class SharedMemoryLink:
             pidfd=area.pidfds[1 - rank],
             done=0,
             timeout_ns=int(timeout_s * 1e9),
+            marks=None if marks is None else marks.address,
         )
+        self._marks = marks
 
     @classmethod
-    def join(cls, store: dist.Store, rank: int, peer: int, address: str, timeout_s: float) -> Self | None:
+    def join(
+        cls, store: dist.Store, rank: int, peer: int, address: str, timeout_s: float, marks: AxisMarks | None = None
+    ) -> Self | None:
         """Meet the peer through ``store``, which is this pair's.
 
         Args:
             rank: 0 sends, 1 receives.
             peer: the other's global rank.
             address: of this rank's host, as other hosts reach it.
+            marks: where this rank's progress on the link is noted.
 
         None, for both alike, where they cannot share memory. Raises RuntimeError where they do not meet in time.
         """
         library = native_library()
         num_bytes = None if library is None else _link_bytes(library)
         area = share_area(store, rank, 2, address, num_bytes, timeout_s)
-        return None if library is None or area is None else cls(library, area, rank, peer, timeout_s)
+        return None if library is None or area is None else cls(library, area, rank, peer, timeout_s, marks)
 
     def send(self, hidden: torch.Tensor) -> None:
         self._call(self._library.remuda_link_send, hidden.contiguous(), "took nothing")

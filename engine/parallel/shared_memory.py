@@ -11,6 +11,7 @@ from engine.errors import RankFailure
 from engine.kernels.native_library import native_library
 from engine.parallel.collectives import ReceivedRows
 from engine.parallel.memory_area import HEADER_BYTES, SharedArea, num_spins, share_area
+from engine.progress import AxisMarks
 
 _BUFFER_BYTES = 4 * 1024 * 1024
 """Of each of a rank's two; only what is used becomes resident."""
@@ -32,6 +33,7 @@ class _Group(ctypes.Structure):
         ("pidfds", ctypes.c_void_p),
         ("timeout_ns", ctypes.c_int64),
         ("done", ctypes.c_uint32),
+        ("marks", ctypes.c_void_p),
     )
 
 
@@ -41,7 +43,9 @@ class SharedMemoryCollectives:
     A dead peer is noticed within 50 ms, a silent one after the timeout; both are named. The group is of no use then.
     """
 
-    def __init__(self, library: ctypes.CDLL, area: SharedArea, rank: int, timeout_s: float) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, area: SharedArea, rank: int, timeout_s: float, marks: AxisMarks | None = None
+    ) -> None:
         self._library = library
         self._area = area
         self._timeout_s = timeout_s
@@ -56,16 +60,21 @@ class SharedMemoryCollectives:
             pidfds=ctypes.addressof(self._pidfds),
             timeout_ns=int(timeout_s * 1e9),
             done=0,
+            marks=None if marks is None else marks.address,
         )
+        self._marks = marks
         self._handle = ctypes.byref(self._group)
         self.size, self.rank, self.split_bytes = size, rank, SPLIT_BYTES
 
     @classmethod
-    def join(cls, store: dist.Store, rank: int, size: int, address: str, timeout_s: float) -> Self | None:
+    def join(
+        cls, store: dist.Store, rank: int, size: int, address: str, timeout_s: float, marks: AxisMarks | None = None
+    ) -> Self | None:
         """Meet the other ranks of the axis through ``store``.
 
         Args:
             address: of this rank's host, as other hosts reach it.
+            marks: where this rank's progress on the axis is noted.
 
         None, on all ranks alike, where they are on several hosts, cannot share memory, or lack the native library.
         Raises RuntimeError where they do not meet within ``timeout_s``.
@@ -74,7 +83,7 @@ class SharedMemoryCollectives:
         can_share = library is not None and size <= library.remuda_max_ranks()
         num_bytes = _area_bytes(library, size) if library is not None and can_share else None
         area = share_area(dist.PrefixStore("shared-memory", store), rank, size, address, num_bytes, timeout_s)
-        return None if library is None or area is None else cls(library, area, rank, timeout_s)
+        return None if library is None or area is None else cls(library, area, rank, timeout_s, marks)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.contiguous()
