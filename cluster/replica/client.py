@@ -88,7 +88,7 @@ class ReplicaClient:
         except TimeoutError:
             raise Unavailable(f"no leader answers at {self.address}: {self._last_error}") from None
 
-    def _dial(self) -> tuple[grpc.aio.Channel, replica_pb2_grpc.ReplicaAsyncStub]:
+    def _dial(self) -> "tuple[grpc.aio.Channel, replica_pb2_grpc.ReplicaAsyncStub]":
         channel = open_channel(self.address, self._credentials)
         return channel, replica_pb2_grpc.ReplicaStub(channel)
 
