@@ -5,24 +5,16 @@ whether a token was sampled here, came with the plan, or was generated before a 
 """
 
 import functools
-import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
 
+from engine.executor.grammar_matcher import DEFAULT_BACKEND, GrammarCompiler, GrammarMatcher, open_compiler
 from engine.executor.sampling_row import GrammarMask
-from engine.gguf.header import is_gguf
-from engine.gguf.tokenizer import tokenizer_definition
-from engine.grammar import LIMITS, error_message, source_of
-from engine.request import Grammar
 from engine.slot_table import ScheduledSlot, SlotState
-
-_MAX_COMPILED = 32
-"""Grammars kept for the next request with the same one."""
 
 StepMasks = dict[int, GrammarMask | str]
 """By slot: what may come next, or why the request cannot go on."""
@@ -34,7 +26,7 @@ class _Slot:
 
     state: SlotState
     num_fed: int = 0
-    matcher: LLMatcher | None = None
+    matcher: GrammarMatcher | None = None
     error: str = ""
     has_ended: bool = False
 
@@ -45,13 +37,14 @@ class GrammarMasks:
     Args:
         checkpoint: a directory with tokenizer.json, or a GGUF file; read when the first grammar comes.
         vocab_size: columns of the logits.
+        backend: a name of engine.executor.grammar_matcher.BACKENDS.
     """
 
-    def __init__(self, checkpoint: Path, vocab_size: int) -> None:
+    def __init__(self, checkpoint: Path, vocab_size: int, backend: str = DEFAULT_BACKEND) -> None:
         self._checkpoint = checkpoint
+        self._backend = backend
         self._vocab_size = vocab_size
         self._slots: dict[int, _Slot] = {}
-        self._compiled = functools.lru_cache(_MAX_COMPILED)(self._compile)
 
     def forget(self, slots: Iterable[int]) -> None:
         """They hold other requests, or none, from now on."""
@@ -75,17 +68,8 @@ class GrammarMasks:
         return ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     @functools.cached_property
-    def _tokenizer(self) -> LLTokenizer:
-        if is_gguf(self._checkpoint):
-            return LLTokenizer(json.dumps(tokenizer_definition(self._checkpoint)))
-        return LLTokenizer((self._checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
-
-    def _compile(self, grammar: Grammar) -> LLMatcher:
-        """Raises ValueError, OSError."""
-        matcher = LLMatcher(self._tokenizer, source_of(grammar), log_level=0, limits=LIMITS)
-        if matcher.is_error():
-            raise ValueError(error_message(matcher))
-        return matcher
+    def _compiler(self) -> GrammarCompiler:
+        return open_compiler(self._backend, self._checkpoint)
 
     def _masks(self, work: list[tuple[ScheduledSlot, _Slot, list[int]]]) -> StepMasks:
         masks: StepMasks = {}
@@ -106,31 +90,29 @@ class GrammarMasks:
         sampling = entry.state.sampling
         if entry.matcher is None:
             assert sampling.grammar is not None
-            entry.matcher = self._compiled(sampling.grammar).deep_copy()
+            entry.matcher = self._compiler.matcher(sampling.grammar)
         for token_id in generated:
             # A plan in flight may go beyond the end; its token is thrown away.
             entry.has_ended = entry.has_ended or token_id in sampling.stop_token_ids
-            if not entry.has_ended and not entry.matcher.consume_token(token_id):
-                reason = error_message(entry.matcher) or "it does not follow the grammar"
-                raise ValueError(f"after token {token_id}: {reason}")
+            if entry.has_ended:
+                continue
+            try:
+                entry.matcher.accept(token_id)
+            except ValueError as error:
+                raise ValueError(f"after token {token_id}: {error}") from error
 
     def _mask(self, entry: _Slot) -> GrammarMask:
         """Raises ValueError where the grammar has become too complex, or allows nothing."""
         assert entry.matcher is not None
         if entry.has_ended:
             return GrammarMask(np.ones(self._vocab_size, dtype=np.bool_), only_ends=True)
-        bits = np.unpackbits(np.frombuffer(entry.matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
-        if entry.matcher.is_error():
-            raise ValueError(error_message(entry.matcher))
+        following = entry.matcher.allowed()[: self._vocab_size]
         allowed = np.zeros(self._vocab_size, dtype=np.bool_)
-        num_tokens = min(self._vocab_size, self._tokenizer.vocab_size)
-        allowed[:num_tokens] = bits[:num_tokens]
+        allowed[: len(following)] = following
         ends = [token_id for token_id in entry.state.sampling.stop_token_ids if token_id < self._vocab_size]
-        # Which tokens end a text is the request's business, not the tokenizer's.
-        allowed[[token_id for token_id in self._tokenizer.eos_tokens if token_id < self._vocab_size]] = False
         allowed[ends] = False
         only_ends = not allowed.any()
-        if entry.matcher.is_accepting():
+        if entry.matcher.may_end:
             allowed[ends] = True
         if only_ends and not allowed.any():
             raise ValueError("no token of this model can follow")
