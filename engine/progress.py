@@ -27,20 +27,20 @@ _AXES_AT, _WORDS_PER_AXIS = 8, 4
 class Operation(enum.IntEnum):
     """What a rank does, outside of collectives and in them."""
 
-    IDLE = 0
+    UNKNOWN = 0
+    """It has written nothing yet."""
+    IDLE = 1
     """Waits for a plan."""
-    BEGIN = 1
+    BEGIN = 2
     """Takes a plan in: tables, copies, the batch."""
-    EMBEDDING = 2
-    ATTENTION = 3
-    FEED_FORWARD = 4
-    LAYER = 5
+    EMBEDDING = 3
+    ATTENTION = 4
+    FEED_FORWARD = 5
+    LAYER = 6
     """A whole layer in one native call."""
-    LOGITS = 6
-    SAMPLE = 7
-    LOAD_ADAPTER = 8
-    END = 9
-    """Puts the result together and sends it."""
+    LOGITS = 7
+    SAMPLE = 8
+    LOAD_ADAPTER = 9
     ALL_REDUCE = 16
     GATHER = 17
     BROADCAST = 18

@@ -2,7 +2,7 @@
 
 import time
 
-from engine.errors import EngineFailure, RankFailure, RemudaError
+from engine.errors import RankFailure, RemudaError
 from engine.executor.channel import ChannelClosed, LeaderChannel
 from engine.executor.rank_message import decode_message
 from engine.messages import RankError
@@ -59,10 +59,3 @@ def _tree(root: type[RemudaError]) -> list[type[RemudaError]]:
     for child in root.__subclasses__():
         found += _tree(child)
     return found
-
-
-def unanswered(step: int, missing: list[int], timeout_s: float) -> EngineFailure:
-    """A step took too long. Only a single silent rank can be blamed: others may merely wait for it."""
-    names = ", ".join(map(str, missing))
-    rank = missing[0] if len(missing) == 1 else None
-    return RankFailure(f"step {step} was not answered within {timeout_s:g} s by rank {names}", rank)

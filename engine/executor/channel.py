@@ -7,6 +7,8 @@ socket_hub and socket_rank (one host or several), relay (one connection for all 
 from typing import Protocol
 
 from engine.errors import EngineFailure
+from engine.executor.progress_area import SlotMemory
+from engine.progress import RankSample
 
 MAX_FRAME_BYTES = 256 * 2**20
 """Longest message. A frame that claims to be longer is malformed: nobody allocates what a stranger asks for."""
@@ -36,6 +38,10 @@ class LeaderChannel(Protocol):
         """Returns when there may be a RankFailure to receive or this end was closed, whatever other threads do."""
         ...
 
+    def progress(self) -> list[RankSample]:
+        """Where each rank is, in order of rank, without asking any. After ``close``: nothing."""
+        ...
+
     def close(self) -> None:
         """Ends all connections, which ranks take as an order to exit. May be called twice and from any thread."""
         ...
@@ -54,6 +60,10 @@ class RankChannel(Protocol):
 
     def wait_closed(self) -> None:
         """Returns when the leader is gone or this end was closed, whatever other threads do meanwhile."""
+        ...
+
+    def progress_slot(self) -> SlotMemory:
+        """Where the leader reads this rank's progress; memory of its own where nobody can."""
         ...
 
     def close(self) -> None:

@@ -12,9 +12,10 @@ import msgspec
 
 from engine.config import ParallelConfig
 from engine.errors import EngineFailure, ProtocolViolation, RankFailure, RemudaError
-from engine.executor.blame import find_culprit, unanswered
+from engine.executor.blame import find_culprit
 from engine.executor.channel import ChannelClosed, LeaderChannel
 from engine.executor.gang_start import GangReady, GangStart, OnMessage
+from engine.executor.gang_watch import GangWatch
 from engine.executor.rank_message import decode_message
 from engine.messages import RankError, Shutdown, StepPlan, StepResult, encode
 from engine.model_config import ModelConfig
@@ -37,8 +38,8 @@ class _StepFuture(Future[list[StepResult]]):
 class _PendingStep:
     """A plan on its way, and the ranks' answers so far."""
 
-    step: int
-    deadline: float
+    plan: StepPlan
+    sent_s: float
     future: _StepFuture
     results: dict[int, StepResult] = field(default_factory=dict)
 
@@ -50,7 +51,7 @@ class ChannelExecutor:
         channel: owned from now on, and closed by ``close``.
         stall_timeout_s: a start in which no rank reports anything for so long has failed. A rank that reads weights
             reports all the time.
-        step_timeout_s: a step that takes longer has failed.
+        step_timeout_s: a step of which nobody knows how long it takes has failed when it takes longer; see GangWatch.
         on_failure: called once, from any thread, when the gang broke; also while no plan is on its way.
     """
 
@@ -82,6 +83,7 @@ class ChannelExecutor:
         self._is_untold = False
         self._receiving = threading.Lock()
         self._watcher: threading.Thread | None = None
+        self._watch_over = GangWatch(channel, parallel, step_timeout_s)
 
     def start(
         self,
@@ -97,7 +99,8 @@ class ChannelExecutor:
         RankFailure; ``close`` is to be called all the same.
         """
         start = GangStart(self._channel, self._num_ranks, self._epoch, self._stall_timeout_s, on_message)
-        ready = start.run(model, self._num_stages, block_size, max_model_len)
+        ready = start.run(model, self._num_stages, block_size, max_model_len, experts)
+        self._watch_over.start([hello.device for hello in ready.ranks])
         self._watcher = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
         self._watcher.start()
         return ready
@@ -119,6 +122,8 @@ class ChannelExecutor:
         pending = _PendingStep(plan.step, time.monotonic() + self._step_timeout_s, future)
         with self._lock:
             if self._failure is not None:
+            if not self._pending:
+                self._watch_over.begin(pending.sent_s)
                 pending.future.set_exception(self._failure)
                 return pending.future
             self._pending.append(pending)
@@ -159,15 +164,16 @@ class ChannelExecutor:
             self._fail(ProtocolViolation(f"taking in results failed: {type(error).__name__}: {error}"))
 
     def _take(self, timeout_s: float | None) -> None:
-        """One message, or none in ``timeout_s`` or before the oldest plan is overdue."""
-        with self._lock:
-            left = self._pending[0].deadline - time.monotonic() if self._pending else self._step_timeout_s
-        if timeout_s is not None:
-            left = min(left, timeout_s)
+        """One message, or none in ``timeout_s`` or before it is time to look where the ranks are."""
+        left = timeout_s
+        if self._pending:
+            due = self._watch_over.left_s(time.monotonic())
+            if due <= 0.0:
+                self._look()
+            left = due if left is None else min(left, due)
         try:
             rank, data = self._channel.receive(max(0.0, left))
         except TimeoutError:
-            self._check_overdue()
             return
         message = decode_message(data, rank)
         if isinstance(message, RankError):
@@ -176,28 +182,30 @@ class ChannelExecutor:
             raise ProtocolViolation(f"rank {rank} sent {type(message).__name__} after its start")
         self._accept(rank, message)
 
-    def _check_overdue(self) -> None:
+    def _look(self) -> None:
+        """Raises RankFailure where a rank hangs."""
         with self._lock:
-            if not self._pending or time.monotonic() < self._pending[0].deadline:
+            if not self._pending:
                 return
             oldest = self._pending[0]
-        missing = [rank for rank in range(self._num_ranks) if rank not in oldest.results]
-        raise unanswered(oldest.step, missing, self._step_timeout_s)
+        self._watch_over.look(oldest.plan, [rank for rank in range(self._num_ranks) if rank not in oldest.results])
 
     def _accept(self, rank: int, result: StepResult) -> None:
         """Ranks answer in order, so what all have answered is always the oldest."""
         with self._lock:
             due = next((pending for pending in self._pending if rank not in pending.results), None)
-            if due is None or (result.epoch, result.step) != (self._epoch, due.step):
+            if due is None or (result.epoch, result.step) != (self._epoch, due.plan.step):
                 raise ProtocolViolation(
                     f"rank {rank} answers step {result.step} of epoch {result.epoch}; due is "
-                    f"{'none' if due is None else due.step} of epoch {self._epoch}"
+                    f"{'none' if due is None else due.plan.step} of epoch {self._epoch}"
                 )
             due.results[rank] = result
             if len(due.results) < self._num_ranks:
                 return
             self._pending.popleft()
         due.future.set_result(_by_dp_group(due.results, self._sampling_ranks))
+        now = time.monotonic()
+        self._watch_over.learn(due.plan, now, now - due.sent_s)
 
     def _fail(self, error: RemudaError) -> None:
         """Of all failures the first is kept."""

@@ -24,6 +24,8 @@ class FrameKind(enum.IntEnum):
     """The message is in the plan ring at ``position``."""
     LOST = 3
     """From a relay: the connection of ``rank`` to it has ended; the message is text that says why."""
+    PROGRESS = 4
+    """From a relay: where its ranks are; the message is of engine.executor.progress_area."""
 
 
 class Frame(NamedTuple):
@@ -55,7 +57,7 @@ class FrameReader:
         try:
             while len(buffer) - start >= _HEAD.size:
                 kind, rank, num_bytes, position = _HEAD.unpack_from(buffer, start)
-                if kind not in (1, 2, 3) or num_bytes > MAX_FRAME_BYTES:
+                if not 1 <= kind <= len(FrameKind) or num_bytes > MAX_FRAME_BYTES:
                     raise ProtocolViolation(f"malformed frame: kind {kind}, {num_bytes} bytes")
                 first = start + _HEAD.size
                 end = first if kind == FrameKind.IN_RING else first + num_bytes

@@ -4,7 +4,7 @@ Challenge and response by HMAC-SHA256 (RFC 2104) over both sides' nonces; the se
 
     leader → rank   magic, nonce (32 bytes)
     rank → leader   magic, nonce (32), number of ranks it speaks for and those ranks (16 bits each), proof (32)
-    leader → rank   proof (32), and on a Unix socket the plan ring's descriptor
+    leader → rank   proof (32), and on a Unix socket the descriptors of the plan ring and the progress area
 """
 
 import hmac
@@ -50,8 +50,10 @@ def greet_rank(connection: socket.socket, secret: str, timeout_s: float) -> tupl
     return struct.unpack(f"<{num_ranks}H", rank_bytes), _prove(secret, b"leader", peer_nonce, nonce, rank_bytes)
 
 
-def greet_leader(connection: socket.socket, secret: str, ranks: Sequence[int], timeout_s: float) -> int | None:
-    """A rank's or relay's part; returns the plan ring's descriptor where there is one.
+def greet_leader(
+    connection: socket.socket, secret: str, ranks: Sequence[int], timeout_s: float
+) -> tuple[int, int] | None:
+    """A rank's or relay's part; returns the descriptors of the plan ring and the progress area where there are such.
 
     Raises ProtocolViolation where the peer does not prove itself, OSError or TimeoutError where it is gone or slow.
     """
@@ -66,14 +68,14 @@ def greet_leader(connection: socket.socket, secret: str, ranks: Sequence[int], t
     connection.sendall(MAGIC + nonce + struct.pack("<H", len(ranks)) + rank_bytes + proof)
     if connection.family == socket.AF_UNIX:
         _wait_readable(connection, deadline)
-        answer, descriptors, _, _ = socket.recv_fds(connection, _PROOF_BYTES, 1)
+        answer, descriptors, _, _ = socket.recv_fds(connection, _PROOF_BYTES, 2)
     else:
         answer, descriptors = _receive_exactly(connection, _PROOF_BYTES, deadline), []
     if not hmac.compare_digest(answer, _prove(secret, b"leader", nonce, peer_nonce, rank_bytes)):
         for descriptor in descriptors:
             os.close(descriptor)
         raise ProtocolViolation("the leader refused this rank: another secret, or the rank is there already")
-    return descriptors[0] if descriptors else None
+    return (descriptors[0], descriptors[1]) if len(descriptors) == 2 else None
 
 
 def _prove(secret: str, role: bytes, *parts: bytes) -> bytes:

@@ -38,6 +38,7 @@ from engine.parallel.mesh import Mesh
 from engine.request import TopLogprobs
 from engine.slot_table import ScheduledSlot, SlotTable
 from engine.weights.adapter_loader import AdapterLoader
+from engine.progress import Operation
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class ModelRunner:
         self._block_size = cache.key_cache[0].shape[1]
         self._attention = attention_backend(device)
         self._captured = captured
+        self._progress = mesh.progress
         self._seen: dict[int, SeenTokens] = {}
         """By slot, of requests with penalties."""
 
@@ -100,6 +102,7 @@ class ModelRunner:
         outcomes = self._change_adapters(plan) if plan.adapters else []
         result = StepResult(plan.epoch, plan.step, self._mesh.rank)
         if scheduled:
+        self._progress.begin(plan.step)
             result = self._compute(plan, scheduled)
         elif self._mesh.config.exchanges_tokens and any(other.scheduled for other in plan.batches):
             self._model.forward_idle()
@@ -112,6 +115,7 @@ class ModelRunner:
         for slot in slots:
             self._seen.pop(slot, None)
 
+        self._progress.at(Operation.IDLE)
     @functools.cached_property
     def _adapters(self) -> AdapterLoader:
         """Made when the first one comes."""
@@ -144,6 +148,7 @@ class ModelRunner:
             if self._mesh.config.num_ranks > 1 or not is_out_of_memory(error):
                 raise  # other ranks wait in the middle of the same step: only a new epoch helps
             return self._out_of_memory(plan, scheduled, error)
+        self._progress.at(Operation.LOAD_ADAPTER)
         sampling = [share for share in scheduled if share.sample]
         output = None
         found = masks.result() if masks is not None else {}
@@ -168,6 +173,7 @@ class ModelRunner:
         allowed = mask if isinstance(mask, GrammarMask) else None
         seen = self._seen.setdefault(share.slot, SeenTokens()) if has_penalties(state.sampling) else None
         return SamplingRow(share.slot, state.sampling, state.token_ids, state.num_prompt_tokens, allowed, seen)
+        self._progress.at(Operation.SAMPLE)
 
     def _forward(self, scheduled: Sequence[ScheduledSlot]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states [T, hidden_size] and, on the sampling rank, the sampling slots' logits [R, vocab]."""

@@ -39,6 +39,8 @@ class ProgressArea:
     def read(self) -> list[RankSample]:
         """Where each rank is. What the kernel says of its process is looked up only where it has not moved since the
         last call: else it lives."""
+        if self.fd < 0:
+            return []
         now_ns = time.monotonic_ns()
         samples = []
         for rank in self._ranks:
@@ -53,9 +55,8 @@ class ProgressArea:
         return samples
 
     def close(self) -> None:
-        """May be called twice."""
+        """May be called twice. Ranks that still write do no harm."""
         if self.fd >= 0:
-            self._words.release()
             os.close(self.fd)
             self.fd = -1
 
@@ -65,6 +66,11 @@ def open_slot(fd: int, rank: int) -> SlotMemory:
     memory = mmap.mmap(fd, os.fstat(fd).st_size)
     os.close(fd)
     return _slot(memory, rank)
+
+
+def private_slot() -> SlotMemory:
+    """For a rank that nobody can look at."""
+    return ctypes.create_string_buffer(SLOT_BYTES)
 
 
 def _slot(memory: mmap.mmap, rank: int) -> SlotMemory:

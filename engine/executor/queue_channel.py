@@ -5,6 +5,8 @@ import threading
 
 from engine.errors import RankFailure
 from engine.executor.channel import ChannelClosed, LeaderChannel, RankChannel
+from engine.executor.progress_area import ProgressArea, SlotMemory
+from engine.progress import RankSample
 
 _Messages = queue.SimpleQueue[bytes | None]
 """None: the other end was closed."""
@@ -17,6 +19,7 @@ class _Pipe:
         self.to_rank: _Messages = queue.SimpleQueue()
         self.to_leader: _Messages = queue.SimpleQueue()
         self.closed = threading.Event()
+        self.progress = ProgressArea([0])
 
     def close(self) -> None:
         if not self.closed.is_set():
@@ -50,9 +53,13 @@ class _QueueLeader:
     def wait_lost(self) -> None:
         self._pipe.closed.wait()
 
+    def progress(self) -> list[RankSample]:
+        return self._pipe.progress.read()
+
     def close(self) -> None:
         self._closed_here = True
         self._pipe.close()
+        self._pipe.progress.close()
 
 
 class _QueueRank:
@@ -69,6 +76,9 @@ class _QueueRank:
         if data is None:
             raise ChannelClosed("the leader is gone")
         return data
+
+    def progress_slot(self) -> SlotMemory:
+        return self._pipe.progress.slot(0)
 
     def wait_closed(self) -> None:
         self._pipe.closed.wait()

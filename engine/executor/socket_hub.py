@@ -12,12 +12,16 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 
+import msgspec
+
 from engine.errors import ProtocolViolation, RankFailure
 from engine.executor.channel import ChannelClosed
 from engine.executor.connection_door import ConnectionDoor
 from engine.executor.frames import Frame, FrameKind, FrameReader, frame_head
 from engine.executor.plan_ring import PlanRing
+from engine.executor.progress_area import ProgressArea, decode_samples
 from engine.executor.sockets import send_all
+from engine.progress import RankSample
 
 RING_BYTES = 2**22
 RING_MIN_BYTES = 2**13
@@ -57,6 +61,9 @@ class SocketHub:
         self._receive_lock = threading.Lock()
         self._closed = threading.Event()
         self._ring = PlanRing(RING_BYTES)
+        self._progress = ProgressArea(ranks)
+        self._reported: dict[int, tuple[float, RankSample]] = {}
+        """By ranks of other hosts: when it arrived, and what their relay last said of them."""
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
         self._epoll.register(self._wake_fd, select.EPOLLIN)
@@ -72,7 +79,7 @@ class SocketHub:
             if self._closed.is_set() or not self._awaited.issuperset(ranks) or len(set(ranks)) != len(ranks):
                 return False
             if link.family == socket.AF_UNIX:
-                socket.send_fds(link, [answer], [self._ring.fd])
+                socket.send_fds(link, [answer], [self._ring.fd, self._progress.fd])
             else:
                 link.sendall(answer)
             self._awaited.difference_update(ranks)
@@ -157,13 +164,28 @@ class SocketHub:
             if not data:
                 raise ConnectionError(connection.reason)
             for frame in connection.reader.feed(data):
-                messages.append(_open(connection, frame))
+                if frame.kind == FrameKind.PROGRESS:
+                    self._take_report(connection, frame)
+                else:
+                    messages.append(_open(connection, frame))
         except BlockingIOError:
             pass
         except (OSError, ProtocolViolation) as error:
             self._drop(connection)
             messages.extend(connection.lose(str(error)))
         return messages
+
+    def _take_report(self, connection: _Connection, frame: Frame) -> None:
+        """Raises ProtocolViolation."""
+        try:
+            samples = decode_samples(frame.payload)
+        except msgspec.DecodeError as error:
+            raise ProtocolViolation(f"a report of progress is malformed: {error}") from error
+        now = time.monotonic()
+        for sample in samples:
+            if sample.rank not in connection.ranks:
+                raise ProtocolViolation(f"a report on rank {sample.rank} on another rank's connection")
+            self._reported[sample.rank] = now, sample
 
     def _drop(self, connection: _Connection) -> None:
         """Its ranks stay missing: a rank that comes back belongs to another epoch, and so to another hub."""
@@ -173,6 +195,15 @@ class SocketHub:
             self._watch.unregister(connection.link.fileno())
             self._awaited.update(connection.ranks)
             connection.link.close()
+
+    def progress(self) -> list[RankSample]:
+        with self._lock:
+            samples = self._progress.read()
+        now = time.monotonic()
+        for i, sample in enumerate(samples):
+            if (found := self._reported.get(sample.rank)) is not None:
+                samples[i] = msgspec.structs.replace(found[1], report_age_s=now - found[0])
+        return samples
 
     def close(self) -> None:
         self._door.close()
@@ -189,6 +220,7 @@ class SocketHub:
                 connection.link.close()
             self._connections.clear()
             self._ring.close()
+            self._progress.close()
             self._epoll.close()
             self._watch.close()
             os.close(self._wake_fd)

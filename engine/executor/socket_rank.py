@@ -13,6 +13,7 @@ from engine.executor.channel import ChannelClosed
 from engine.executor.frames import Frame, FrameKind, FrameReader, frame_head
 from engine.executor.handshake import greet_leader
 from engine.executor.plan_ring import PlanRingReader
+from engine.executor.progress_area import SlotMemory, open_slot, private_slot
 from engine.executor.sockets import connect_when_open, send_all
 
 _RECEIVE_BYTES = 2**18
@@ -31,11 +32,13 @@ class SocketRankChannel:
         except OSError as error:
             raise ChannelClosed(f"the leader at {address} cannot be reached: {error}") from error
         try:
-            ring_fd = greet_leader(self._socket, secret, ranks, timeout_s)
+            descriptors = greet_leader(self._socket, secret, ranks, timeout_s)
         except (OSError, ProtocolViolation) as error:
             self._socket.close()
             raise ChannelClosed(f"the leader at {address} did not let rank {self._rank} in: {error}") from error
-        self._ring = None if ring_fd is None else PlanRingReader(ring_fd)
+        self._ring, self._slot = None, private_slot()
+        if descriptors is not None:
+            self._ring, self._slot = PlanRingReader(descriptors[0]), open_slot(descriptors[1], self._rank)
         self._reader = FrameReader()
         self._frames: deque[Frame] = deque()
         self._send_lock = threading.Lock()
@@ -84,6 +87,9 @@ class SocketRankChannel:
         except OSError:
             return  # closed already
         try:
+    def progress_slot(self) -> SlotMemory:
+        return self._slot
+
             poll = select.poll()
             poll.register(fd, select.POLLRDHUP)
             poll.poll()
