@@ -99,7 +99,7 @@ class ChannelExecutor:
         RankFailure; ``close`` is to be called all the same.
         """
         start = GangStart(self._channel, self._num_ranks, self._epoch, self._stall_timeout_s, on_message)
-        ready = start.run(model, self._num_stages, block_size, max_model_len, experts)
+        ready = start.run(model, self._num_stages, block_size, max_model_len)
         self._watch_over.start([hello.device for hello in ready.ranks])
         self._watcher = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
         self._watcher.start()
@@ -119,11 +119,11 @@ class ChannelExecutor:
                 self._receive(0.0)  # an answer that nobody has asked for yet
             self._tell_failure()
         future = _StepFuture(self._receive_until)
-        pending = _PendingStep(plan.step, time.monotonic() + self._step_timeout_s, future)
+        pending = _PendingStep(plan, time.monotonic(), future)
         with self._lock:
-            if self._failure is not None:
             if not self._pending:
                 self._watch_over.begin(pending.sent_s)
+            if self._failure is not None:
                 pending.future.set_exception(self._failure)
                 return pending.future
             self._pending.append(pending)
@@ -172,7 +172,7 @@ class ChannelExecutor:
                 self._look()
             left = due if left is None else min(left, due)
         try:
-            rank, data = self._channel.receive(max(0.0, left))
+            rank, data = self._channel.receive(None if left is None else max(0.0, left))
         except TimeoutError:
             return
         message = decode_message(data, rank)
@@ -203,9 +203,9 @@ class ChannelExecutor:
             if len(due.results) < self._num_ranks:
                 return
             self._pending.popleft()
-        due.future.set_result(_by_dp_group(due.results, self._sampling_ranks))
         now = time.monotonic()
         self._watch_over.learn(due.plan, now, now - due.sent_s)
+        due.future.set_result(_by_dp_group(due.results, self._sampling_ranks))
 
     def _fail(self, error: RemudaError) -> None:
         """Of all failures the first is kept."""

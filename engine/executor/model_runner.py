@@ -35,10 +35,10 @@ from engine.messages import (
 )
 from engine.models.registry import Model
 from engine.parallel.mesh import Mesh
+from engine.progress import Operation
 from engine.request import TopLogprobs
 from engine.slot_table import ScheduledSlot, SlotTable
 from engine.weights.adapter_loader import AdapterLoader
-from engine.progress import Operation
 
 _log = logging.getLogger(__name__)
 
@@ -82,12 +82,12 @@ class ModelRunner:
         # A plan may refer to a sample that the leader had not seen when it made the plan. Between stages only the
         # leader passes tokens on.
         self._shares_samples = mesh.config.pp == 1
+        self._progress = mesh.progress
         self._device = device
         self._groups = mesh.kv_groups(model.config)
         self._block_size = cache.key_cache[0].shape[1]
         self._attention = attention_backend(device)
         self._captured = captured
-        self._progress = mesh.progress
         self._seen: dict[int, SeenTokens] = {}
         """By slot, of requests with penalties."""
 
@@ -95,6 +95,7 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Raises ProtocolViolation for a plan that may not come now, RankFailure where another rank is lost."""
         began = time.perf_counter()
+        self._progress.begin(plan.step)
         scheduled = self._slots.apply(plan)
         batch = plan.batches[self._mesh.dp_rank]
         self._forget(batch.removed)
@@ -102,10 +103,10 @@ class ModelRunner:
         outcomes = self._change_adapters(plan) if plan.adapters else []
         result = StepResult(plan.epoch, plan.step, self._mesh.rank)
         if scheduled:
-        self._progress.begin(plan.step)
             result = self._compute(plan, scheduled)
         elif self._mesh.config.exchanges_tokens and any(other.scheduled for other in plan.batches):
             self._model.forward_idle()
+        self._progress.at(Operation.IDLE)
         duration_us = int((time.perf_counter() - began) * 1e6)
         return msgspec.structs.replace(result, duration_us=duration_us, adapters=outcomes)
 
@@ -115,7 +116,6 @@ class ModelRunner:
         for slot in slots:
             self._seen.pop(slot, None)
 
-        self._progress.at(Operation.IDLE)
     @functools.cached_property
     def _adapters(self) -> AdapterLoader:
         """Made when the first one comes."""
@@ -124,6 +124,7 @@ class ModelRunner:
     def _change_adapters(self, plan: StepPlan) -> list[AdapterOutcome]:
         """An adapter that cannot be loaded is reported, whatever the reason; the rank lives on."""
         outcomes = []
+        self._progress.at(Operation.LOAD_ADAPTER)
         for change in plan.adapters:
             if not isinstance(change, LoadAdapter):
                 self._adapters.unload(change.slot)
@@ -148,7 +149,7 @@ class ModelRunner:
             if self._mesh.config.num_ranks > 1 or not is_out_of_memory(error):
                 raise  # other ranks wait in the middle of the same step: only a new epoch helps
             return self._out_of_memory(plan, scheduled, error)
-        self._progress.at(Operation.LOAD_ADAPTER)
+        self._progress.at(Operation.SAMPLE)
         sampling = [share for share in scheduled if share.sample]
         output = None
         found = masks.result() if masks is not None else {}
@@ -173,7 +174,6 @@ class ModelRunner:
         allowed = mask if isinstance(mask, GrammarMask) else None
         seen = self._seen.setdefault(share.slot, SeenTokens()) if has_penalties(state.sampling) else None
         return SamplingRow(share.slot, state.sampling, state.token_ids, state.num_prompt_tokens, allowed, seen)
-        self._progress.at(Operation.SAMPLE)
 
     def _forward(self, scheduled: Sequence[ScheduledSlot]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states [T, hidden_size] and, on the sampling rank, the sampling slots' logits [R, vocab]."""

@@ -80,6 +80,9 @@ class SocketRankChannel:
             raise ChannelClosed("the leader closed the channel")
         self._frames.extend(self._reader.feed(data))
 
+    def progress_slot(self) -> SlotMemory:
+        return self._slot
+
     def wait_closed(self) -> None:
         """Asks the kernel for nothing but the hang-up, so it costs no processor time and takes no data."""
         try:
@@ -87,9 +90,6 @@ class SocketRankChannel:
         except OSError:
             return  # closed already
         try:
-    def progress_slot(self) -> SlotMemory:
-        return self._slot
-
             poll = select.poll()
             poll.register(fd, select.POLLRDHUP)
             poll.poll()
