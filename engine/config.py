@@ -25,6 +25,16 @@ class LoadFormat(enum.StrEnum):
     """Random values of the right shapes; for sizing. Reads no weights."""
 
 
+class Determinism(enum.StrEnum):
+    """What a request's tokens and logits, bit for bit, do not depend on (docs/determinism.md)."""
+
+    OFF = "off"
+    D1 = "d1"
+    """Its batch, how its prompt was cut, whether a token was prefilled or decoded: within one layout."""
+    D2 = "d2"
+    """Nor on the layout."""
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Degrees of parallelism. A gang has pp × dp × tp ranks; ep divides dp × tp (docs/architecture.md).
@@ -36,6 +46,9 @@ class ParallelConfig:
     pp: int = 1
     dp: int = 1
     ep: int = 1
+    determinism: Determinism = Determinism.OFF
+    num_shards: int = 1
+    """Under D2: in how many parts, a power of two, sums over divided dimensions are made (engine.deterministic)."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "dp", "ep"):
@@ -61,6 +74,10 @@ class ParallelConfig:
         """Whether experts work for the tokens of several dp groups, which go to them and back by all-to-all; else all
         of a stage's ranks hold the same tokens."""
         return self.dp > 1
+
+    @property
+    def is_deterministic(self) -> bool:
+        return self.determinism is not Determinism.OFF
 
     @property
     def expert_tp(self) -> int:

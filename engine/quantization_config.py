@@ -78,6 +78,11 @@ class QuantizationConfig:
     by_name: Mapping[str, MatrixFormat] = field(default_factory=dict)
     """GGUF: each tensor's own format. Where it is not empty, the rules do not count."""
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether activations may be rounded too, at some matrix."""
+        return any(form.rounds_inputs for _, form in self.rules)
+
     def format_of(self, module: str) -> MatrixFormat | None:
         """Of the matrix ``module`` (its name in the checkpoint, without ``.weight``); None: not quantized."""
         if self.by_name:

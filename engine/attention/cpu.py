@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from engine.attention.backend import KvCacheView, Rotation, StepAttention
+from engine.attention.backend import AttentionBackend, KvCacheView, Rotation, StepAttention
+from engine.attention.fixed import FixedAttention
 from engine.attention.reference import ReferenceAttention
 from engine.batch import ForwardBatch
 from engine.config import KvGroupConfig
@@ -95,10 +96,16 @@ def _write(
 
 
 class _EitherStep:
-    """Whichever of the two the first layer's tensors allow. All layers' are alike."""
+    """Whichever of the two the first layer's tensors allow. All layers' are alike.
 
-    def __init__(self, batch: ForwardBatch, groups: Sequence[KvGroupConfig], block_size: int) -> None:
+    ``is_fixed``: both are such that a token's result is its own alone; the kernel for prompts takes all tokens then.
+    """
+
+    def __init__(
+        self, batch: ForwardBatch, groups: Sequence[KvGroupConfig], block_size: int, *, is_fixed: bool = False
+    ) -> None:
         self._batch, self._groups, self._block_size = batch, groups, block_size
+        self._is_fixed = is_fixed
         self._step: StepAttention | None = None
 
     def forward(
@@ -114,10 +121,11 @@ class _EitherStep:
 
     def chosen(self, query: torch.Tensor, kv_cache: KvCacheView) -> StepAttention:
         if self._step is None:
-            if can_attend(query, kv_cache.key_cache[0]):
-                self._step = _plan(self._batch, self._groups)
+            if can_attend(query, kv_cache.key_cache[0], only_prompts=self._is_fixed):
+                self._step = _plan(self._batch, self._groups, only_prompts=self._is_fixed)
             else:
-                self._step = ReferenceAttention().plan(self._batch, self._groups, self._block_size)
+                others: AttentionBackend = FixedAttention() if self._is_fixed else ReferenceAttention()
+                self._step = others.plan(self._batch, self._groups, self._block_size)
         return self._step
 
 
@@ -150,17 +158,25 @@ class CpuAttention:
         return _EitherStep(batch, groups, block_size)
 
 
-def _plan(batch: ForwardBatch, groups: Sequence[KvGroupConfig]) -> CpuStepAttention:
+class FixedCpuAttention:
+    """See AttentionBackend. A token's result does not depend on what else is in the step, nor on whether it decodes."""
+
+    def plan(self, batch: ForwardBatch, groups: Sequence[KvGroupConfig], block_size: int) -> StepAttention:
+        return _EitherStep(batch, groups, block_size, is_fixed=True)
+
+
+def _plan(batch: ForwardBatch, groups: Sequence[KvGroupConfig], *, only_prompts: bool) -> CpuStepAttention:
     places = {layer: (g, s) for g, group in enumerate(groups) for s, layer in enumerate(group.layers)}
-    return CpuStepAttention([_plan_group(batch, g, group) for g, group in enumerate(groups)], places)
+    plans = [_plan_group(batch, g, group, only_prompts=only_prompts) for g, group in enumerate(groups)]
+    return CpuStepAttention(plans, places)
 
 
-def _plan_group(batch: ForwardBatch, group: int, config: KvGroupConfig) -> _GroupPlan:
+def _plan_group(batch: ForwardBatch, group: int, config: KvGroupConfig, *, only_prompts: bool) -> _GroupPlan:
     decodes: list[tuple[int, int, int, int]] = []
     prompts: list[tuple[int, int, int, int]] = []
     row = 0
     for request, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
-        if query_len == 1:
+        if query_len == 1 and not only_prompts:
             decodes.append((row, request, config.first_visible(kv_len - 1), kv_len))
         else:
             prompts.append((row, request, kv_len - query_len, query_len))

@@ -86,7 +86,7 @@ class ModelRunner:
         self._device = device
         self._groups = mesh.kv_groups(model.config)
         self._block_size = cache.key_cache[0].shape[1]
-        self._attention = attention_backend(device)
+        self._attention = attention_backend(device, is_deterministic=mesh.config.is_deterministic)
         self._captured = captured
         self._seen: dict[int, SeenTokens] = {}
         """By slot, of requests with penalties."""

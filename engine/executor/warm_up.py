@@ -39,7 +39,7 @@ def run_largest_steps(
     """
     block_size = cache.key_cache[0].shape[1]
     groups = mesh.kv_groups(model.config)
-    attention = attention_backend(device)
+    attention = attention_backend(device, is_deterministic=mesh.config.is_deterministic)
     for query_lens, kv_lens in _largest_steps(max_num_seqs, max_num_batched_tokens, max_model_len):
         batch = _pretended_batch(query_lens, kv_lens, len(groups), block_size, device)
         hidden = run_stage(model, mesh, batch, cache, attention.plan(batch, groups, block_size))

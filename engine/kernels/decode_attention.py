@@ -27,8 +27,11 @@ class DecodeRequests:
     lasts: torch.Tensor
 
 
-def can_attend(query: torch.Tensor, key_cache: torch.Tensor) -> bool:
-    """Whether ``decode_attention`` takes queries [T, heads, head_dim] and a cache [blocks, block_size, kv_heads, d]."""
+def can_attend(query: torch.Tensor, key_cache: torch.Tensor, *, only_prompts: bool = False) -> bool:
+    """Whether ``decode_attention`` takes queries [T, heads, head_dim] and a cache [blocks, block_size, kv_heads, d].
+
+    ``only_prompts``: whether ``prompt_attention`` does, which any number of heads may ask.
+    """
     library = _library()
     _, block_size, num_kv_heads, head_dim = key_cache.shape
     return (
@@ -40,7 +43,7 @@ def can_attend(query: torch.Tensor, key_cache: torch.Tensor) -> bool:
         and block_size % _HEADS_STEP == 0
         and head_dim % _HEAD_DIM_STEP == 0
         and head_dim <= library.remuda_attention_max_head_dim()
-        and query.shape[1] <= _HEADS_STEP * num_kv_heads
+        and (only_prompts or query.shape[1] <= _HEADS_STEP * num_kv_heads)
     )
 
 

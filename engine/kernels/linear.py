@@ -34,10 +34,24 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         or num_outputs % _ROWS
     ):
         return functional.linear(hidden, weight)
+    return tile_linear(hidden, weight)
+
+
+def tile_linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As ``linear`` in bfloat16, by the tile units however many tokens there are. Only where ``has_tiles`` says so;
+    both sizes of ``weight``, which is contiguous, are multiples of 32."""
+    library = _tile_library()
+    assert library is not None
+    num_outputs, num_inputs = weight.shape
     hidden = hidden.contiguous()
     output = hidden.new_empty(*hidden.shape[:-1], num_outputs)
     library.remuda_linear_bf16(
-        weight.data_ptr(), hidden.data_ptr(), output.data_ptr(), num_tokens, num_inputs, num_outputs
+        weight.data_ptr(),
+        hidden.data_ptr(),
+        output.data_ptr(),
+        hidden.numel() // num_inputs,
+        num_inputs,
+        num_outputs,
     )
     return output
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from engine.kernels.fixed_linear import fixed_linear
 from engine.kernels.linear import linear
 from engine.parameter import ParameterBuilder
 from engine.quantization.matrix import MatrixPart
@@ -40,6 +41,7 @@ class VocabEmbedding(nn.Module):
         super().__init__()
         self._tp = build.mesh.tp
         self._vocab_size = vocab_size
+        self._is_deterministic = build.mesh.config.is_deterministic
         self._num_rows = -(-vocab_size // build.tp.degree)
         self._first_row = min(build.tp.index * self._num_rows, vocab_size)
         self._num_real = min(self._num_rows, vocab_size - self._first_row)
@@ -80,5 +82,5 @@ class VocabEmbedding(nn.Module):
     def _products(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] to [R, num_rows]."""
         if not self._is_quantized:
-            return linear(hidden_rows, self.weight)
+            return (fixed_linear if self._is_deterministic else linear)(hidden_rows, self.weight)
         return functional.pad(self.matrix.forward(hidden_rows), (0, self._num_rows - self._num_real))

@@ -12,15 +12,18 @@ import torch
 from torch import nn
 
 from engine.batch import StepAdapters
+from engine.config import Determinism
 from engine.kernels.experts import ExpertMatrices, GroupedExperts, can_group
+from engine.kernels.fixed_linear import fixed_linear
 from engine.kernels.gpu_experts import gpu_experts, gpu_sorted_experts
 from engine.kernels.linear import linear
 from engine.layer_config import MoeConfig
 from engine.layers.activation import silu_and_multiply
 from engine.layers.lora import LoraExperts
+from engine.parallel.ordered_sum import tree_sum
 from engine.parameter import ParameterBuilder, Split
 from engine.quantization.matrix import FloatSource, MatrixPart, WeightMatrix
-from engine.quantization.registry import make_matrix
+from engine.quantization.registry import make_input_divided, make_matrix
 from engine.quantization_config import WeightFormat
 
 _ONLINE = (WeightFormat.ONLINE_FP8, WeightFormat.ONLINE_INT8, WeightFormat.ONLINE_INT4)
@@ -51,6 +54,9 @@ class Experts(nn.Module, abc.ABC):
         self.num_experts = by_expert.size(config.num_experts)
         self.first_expert = by_expert.start(config.num_experts)
         self.by_width = Split(mesh.config.expert_tp, mesh.expert_tp_rank)
+        self._determinism = build.mesh.config.determinism
+        self._multiply = fixed_linear if build.mesh.config.is_deterministic else linear
+        self._num_shards = build.mesh.config.num_shards // self.by_width.degree
         matrix_names = (names.gate, names.up, names.down)
         self.lora = LoraExperts(
             build, hidden_size, config, matrix_names, by_expert, self.by_width, is_transposed=names.is_fused
@@ -85,19 +91,22 @@ class Experts(nn.Module, abc.ABC):
         return GroupedExperts(matrices) if matrices is not None and can_group(matrices) else None
 
     def forward(self, tokens: torch.Tensor, counts: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
-        """[N, H] sorted by local expert, with how many belong to each, int64, to this rank's summand of [N, H].
+        """[N, H] sorted by local expert, with how many belong to each, int64, to this rank's summand of [N, H]; under
+        D2 in float32, see engine.parallel.ordered_sum.
 
         ``adapters``: of the N pairs.
         """
         is_plain = adapters is None or not self.lora.has_updates
-        if is_plain and tokens.dtype == torch.bfloat16 and self._grouped is not None:
+        in_order = self._determinism is Determinism.D2
+        if is_plain and tokens.dtype == torch.bfloat16 and not in_order and self._grouped is not None:
             return self._grouped.forward(tokens, counts)
-        if is_plain and (outputs := self._sorted_on_gpu(tokens, counts)) is not None:
+        if is_plain and self._determinism is Determinism.OFF and (outputs := self._sorted_on_gpu(tokens, counts)) is not None:
             return outputs
         return self._one_by_one(tokens, counts.tolist(), None if is_plain else adapters)
 
     def _one_by_one(self, tokens: torch.Tensor, counts: list[int], adapters: StepAdapters | None) -> torch.Tensor:
-        outputs = torch.empty_like(tokens)
+        in_order = self._determinism is Determinism.D2
+        outputs = torch.empty_like(tokens, dtype=torch.float32 if in_order else tokens.dtype)
         shares = [None] * len(counts) if adapters is None else adapters.split(counts)
         start = 0
         for expert, (count, share) in enumerate(zip(counts, shares, strict=True)):
@@ -137,6 +146,8 @@ class StackedExperts(Experts):
     def forward_routed(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor, *, scales_inputs: bool
     ) -> torch.Tensor | None:
+        if self._determinism is not Determinism.OFF:
+            return None  # few tokens and many would be computed in different ways
         weights = self.gate_up_weights, self.down_weights
         return gpu_experts(hidden, expert_ids, scores, *weights, self.first_expert, scales_inputs=scales_inputs)
 
@@ -147,10 +158,13 @@ class StackedExperts(Experts):
         return [ExpertMatrices(*pair) for pair in zip(self.gate_up_weights, self.down_weights, strict=True)]
 
     def gate_up(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
-        return linear(tokens, self.gate_up_weights[expert])
+        return self._multiply(tokens, self.gate_up_weights[expert])
 
     def down(self, expert: int, inner: torch.Tensor) -> torch.Tensor:
-        return linear(inner, self.down_weights[expert])
+        if self._determinism is not Determinism.D2:
+            return self._multiply(inner, self.down_weights[expert])
+        shards = zip(inner.chunk(self._num_shards, 1), self.down_weights[expert].chunk(self._num_shards, 1), strict=True)
+        return tree_sum(torch.stack([self._multiply(part, weight.contiguous()) for part, weight in shards]))
 
 
 class QuantizedExperts(Experts):
@@ -162,7 +176,7 @@ class QuantizedExperts(Experts):
         for expert in range(self.first_expert, self.first_expert + self.num_experts):
             gate, up, down = self._parts(build, hidden_size, config, names, expert)
             gate_ups.append(make_matrix(build, [gate, up]))
-            downs.append(make_matrix(build, [down]))
+            downs.append(make_input_divided(build, down))
         self.gate_ups, self.downs = nn.ModuleList(gate_ups), nn.ModuleList(downs)
 
     def _parts(

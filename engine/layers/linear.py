@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from engine.batch import StepAdapters
+from engine.config import Determinism
 from engine.layers.lora import LoraLayer
+from engine.parallel.ordered_sum import reduce_branches
 from engine.parameter import ParameterBuilder, Split
 from engine.quantization.matrix import MatrixPart
-from engine.quantization.registry import make_matrix
+from engine.quantization.registry import make_input_divided, make_matrix
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,18 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self._tp = build.mesh.tp
         part = MatrixPart(name, num_outputs, num_inputs, inputs=build.tp)
-        self.matrix = make_matrix(build, [part])
+        self.matrix = make_input_divided(build, part)
+        self._in_order = build.mesh.config.determinism is Determinism.D2
         self.lora = LoraLayer(build, [part])
         self.bias = build.whole(f"{name}.bias", num_outputs) if bias else None
 
     def forward(self, hidden: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
         """[T, local in] to the full [T, out], the same on all ranks."""
-        output = self._tp.all_reduce(self.forward_partial(hidden, adapters))
+        partial = self.forward_partial(hidden, adapters)
+        output = reduce_branches(partial, self._tp).to(hidden.dtype) if self._in_order else self._tp.all_reduce(partial)
         return output if self.bias is None else output + self.bias
 
     def forward_partial(self, hidden: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
-        """[T, local in] to this rank's summand of [T, out], without the bias."""
+        """[T, local in] to this rank's summand of [T, out], without the bias. In float32 under D2, where summands are
+        added up by ``reduce_branches``."""
         return self.lora.add_to(self.matrix.forward(hidden), hidden, adapters)

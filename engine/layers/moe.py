@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from engine.batch import StepAdapters
+from engine.config import Determinism
 from engine.layers.experts import Experts
 from engine.layers.feed_forward import GatedFeedForward
 from engine.layers.router import Router
 from engine.parallel.all_to_all_dispatch import AllToAllDispatch
 from engine.parallel.expert_balance import linear_placement
 from engine.parallel.mesh import Mesh
-from engine.parallel.token_dispatch import ExpertTokens, ReplicatedDispatch, TokenDispatch
+from engine.parallel.ordered_sum import reduce_branches
+from engine.parallel.token_dispatch import ExpertTokens, ReplicatedDispatch, TokenDispatch, scaled
 
 
 class MixtureOfExperts(nn.Module):
@@ -38,6 +40,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = experts
         self.shared_expert = shared_expert
         self._scales_inputs = scales_inputs
+        self._is_in_order = mesh.config.determinism is Determinism.D2
         self._dispatch = self._make_dispatch(mesh)
         self._is_replicated = not mesh.config.exchanges_tokens
 
@@ -54,6 +57,8 @@ class MixtureOfExperts(nn.Module):
 
         ``adapters``: of the T tokens.
         """
+        if self._is_in_order:
+            return self._forward_in_order(hidden)
         share = self._dispatch.share(len(hidden))
         routed, shared = self._routed(hidden[share], adapters, share, hidden)
         if len(hidden) == 0:
@@ -63,6 +68,30 @@ class MixtureOfExperts(nn.Module):
         output = torch.zeros_like(hidden) if shared is None else shared
         output[share] += routed
         return self._tp.all_reduce(output)
+
+    def _forward_in_order(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Under D2: each expert's output is put together from all ranks and rounded, as if it were computed at one
+        place, and then they are added up in the order of their numbers."""
+        assert isinstance(self._dispatch, ReplicatedDispatch)
+        expert_ids, scores = self.router.forward(hidden)
+        expert_ids, by_number = expert_ids.sort(dim=1)
+        scores = scores.gather(1, by_number)
+        num_tokens, num_chosen = expert_ids.shape
+        pairs, counts = self._dispatch.local_pairs(expert_ids)
+        rows, places = pairs // num_chosen, pairs % num_chosen
+        tokens = hidden[rows]
+        if self._scales_inputs:
+            tokens = scaled(tokens, scores[rows, places])
+        has_shared = self.shared_expert is not None
+        summands = hidden.new_zeros(num_tokens, num_chosen + has_shared, hidden.shape[1], dtype=torch.float32)
+        summands[rows, places] = self.experts.forward(tokens, counts)
+        if self.shared_expert is not None:
+            summands[:, num_chosen] = self.shared_expert.forward_partial(hidden)
+        whole = reduce_branches(summands.flatten(1), self._tp).view_as(summands).to(hidden.dtype).float()
+        total = torch.zeros_like(whole[:, 0])
+        for place in range(num_chosen):
+            total += whole[:, place] if self._scales_inputs else whole[:, place] * scores[:, place, None]
+        return (total + whole[:, num_chosen] if has_shared else total).to(hidden.dtype)
 
     def _routed(
         self, mine: torch.Tensor, adapters: StepAdapters | None, share: slice, hidden: torch.Tensor

@@ -8,9 +8,13 @@ from torch import nn
 from torch.nn import functional
 
 from engine.kernels import routing
+from engine.kernels.fixed_linear import fixed_linear
 from engine.kernels.routing import Scoring
 from engine.layer_config import MoeConfig
 from engine.parameter import ParameterBuilder
+
+_STEP = 32
+"""Numbers of two vectors of float32, which torch's kernels take together."""
 
 
 class Router(nn.Module, abc.ABC):
@@ -19,6 +23,7 @@ class Router(nn.Module, abc.ABC):
     def __init__(self, build: ParameterBuilder, name: str, hidden_size: int, config: MoeConfig) -> None:
         super().__init__()
         self._config = config
+        self._is_deterministic = build.mesh.config.is_deterministic
         self.num_experts = config.num_experts
         self.weight = build.whole(f"{name}.weight", config.num_experts, hidden_size)
 
@@ -28,8 +33,9 @@ class Router(nn.Module, abc.ABC):
         if routed is not None:
             return routed
         # A matrix of so few rows is slow in bfloat16 on CPUs; the logits are rounded as if it had been used.
-        weight = self.weight.to(torch.float32)
-        return self.choose(functional.linear(hidden.to(torch.float32), weight).to(hidden.dtype))
+        product = fixed_linear if self._is_deterministic else functional.linear
+        logits = product(hidden.to(torch.float32), self.weight.to(torch.float32))
+        return self.choose(logits.to(hidden.dtype))
 
     @property
     @abc.abstractmethod
@@ -48,7 +54,10 @@ class SigmoidRouter(Router):
 
     def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         largest, expert_ids = logits.topk(self._config.num_experts_per_token, dim=-1)
-        return expert_ids, largest.float().sigmoid()
+        # What is left over of whole vectors is computed otherwise, and which numbers that are depends on the others.
+        num_chosen = largest.shape[-1]
+        whole = functional.pad(largest.float(), (0, -num_chosen % _STEP))
+        return expert_ids, whole.sigmoid()[:, :num_chosen]
 
 
 class SoftmaxRouter(Router):

@@ -82,6 +82,13 @@ class ReplicatedDispatch:
         arrived = ExpertTokens(tokens, counts, None if adapters is None else adapters.select(rows))
         return ReplicatedTokens(arrived, rows, len(hidden), None if self._scales_inputs else pair_scores)
 
+    def local_pairs(self, expert_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which pairs, of T × K, are this rank's: [N], sorted by expert and then by token; and each expert's count."""
+        local = expert_ids.flatten() - self._first
+        pairs = torch.nonzero((local >= 0) & (local < self._num)).squeeze(1)
+        local = local[pairs]
+        return pairs[torch.argsort(local, stable=True)], torch.bincount(local, minlength=self._num)
+
     def _sorted(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -90,11 +97,7 @@ class ReplicatedDispatch:
         dispatched = routing.dispatch(hidden, expert_ids, scores, mine, scales_inputs=self._scales_inputs)
         if dispatched is not None:
             return dispatched
-        local = expert_ids.flatten() - self._first
-        pairs = torch.nonzero((local >= 0) & (local < self._num)).squeeze(1)
-        local = local[pairs]
-        pairs = pairs[torch.argsort(local, stable=True)]
-        counts = torch.bincount(local, minlength=self._num)
+        pairs, counts = self.local_pairs(expert_ids)
         rows = pairs // expert_ids.shape[1]
         tokens, pair_scores = hidden[rows], scores.flatten()[pairs]
         return scaled(tokens, pair_scores) if self._scales_inputs else tokens, counts, rows, pair_scores

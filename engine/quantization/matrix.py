@@ -97,13 +97,19 @@ class WeightMatrix(nn.Module, abc.ABC):
         return multiply_by_tiles(hidden, self.num_outputs, self.rows)
 
 
-def multiply_by_tiles(hidden: torch.Tensor, num_outputs: int, rows: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-    """[T, in] to [T, out] by a matrix [out, in], of which ``rows`` gives a tile at a time in ``hidden``'s format."""
+def multiply_by_tiles(
+    hidden: torch.Tensor,
+    num_outputs: int,
+    rows: Callable[[slice], torch.Tensor],
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = linear,
+) -> torch.Tensor:
+    """[T, in] to [T, out] by a matrix [out, in], of which ``rows`` gives a tile at a time in ``hidden``'s format.
+    ``product``: of [T, in] and a tile."""
     output = hidden.new_empty(*hidden.shape[:-1], num_outputs)
     tile_bytes = TILE_BYTES if hidden.device.type == "cpu" else _GPU_TILE_BYTES
     # In steps of 32 rows, which the CPU's tile units take together.
     tile = max(32, tile_bytes // (hidden.shape[-1] * hidden.element_size()) // 32 * 32)
     for first in range(0, num_outputs, tile):
         last = min(first + tile, num_outputs)
-        output[..., first:last] = linear(hidden, rows(slice(first, last)))
+        output[..., first:last] = product(hidden, rows(slice(first, last)))
     return output

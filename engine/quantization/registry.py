@@ -3,12 +3,15 @@
 import importlib
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from engine.parameter import ParameterBuilder
+from engine.config import Determinism
+from engine.parameter import ParameterBuilder, Split
 from engine.quantization.dense import DenseMatrix
+from engine.quantization.fixed_order import FixedOrderMatrix, ShardedMatrix
 from engine.quantization.matrix import MatrixPart, WeightMatrix
 from engine.quantization_config import MatrixFormat, WeightFormat
 
@@ -36,7 +39,23 @@ def make_matrix(build: ParameterBuilder, parts: Sequence[MatrixPart]) -> WeightM
     return matrices[0] if len(matrices) == 1 else MixedMatrix(build, parts, matrices)
 
 
+def make_input_divided(build: ParameterBuilder, part: MatrixPart) -> WeightMatrix:
+    """A matrix whose inputs are divided over ranks, so that its outputs are summands. Where sums do not depend on the
+    layout (D2), a ShardedMatrix of as many canonical shards as are this rank's: its outputs are float32 then."""
+    parallel = build.mesh.config
+    if parallel.determinism is not Determinism.D2:
+        return make_matrix(build, [part])
+    count = parallel.num_shards // part.inputs.degree
+    splits = [Split(parallel.num_shards, part.inputs.index * count + shard) for shard in range(count)]
+    return ShardedMatrix(build, [part], [make_matrix(build, [replace(part, inputs=split)]) for split in splits])
+
+
 def _make(build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat | None) -> WeightMatrix:
+    matrix = _held(build, parts, form)
+    return FixedOrderMatrix(build, parts, matrix) if build.mesh.config.is_deterministic else matrix
+
+
+def _held(build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat | None) -> WeightMatrix:
     if form is None:
         return DenseMatrix(build, parts)
     module, _, name = MATRICES[form.kind].partition(":")

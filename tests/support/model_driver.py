@@ -52,14 +52,16 @@ class ModelDriver:
         num_blocks: int = 256,
         seed: int = 0,
         store: dist.Store | None = None,
+        block_size: int = BLOCK_SIZE,
     ) -> None:
         """``store``: of the gang, where stages must learn what the last has chosen."""
+        self.block_size = block_size
         self.model, self.mesh, self.store = model, mesh, store
         self._num_chosen = 0
         self.groups = mesh.kv_groups(model.config)
-        self.backend = attention_backend()
+        self.backend = attention_backend(is_deterministic=mesh.config.is_deterministic)
         heads = num_local_kv_heads(model.config, mesh.config)
-        shape = (num_blocks, BLOCK_SIZE, heads, model.config.head_dim)
+        shape = (num_blocks, self.block_size, heads, model.config.head_dim)
         slots = range(num_layer_slots(self.groups))
         self.keys = tuple(torch.full(shape, torch.nan, dtype=dtype) for _ in slots)
         self.values = tuple(torch.full(shape, torch.nan, dtype=dtype) for _ in slots)
@@ -76,7 +78,7 @@ class ModelDriver:
         for sequence, count in work:
             self._allocate(sequence, sequence.num_computed + count)
         batch = self._batch(work)
-        plan = self.backend.plan(batch, self.groups, BLOCK_SIZE)
+        plan = self.backend.plan(batch, self.groups, self.block_size)
         hidden = run_stage(self.model, self.mesh, batch, KvCacheView(self.keys, self.values), plan)
         logits = self.model.logits(hidden[batch.logits_rows])
         row = 0
@@ -116,16 +118,16 @@ class ModelDriver:
 
     def _allocate(self, sequence: Stream, num_tokens: int) -> None:
         for table in sequence.tables:
-            while len(table) * BLOCK_SIZE < num_tokens:
+            while len(table) * self.block_size < num_tokens:
                 table.append(self.free_blocks.pop())
 
     def _free_invisible(self, sequence: Stream) -> None:
         for group, table in zip(self.groups, sequence.tables, strict=True):
             first = 0
             if group.chunk_size is not None:
-                first = sequence.num_computed // group.chunk_size * group.chunk_size // BLOCK_SIZE
+                first = sequence.num_computed // group.chunk_size * group.chunk_size // self.block_size
             if group.window_size is not None:
-                first = max(0, sequence.num_computed - group.window_size + 1) // BLOCK_SIZE
+                first = max(0, sequence.num_computed - group.window_size + 1) // self.block_size
             gone = [block for block in table[:first] if block != NULL_BLOCK]
             table[: min(first, len(table))] = [NULL_BLOCK] * min(first, len(table))
             self._give_back(gone)
@@ -144,9 +146,8 @@ class ModelDriver:
             rows = [s.tables[g] + [NULL_BLOCK] * (width - len(s.tables[g])) for s, _ in work]
             table = torch.tensor(rows)
             tables.append(table)
-            mappings.append(
-                torch.cat([table[i][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for i, p in enumerate(positions)])
-            )
+            size = self.block_size
+            mappings.append(torch.cat([table[i][p // size] * size + p % size for i, p in enumerate(positions)]))
         total = sum(n for _, n in work)
         return ForwardBatch(
             token_ids=torch.cat(token_ids),
@@ -186,7 +187,8 @@ def generate_alone(driver: ModelDriver, prompts: list[list[int]], num_new: int) 
 
 def generate_together(driver: ModelDriver, prompts: list[list[int]], num_new: int, chunk: int) -> list[Generated]:
     """All at once, prompts in chunks of ``chunk`` tokens while others decode; one joins in every step."""
-    waiting, live, done = [driver.add(prompt) for prompt in prompts], [], []
+    waiting = [driver.add(prompt) for prompt in prompts]
+    live: list[Stream] = []
     order = list(waiting)
     while waiting or live:
         if waiting:
@@ -197,7 +199,6 @@ def generate_together(driver: ModelDriver, prompts: list[list[int]], num_new: in
             driver.append_greedy(ready)
         for s in [s for s in ready if len(s.token_ids) == s.num_prompt_tokens + num_new]:
             live.remove(s)
-            done.append(s)
             driver.release(s)
     return [_generated(driver, sequence) for sequence in order]
 

@@ -79,7 +79,10 @@ class PromptAttention {
         for (int64_t head = 0; head < cache_.num_kv_heads; head++) {
             for (int64_t column = 0; column < num_columns; column += kColumnTiles * kTileRows) {
                 begin(prompt, head, column, num_columns);
-                for (int64_t start = first_ / kStep * kStep; start < last_; start += kChunk) add_chunk(prompt, head, start);
+                // Chunks begin at multiples of their size, so that they do not depend on the columns computed together.
+                for (int64_t start = first_ / kChunk * kChunk; start < last_; start += kChunk) {
+                    add_chunk(prompt, head, start);
+                }
                 finish(prompt, head, column, num_columns);
             }
         }
