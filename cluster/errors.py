@@ -9,8 +9,10 @@ maps every class to an exit code, an HTTP status, an OpenAI error type and code,
         ├── PayloadTooLarge       a request body over the bound
         ├── DeadlineExceeded      a per-request, queue or first-token deadline passed
         ├── Cancelled             the client went away
+        ├── UnknownStream         a request that a client or front end wants to go on with, and that nobody has
         ├── Unavailable           nobody can serve now: starting, draining, or all replicas lost
-        │   └── Draining
+        │   ├── Draining
+        │   └── ConnectionLost    between front end and leader; what ran over it may still run
         └── StartFailed           the cluster could not be started
 """
 
@@ -63,6 +65,14 @@ class Draining(Unavailable):
     """The server finishes what it has and takes no more."""
 
 
+class ConnectionLost(Unavailable):
+    """The connection between a front end and a leader broke. The leader may live, and go on with what it has."""
+
+
+class UnknownStream(ServingError):
+    """A request that somebody wants to go on with, and that nobody has (any more)."""
+
+
 class StartFailed(ServingError):
     """The cluster could not be started."""
 
@@ -101,6 +111,7 @@ ERROR_TABLE: dict[type[RemudaError], ErrorMapping] = {
     ),
     engine_errors.ProtocolViolation: ErrorMapping(1, 500, _SERVER, "internal_error", grpc.StatusCode.INTERNAL),
     engine_errors.RankFailure: ErrorMapping(1, 500, _SERVER, "rank_failure", grpc.StatusCode.INTERNAL),
+    engine_errors.RequestFailure: ErrorMapping(1, 500, _SERVER, "request_failure", grpc.StatusCode.INTERNAL),
     engine_errors.EngineFailure: ErrorMapping(1, 500, _SERVER, "engine_failure", grpc.StatusCode.INTERNAL),
     ModelNotFound: ErrorMapping(2, 404, _BAD_INPUT, "model_not_found", grpc.StatusCode.NOT_FOUND),
     Unauthenticated: ErrorMapping(1, 401, "authentication_error", "invalid_api_key", grpc.StatusCode.UNAUTHENTICATED),
@@ -108,6 +119,8 @@ ERROR_TABLE: dict[type[RemudaError], ErrorMapping] = {
     DeadlineExceeded: ErrorMapping(1, 504, "timeout_error", "deadline_exceeded", grpc.StatusCode.DEADLINE_EXCEEDED),
     Cancelled: ErrorMapping(1, 499, _BAD_INPUT, "cancelled", grpc.StatusCode.CANCELLED),
     Draining: ErrorMapping(1, 503, _SERVER, "draining", grpc.StatusCode.UNAVAILABLE),
+    ConnectionLost: ErrorMapping(1, 503, _SERVER, "unavailable", grpc.StatusCode.UNAVAILABLE),
+    UnknownStream: ErrorMapping(1, 404, _BAD_INPUT, "request_not_found", grpc.StatusCode.NOT_FOUND),
     Unavailable: ErrorMapping(1, 503, _SERVER, "unavailable", grpc.StatusCode.UNAVAILABLE),
     StartFailed: ErrorMapping(1, 500, _SERVER, "start_failed", grpc.StatusCode.INTERNAL),
     ServingError: ErrorMapping(1, 500, _SERVER, "internal_error", grpc.StatusCode.INTERNAL),

@@ -12,6 +12,7 @@
     ├── Overloaded                a bounded queue is full; the caller should come back later
     └── EngineFailure             something of ours broke; nothing the caller wrote was wrong
         ├── RankFailure           a rank died, hung or raised
+        ├── RequestFailure        one request could not go on; the others do
         └── ProtocolViolation     a message that the step protocol forbids
 
 ``cluster.errors`` adds those of the serving side and maps every class to one exit code, one HTTP status, one
@@ -92,6 +93,10 @@ class RankFailure(EngineFailure):
     def __init__(self, message: str, rank: int | None = None) -> None:
         super().__init__(message)
         self.rank = rank
+
+
+class RequestFailure(EngineFailure):
+    """The engine could not go on with one request, and would not if it were asked again. The others go on."""
 
 
 class ProtocolViolation(EngineFailure):

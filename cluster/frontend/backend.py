@@ -8,8 +8,10 @@ from engine.request import Output, Request
 
 
 class Backend(Protocol):
-    def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        """The outputs of one sequence, the last one with a finish reason. Closing the generator aborts the sequence.
+    def generate(self, request: Request, client_request: bytes | None = None) -> AsyncGenerator[Output, None]:
+        """The outputs of one sequence, the last one with a finish reason. Closing the generator aborts the sequence,
+        unless ``client_request`` is given: then its client may come back for it within a grace time, to any front end,
+        which is told this.
 
         Raises, at the first output or at any later one: errors of the tree (Overloaded, Unavailable, RankFailure, …).
         """

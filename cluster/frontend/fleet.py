@@ -3,17 +3,22 @@ and the router that chooses."""
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
-from cluster.errors import Unavailable
+from cluster.errors import Draining, Unavailable
+from cluster.frontend.clock import Clock, LoopClock
+from cluster.frontend.journal import Attach, FailoverPolicy, Finish, Journal, Submit, Wait
 from cluster.replica.client import ReplicaClient
 from cluster.router.query import RoutingQuery
 from cluster.router.replica_table import ReplicaTable
 from cluster.router.router import default_router
 from cluster.types import ReplicaInfo, ReplicaState
-from engine.errors import InvalidRequest, RemudaError
+from engine.errors import EngineFailure, InvalidRequest, RemudaError
 from engine.request import AdapterInfo, Output, Request
+
+_log = logging.getLogger(__name__)
 
 REFRESH_INTERVAL_S = 0.5
 
@@ -22,22 +27,44 @@ class Fleet:
     """Implements cluster.frontend.backend.Backend. Empty at first: replicas join with ``add``.
 
     Args:
-        on_all_lost: called once, when every replica has failed or cannot be reached any more. None: others will come.
+        on_all_lost: called once, when for ``lost_after_s`` every replica has failed or cannot be reached. None: others
+            will come.
+        policy: how requests are saved from replicas that are lost.
+        clock: for that.
+        lost_after_s: a leader may be replaced within it.
+        migrate_after_s: so long what runs at a replica that drains may finish there.
     """
 
-    def __init__(self, on_all_lost: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        on_all_lost: Callable[[], None] | None = None,
+        policy: FailoverPolicy = FailoverPolicy(),
+        clock: Clock = LoopClock(),
+        lost_after_s: float = 30.0,
+        migrate_after_s: float = 10.0,
+    ) -> None:
         self._clients: dict[str, ReplicaClient] = {}
         self._on_all_lost = on_all_lost
+        self._policy = policy
+        self._clock = clock
+        self._lost_after_s = lost_after_s
+        self._migrate_after_s = migrate_after_s
+        self._changed = asyncio.Event()
+        self._asking: set[asyncio.Task[None]] = set()
         self._table = ReplicaTable()
         self._router = default_router(self._table)
         self._refresher: asyncio.Task[None] | None = None
 
     async def add(self, replica_id: str, client: ReplicaClient) -> None:
-        """Connect to a leader and give it work from now on. Raises Unavailable where it does not answer."""
+        """Connect to a leader and give it work from now on. One that was known as this replica has been replaced by it.
+        Raises Unavailable where it does not answer."""
         await client.connect()
         await self._bring_adapters(client)
-        self._clients[replica_id] = client
+        before, self._clients[replica_id] = self._clients.get(replica_id), client
+        client.on_change = lambda: self._ask_soon(replica_id, client)
         await self._ask(replica_id, client)
+        if before is not None:
+            await before.close()
         if self._refresher is None:
             self._refresher = asyncio.create_task(self._keep_fresh())
 
@@ -54,6 +81,7 @@ class Fleet:
         client = self._clients.pop(replica_id, None)
         if client is not None:
             self._table.remove(replica_id)
+            self._tell()
             await client.close()
 
     async def close(self) -> None:
@@ -64,23 +92,77 @@ class Fleet:
                 await self._refresher
         await asyncio.gather(*(client.close() for client in self._clients.values()))
 
-    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        """As cluster.frontend.backend.Backend says. A replica that turns out to be unreachable before the first output
-        is passed over for another one."""
-        tried: frozenset[str] = frozenset()
-        while True:
-            replica_id = self._router.route(RoutingQuery(request.token_ids, tried, request.adapter, request.cache_salt))
-            has_begun = False
-            try:
-                async with contextlib.aclosing(self._clients[replica_id].generate(request)) as outputs:
-                    async for output in outputs:
-                        has_begun = True
-                        yield output
-                return
-            except Unavailable:
-                if has_begun or len(tried) + 1 >= len(self._clients):
-                    raise
-                tried |= {replica_id}
+    def generate(self, request: Request, client_request: bytes | None = None) -> AsyncGenerator[Output, None]:
+        """As cluster.frontend.backend.Backend says. What is lost with a replica, or with the connection to it, goes on
+        at another one, or at the same one when it is back: the reader sees neither a gap nor a repetition."""
+        return self._run(Journal(request, self._policy), client_request)
+
+    async def _run(self, journal: Journal, client_request: bytes | None) -> AsyncGenerator[Output, None]:
+        try:
+            while not journal.is_finished:
+                action = journal.next_action(self._clock.now_s(), self._table.views())
+                self._abandon(journal)
+                if isinstance(action, Wait):
+                    await self._news(action.until_s)
+                    continue
+                if isinstance(action, Finish):
+                    yield action.output
+                    return
+                try:
+                    stream = self._open(action, journal, client_request)
+                    async with contextlib.aclosing(stream) as outputs:
+                        async for output in outputs:
+                            if (news := journal.take(output)) is not None:
+                                yield news
+                    if not journal.is_finished:
+                        raise EngineFailure("the replica's stream ended before the request did")
+                except RemudaError as error:
+                    journal.lost(error, self._clock.now_s())
+                    _log.info("request %s was lost at token %d: %s", journal.request_id, journal.num_tokens, error)
+        finally:
+            if client_request is None:
+                journal.close()
+            self._abandon(journal)
+
+    def _open(
+        self, action: Submit | Attach, journal: Journal, client_request: bytes | None
+    ) -> AsyncGenerator[Output, None]:
+        """Raises Unavailable where there is nobody to send it to."""
+        if isinstance(action, Attach):
+            client = self._client(action.replica)
+            is_resumable = client_request is not None
+            return client.resume(action.request_id, action.num_tokens, action.num_prompt_logprobs, is_resumable)
+        request = action.request
+        query = RoutingQuery(request.token_ids, action.tried, request.adapter, request.cache_salt)
+        replica_id = self._router.route(query)
+        client = self._client(replica_id)
+        journal.sent(replica_id, client.incarnation, request.request_id)
+        return client.generate(request, client_request)
+
+    def _client(self, replica_id: str) -> ReplicaClient:
+        client = self._clients.get(replica_id)
+        if client is None:
+            raise Unavailable(f"replica {replica_id} is gone")
+        return client
+
+    def _abandon(self, journal: Journal) -> None:
+        for replica_id, request_id in journal.take_abandoned():
+            if (client := self._clients.get(replica_id)) is not None:
+                client.abandon(request_id)
+
+    async def _news(self, until_s: float) -> None:
+        """Returns when something is new of the replicas, or at that time."""
+        changed = self._changed
+        timer = self._clock.call_at(until_s, changed.set)
+        try:
+            await changed.wait()
+        finally:
+            timer.cancel()
+
+    def _tell(self) -> None:
+        """Whoever waits for news of the replicas looks again."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     def replicas(self) -> Sequence[ReplicaInfo]:
         """A replica that cannot be reached shows as failed."""
@@ -116,30 +198,58 @@ class Fleet:
             raise Unavailable("no replica is ready; try again shortly")
         return clients
 
-    async def drain(self, replica: str) -> None:
+    async def drain(self, replica: str, migrate_after_s: float | None = None) -> None:
+        """As cluster.frontend.backend.Backend says. What still runs there after ``migrate_after_s`` (None: the fleet's
+        own) goes on at another replica, if one is ready by then."""
         if replica not in self._clients:
             raise InvalidRequest(f"there is no replica {replica!r}; there are {', '.join(self._clients)}", "replica")
-        self._table.update(await self._clients[replica].drain())
+        client = self._clients[replica]
+        self._table.update(replace(await client.drain(), id=replica))
+        self._tell()
+        delay_s = self._migrate_after_s if migrate_after_s is None else migrate_after_s
+        self._clock.call_at(self._clock.now_s() + delay_s, lambda: self._migrate(replica, client))
+
+    def _migrate(self, replica_id: str, client: ReplicaClient) -> None:
+        if self._clients.get(replica_id) is client and any(view.is_ready for view in self._table.views()):
+            client.release(Draining(f"replica {replica_id} is draining"))
 
     async def _keep_fresh(self) -> None:
+        lost_since_s: float | None = None
         while True:
             await asyncio.sleep(REFRESH_INTERVAL_S)
             await self._refresh()
-            if self._on_all_lost is not None and all(info.state is ReplicaState.FAILED for info in self.replicas()):
+            now_s = self._clock.now_s()
+            if any(info.state is not ReplicaState.FAILED for info in self.replicas()):
+                lost_since_s = None
+            elif lost_since_s is None:
+                lost_since_s = now_s
+            elif self._on_all_lost is not None and now_s >= lost_since_s + self._lost_after_s:
                 self._on_all_lost()
                 return
 
     async def _refresh(self) -> None:
         await asyncio.gather(*(self._ask(replica_id, client) for replica_id, client in self._clients.items()))
 
-    async def _ask(self, replica_id: str, client: ReplicaClient) -> None:
-        try:
-            info = await client.info()
-        except RemudaError:
-            # The client logs why; for routing it is enough to know that nothing can go there.
-            self._table.disconnect(replica_id)
+    def _ask_soon(self, replica_id: str, client: ReplicaClient) -> None:
+        """The connection was made or lost."""
+        if not client.is_connected:
+            if self._clients.get(replica_id) is client:
+                self._table.disconnect(replica_id)
+                self._tell()
             return
-        if client.is_connected:
+        task = asyncio.create_task(self._ask(replica_id, client))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _ask(self, replica_id: str, client: ReplicaClient) -> None:
+        info: ReplicaInfo | None = None
+        with contextlib.suppress(RemudaError):
+            # The client logs why not; for routing it is enough to know that nothing can go there.
+            info = await client.info()
+        if self._clients.get(replica_id) is not client:
+            return
+        if info is not None and client.is_connected:
             self._table.update(replace(info, id=replica_id))
         else:
             self._table.disconnect(replica_id)
+        self._tell()

@@ -5,12 +5,16 @@ So a slow front end costs at most the tokens of its live requests, and a fast on
 
 import asyncio
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from cluster.replica.outputs import merge
 from cluster.rpc import convert
 from cluster.rpc.generated.remuda.v1 import replica_pb2
 from engine.errors import RemudaError
 from engine.request import Output
+
+if TYPE_CHECKING:
+    from cluster.replica.stream_history import StreamHistory
 
 MAX_FRAME_WEIGHT = 1 << 18
 """Bound of one frame's weight, so that it stays far below channel.MAX_MESSAGE_BYTES: a stream weighs 16, a token or an
@@ -20,12 +24,12 @@ alternative in log-probabilities 1 (at most some 25 bytes each)."""
 class Attachment:
     """One front end's stream. Belongs to the event loop's thread.
 
-    ``request_ids`` maps the front end's numbers of its live streams to request ids.
+    ``streams``: what is read over it, by the front end's own numbers.
     """
 
     def __init__(self, front_end_id: str, incarnation: int) -> None:
         self.front_end_id = front_end_id
-        self.request_ids: dict[int, str] = {}
+        self.streams: dict[int, StreamHistory] = {}
         self.wake = asyncio.Event()
         self.is_closing = False
         self._incarnation = incarnation

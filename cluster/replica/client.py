@@ -5,35 +5,40 @@ import itertools
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import grpc
 
-from cluster.errors import Unavailable
+from cluster.errors import ConnectionLost, Unavailable
+from cluster.replica.leader_calls import LeaderCalls
 from cluster.replica.stream_buffer import StreamBuffer
 from cluster.replica.wake_pacer import WakePacer
 from cluster.rpc import convert
 from cluster.rpc.channel import open_channel
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
-from cluster.rpc.shared_secret import secret_metadata
 from cluster.rpc.status import error_from_rpc
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.errors import ContextLengthExceeded, Overloaded, ProtocolViolation, RemudaError
-from engine.request import AdapterInfo, FinishReason, Output, Request
+from engine.request import FinishReason, Output, Request
 
 _log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 2.0
-ADAPTER_TIMEOUT_S = 900.0
-"""Loading waits for disks, unloading for requests."""
 MAX_REQUEST_TOKENS = 10_000_000
 """At 5 bytes each still below channel.MAX_MESSAGE_BYTES: a message over it would break the stream for all."""
+
+GOODBYE_TIMEOUT_S = 1.0
+MAX_ABANDONED = 4096
+"""Requests that the leader is told to end when the connection is back; it ends the others after its grace time."""
+WINDOW = 2048
+"""Tokens of one request that may be on their way, or here, before its reader has taken them. The others wait at the
+leader, at 4 bytes each."""
 
 _AttachCall = grpc.aio.StreamStreamCall[replica_pb2.FrontEndFrame, replica_pb2.LeaderFrame]
 
 
-class ReplicaClient:
+class ReplicaClient(LeaderCalls):
     """Requests to one replica, all over one stream, which is attached again whenever it breaks.
 
     Args:
@@ -54,25 +59,26 @@ class ReplicaClient:
         max_streams: int = 4096,
         randomness: random.Random | None = None,
     ) -> None:
-        self.address = address
         self._front_end_id = front_end_id
-        self._metadata = secret_metadata(secret)
+        super().__init__(address, secret)
         self._credentials = credentials
         self._max_streams = max_streams
         self._random = randomness or random.Random()
         self._channel: grpc.aio.Channel | None = None
-        self._stub: replica_pb2_grpc.ReplicaAsyncStub | None = None
         self._task: asyncio.Task[None] | None = None
         self._attached = asyncio.Event()
+        self._is_closing = False
         self._incarnation = 0
         self._streams: dict[int, StreamBuffer] = {}
         self._pacer = WakePacer()
+        self.on_change: Callable[[], None] = _nothing
+        """Called when the connection was made or lost."""
+        self._abandoned: deque[str] = deque(maxlen=MAX_ABANDONED)
         self._request_ids: dict[int, str] = {}
         self._stream_numbers = itertools.count()
         self._outbox: deque[replica_pb2.FrontEndFrame] = deque()
         self._outbox_filled = asyncio.Event()
         self._last_state = ReplicaState.STARTING
-        self._last_error: RemudaError = Unavailable(f"the replica at {address} was not reached yet")
 
     async def connect(self, timeout_s: float = 10.0) -> None:
         """Attaches for the first time. After a failure it goes on trying in the background until ``close``.
@@ -93,11 +99,17 @@ class ReplicaClient:
         return channel, replica_pb2_grpc.ReplicaStub(channel)
 
     async def close(self) -> None:
-        """Live streams end with Unavailable. Nothing is attached again."""
+        """Live streams end with ConnectionLost; the leader ends them too, but for those whose clients may come back.
+        Nothing is attached again."""
+        self._is_closing = True
         if self._task is not None:
+            if self.is_connected:
+                # The leader ends the stream when it has read this.
+                self._send(replica_pb2.FrontEndFrame(goodbye=replica_pb2.Goodbye()))
+                await asyncio.wait({self._task}, timeout=GOODBYE_TIMEOUT_S)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        self._detached(Unavailable(f"the client of the replica at {self.address} was closed"))
+        self._detached(ConnectionLost(f"the client of the replica at {self.address} was closed"))
         if self._channel is not None:
             await self._channel.close()
 
@@ -120,96 +132,113 @@ class ReplicaClient:
         """Requests that run over this client."""
         return len(self._streams)
 
-    async def info(self, timeout_s: float = 5.0) -> ReplicaInfo:
-        """Asks the leader. Raises Unavailable, or DeadlineExceeded where it is silent."""
-        if self._stub is None:
-            raise self._last_error
-        try:
-            answer = await self._stub.GetInfo(replica_pb2.GetInfoRequest(), timeout=timeout_s, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return self._note(convert.replica_info_from_proto(answer))
-
-    async def drain(self, timeout_s: float = 5.0) -> ReplicaInfo:
-        """Tells the leader to refuse new requests. Raises as ``info`` does."""
-        if self._stub is None:
-            raise self._last_error
-        try:
-            answer = await self._stub.Drain(
-                replica_pb2.DrainReplicaRequest(), timeout=timeout_s, metadata=self._metadata
-            )
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return self._note(convert.replica_info_from_proto(answer))
-
-    async def load_adapter(self, name: str, path: str, timeout_s: float = ADAPTER_TIMEOUT_S) -> AdapterInfo:
-        """On all ranks of this replica, or on none. Raises AdapterError, and as ``info`` does."""
-        if self._stub is None:
-            raise self._last_error
-        request = replica_pb2.LoadAdapterRequest(name=name, path=path)
-        try:
-            answer = await self._stub.LoadAdapter(request, timeout=timeout_s, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return convert.adapter_from_proto(answer)
-
-    async def unload_adapter(self, name: str, timeout_s: float = ADAPTER_TIMEOUT_S) -> None:
-        """Waits for the requests that use it. Raises AdapterError, and as ``info`` does."""
-        if self._stub is None:
-            raise self._last_error
-        request = replica_pb2.UnloadAdapterRequest(name=name)
-        try:
-            await self._stub.UnloadAdapter(request, timeout=timeout_s, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-
     def _note(self, info: ReplicaInfo) -> ReplicaInfo:
         if self.is_connected:
             self._last_state = info.state
         return info
 
-    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+    def generate(self, request: Request, client_request: bytes | None = None) -> AsyncGenerator[Output, None]:
         """Runs the request; the last output has a finish reason. A slow reader gets several steps' tokens at once.
 
-        Closing the iterator before that (``aclose``, or cancelling the task that reads it) aborts the request.
+        Closing the iterator before that (``aclose``, or cancelling the task that reads it) aborts the request; but
+        where its client may come back, and so ``client_request`` is given, the leader goes on for a grace time.
 
-        Raises:
-            Unavailable: the stream to the leader is, or was, broken.
+        Raises, when it is iterated:
+            ConnectionLost: the stream to the leader broke. The request may still run.
+            Unavailable: the stream to the leader was broken.
             Overloaded: max_streams requests run already.
             RemudaError: the request was refused, or the engine failed on it.
         """
-        number, buffer = self._open(request)
+
+        def submit(number: int) -> replica_pb2.FrontEndFrame:
+            if len(request.token_ids) > MAX_REQUEST_TOKENS:
+                raise ContextLengthExceeded(
+                    f"there are {len(request.token_ids)} tokens; one message carries at most {MAX_REQUEST_TOKENS}",
+                    "prompt",
+                )
+            message = convert.request_to_proto(number, request)
+            message.window = WINDOW
+            if client_request is not None:
+                message.resumable, message.client_request = True, client_request
+            return replica_pb2.FrontEndFrame(submit=message)
+
+        return self._read(request.request_id, submit, 0, client_request is not None)
+
+    def resume(
+        self, request_id: str, num_tokens: int, num_prompt_logprobs: int, is_resumable: bool = False
+    ) -> AsyncGenerator[Output, None]:
+        """What the leader has, or will have, of a request beyond this position. Otherwise as ``generate``.
+
+        Raises, when it is iterated:
+            UnknownStream: it does not have it (any more).
+        """
+
+        def resume(number: int) -> replica_pb2.FrontEndFrame:
+            message = replica_pb2.Resume(
+                stream=number,
+                request_id=request_id,
+                num_tokens=num_tokens,
+                num_prompt_logprobs=num_prompt_logprobs,
+                window=WINDOW,
+            )
+            return replica_pb2.FrontEndFrame(resume=message)
+
+        return self._read(request_id, resume, num_tokens, is_resumable)
+
+    def abandon(self, request_id: str) -> None:
+        """Nobody waits for this request, which was lost with the connection and may still run there."""
+        if self.is_connected:
+            self._send(replica_pb2.FrontEndFrame(abort=replica_pb2.AbortRequest(request_id=request_id)))
+        else:
+            self._abandoned.append(request_id)
+
+    def release(self, error: RemudaError) -> None:
+        """Everything that runs over this client ends here with ``error``, and at the leader."""
+        for number, buffer in list(self._streams.items()):
+            self._give_up(number, buffer, keep=False)
+            buffer.fail(error)
+            buffer.wake()
+
+    async def _read(
+        self, request_id: str, frame_of: Callable[[int], replica_pb2.FrontEndFrame], num_taken: int, is_resumable: bool
+    ) -> AsyncGenerator[Output, None]:
+        """Opens a stream and reads it to its end, granting credit as the reader takes what came."""
+        number, buffer = self._open(request_id, frame_of)
+        credit = num_taken + WINDOW
         try:
             while True:
                 output = await buffer.get()
                 yield output
                 if output.finish_reason is not None:
                     return
+                num_taken += len(output.token_ids)
+                if credit - num_taken < WINDOW // 2:
+                    credit = num_taken + WINDOW
+                    self._grant(number, buffer, credit)
         finally:
-            self._give_up(number, buffer)
+            self._give_up(number, buffer, is_resumable)
 
-    def _open(self, request: Request) -> tuple[int, StreamBuffer]:
+    def _open(self, request_id: str, frame_of: Callable[[int], replica_pb2.FrontEndFrame]) -> tuple[int, StreamBuffer]:
         if not self.is_connected:
             raise self._last_error
         if max(len(self._streams), len(self._outbox)) >= self._max_streams:
             raise Overloaded(f"{self._max_streams} requests run over this connection already")
-        if len(request.token_ids) > MAX_REQUEST_TOKENS:
-            raise ContextLengthExceeded(
-                f"the prompt has {len(request.token_ids)} tokens; one message carries at most {MAX_REQUEST_TOKENS}",
-                "prompt",
-            )
         number = next(self._stream_numbers) % 2**32
-        submit = convert.request_to_proto(number, request)
-        buffer = self._streams[number] = StreamBuffer(request.request_id)
-        self._request_ids[number] = request.request_id
-        self._send(replica_pb2.FrontEndFrame(submit=submit))
+        frame = frame_of(number)
+        buffer = self._streams[number] = StreamBuffer(request_id)
+        self._request_ids[number] = request_id
+        self._send(frame)
         return number, buffer
 
-    def _give_up(self, number: int, buffer: StreamBuffer) -> None:
+    def _grant(self, number: int, buffer: StreamBuffer, position: int) -> None:
+        if self._streams.get(number) is buffer:
+            self._send(replica_pb2.FrontEndFrame(credit=replica_pb2.Credit(stream=number, position=position)))
+
+    def _give_up(self, number: int, buffer: StreamBuffer, keep: bool) -> None:
         """After the end there is nothing to give up: the stream was forgotten when its last frame came."""
         if self._streams.get(number) is buffer:
             self._forget(number)
-            self._send(replica_pb2.FrontEndFrame(abort=replica_pb2.AbortRequest(stream=number)))
+            self._send(replica_pb2.FrontEndFrame(abort=replica_pb2.AbortRequest(stream=number, keep=keep)))
 
     def _forget(self, number: int) -> None:
         del self._streams[number]
@@ -232,14 +261,16 @@ class ReplicaClient:
             except Exception as error:  # noqa: BLE001  (a defect, but streams must end and later ones must work)
                 _log.exception("the stream to the replica at %s failed in our own code", self.address)
                 lost = ProtocolViolation(f"{type(error).__name__}: {error}")
+            if self._is_closing:
+                return
             if self.is_connected:
                 _log.warning("lost the stream to the replica at %s: %s", self.address, lost)
                 backoff_s = FIRST_BACKOFF_S
-            self._detached(Unavailable(f"the connection to the replica at {self.address} is broken: {lost}"))
+            self._detached(ConnectionLost(f"the connection to the replica at {self.address} is broken: {lost}"))
             await asyncio.sleep(backoff_s * self._random.uniform(0.5, 1.0))
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
-    def _detached(self, error: Unavailable) -> None:
+    def _detached(self, error: ConnectionLost) -> None:
         """Ends every live stream, once; what had not been sent yet is not sent any more."""
         if self.is_connected:
             self._last_state = ReplicaState.FAILED
@@ -251,6 +282,7 @@ class ReplicaClient:
         for buffer in streams.values():
             buffer.fail(error)
             buffer.wake()
+        self.on_change()
 
     async def _attach(self) -> None:
         """Attaches, and serves the stream until it ends."""
@@ -268,6 +300,9 @@ class ReplicaClient:
                     self._incarnation = frame.incarnation
                     self._last_state = ReplicaState.READY
                     self._attached.set()
+                    while self._abandoned:
+                        self.abandon(self._abandoned.popleft())
+                    self.on_change()
                     writer = asyncio.create_task(self._write(call))
                 elif frame.incarnation != self._incarnation:
                     raise ProtocolViolation(f"incarnation {frame.incarnation} writes on {self._incarnation}'s stream")
@@ -314,3 +349,7 @@ def _unfinished(output: Output) -> Output:
     """The tokens that came with an error, without the finish: the error itself is the end."""
     assert output.finish_reason is FinishReason.ERROR
     return Output(output.request_id, output.token_ids, logprobs=output.logprobs, prompt_logprobs=output.prompt_logprobs)
+
+
+def _nothing() -> None:
+    pass

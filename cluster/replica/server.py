@@ -1,21 +1,23 @@
 """The leader's gRPC server around the engine loop. Knows no Ray.
 
 Front ends attach with one multiplexed stream each. What a step gave goes to each of them as one packed frame; when a
-stream breaks, what came over it is aborted.
+stream breaks, what came over it goes on for a grace time, in which any front end may go on reading it.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
 
 import grpc
 
-from cluster.errors import StartFailed, Unauthenticated, Unavailable
+from cluster.errors import StartFailed, Unauthenticated, Unavailable, UnknownStream
 from cluster.replica.attachment import Attachment
 from cluster.replica.engine_loop import EngineLoop, StepOutputs
+from cluster.replica.held_streams import GRACE_S, HeldStreams
+from cluster.replica.servicer import Context, ReplicaServicer
+from cluster.replica.stream_history import StreamHistory
 from cluster.rpc import convert, status
 from cluster.rpc.channel import SERVER_OPTIONS
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
@@ -29,8 +31,6 @@ _log = logging.getLogger(__name__)
 
 SERVICE_NAME = replica_pb2.DESCRIPTOR.services_by_name["Replica"].full_name
 
-_Context = grpc.aio.ServicerContext[Any, Any]
-
 
 class LeaderServer:
     """Serves one engine loop, which it starts and stops.
@@ -42,6 +42,7 @@ class LeaderServer:
         secret: what every caller must show; empty: nothing (for tests on one machine).
         credentials: for TLS; None listens in plain text.
         on_failure: called once, in the event loop, when the engine failed for good.
+        grace_s: so long a request goes on without a reader.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class LeaderServer:
         secret: str = "",
         credentials: grpc.ServerCredentials | None = None,
         on_failure: Callable[[RemudaError], None] | None = None,
+        grace_s: float = GRACE_S,
     ) -> None:
         self._engine_loop = engine_loop
         self._info = info
@@ -59,8 +61,9 @@ class LeaderServer:
         self._secret = secret
         self._credentials = credentials
         self._on_failure = on_failure
-        self._routes: dict[str, tuple[Attachment, int]] = {}
-        """Every live request → where its tokens go."""
+        self._streams = HeldStreams(grace_s)
+        self._sweep_interval_s = min(1.0, grace_s / 4)
+        self._sweeper: asyncio.Task[None] | None = None
         self._attachments: set[Attachment] = set()
         self._server: grpc.aio.Server | None = None
         self._health: Health | None = None
@@ -74,7 +77,7 @@ class LeaderServer:
         """
         assert self._server is None, "a leader's server starts once"
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        replica_pb2_grpc.add_ReplicaServicer_to_server(_ReplicaService(self), server)
+        replica_pb2_grpc.add_ReplicaServicer_to_server(ReplicaServicer(self), server)
         self._health = await add_health_and_reflection(server, [SERVICE_NAME])
         try:
             if self._credentials is None:
@@ -89,6 +92,7 @@ class LeaderServer:
         self._server = server
         self._info = replace(self._info, address=f"{self._bind.rpartition(':')[0]}:{port}")
         await self._health.set_serving(True)
+        self._sweeper = asyncio.create_task(self._sweep())
         return self._info.address
 
     def info(self) -> ReplicaInfo:
@@ -117,7 +121,7 @@ class LeaderServer:
 
     @property
     def num_live_requests(self) -> int:
-        return len(self._routes)
+        return self._streams.num_live
 
     async def drain(self) -> None:
         """Refuses new requests from now on; what runs may finish."""
@@ -135,6 +139,8 @@ class LeaderServer:
         if self._server is None or self._is_closing:
             return
         self._is_closing = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         await self.drain()
         if not await asyncio.to_thread(self._engine_loop.stop, grace_s):
             _log.error("the engine's step did not end within %g s; leaving it behind", grace_s)
@@ -149,14 +155,14 @@ class LeaderServer:
 
     def _deliver(self, step: StepOutputs) -> None:
         """In the event loop, once per step: sorts what it gave by front end and wakes their writers."""
+        streams = self._streams
         for output in step.outputs:
-            route = self._routes.get(output.request_id)
-            if route is None:
+            stream = streams.live_one(output.request_id)
+            if stream is None:
                 continue  # aborted: nobody waits for it
-            attachment, stream = route
-            attachment.put(stream, output)
+            stream.add(output)
             if output.finish_reason is not None:
-                self._drop_route(output.request_id)
+                streams.end(stream, _now_s())
         for request_id, error in step.errors:
             self._fail(request_id, error)
         for attachment in self._attachments:
@@ -173,22 +179,24 @@ class LeaderServer:
             self._on_failure(failure)
 
     def _fail(self, request_id: str, error: RemudaError) -> None:
-        if (route := self._routes.get(request_id)) is not None:
-            attachment, stream = route
-            attachment.put_error(stream, error)
-            self._drop_route(request_id)
+        if (stream := self._streams.live_one(request_id)) is not None:
+            stream.fail(error)
+            self._streams.end(stream, _now_s())
 
     def _fail_all(self, error: RemudaError) -> None:
-        for request_id in list(self._routes):
-            self._fail(request_id, error)
+        for stream in self._streams.live():
+            self._fail(stream.request_id, error)
         for attachment in self._attachments:
             attachment.wake.set()
 
-    def _drop_route(self, request_id: str) -> None:
-        attachment, stream = self._routes.pop(request_id)
-        del attachment.request_ids[stream]
+    async def _sweep(self) -> None:
+        """Ends what nobody came back for."""
+        while True:
+            await asyncio.sleep(self._sweep_interval_s)
+            for stream in self._streams.overdue(_now_s()):
+                self._abort(stream)
 
-    async def authenticate(self, context: _Context) -> None:
+    async def authenticate(self, context: Context) -> None:
         """Ends the call where the caller does not know the secret."""
         try:
             check_secret(self._secret, context.invocation_metadata())
@@ -203,10 +211,21 @@ class LeaderServer:
         return attachment
 
     def detach(self, attachment: Attachment) -> None:
-        """Aborts what came over the stream and has not ended."""
+        """What is read over the stream goes on without a reader."""
         self._attachments.discard(attachment)
-        for request_id in list(attachment.request_ids.values()):
-            self._abort(request_id)
+        for stream in list(attachment.streams.values()):
+            self._leave_unread(stream)
+
+    def find(self, call_id: str) -> replica_pb2.FindRequestResponse:
+        """What is known of one client's request. Raises UnknownStream."""
+        held = self._streams.of_call(call_id)
+        if not held:
+            raise UnknownStream(f"this replica has nothing of request {call_id!r} (any more)")
+        return replica_pb2.FindRequestResponse(
+            request_ids=[stream.request_id for stream in held],
+            client_request=next((stream.client_request for stream in held if stream.client_request), b""),
+            incarnation=self._info.incarnation,
+        )
 
     def take(self, attachment: Attachment, frame: replica_pb2.FrontEndFrame) -> None:
         """One frame from a front end.
@@ -217,19 +236,24 @@ class LeaderServer:
         kind = frame.WhichOneof("frame")
         if kind == "submit":
             self._submit(attachment, frame.submit)
+        elif kind == "credit":
+            if (stream := attachment.streams.get(frame.credit.stream)) is not None:
+                stream.credit(frame.credit.position)
+                attachment.wake.set()
         elif kind == "abort":
-            stream = frame.abort.stream
-            attachment.forget(stream)
-            if (request_id := attachment.request_ids.get(stream)) is not None:
-                self._abort(request_id)
+            self._take_abort(attachment, frame.abort)
+        elif kind == "resume":
+            self._resume(attachment, frame.resume)
+        elif kind == "goodbye":
+            self.give_up_all(attachment)
+            attachment.close()
         else:
-            raise InvalidRequest(f"a front end sends submit or abort after its hello, not {kind}", "frame")
+            raise InvalidRequest(f"a front end sends no {kind} after its hello", "frame")
 
     def _submit(self, attachment: Attachment, submit: replica_pb2.Submit) -> None:
-        if submit.stream in attachment.request_ids:
-            raise InvalidRequest(f"stream {submit.stream} is live already; choose another number", "stream")
+        _check_free(attachment, submit.stream)
         request = convert.request_from_proto(submit)
-        if request.request_id in self._routes:
+        if self._streams.live_one(request.request_id) is not None:
             error: RemudaError = InvalidRequest(f"request {request.request_id!r} is live already", "request_id")
         else:
             try:
@@ -237,83 +261,73 @@ class LeaderServer:
             except RemudaError as refusal:
                 error = refusal
             else:
-                self._routes[request.request_id] = (attachment, submit.stream)
-                attachment.request_ids[submit.stream] = request.request_id
+                stream = StreamHistory(request.request_id, submit.resumable, submit.client_request)
+                self._streams.add(stream)
+                stream.attach(attachment, submit.stream, window=submit.window)
                 return
         attachment.put_error(submit.stream, error)
         attachment.wake.set()
 
-    def _abort(self, request_id: str) -> None:
-        self._drop_route(request_id)
-        self._engine_loop.abort(request_id)
+    def _resume(self, attachment: Attachment, resume: replica_pb2.Resume) -> None:
+        _check_free(attachment, resume.stream)
+        stream = self._streams.find(resume.request_id)
+        if stream is None or resume.num_tokens > stream.num_tokens:
+            error = UnknownStream(f"this replica has no more of request {resume.request_id!r}")
+            attachment.put_error(resume.stream, error)
+        else:
+            self._streams.note_read(stream)
+            stream.attach(attachment, resume.stream, resume.num_tokens, resume.num_prompt_logprobs, resume.window)
+        attachment.wake.set()
+
+    def _take_abort(self, attachment: Attachment, abort: replica_pb2.AbortRequest) -> None:
+        if abort.request_id:
+            stream = self._streams.live_one(abort.request_id)
+            # Somebody else may read it by now.
+            if stream is None or stream.has_reader:
+                return
+        else:
+            stream = attachment.streams.get(abort.stream)
+            attachment.forget(abort.stream)
+        if stream is not None:
+            if abort.keep:
+                self._give_up(stream)
+            else:
+                self._abort(stream)
+
+    def give_up_all(self, attachment: Attachment) -> None:
+        """Who reads over this attachment leaves for good, or is cut off."""
+        for stream in list(attachment.streams.values()):
+            self._give_up(stream)
+
+    def _give_up(self, stream: StreamHistory) -> None:
+        """Its reader will not come back; its client may."""
+        if stream.is_resumable:
+            self._leave_unread(stream)
+        else:
+            self._abort(stream)
+
+    def _leave_unread(self, stream: StreamHistory) -> None:
+        stream.detach()
+        self._streams.note_unread(stream, _now_s())
+
+    def _abort(self, stream: StreamHistory) -> None:
+        stream.detach()
+        if self._streams.live_one(stream.request_id) is stream:
+            self._streams.drop(stream)
+            self._engine_loop.abort(stream.request_id)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _check_free(attachment: Attachment, stream: int) -> None:
+    """Raises InvalidRequest: the front end breaks the protocol."""
+    if stream in attachment.streams:
+        raise InvalidRequest(f"stream {stream} is live already; choose another number", "stream")
 
 
 def _hand_over(
     event_loop: asyncio.AbstractEventLoop, deliver: Callable[[StepOutputs], None], outputs: StepOutputs
 ) -> None:
     event_loop.call_soon_threadsafe(deliver, outputs)
-
-
-class _ReplicaService(replica_pb2_grpc.ReplicaServicer):
-    """The rpcs of remuda.v1.Replica."""
-
-    def __init__(self, leader: LeaderServer) -> None:
-        self._leader = leader
-
-    async def Attach(  # type: ignore[override]
-        self, request_iterator: AsyncIterator[replica_pb2.FrontEndFrame], context: _Context
-    ) -> None:
-        await self._leader.authenticate(context)
-        hello = await anext(request_iterator, None)
-        if hello is None or hello.WhichOneof("frame") != "hello":
-            await status.abort(context, InvalidRequest("a front end's first frame must be hello", "frame"))
-        attachment = self._leader.attach(hello.hello.front_end_id)
-        reader = asyncio.ensure_future(self._read(attachment, request_iterator))
-        try:
-            await context.write(attachment.next_frame())
-            while not attachment.is_closing or attachment.has_waiting:
-                while attachment.has_waiting:
-                    await context.write(attachment.next_frame())
-                if not attachment.is_closing:
-                    await attachment.wake.wait()
-                    attachment.wake.clear()
-            if reader.done() and (error := reader.exception()) is not None:
-                await status.abort(context, error)
-        finally:
-            reader.cancel()
-            self._leader.detach(attachment)
-
-    async def _read(self, attachment: Attachment, frames: AsyncIterator[replica_pb2.FrontEndFrame]) -> None:
-        """Until the front end closes its side, or sends what it must not."""
-        try:
-            async for frame in frames:
-                self._leader.take(attachment, frame)
-        finally:
-            attachment.close()
-
-    async def GetInfo(self, request: replica_pb2.GetInfoRequest, context: _Context) -> replica_pb2.ReplicaInfo:
-        await self._leader.authenticate(context)
-        return convert.replica_info_to_proto(self._leader.info())
-
-    async def Drain(self, request: replica_pb2.DrainReplicaRequest, context: _Context) -> replica_pb2.ReplicaInfo:
-        await self._leader.authenticate(context)
-        await self._leader.drain()
-        return convert.replica_info_to_proto(self._leader.info())
-
-    async def LoadAdapter(self, request: replica_pb2.LoadAdapterRequest, context: _Context) -> replica_pb2.Adapter:
-        await self._leader.authenticate(context)
-        try:
-            loaded = await asyncio.wrap_future(self._leader.load_adapter(request.name, request.path))
-        except RemudaError as error:
-            await status.abort(context, error)
-        return convert.adapter_to_proto(loaded)
-
-    async def UnloadAdapter(
-        self, request: replica_pb2.UnloadAdapterRequest, context: _Context
-    ) -> replica_pb2.UnloadAdapterResponse:
-        await self._leader.authenticate(context)
-        try:
-            await asyncio.wrap_future(self._leader.unload_adapter(request.name))
-        except RemudaError as error:
-            await status.abort(context, error)
-        return replica_pb2.UnloadAdapterResponse()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from cluster.rpc.generated.remuda.v1 import common_pb2, replica_pb2
 from cluster.rpc.status import ErrorFields, error_of, fields_of
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
-from engine.errors import EngineFailure, InvalidRequest, RemudaError
+from engine.errors import InvalidRequest, RemudaError, RequestFailure
 from engine.request import (
     AdapterInfo,
     FinishReason,
@@ -201,7 +201,7 @@ def _stream_logprobs(stream: int, output: Output) -> replica_pb2.StreamLogprobs:
 def _stream_finish(stream: int, output: Output) -> replica_pb2.StreamFinish:
     assert output.finish_reason is not None
     if output.finish_reason is FinishReason.ERROR:
-        fields = ErrorFields(EngineFailure.__name__, output.error or "the engine gave no reason")
+        fields = ErrorFields(RequestFailure.__name__, output.error or "the engine gave no reason")
         return _error_finish(stream, fields, output.num_cached_tokens)
     return replica_pb2.StreamFinish(
         stream=stream,

@@ -162,7 +162,7 @@ async def test_a_big_prompt_arrives_whole(bed: Bed) -> None:
 
 
 async def test_a_slow_reader_gets_everything_in_fewer_outputs(bed: Bed) -> None:
-    wanted = request("slow", max_tokens=3000)
+    wanted = request("slow", max_tokens=1500)
     stream = bed.client.generate(wanted)
     outputs = [await anext(stream)]
     await until(lambda: bed.engine.num_live == 0 and bed.client.num_live == 0)
@@ -195,7 +195,7 @@ async def test_info_health_and_reflection(bed: Bed) -> None:
         with grpc.insecure_channel(bed.address) as channel:
             database = ProtoReflectionDescriptorDatabase(channel)
             service = DescriptorPool(database).FindServiceByName(SERVICE_NAME)
-            names = {"Attach", "GetInfo", "Drain", "LoadAdapter", "UnloadAdapter"}
+            names = {"Attach", "FindRequest", "GetInfo", "Drain", "LoadAdapter", "UnloadAdapter"}
             assert {method.name for method in service.methods} == names
             return set(database.get_services())
 

@@ -40,10 +40,12 @@ class Bed:
 
 
 @asynccontextmanager
-async def serving(engine: ScriptedEngine | None = None, bind: str = "127.0.0.1:0") -> AsyncIterator[Bed]:
+async def serving(
+    engine: ScriptedEngine | None = None, bind: str = "127.0.0.1:0", grace_s: float = 30.0
+) -> AsyncIterator[Bed]:
     engine = engine or ScriptedEngine()
     loop = EngineLoop(engine)
-    server = LeaderServer(loop, INFO, bind)
+    server = LeaderServer(loop, INFO, bind, grace_s=grace_s)
     address = await server.start()
     client = ReplicaClient(address, "front-end-0", randomness=random.Random(0))
     try:

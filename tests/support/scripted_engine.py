@@ -11,7 +11,8 @@ from engine.request import AdapterInfo, FinishReason, Output, Request
 
 def token_at(request: Request, index: int) -> int:
     """Token number ``index`` (from 0) of the answer to ``request``."""
-    return (sum(request.token_ids[:8]) * 31 + len(request.token_ids) + index * 7 + request.sampling.seed) % 50_000
+    prompt = request.token_ids[: request.num_prompt_tokens]
+    return (sum(prompt[:8]) * 31 + len(prompt) + index * 7 + request.sampling.seed) % 50_000
 
 
 def answer(request: Request) -> list[int]:
@@ -48,7 +49,7 @@ class ScriptedEngine:
             raise error
         if not request.token_ids:
             raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
-        self._live[request.request_id] = (request, 0)
+        self._live[request.request_id] = (request, len(request.token_ids) - request.num_prompt_tokens)
 
     def abort(self, request_id: str) -> bool:
         if self._live.pop(request_id, None) is None:

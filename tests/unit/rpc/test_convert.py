@@ -9,7 +9,7 @@ from cluster.errors import Draining
 from cluster.rpc import convert
 from cluster.rpc.generated.remuda.v1 import common_pb2, replica_pb2
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
-from engine.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, Overloaded, RemudaError
+from engine.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, Overloaded, RemudaError, RequestFailure
 from engine.request import (
     AdapterInfo,
     FinishReason,
@@ -123,7 +123,7 @@ def test_outputs_round_trip(entries: dict[int, Output], sequence: int, incarnati
     assert [(stream, output) for stream, output, _ in found] == list(entries.items())
     for _, output, error in found:
         if output.finish_reason is FinishReason.ERROR:
-            assert type(error) is EngineFailure and str(error) == output.error
+            assert type(error) is RequestFailure and str(error) == output.error
         else:
             assert error is None
 

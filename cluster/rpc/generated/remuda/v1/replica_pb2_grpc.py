@@ -40,6 +40,11 @@ class ReplicaStub:
                 request_serializer=remuda_dot_v1_dot_replica__pb2.FrontEndFrame.SerializeToString,
                 response_deserializer=remuda_dot_v1_dot_replica__pb2.LeaderFrame.FromString,
                 _registered_method=True)
+        self.FindRequest = channel.unary_unary(
+                '/remuda.v1.Replica/FindRequest',
+                request_serializer=remuda_dot_v1_dot_replica__pb2.FindRequestRequest.SerializeToString,
+                response_deserializer=remuda_dot_v1_dot_replica__pb2.FindRequestResponse.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/remuda.v1.Replica/GetInfo',
                 request_serializer=remuda_dot_v1_dot_replica__pb2.GetInfoRequest.SerializeToString,
@@ -68,7 +73,14 @@ class ReplicaServicer:
 
     def Attach(self, request_iterator, context):
         """One multiplexed stream per front end and leader: requests and aborts up, one packed frame per step down.
-        When it breaks, the leader aborts what came over it.
+        When it breaks, what came over it goes on for a grace time: until then it can be resumed, over another stream too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindRequest(self, request, context):
+        """What this leader has of one client's request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +120,11 @@ def add_ReplicaServicer_to_server(servicer, server):
                     servicer.Attach,
                     request_deserializer=remuda_dot_v1_dot_replica__pb2.FrontEndFrame.FromString,
                     response_serializer=remuda_dot_v1_dot_replica__pb2.LeaderFrame.SerializeToString,
+            ),
+            'FindRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindRequest,
+                    request_deserializer=remuda_dot_v1_dot_replica__pb2.FindRequestRequest.FromString,
+                    response_serializer=remuda_dot_v1_dot_replica__pb2.FindRequestResponse.SerializeToString,
             ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
@@ -158,6 +175,33 @@ class Replica:
             '/remuda.v1.Replica/Attach',
             remuda_dot_v1_dot_replica__pb2.FrontEndFrame.SerializeToString,
             remuda_dot_v1_dot_replica__pb2.LeaderFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/remuda.v1.Replica/FindRequest',
+            remuda_dot_v1_dot_replica__pb2.FindRequestRequest.SerializeToString,
+            remuda_dot_v1_dot_replica__pb2.FindRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

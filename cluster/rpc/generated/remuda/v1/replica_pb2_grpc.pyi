@@ -35,8 +35,10 @@ class ReplicaStub:
     def __new__(cls, channel: _aio.Channel) -> ReplicaAsyncStub: ...
     Attach: _grpc.StreamStreamMultiCallable[_replica_pb2.FrontEndFrame, _replica_pb2.LeaderFrame]
     """One multiplexed stream per front end and leader: requests and aborts up, one packed frame per step down.
-    When it breaks, the leader aborts what came over it.
+    When it breaks, what came over it goes on for a grace time: until then it can be resumed, over another stream too.
     """
+    FindRequest: _grpc.UnaryUnaryMultiCallable[_replica_pb2.FindRequestRequest, _replica_pb2.FindRequestResponse]
+    """What this leader has of one client's request."""
     GetInfo: _grpc.UnaryUnaryMultiCallable[_replica_pb2.GetInfoRequest, _replica_pb2.ReplicaInfo]
     Drain: _grpc.UnaryUnaryMultiCallable[_replica_pb2.DrainReplicaRequest, _replica_pb2.ReplicaInfo]
     """Refuses new requests from now on; what runs may finish. Answers at once; follow it with GetInfo."""
@@ -52,8 +54,10 @@ class ReplicaAsyncStub(ReplicaStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Attach: _aio.StreamStreamMultiCallable[_replica_pb2.FrontEndFrame, _replica_pb2.LeaderFrame]  # type: ignore[assignment]
     """One multiplexed stream per front end and leader: requests and aborts up, one packed frame per step down.
-    When it breaks, the leader aborts what came over it.
+    When it breaks, what came over it goes on for a grace time: until then it can be resumed, over another stream too.
     """
+    FindRequest: _aio.UnaryUnaryMultiCallable[_replica_pb2.FindRequestRequest, _replica_pb2.FindRequestResponse]  # type: ignore[assignment]
+    """What this leader has of one client's request."""
     GetInfo: _aio.UnaryUnaryMultiCallable[_replica_pb2.GetInfoRequest, _replica_pb2.ReplicaInfo]  # type: ignore[assignment]
     Drain: _aio.UnaryUnaryMultiCallable[_replica_pb2.DrainReplicaRequest, _replica_pb2.ReplicaInfo]  # type: ignore[assignment]
     """Refuses new requests from now on; what runs may finish. Answers at once; follow it with GetInfo."""
@@ -72,8 +76,16 @@ class ReplicaServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_replica_pb2.LeaderFrame], _abc.AsyncIterator[_replica_pb2.LeaderFrame]]:
         """One multiplexed stream per front end and leader: requests and aborts up, one packed frame per step down.
-        When it breaks, the leader aborts what came over it.
+        When it breaks, what came over it goes on for a grace time: until then it can be resumed, over another stream too.
         """
+
+    @_abc_1.abstractmethod
+    def FindRequest(
+        self,
+        request: _replica_pb2.FindRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replica_pb2.FindRequestResponse, _abc.Awaitable[_replica_pb2.FindRequestResponse]]:
+        """What this leader has of one client's request."""
 
     @_abc_1.abstractmethod
     def GetInfo(

@@ -1,0 +1,159 @@
+"""Streams outlive what produces them: leaders are cut off, broken and drained under a fleet, and nothing is lost."""
+
+import asyncio
+
+import pytest
+
+from cluster.errors import Unavailable
+from cluster.frontend.fleet import Fleet
+from cluster.replica.client import ReplicaClient
+from engine.errors import EngineFailure, InvalidRequest, Overloaded, RankFailure
+from tests.failover.fleet_bed import POLICY, busy, collect, fleet_of
+from tests.failover.wire import wire_to
+from tests.support.leader_bed import Bed, request, serving, tokens_of, until
+from tests.support.scripted_engine import answer
+
+
+async def cut(bed: Bed) -> None:
+    """The server goes without a word, its engine goes on."""
+    assert bed.server._server is not None
+    await bed.server._server.stop(None)
+
+
+async def test_a_stream_goes_on_at_another_replica() -> None:
+    async with fleet_of(2) as (fleet, beds):
+        wanted = [request(f"r{index}", 4000, [index + 1] * 4, seed=index) for index in range(8)]
+        readers = [asyncio.create_task(collect(fleet, each)) for each in wanted]
+        await until(lambda: all(bed.engine.num_steps > 20 for bed in beds))
+        beds[0].engine.fails_with = RankFailure("rank 1 died", rank=1)
+        await until(lambda: beds[0].loop.failure is not None)
+        assert not any(reader.done() for reader in readers)
+        for each, reader in zip(wanted, readers, strict=True):
+            outputs = await reader
+            assert tokens_of(outputs) == answer(each)
+            assert [output.finish_reason is not None for output in outputs] == [False] * (len(outputs) - 1) + [True]
+
+
+async def test_a_cut_connection_costs_no_computation_twice() -> None:
+    wanted = request("a", 400)
+    async with serving() as bed, wire_to(bed.address) as wire:
+        client, fleet = ReplicaClient(wire.address, "front-end"), Fleet(policy=POLICY)
+        await fleet.add("r0", client)
+        bed.engine.gate.clear()
+        stream = fleet.generate(wanted)
+        reading = asyncio.create_task(anext(stream))
+        await until(lambda: bed.server.num_live_requests == 1)
+        for _ in range(2):
+            wire.cut()
+            await until(lambda: not client.is_connected)
+            await until(lambda: client.is_connected)
+        bed.engine.gate.set()
+        outputs = [await reading] + [output async for output in stream]
+        assert tokens_of(outputs) == answer(wanted)
+        assert bed.engine.aborted == []
+        assert bed.engine.num_steps <= 400 + 2
+        await fleet.close()
+
+
+async def test_what_moved_away_ends_where_it_was() -> None:
+    """Both replicas live, but one cannot be reached for longer than there is patience for."""
+    async with fleet_of(2) as (fleet, beds):
+        for bed in beds:
+            bed.engine.gate.clear()
+        reader = asyncio.create_task(collect(fleet, request("a", 30)))
+        await until(lambda: sum(bed.server.num_live_requests for bed in beds) == 1)
+        (lost,) = [bed for bed in beds if bed.server.num_live_requests]
+        other = beds[1 - beds.index(lost)]
+        await cut(lost)
+        other.engine.gate.set()
+        assert tokens_of(await reader) == answer(request("a", 30))
+        assert other.engine.num_steps > 0
+
+
+async def test_a_replica_that_is_alone_is_waited_for() -> None:
+    async with fleet_of(1) as (fleet, (bed,)):
+        wanted = request("a", 5000)
+        stream = fleet.generate(wanted)
+        outputs = [await anext(stream)]
+        await until(lambda: bed.engine.num_steps > 20)
+        bed.engine.gate.clear()
+        await cut(bed)
+        async with serving(bind=bed.address) as again:
+            outputs += [output async for output in stream]
+            assert tokens_of(outputs) == answer(wanted)
+            assert 0 < again.engine.num_steps < 5000, "what was delivered is not computed again"
+
+
+async def test_a_leader_that_was_replaced_elsewhere() -> None:
+    async with fleet_of(1) as (fleet, (bed,)), serving() as successor:
+        wanted = request("a", 5000)
+        reader = asyncio.create_task(collect(fleet, wanted))
+        await until(lambda: bed.engine.num_steps > 20)
+        await cut(bed)
+        await fleet.add("r0", ReplicaClient(successor.address, "front-end"))
+        assert tokens_of(await reader) == answer(wanted)
+        assert [info.id for info in fleet.replicas()] == ["r0"]
+
+
+async def test_patience_ends_in_one_error() -> None:
+    async with fleet_of(1) as (fleet, (bed,)):
+        bed.engine.gate.clear()
+        reader = asyncio.create_task(collect(fleet, request("a", 30)))
+        await until(lambda: bed.server.num_live_requests == 1)
+        bed.engine.fails_with = RankFailure("rank 1 died", rank=1)
+        bed.engine.gate.set()
+        with pytest.raises(Unavailable, match=r"within 5 s.*rank 1 died"):
+            await reader
+
+
+async def test_what_breaks_every_replica_is_given_up() -> None:
+    async with fleet_of(3) as (fleet, beds):
+        for bed in beds:
+            bed.engine.fails_with = EngineFailure("it broke")
+        with pytest.raises(Unavailable, match="it broke"):
+            await collect(fleet, request("poison", 30))
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("no", "top_k"), Overloaded("full", 3.0)])
+async def test_a_refusal_comes_at_once(error: InvalidRequest | Overloaded) -> None:
+    async with fleet_of(2) as (fleet, beds):
+        for bed in beds:
+            bed.engine.refuses["a"] = error
+        with pytest.raises(type(error), match=str(error)):
+            await collect(fleet, request("a"))
+
+
+async def test_a_full_replica_is_passed_over() -> None:
+    async with fleet_of(2) as (fleet, beds):
+        beds[0].engine.refuses = {f"r{index}": Overloaded("full") for index in range(4)}
+        for index in range(4):
+            assert tokens_of(await collect(fleet, request(f"r{index}"))) == answer(request(f"r{index}"))
+
+
+async def test_nobody_ready_is_said_at_once() -> None:
+    async with fleet_of(1) as (fleet, (bed,)):
+        await fleet.drain("r0")
+        with pytest.raises(Unavailable):
+            await collect(fleet, request("a"))
+        assert bed.engine.num_steps == 0
+
+
+async def test_streams_move_off_a_draining_replica() -> None:
+    async with fleet_of(2) as (fleet, beds):
+        wanted = [request(f"r{index}", 3000, [index + 1] * 4) for index in range(4)]
+        readers = [asyncio.create_task(collect(fleet, each)) for each in wanted]
+        await until(lambda: all(bed.engine.num_steps > 20 for bed in beds))
+        await fleet.drain("r0", migrate_after_s=0.0)
+        await until(lambda: beds[0].server.num_live_requests == 0)
+        for each, reader in zip(wanted, readers, strict=True):
+            assert tokens_of(await reader) == answer(each)
+        assert beds[0].engine.aborted
+
+
+async def test_leaving_a_stream_ends_its_work() -> None:
+    async with fleet_of(2) as (fleet, beds):
+        stream = fleet.generate(request("a", 10**6))
+        await anext(stream)
+        found = busy(beds)
+        await stream.aclose()
+        await until(lambda: found.engine.aborted == ["a"])
