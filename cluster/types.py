@@ -15,13 +15,20 @@ class ReplicaState(enum.StrEnum):
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One rank as ``remuda status`` shows it."""
+    """One rank as ``remuda status`` shows it.
+
+    ``state``: idle, busy, stalled or dead; in a failed gang stalled or dead is the rank that was lost, and the others
+    have ended. ``step``, ``operation``, ``since_s``: where it is (or was last) and for how long.
+    """
 
     rank: int
     pid: int
     host: str
     device: str
     state: str
+    step: int = 0
+    operation: str = ""
+    since_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,4 +53,6 @@ class ReplicaInfo:
     error: str = ""
     progress_age_s: float = 0.0
     """While there is work: seconds since a step last finished. 0 when idle."""
+    progress_limit_s: float = 0.0
+    """While there is work: beyond that it is a stall. 0: not known."""
     adapters: tuple[AdapterInfo, ...] = ()

@@ -319,15 +319,30 @@ def replica_info_to_proto(info: ReplicaInfo) -> replica_pb2.ReplicaInfo:
         num_waiting=info.num_waiting,
         kv_cache_usage=info.kv_cache_usage,
         num_steps=info.num_steps,
-        ranks=[
-            replica_pb2.Rank(rank=rank.rank, pid=rank.pid, host=rank.host, device=rank.device, state=rank.state)
-            for rank in info.ranks
-        ],
+        ranks=map(_rank_to_proto, info.ranks),
         phase_seconds=info.phase_seconds,
         error=info.error,
         progress_age_s=info.progress_age_s,
+        progress_limit_s=info.progress_limit_s,
         adapters=map(adapter_to_proto, info.adapters),
     )
+
+
+def _rank_to_proto(rank: RankInfo) -> replica_pb2.Rank:
+    return replica_pb2.Rank(
+        rank=rank.rank,
+        pid=rank.pid,
+        host=rank.host,
+        device=rank.device,
+        state=rank.state,
+        step=rank.step,
+        operation=rank.operation,
+        since_s=rank.since_s,
+    )
+
+
+def _rank_from_proto(rank: replica_pb2.Rank) -> RankInfo:
+    return RankInfo(rank.rank, rank.pid, rank.host, rank.device, rank.state, rank.step, rank.operation, rank.since_s)
 
 
 def replica_info_from_proto(message: replica_pb2.ReplicaInfo) -> ReplicaInfo:
@@ -346,9 +361,10 @@ def replica_info_from_proto(message: replica_pb2.ReplicaInfo) -> ReplicaInfo:
         num_waiting=message.num_waiting,
         kv_cache_usage=message.kv_cache_usage,
         num_steps=message.num_steps,
-        ranks=tuple(RankInfo(rank.rank, rank.pid, rank.host, rank.device, rank.state) for rank in message.ranks),
+        ranks=tuple(map(_rank_from_proto, message.ranks)),
         phase_seconds=dict(message.phase_seconds),
         error=message.error,
         progress_age_s=message.progress_age_s,
+        progress_limit_s=message.progress_limit_s,
         adapters=tuple(map(adapter_from_proto, message.adapters)),
     )

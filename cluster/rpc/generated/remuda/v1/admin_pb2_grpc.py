@@ -61,6 +61,11 @@ class AdminStub:
                 request_serializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.DumpRecord = channel.unary_stream(
+                '/remuda.v1.Admin/DumpRecord',
+                request_serializer=remuda_dot_v1_dot_admin__pb2.DumpReplicaRecordRequest.SerializeToString,
+                response_deserializer=remuda_dot_v1_dot_replica__pb2.RecordPart.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -100,6 +105,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DumpRecord(self, request, context):
+        """A replica's flight record: its last plans and results, with the tokens in them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -127,6 +139,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.UnloadAdapter,
                     request_deserializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'DumpRecord': grpc.unary_stream_rpc_method_handler(
+                    servicer.DumpRecord,
+                    request_deserializer=remuda_dot_v1_dot_admin__pb2.DumpReplicaRecordRequest.FromString,
+                    response_serializer=remuda_dot_v1_dot_replica__pb2.RecordPart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -265,6 +282,33 @@ class Admin:
             '/remuda.v1.Admin/UnloadAdapter',
             remuda_dot_v1_dot_replica__pb2.UnloadAdapterRequest.SerializeToString,
             remuda_dot_v1_dot_replica__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DumpRecord(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/remuda.v1.Admin/DumpRecord',
+            remuda_dot_v1_dot_admin__pb2.DumpReplicaRecordRequest.SerializeToString,
+            remuda_dot_v1_dot_replica__pb2.RecordPart.FromString,
             options,
             channel_credentials,
             insecure,

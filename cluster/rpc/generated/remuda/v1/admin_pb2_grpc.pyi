@@ -42,6 +42,8 @@ class AdminStub:
     """On all replicas or, where one fails, on none. Only from below the directory that the server was given for it."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_replica_pb2.UnloadAdapterRequest, _replica_pb2.UnloadAdapterResponse]
     """Answers when the last request that used it has ended."""
+    DumpRecord: _grpc.UnaryStreamMultiCallable[_admin_pb2.DumpReplicaRecordRequest, _replica_pb2.RecordPart]
+    """A replica's flight record: its last plans and results, with the tokens in them."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -56,6 +58,8 @@ class AdminAsyncStub(AdminStub):
     """On all replicas or, where one fails, on none. Only from below the directory that the server was given for it."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_replica_pb2.UnloadAdapterRequest, _replica_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Answers when the last request that used it has ended."""
+    DumpRecord: _aio.UnaryStreamMultiCallable[_admin_pb2.DumpReplicaRecordRequest, _replica_pb2.RecordPart]  # type: ignore[assignment]
+    """A replica's flight record: its last plans and results, with the tokens in them."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     """For operators: remuda status, remuda drain, remuda adapters."""
@@ -97,5 +101,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_replica_pb2.UnloadAdapterResponse, _abc.Awaitable[_replica_pb2.UnloadAdapterResponse]]:
         """Answers when the last request that used it has ended."""
+
+    @_abc_1.abstractmethod
+    def DumpRecord(
+        self,
+        request: _admin_pb2.DumpReplicaRecordRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_replica_pb2.RecordPart], _abc.AsyncIterator[_replica_pb2.RecordPart]]:
+        """A replica's flight record: its last plans and results, with the tokens in them."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -607,6 +607,7 @@ class ReplicaInfo(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     PROGRESS_AGE_S_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    PROGRESS_LIMIT_S_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     model: _builtins.str
     state: Global___ReplicaState.ValueType
@@ -624,6 +625,8 @@ class ReplicaInfo(_message.Message):
     """Why it is FAILED."""
     progress_age_s: _builtins.float
     """While there is work: seconds since a step last finished. 0 when idle. Liveness is judged by it."""
+    progress_limit_s: _builtins.float
+    """While there is work: a step may take so long before it counts as stalled. 0: the leader does not say."""
     @_builtins.property
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rank]: ...
     @_builtins.property
@@ -651,10 +654,11 @@ class ReplicaInfo(_message.Message):
         error: _builtins.str = ...,
         progress_age_s: _builtins.float = ...,
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        progress_limit_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "block_size", b"block_size", "error", b"error", "id", b"id", "incarnation", b"incarnation", "kv_cache_usage", b"kv_cache_usage", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "phase_seconds", b"phase_seconds", "progress_age_s", b"progress_age_s", "ranks", b"ranks", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "block_size", b"block_size", "error", b"error", "id", b"id", "incarnation", b"incarnation", "kv_cache_usage", b"kv_cache_usage", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "phase_seconds", b"phase_seconds", "progress_age_s", b"progress_age_s", "progress_limit_s", b"progress_limit_s", "ranks", b"ranks", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -662,6 +666,8 @@ Global___ReplicaInfo: _TypeAlias = ReplicaInfo  # noqa: Y015
 
 @_typing.final
 class Rank(_message.Message):
+    """`state`: idle, busy, stalled or dead; of a failed gang stalled or dead for the rank that was lost, ended for others."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RANK_FIELD_NUMBER: _builtins.int
@@ -669,11 +675,18 @@ class Rank(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
+    SINCE_S_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     pid: _builtins.int
     host: _builtins.str
     device: _builtins.str
     state: _builtins.str
+    step: _builtins.int
+    """Where it is, or was last: the step, what it does in it, and for how long."""
+    operation: _builtins.str
+    since_s: _builtins.float
     def __init__(
         self,
         *,
@@ -682,11 +695,50 @@ class Rank(_message.Message):
         host: _builtins.str = ...,
         device: _builtins.str = ...,
         state: _builtins.str = ...,
+        step: _builtins.int = ...,
+        operation: _builtins.str = ...,
+        since_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "pid", b"pid", "rank", b"rank", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "operation", b"operation", "pid", b"pid", "rank", b"rank", "since_s", b"since_s", "state", b"state", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Rank: _TypeAlias = Rank  # noqa: Y015
+
+@_typing.final
+class DumpRecordRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DumpRecordRequest: _TypeAlias = DumpRecordRequest  # noqa: Y015
+
+@_typing.final
+class RecordPart(_message.Message):
+    """A part of a flight record (docs/health.md); the parts make one file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordPart: _TypeAlias = RecordPart  # noqa: Y015

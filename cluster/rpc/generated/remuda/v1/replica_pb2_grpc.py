@@ -65,6 +65,11 @@ class ReplicaStub:
                 request_serializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.DumpRecord = channel.unary_stream(
+                '/remuda.v1.Replica/DumpRecord',
+                request_serializer=remuda_dot_v1_dot_replica__pb2.DumpRecordRequest.SerializeToString,
+                response_deserializer=remuda_dot_v1_dot_replica__pb2.RecordPart.FromString,
+                _registered_method=True)
 
 
 class ReplicaServicer:
@@ -113,6 +118,13 @@ class ReplicaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DumpRecord(self, request, context):
+        """What happened last, in full: for whoever looks for the cause of a failure.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReplicaServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +157,11 @@ def add_ReplicaServicer_to_server(servicer, server):
                     servicer.UnloadAdapter,
                     request_deserializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=remuda_dot_v1_dot_replica__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'DumpRecord': grpc.unary_stream_rpc_method_handler(
+                    servicer.DumpRecord,
+                    request_deserializer=remuda_dot_v1_dot_replica__pb2.DumpRecordRequest.FromString,
+                    response_serializer=remuda_dot_v1_dot_replica__pb2.RecordPart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -310,6 +327,33 @@ class Replica:
             '/remuda.v1.Replica/UnloadAdapter',
             remuda_dot_v1_dot_replica__pb2.UnloadAdapterRequest.SerializeToString,
             remuda_dot_v1_dot_replica__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DumpRecord(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/remuda.v1.Replica/DumpRecord',
+            remuda_dot_v1_dot_replica__pb2.DumpRecordRequest.SerializeToString,
+            remuda_dot_v1_dot_replica__pb2.RecordPart.FromString,
             options,
             channel_credentials,
             insecure,

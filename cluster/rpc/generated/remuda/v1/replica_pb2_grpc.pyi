@@ -46,6 +46,8 @@ class ReplicaStub:
     """Answers when all ranks have loaded the LoRA adapter; one that a rank could not load is on none of them."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_replica_pb2.UnloadAdapterRequest, _replica_pb2.UnloadAdapterResponse]
     """No request can name it from now on. Answers when the last that did has ended and the memory is free."""
+    DumpRecord: _grpc.UnaryStreamMultiCallable[_replica_pb2.DumpRecordRequest, _replica_pb2.RecordPart]
+    """What happened last, in full: for whoever looks for the cause of a failure."""
 
 @_typing.type_check_only
 class ReplicaAsyncStub(ReplicaStub):
@@ -65,6 +67,8 @@ class ReplicaAsyncStub(ReplicaStub):
     """Answers when all ranks have loaded the LoRA adapter; one that a rank could not load is on none of them."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_replica_pb2.UnloadAdapterRequest, _replica_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """No request can name it from now on. Answers when the last that did has ended and the memory is free."""
+    DumpRecord: _aio.UnaryStreamMultiCallable[_replica_pb2.DumpRecordRequest, _replica_pb2.RecordPart]  # type: ignore[assignment]
+    """What happened last, in full: for whoever looks for the cause of a failure."""
 
 class ReplicaServicer(metaclass=_abc_1.ABCMeta):
     """Between front ends and a replica's leader. Not for clients."""
@@ -117,5 +121,13 @@ class ReplicaServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_replica_pb2.UnloadAdapterResponse, _abc.Awaitable[_replica_pb2.UnloadAdapterResponse]]:
         """No request can name it from now on. Answers when the last that did has ended and the memory is free."""
+
+    @_abc_1.abstractmethod
+    def DumpRecord(
+        self,
+        request: _replica_pb2.DumpRecordRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_replica_pb2.RecordPart], _abc.AsyncIterator[_replica_pb2.RecordPart]]:
+        """What happened last, in full: for whoever looks for the cause of a failure."""
 
 def add_ReplicaServicer_to_server(servicer: ReplicaServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
