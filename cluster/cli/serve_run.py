@@ -11,6 +11,7 @@ from cluster.cli.progress import StartProgress
 from cluster.config import Device, ServeConfig, misspelt_variables
 from cluster.control.launcher import Launcher
 from cluster.control.preflight import Preflight, preflight
+from cluster.errors import Unavailable
 from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.calls import TimeLimits
 from cluster.frontend.fleet import Fleet
@@ -47,6 +48,8 @@ class _Serving:
         self._hurry = asyncio.Event()
         self._is_ready = False
         self._status = 0
+        self._reason: RemudaError | None = None
+        """Why what still runs is ended."""
 
     async def run(self) -> int:
         fleet = Fleet(None if self._checked.launch.is_managed else self._lose_all)
@@ -68,7 +71,7 @@ class _Serving:
             if not self._status:
                 await self._drain(front_end)
         finally:
-            await front_end.stop()
+            await front_end.stop(reason=self._reason)
             await fleet.close()
             await asyncio.to_thread(launcher.wait)
         return self._status
@@ -154,6 +157,8 @@ class _Serving:
         while (event := await asyncio.to_thread(next, events, None)) is not None:
             if isinstance(event, Failed):
                 self._console.print(f"replica {event.replica} failed: {event.message}", style="red")
+                if not self._checked.launch.is_managed:
+                    self._lose(event.message)
             elif isinstance(event, ReplicaReady):
                 await self._welcome(event, fleet)
             elif isinstance(event, ReplicaEnded):
@@ -177,4 +182,5 @@ class _Serving:
         if not self._stop.is_set():
             self._console.print(f"remuda: {reason}; stopping", style="red")
             self._status = 1
+            self._reason = Unavailable(f"the server stops: {reason}")
             self._stop.set()

@@ -26,7 +26,7 @@ from cluster.frontend.model_files import read_model_files
 from cluster.frontend.service import Service
 from cluster.frontend.tokenizer import Tokenizer
 from engine.config import LoraConfig
-from engine.errors import InvalidOption
+from engine.errors import InvalidOption, RemudaError
 
 _log = logging.getLogger(__name__)
 
@@ -130,11 +130,12 @@ class FrontEnd:
             return False
         return True
 
-    async def stop(self, drain_timeout_s: float = 0.0) -> None:
-        """Drain, end what is left with an error that says so, and close both servers."""
+    async def stop(self, drain_timeout_s: float = 0.0, reason: RemudaError | None = None) -> None:
+        """Drain, end what is left with ``reason`` or an error that says so, and close both servers."""
         if not await self.drain(drain_timeout_s):
             _log.warning("%d requests are cut off: the server stops", self._admission.num_requests)
-            self.service.end_all(Draining("the server stops and could not finish this request in time; send it again"))
+            cut_off = Draining("the server stops and could not finish this request in time; send it again")
+            self.service.end_all(reason or cut_off)
             await self.drain(_LAST_WORDS_S)
         if self._watcher is not None:
             self._watcher.cancel()
