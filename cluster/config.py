@@ -13,6 +13,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from engine.config import Determinism
 from engine.errors import InvalidOption
 
 EMBEDDED_MODEL = "remuda-tiny"
@@ -47,6 +48,16 @@ def _length_field(value: Any) -> Any:
     if str(value).isdecimal() and int(value) > 0:
         return int(value)
     raise ValueError("write auto or a number of tokens")
+
+
+def _determinism_field(value: Any) -> Any:
+    """The flag alone, and "yes" elsewhere, mean d1."""
+    known = {"true": "d1", "1": "d1", "yes": "d1", "false": "off", "0": "off", "no": "off"}
+    text = str(value).lower()
+    text = known.get(text, text)
+    if text not in set(Determinism):
+        raise ValueError(f"write d1, d2 or off, not {value!r}")
+    return Determinism(text)
 
 
 def _adapters_field(value: Any) -> Any:
@@ -105,7 +116,7 @@ class ServeConfig(BaseSettings):
     api_key_file: Path | None = None
     address: str | None = None
     cpu_slots: Degree = 8
-    deterministic: bool = False
+    deterministic: Annotated[Determinism, BeforeValidator(_determinism_field)] = Determinism.OFF
     request_timeout: Seconds = 600.0
     queue_timeout: Seconds = 60.0
     first_token_timeout: Seconds = 120.0

@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(name="serve", epilog=serve.EXAMPLES)(serve.serve)
+app.command(name="serve", epilog=serve.EXAMPLES, cls=serve.ServeCommand)(serve.serve)
 app.command(name="plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command(name="doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command(name="generate", epilog=generate.EXAMPLES)(generate.generate)

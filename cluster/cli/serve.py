@@ -1,15 +1,32 @@
 """``remuda serve``: the options, and nothing else."""
 
+from typing import Any
+
 import typer
+from typer.core import TyperCommand
 
 from cluster.cli import serve_options as options
 from cluster.cli.serve_run import run
 from cluster.config import load_serve_config
+from engine.config import Determinism
 
 EXAMPLES = (
     "Examples: remuda serve | remuda serve /models/Llama-3.1-8B --tp 2 | "
-    "remuda serve meta-llama/Llama-3.2-1B --address 10.0.0.1:6379"
+    "remuda serve meta-llama/Llama-3.2-1B --address 10.0.0.1:6379 | remuda serve --tp 2 --deterministic"
 )
+
+
+_STRENGTHS = set(Determinism)
+
+
+class ServeCommand(TyperCommand):
+    """Lets ``--deterministic`` stand alone: typer knows no options whose value may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for index, arg in enumerate(args):
+            if arg == "--deterministic" and not set(args[index + 1 : index + 2]) & _STRENGTHS:
+                args = [*args[:index], "--deterministic=d1", *args[index + 1 :]]
+        return super().parse_args(ctx, args)
 
 
 def serve(

@@ -73,7 +73,14 @@ MaxLoraRank = Annotated[int | None, typer.Option(help="Largest rank of an adapte
 ApiKeyFile = Annotated[Path | None, typer.Option(help="File with one API key per line. [no keys]")]
 Address = Annotated[str | None, typer.Option(help="host:port of a running Ray to join. [a private one is started]")]
 CpuSlots = Annotated[int | None, typer.Option(help="CPU ranks this host may hold. [8]")]
-Deterministic = Annotated[bool | None, typer.Option("--deterministic", help="Comes in a later version.")]
+Deterministic = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[d1|d2]",
+        help="A request's tokens and logits do not depend on its batch (d1, meant by the flag alone), nor on the "
+        "layout (d2). [off]",
+    ),
+]
 RequestTimeout = Annotated[float | None, typer.Option(help="Seconds that a request may take. [600]")]
 QueueTimeout = Annotated[float | None, typer.Option(help="Seconds that it may wait before it runs. [60]")]
 FirstTokenTimeout = Annotated[float | None, typer.Option(help="Seconds until its first token. [120]")]

@@ -8,7 +8,8 @@ from cluster.config import Device, ServeConfig, is_loopback
 from cluster.control.ray_settings import parse_address
 from cluster.replica.events import LaunchConfig, ReplicaPlan
 from cluster.replica.model_source import ModelSource, resolve
-from engine.config import ParallelConfig, SchedulerConfig
+from engine.config import Determinism, ParallelConfig, SchedulerConfig
+from engine.deterministic import deterministic_layout
 from engine.errors import InvalidOption, LayoutError
 from engine.executor.defaults import default_limits, plans_in_flight
 from engine.model_config import ModelConfig, validate_layout
@@ -29,7 +30,6 @@ def preflight(config: ServeConfig) -> Preflight:
 
     Raises InvalidOption, LayoutError, CheckpointError or DoesNotFit; nothing has been started then.
     """
-    _refuse_what_comes_later(config)
     parallel = ParallelConfig(
         tp=config.tensor_parallel_size,
         pp=config.pipeline_parallel_size,
@@ -49,17 +49,18 @@ def preflight(config: ServeConfig) -> Preflight:
     directory = source.directory()
     model = ModelConfig.from_directory(directory, config.quantization)
     validate_layout(model, parallel)
+    parallel = deterministic_layout(model, parallel, config.deterministic)
     _check_adapters(config)
     return Preflight(_launch_config(config, parallel, device, source, model), directory, model)
 
 
-def _refuse_what_comes_later(config: ServeConfig) -> None:
-    if config.deterministic:
-        raise InvalidOption("--deterministic is not available in this version; leave it out")
-
-
 def _check_adapters(config: ServeConfig) -> None:
     """Raises InvalidOption, and AdapterError where one is not served."""
+    if config.deterministic is not Determinism.OFF and (config.lora_modules or config.lora_dir is not None):
+        raise InvalidOption(
+            "--deterministic does not serve adapters: what they add depends on the batch; leave out --lora-modules and "
+            "--lora-dir, or --deterministic"
+        )
     if len(config.lora_modules) > config.max_loras:
         raise InvalidOption(
             f"--lora-modules names {len(config.lora_modules)} adapters; --max-loras {config.max_loras} is less"
@@ -115,6 +116,8 @@ def _launch_config(
         pipeline_parallel_size=parallel.pp,
         data_parallel_size=parallel.dp,
         expert_parallel_size=parallel.ep,
+        determinism=parallel.determinism,
+        num_shards=parallel.num_shards,
         dtype=model.dtype.value if config.dtype == "auto" else config.dtype,
         device=device.value,
         load_format=config.load_format,

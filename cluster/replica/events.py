@@ -2,7 +2,7 @@
 
 import msgspec
 
-from engine.config import ParallelConfig
+from engine.config import Determinism, ParallelConfig
 
 
 class ReplicaPlan(msgspec.Struct, frozen=True):
@@ -23,6 +23,9 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int
     gpu_memory_utilization: float
     kv_cache_memory_bytes: int
+    determinism: Determinism = Determinism.OFF
+    num_shards: int = 1
+    """See engine.config.ParallelConfig."""
     quantization: str | None = None
     """int8, int4 or fp8: a float checkpoint is quantized while it is loaded."""
     lora_modules: dict[str, str] = {}
@@ -39,6 +42,8 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
             pp=self.pipeline_parallel_size,
             dp=self.data_parallel_size,
             ep=self.expert_parallel_size,
+            determinism=self.determinism,
+            num_shards=self.num_shards,
         )
 
     @property

@@ -64,6 +64,8 @@ def worker_configs(
                 pp=plan.pipeline_parallel_size,
                 dp=plan.data_parallel_size,
                 ep=plan.expert_parallel_size,
+                determinism=plan.determinism,
+                num_shards=plan.num_shards,
                 dtype=Dtype(plan.dtype),
                 load_format=LoadFormat(plan.load_format),
                 quantization=plan.quantization,

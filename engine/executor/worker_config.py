@@ -4,7 +4,7 @@ from typing import Self
 
 import msgspec
 
-from engine.config import Dtype, LoadFormat, ParallelConfig
+from engine.config import Determinism, Dtype, LoadFormat, ParallelConfig
 
 
 class RelayConfig(msgspec.Struct, frozen=True):
@@ -31,6 +31,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     pp: int = 1
     dp: int = 1
     ep: int = 1
+    determinism: Determinism = Determinism.OFF
+    num_shards: int = 1
+    """See ParallelConfig."""
     dtype: Dtype = Dtype.FLOAT32
     load_format: LoadFormat = LoadFormat.SAFETENSORS
     quantization: str | None = None
@@ -57,7 +60,14 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def parallel(self) -> ParallelConfig:
-        return ParallelConfig(tp=self.tp, pp=self.pp, dp=self.dp, ep=self.ep)
+        return ParallelConfig(
+            tp=self.tp,
+            pp=self.pp,
+            dp=self.dp,
+            ep=self.ep,
+            determinism=self.determinism,
+            num_shards=self.num_shards,
+        )
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)

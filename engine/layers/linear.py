@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from engine.batch import StepAdapters
-from engine.config import Determinism
 from engine.layers.lora import LoraLayer
-from engine.parallel.ordered_sum import reduce_branches
+from engine.parallel.ordered_sum import sum_over_ranks
 from engine.parameter import ParameterBuilder, Split
 from engine.quantization.matrix import MatrixPart
 from engine.quantization.registry import make_input_divided, make_matrix
@@ -56,20 +55,17 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, build: ParameterBuilder, name: str, num_inputs: int, num_outputs: int, bias: bool) -> None:
         super().__init__()
-        self._tp = build.mesh.tp
+        self._mesh = build.mesh
         part = MatrixPart(name, num_outputs, num_inputs, inputs=build.tp)
         self.matrix = make_input_divided(build, part)
-        self._in_order = build.mesh.config.determinism is Determinism.D2
         self.lora = LoraLayer(build, [part])
         self.bias = build.whole(f"{name}.bias", num_outputs) if bias else None
 
     def forward(self, hidden: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
         """[T, local in] to the full [T, out], the same on all ranks."""
-        partial = self.forward_partial(hidden, adapters)
-        output = reduce_branches(partial, self._tp).to(hidden.dtype) if self._in_order else self._tp.all_reduce(partial)
+        output = sum_over_ranks(self.forward_partial(hidden, adapters), self._mesh, hidden.dtype)
         return output if self.bias is None else output + self.bias
 
     def forward_partial(self, hidden: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
-        """[T, local in] to this rank's summand of [T, out], without the bias. In float32 under D2, where summands are
-        added up by ``reduce_branches``."""
+        """[T, local in] to this rank's summand of [T, out], without the bias, for ``sum_over_ranks``."""
         return self.lora.add_to(self.matrix.forward(hidden), hidden, adapters)

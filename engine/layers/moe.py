@@ -14,7 +14,7 @@ from engine.layers.router import Router
 from engine.parallel.all_to_all_dispatch import AllToAllDispatch
 from engine.parallel.expert_balance import linear_placement
 from engine.parallel.mesh import Mesh
-from engine.parallel.ordered_sum import reduce_branches
+from engine.parallel.ordered_sum import sum_over_ranks
 from engine.parallel.token_dispatch import ExpertTokens, ReplicatedDispatch, TokenDispatch, scaled
 
 
@@ -35,7 +35,7 @@ class MixtureOfExperts(nn.Module):
         scales_inputs: bool = False,
     ) -> None:
         super().__init__()
-        self._tp = mesh.tp
+        self._mesh = mesh
         self.router = router
         self.experts = experts
         self.shared_expert = shared_expert
@@ -64,10 +64,10 @@ class MixtureOfExperts(nn.Module):
         if len(hidden) == 0:
             return hidden  # no other rank of the dp group has anything to add up either
         if shared is None and self._is_replicated:
-            return self._tp.all_reduce(routed)
+            return sum_over_ranks(routed, self._mesh, hidden.dtype)
         output = torch.zeros_like(hidden) if shared is None else shared
         output[share] += routed
-        return self._tp.all_reduce(output)
+        return sum_over_ranks(output, self._mesh, hidden.dtype)
 
     def _forward_in_order(self, hidden: torch.Tensor) -> torch.Tensor:
         """Under D2: each expert's output is put together from all ranks and rounded, as if it were computed at one
@@ -87,7 +87,7 @@ class MixtureOfExperts(nn.Module):
         summands[rows, places] = self.experts.forward(tokens, counts)
         if self.shared_expert is not None:
             summands[:, num_chosen] = self.shared_expert.forward_partial(hidden)
-        whole = reduce_branches(summands.flatten(1), self._tp).view_as(summands).to(hidden.dtype).float()
+        whole = sum_over_ranks(summands.flatten(1), self._mesh, hidden.dtype).view_as(summands).float()
         total = torch.zeros_like(whole[:, 0])
         for place in range(num_chosen):
             total += whole[:, place] if self._scales_inputs else whole[:, place] * scores[:, place, None]

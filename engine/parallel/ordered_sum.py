@@ -7,7 +7,24 @@ on one number in place of its shards' and the sum comes out the same, bit for bi
 
 import torch
 
+from engine.config import Determinism
 from engine.parallel.collectives import Collectives
+from engine.parallel.mesh import Mesh
+
+
+def sum_over_ranks(summand: torch.Tensor, mesh: Mesh, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor-parallel ranks' summands [T, H] to their sum of format ``dtype``, on all of them. Under D2 summands
+    are branches in float32, see above; under D1 they are added up in float32 in the order of ranks."""
+    determinism, axis = mesh.config.determinism, mesh.tp
+    if determinism is Determinism.D2:
+        return reduce_branches(summand, axis).to(dtype)
+    if determinism is Determinism.OFF or axis.size == 1:
+        return axis.all_reduce(summand)
+    gathered = axis.all_gather_last_dim(summand).unflatten(1, (axis.size, -1))
+    total: torch.Tensor = gathered[:, 0].to(torch.float32, copy=True)
+    for rank in range(1, axis.size):
+        total += gathered[:, rank]
+    return total.to(dtype)
 
 
 def tree_sum(summands: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,11 @@ from torch import nn
 from engine.kernels.fixed_linear import fixed_linear
 from engine.parallel.ordered_sum import tree_sum
 from engine.parameter import ParameterBuilder
-from engine.quantization.dense import DenseMatrix
 from engine.quantization.matrix import MatrixPart, WeightMatrix, multiply_by_tiles
 
 
 class FixedOrderMatrix(WeightMatrix):
-    """Another matrix, whose weights are brought into the activations' format and multiplied by ``fixed_linear``."""
+    """A quantized matrix, whose weights are brought into the activations' format and multiplied by ``fixed_linear``."""
 
     def __init__(self, build: ParameterBuilder, parts: Sequence[MatrixPart], inner: WeightMatrix) -> None:
         super().__init__(build, parts)
@@ -23,8 +22,6 @@ class FixedOrderMatrix(WeightMatrix):
         return self.inner.rows(index)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.inner, DenseMatrix):
-            return fixed_linear(hidden, self.inner.weight)
         return multiply_by_tiles(hidden, self.num_outputs, self.inner.rows, fixed_linear)
 
 

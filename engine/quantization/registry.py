@@ -51,16 +51,11 @@ def make_input_divided(build: ParameterBuilder, part: MatrixPart) -> WeightMatri
 
 
 def _make(build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat | None) -> WeightMatrix:
-    matrix = _held(build, parts, form)
-    return FixedOrderMatrix(build, parts, matrix) if build.mesh.config.is_deterministic else matrix
-
-
-def _held(build: ParameterBuilder, parts: Sequence[MatrixPart], form: MatrixFormat | None) -> WeightMatrix:
     if form is None:
         return DenseMatrix(build, parts)
     module, _, name = MATRICES[form.kind].partition(":")
     matrix: WeightMatrix = getattr(importlib.import_module(module), name)(build, parts, form)
-    return matrix
+    return FixedOrderMatrix(build, parts, matrix) if build.mesh.config.is_deterministic else matrix
 
 
 class MixedMatrix(WeightMatrix):

@@ -32,7 +32,7 @@ def own_tmp() -> Iterator[Path]:
         (("remuda-tiny", "--tp", "4", "--cpu-slots", "2"), ["4", "2 CPU slots", "--cpu-slots"]),
         (("remuda-tiny", "--pp", "9", "--cpu-slots", "9"), ["pp=9", "8 layers"]),
         (("remuda-tiny", "--host", "0.0.0.0"), ["--api-key-file"]),
-        (("remuda-tiny", "--deterministic"), ["--deterministic"]),
+        (("remuda-tiny", "--deterministic", "--quantization", "int8"), ["--deterministic", "int8"]),
         (("remuda-tiny", "--address", "somewhere"), ["--address", "somewhere", "HOST:PORT"]),
         (("remuda-tiny", "--max-model-len", "999999"), ["--max-model-len", "999999"]),
         (("remuda-tiny", "--max-num-seqs", "64", "--max-num-batched-tokens", "8"), ["max-num-batched-tokens"]),

@@ -64,21 +64,21 @@ class Observed:
     logits: np.ndarray
 
 
-def observe(driver: ModelDriver, way: Way) -> list[Observed]:
+def observe(driver: ModelDriver, way: Way, prompt_length: int) -> list[Observed]:
     """Several where the way restarts: what was computed first, and what came after."""
     generator = random.Random(1)
-    target = driver.add([generator.randrange(VOCAB_SIZE) for _ in range(PROMPT_LENGTH)])
+    target = driver.add([generator.randrange(VOCAB_SIZE) for _ in range(prompt_length)])
     crowd = _Crowd(driver, way.others)
-    sizes = [size or PROMPT_LENGTH + NUM_NEW for size in way.chunks]
+    sizes = [size or prompt_length + NUM_NEW for size in way.chunks]
     done: list[Observed] = []
     step = 0
-    while len(target.token_ids) < PROMPT_LENGTH + NUM_NEW:
+    while len(target.token_ids) < prompt_length + NUM_NEW:
         count = min(sizes[step % len(sizes)], len(target.token_ids) - target.num_computed)
         crowd.step((target, count))
         if target.num_computed == len(target.token_ids):
             driver.append_greedy([target])
         step += 1
-        if way.restarts and not done and len(target.token_ids) == PROMPT_LENGTH + NUM_NEW // 2:
+        if way.restarts and not done and len(target.token_ids) == prompt_length + NUM_NEW // 2:
             done.append(_observed(driver, target))
             driver.release(target)
             target = driver.add(target.token_ids)
@@ -130,6 +130,7 @@ class Setting:
     tp: int = 1
     ep: int = 1
     pp: int = 1
+    prompt_length: int = PROMPT_LENGTH
 
 
 def observe_on_rank(context: RankContext, setting: Setting, ways: tuple[Way, ...]) -> dict[Way, list[Observed]]:
@@ -149,7 +150,7 @@ def observe_on_rank(context: RankContext, setting: Setting, ways: tuple[Way, ...
         model = build_model(config, mesh, config.dtype, device)
         load_weights(model, setting.directory)
         driver = ModelDriver(model, mesh, torch_dtype(config.dtype), store=context.store, block_size=_BLOCK_SIZE)
-        return {way: observe(driver, way) for way in ways}
+        return {way: observe(driver, way, setting.prompt_length) for way in ways}
 
 
 def first_difference(found: dict[Way, list[Observed]], expected: Observed) -> str | None:
