@@ -49,11 +49,22 @@ class ParallelConfig:
     determinism: Determinism = Determinism.OFF
     num_shards: int = 1
     """Under D2: in how many parts, a power of two, sums over divided dimensions are made (engine.deterministic)."""
+    num_redundant_experts: int = 0
+    """Room for so many copies of experts in each mixture layer, over all its ep ranks."""
+    balances_experts: bool = False
+    """Whether experts are moved, and copied into that room, as their loads ask for it."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "dp", "ep"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_redundant_experts % self.ep:
+            raise LayoutError(
+                f"num-redundant-experts={self.num_redundant_experts} must be a multiple of ep={self.ep}: every rank "
+                "holds as many experts as any other"
+            )
+        if self.ep == 1 and (self.num_redundant_experts or self.balances_experts):
+            raise LayoutError("experts are balanced over expert-parallel ranks; ep=1 has one (give --ep as well)")
         if (self.dp * self.tp) % self.ep:
             raise LayoutError(
                 f"ep must divide dp × tp: ep={self.ep} does not divide {self.dp} × {self.tp} = {self.dp * self.tp} "
@@ -74,6 +85,10 @@ class ParallelConfig:
         """Whether experts work for the tokens of several dp groups, which go to them and back by all-to-all; else all
         of a stage's ranks hold the same tokens."""
         return self.dp > 1
+
+    def num_expert_slots(self, num_experts: int) -> int:
+        """How many of a layer's ``num_experts`` experts, copies included, each ep rank holds."""
+        return (num_experts + self.num_redundant_experts) // self.ep
 
     @property
     def is_deterministic(self) -> bool:

@@ -16,10 +16,11 @@ from engine.block_hash import root_hash
 from engine.config import CacheConfig, KvGroupConfig, LoraConfig, SchedulerConfig
 from engine.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, Overloaded, ProtocolViolation
 from engine.executor.executor import Executor
-from engine.messages import StepPlan, StepResult
+from engine.messages import ExpertChange, LayerExperts, StepPlan, StepResult
 from engine.request import AdapterInfo, FinishReason, Output, Request
 from engine.scheduler.adapter_table import AdapterTable
 from engine.scheduler.dp_group import choose_group
+from engine.scheduler.expert_balancer import ExpertBalancer, ExpertStats
 from engine.scheduler.policy import FirstComeFirstServed, Policy
 from engine.scheduler.request_state import RequestState
 from engine.scheduler.scheduler import Scheduler
@@ -36,6 +37,8 @@ class EngineStats:
     num_blocks_used: int
     num_steps: int
     num_preemptions: int
+    experts: ExpertStats | None = None
+    """Of a mixture whose experts are on several ranks."""
 
     @property
     def kv_usage(self) -> float:
@@ -57,6 +60,7 @@ class Engine:
         input_references: see Scheduler.
         policy: makes one policy per dp group.
         lora_config: bounds of adapters.
+        experts: of a mixture whose experts are on several ranks.
         model_identity: differs for any two models whose KV blocks must not be taken for each other.
     """
 
@@ -73,6 +77,7 @@ class Engine:
         input_references: bool = True,
         policy: Callable[[], Policy] = FirstComeFirstServed,
         lora_config: LoraConfig = LoraConfig(),
+        experts: ExpertBalancer | None = None,
         model_identity: str = "",
     ) -> None:
         self._kv_groups = tuple(kv_groups)
@@ -83,6 +88,7 @@ class Engine:
         self._input_references = input_references
         self._policy = policy
         self._adapters = AdapterTable(lora_config)
+        self._experts = experts
         self._states: dict[str, RequestState] = {}
         self._outputs: list[Output] = []
         self._num_arrivals = 0
@@ -130,7 +136,7 @@ class Engine:
             batches = [scheduler.draft(self._next_step) for scheduler in self._schedulers]
             drafted = [batch for batch in batches if batch is not None]
             if len(drafted) == len(batches):
-                self._draft = StepPlan(self._epoch, self._next_step, drafted)
+                self._draft = StepPlan(self._epoch, self._next_step, drafted, expert_table=self._expert_table)
                 self._executor.prepare(self._draft)
 
     def _draft_is_final(self, results: list[StepResult]) -> bool:
@@ -139,6 +145,7 @@ class Engine:
             and len(results) == self._num_dp_groups
             and all(scheduler.is_final(each) for scheduler, each in zip(self._schedulers, results, strict=True))
             and not self._adapters.has_work
+            and not (self._experts is not None and self._experts.has_changes)
         )
 
     def _schedule(self) -> StepPlan | None:
@@ -148,7 +155,8 @@ class Engine:
         if all(batch is None for batch in batches) and not changes:
             return None
         self._next_step += 1
-        if draft is not None and not changes and all(map(operator.is_, batches, draft.batches)):
+        moves = self._expert_changes()
+        if draft is not None and not changes and not moves and all(map(operator.is_, batches, draft.batches)):
             return draft
         return StepPlan(
             self._epoch,
@@ -158,7 +166,19 @@ class Engine:
                 for scheduler, batch in zip(self._schedulers, batches, strict=True)
             ],
             changes,
+            moves,
+            self._expert_table,
         )
+
+    @property
+    def _expert_table(self) -> int:
+        return 0 if self._experts is None else self._experts.table
+
+    def _expert_changes(self) -> list[ExpertChange]:
+        """Adapters are loaded for the experts that a rank has, so these stay as long as there is any."""
+        if self._experts is None or not self._experts.has_changes:
+            return []
+        return self._experts.take_changes(may_move=self._adapters.is_empty)
 
     def _used_adapters(self) -> set[int]:
         return {state.adapter for state in self._states.values()}
@@ -171,6 +191,8 @@ class Engine:
             )
         if plan.adapters:
             self._end_without_adapter(self._adapters.returned(plan.adapters, results[0].adapters))
+        if self._experts is not None:
+            self._experts.returned(plan, results[0])
         for scheduler, result in zip(self._schedulers, results, strict=True):
             outputs = scheduler.update(result)
             self._outputs += outputs
@@ -185,6 +207,11 @@ class Engine:
             self._schedulers[state.dp_group].abort(state)
             message = "the request's adapter could not be loaded again"
             self._outputs.append(Output(state.request_id, [], FinishReason.ERROR, error=message))
+
+    @property
+    def expert_placements(self) -> list[LayerExperts]:
+        """Where the next epoch's ranks are to have their experts (InitCache), where that is not in order."""
+        return [] if self._experts is None else self._experts.placements()
 
     def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
         """Has every rank load the LoRA adapter in a directory of its host; later steps do it. ``name``: for requests.
@@ -287,6 +314,8 @@ class Engine:
                 message = f"the cache has shrunk to {scheduler.num_blocks} KV blocks, too few for this request"
                 self._outputs.append(Output(state.request_id, [], FinishReason.ERROR, error=message))
         self._adapters.restart(self._used_adapters())
+        if self._experts is not None:
+            self._experts.restart()
 
     def _begin_epoch(self, epoch: int, executor: Executor, cache_config: CacheConfig) -> None:
         self._epoch = epoch
@@ -322,6 +351,7 @@ class Engine:
             num_blocks_used=sum(scheduler.num_blocks_used for scheduler in schedulers),
             num_steps=self._num_steps_before + self._next_step,
             num_preemptions=self._num_preemptions_before + sum(scheduler.num_preemptions for scheduler in schedulers),
+            experts=None if self._experts is None else self._experts.stats(),
         )
 
     def check_integrity(self) -> None:

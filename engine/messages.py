@@ -81,24 +81,62 @@ class UnloadAdapter(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=
 AdapterChange = LoadAdapter | UnloadAdapter
 
 
+class LayerExperts(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where one layer's experts are: ``slots[ep rank][slot]`` is an expert (engine.parallel.expert_balance)."""
+
+    layer: int
+    slots: list[list[int]]
+
+
+class StageExperts(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="stage"):
+    """Every rank that has the layer begins to read, while steps go on, the experts that it lacks for ``placement``; an
+    ExpertOutcome follows in the result of some later plan. ``move``: names this move within the epoch."""
+
+    move: int
+    placement: LayerExperts
+
+
+class UseExperts(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="use"):
+    """From this plan on the layer's experts are where ``move`` puts them, which all its ranks have read."""
+
+    move: int
+
+
+class DropExperts(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="drop"):
+    """The move will not be: what was read for it is freed."""
+
+    move: int
+
+
+ExpertChange = StageExperts | UseExperts | DropExperts
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="plan"):
     """One forward pass of the whole gang. ``batches[d]`` belongs to dp group d. Steps of an epoch count from 0.
 
-    ``adapters`` take effect first, in order and on all ranks.
+    ``adapters`` take effect first, in order and on all ranks; so do ``experts``. ``expert_table``: how many UseExperts
+    this epoch has had with this plan, the number of the expert table that it is computed with.
     """
 
     epoch: int
     step: int
     batches: list[BatchPlan]
     adapters: list[AdapterChange] = []
+    experts: list[ExpertChange] = []
+    expert_table: int = 0
 
 
 class InitCache(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="init_cache"):
-    """Sent once per epoch when all ranks have loaded: allocate this many blocks, warm up, then answer Ready."""
+    """Sent once per epoch when all ranks have loaded: allocate this many blocks, warm up, then answer Ready.
+
+    ``experts``: where the epoch's experts are to begin with, of layers where that is not the linear placement. A rank
+    that holds others reads what it lacks.
+    """
 
     epoch: int
     num_blocks: int
     max_model_len: int
+    experts: list[LayerExperts] = []
 
 
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="shutdown"):
@@ -134,7 +172,7 @@ class SlotError(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class AdapterOutcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What became of a LoadAdapter on one rank: ``num_bytes`` that it holds, or why it failed (``error``)."""
+    """What became of a LoadAdapter on a rank: ``num_bytes`` that it holds, or why it failed (``error``)."""
 
     rank: int
     slot: int
@@ -142,11 +180,32 @@ class AdapterOutcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: str = ""
 
 
+class ExpertOutcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What became of a StageExperts on a rank: ``num_bytes`` are there, read in ``seconds``, or ``error``: why not."""
+
+    rank: int
+    move: int
+    num_bytes: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
+class ExpertLoads(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """(Token, expert) pairs that a rank's slots have had since its last report, ``by_layer[i][slot]`` in the i-th
+    mixture layer of its stage, over ``num_steps`` steps that took ``duration_us``. All of them were computed with the
+    table of the plan before the one that is answered, or an equal one."""
+
+    rank: int
+    by_layer: list[list[int]]
+    num_steps: int
+    duration_us: int
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="result"):
     """A rank's answer to a plan, one per rank and plan, in order of steps.
 
     Only the sampling rank of each dp group (tp rank 0 of the last stage) fills the lists of its batch; every rank fills
-    ``adapters``, one for each LoadAdapter.
+    ``adapters``, one for each LoadAdapter, ``expert_outcomes`` as they come, and now and then ``expert_loads``.
     """
 
     epoch: int
@@ -157,6 +216,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="re
     errors: list[SlotError] = []
     duration_us: int = 0
     adapters: list[AdapterOutcome] = []
+    expert_outcomes: list[ExpertOutcome] = []
+    expert_loads: list[ExpertLoads] = []
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="hello"):

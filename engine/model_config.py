@@ -243,6 +243,11 @@ def validate_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise LayoutError(f"ep={ep} needs a mixture of experts; {model.architecture} here is dense, use ep=1")
     if ep > 1 and model.num_experts % ep:
         raise LayoutError(f"ep={ep} does not divide the model's {model.num_experts} experts")
+    if parallel.num_expert_slots(model.num_experts) > model.num_experts:
+        raise LayoutError(
+            f"num-redundant-experts={parallel.num_redundant_experts} is more than ep={ep} ranks can use: with "
+            f"{model.num_experts * (ep - 1)} each holds all {model.num_experts} experts"
+        )
     for layer in model.layers:
         if layer.moe is None or layer.moe.has_shared_expert:
             # The shared expert is as wide as a routed one and is divided over all tp ranks.

@@ -121,6 +121,10 @@ class ParameterBuilder:
         child.slices, child.conversions = self.slices, self.conversions
         return child
 
+    def apart(self) -> Self:
+        """The same with notes of its own, for parameters that are made later."""
+        return type(self)(self.mesh, self.dtype, self.device, self.prefix, self.quantization)
+
     @property
     def tp(self) -> Split:
         """Division over the tensor-parallel ranks."""

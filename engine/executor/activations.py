@@ -90,7 +90,7 @@ def _exchange(moe: MoeConfig, parallel: ParallelConfig, size: int, b: int, copy:
     bytes of a number's float32 copy, if it has one."""
     width = moe.intermediate_size // parallel.expert_tp
     sent = -(-moe.num_experts_per_token * parallel.expert_tp // parallel.tp)
-    received = parallel.dp * min(moe.num_experts_per_token, moe.num_experts // parallel.ep)
+    received = parallel.dp * min(moe.num_experts_per_token, parallel.num_expert_slots(moe.num_experts))
     row = b * size
     numbers = _ROW_NUMBERS_BYTES * (sent + received)
     # Rows gathered, weighted and with their labels; rows on both sides, and the received sorted; the experts' inputs

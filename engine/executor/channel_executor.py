@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from engine.executor.channel import ChannelClosed, LeaderChannel
 from engine.executor.gang_start import GangReady, GangStart, OnMessage
 from engine.executor.gang_watch import GangWatch
 from engine.executor.rank_message import decode_message
-from engine.messages import RankError, Shutdown, StepPlan, StepResult, encode
+from engine.messages import LayerExperts, RankError, Shutdown, StepPlan, StepResult, encode
 from engine.model_config import ModelConfig
 
 
@@ -92,14 +92,17 @@ class ChannelExecutor:
         block_size: int,
         max_model_len: int | None = None,
         on_message: OnMessage = lambda message: None,
+        experts: Sequence[LayerExperts] = (),
     ) -> GangReady:
         """Waits until all ranks have loaded, sizes the cache, and waits until they are ready.
 
-        ``max_model_len`` None: the longest that fits. Raises what a rank raised (CheckpointError, …), DoesNotFit, or
-        RankFailure; ``close`` is to be called all the same.
+        ``max_model_len`` None: the longest that fits. ``experts``: see InitCache.
+
+        Raises what a rank raised (CheckpointError, …), DoesNotFit, or RankFailure; ``close`` is to be called all the
+        same.
         """
         start = GangStart(self._channel, self._num_ranks, self._epoch, self._stall_timeout_s, on_message)
-        ready = start.run(model, self._num_stages, block_size, max_model_len)
+        ready = start.run(model, self._num_stages, block_size, max_model_len, experts)
         self._watch_over.start([hello.device for hello in ready.ranks])
         self._watcher = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
         self._watcher.start()
@@ -243,10 +246,17 @@ class ChannelExecutor:
 
 
 def _by_dp_group(results: dict[int, StepResult], sampling_ranks: list[int]) -> list[StepResult]:
-    """The sampling ranks' results, the first with all ranks' news of adapters."""
+    """The sampling ranks' results, the first with all ranks' news of adapters and experts."""
     groups = [results[rank] for rank in sampling_ranks]
-    if any(result.adapters for result in results.values()):
-        outcomes = [outcome for rank in sorted(results) for outcome in results[rank].adapters]
-        groups = [msgspec.structs.replace(result, adapters=[]) for result in groups]
-        groups[0] = msgspec.structs.replace(groups[0], adapters=outcomes)
+    if any(result.adapters or result.expert_outcomes or result.expert_loads for result in results.values()):
+        every = [results[rank] for rank in sorted(results)]
+        groups = [
+            msgspec.structs.replace(result, adapters=[], expert_outcomes=[], expert_loads=[]) for result in groups
+        ]
+        groups[0] = msgspec.structs.replace(
+            groups[0],
+            adapters=[outcome for result in every for outcome in result.adapters],
+            expert_outcomes=[outcome for result in every for outcome in result.expert_outcomes],
+            expert_loads=[loads for result in every for loads in result.expert_loads],
+        )
     return groups

@@ -1,7 +1,7 @@
 """Brings the ranks of one gang from connected to ready."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.config import CacheConfig
@@ -13,6 +13,7 @@ from engine.executor.rank_message import decode_message
 from engine.messages import (
     Hello,
     InitCache,
+    LayerExperts,
     Loaded,
     LoadProgress,
     RankError,
@@ -52,15 +53,25 @@ class GangStart:
         self._loaded: dict[int, Loaded] = {}
         self._ready: dict[int, Ready] = {}
 
-    def run(self, model: ModelConfig, pp: int, block_size: int, max_model_len: int | None) -> GangReady:
-        """``pp``: pipeline stages. Raises what a rank raised, RankFailure, ProtocolViolation or DoesNotFit."""
+    def run(
+        self,
+        model: ModelConfig,
+        pp: int,
+        block_size: int,
+        max_model_len: int | None,
+        experts: Sequence[LayerExperts] = (),
+    ) -> GangReady:
+        """``pp``: pipeline stages. ``experts``: see InitCache.
+
+        Raises what a rank raised, RankFailure, ProtocolViolation or DoesNotFit.
+        """
         while len(self._loaded) < self._num_ranks:
             self._take()
         size = size_cache(
             list(self._loaded.values()), kv_groups(model, pp), block_size, model.max_context_len, max_model_len
         )
         with contextlib.suppress(RankFailure):  # to be received below, behind what the rank said before
-            self._channel.send(encode(InitCache(self._epoch, size.num_blocks, size.max_model_len)))
+            self._channel.send(encode(InitCache(self._epoch, size.num_blocks, size.max_model_len, list(experts))))
         while len(self._ready) < self._num_ranks:
             self._take()
         ready = [self._ready[rank] for rank in sorted(self._ready)]

@@ -13,8 +13,10 @@ import torch
 from engine.attention.backend import KvCacheView
 from engine.attention.registry import attention_backend
 from engine.batch import ForwardBatch
-from engine.errors import AdapterError
+from engine.errors import AdapterError, ProtocolViolation
 from engine.executor.batch_builder import build_batch
+from engine.executor.expert_loads import LoadCounters
+from engine.executor.expert_mover import ExpertMover
 from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import copy_blocks
 from engine.executor.logprobs import top_logprobs
@@ -32,6 +34,7 @@ from engine.messages import (
     SlotError,
     StepPlan,
     StepResult,
+    UseExperts,
 )
 from engine.models.registry import Model
 from engine.parallel.mesh import Mesh
@@ -60,6 +63,7 @@ class ModelRunner:
     Args:
         captured: of this epoch; None where everything is launched kernel by kernel.
         grammars: of the sampling rank; other ranks do not use theirs.
+        experts: where experts may move.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class ModelRunner:
         *,
         device: torch.device,
         captured: CapturedSteps | None = None,
+        experts: ExpertMover | None = None,
     ) -> None:
         self._model = model
         self._mesh = mesh
@@ -88,6 +93,8 @@ class ModelRunner:
         self._block_size = cache.key_cache[0].shape[1]
         self._attention = attention_backend(device, is_deterministic=mesh.config.is_deterministic)
         self._captured = captured
+        self._experts = experts
+        self._loads = LoadCounters(model, mesh)
         self._seen: dict[int, SeenTokens] = {}
         """By slot, of requests with penalties."""
 
@@ -97,6 +104,8 @@ class ModelRunner:
         began = time.perf_counter()
         self._progress.begin(plan.step)
         scheduled = self._slots.apply(plan)
+        expert_loads = self._loads.report(plan)
+        self._change_experts(plan)
         batch = plan.batches[self._mesh.dp_rank]
         self._forget(batch.removed)
         copy_blocks(self._cache, batch.block_copies)
@@ -108,7 +117,22 @@ class ModelRunner:
             self._model.forward_idle()
         self._progress.at(Operation.IDLE)
         duration_us = int((time.perf_counter() - began) * 1e6)
-        return msgspec.structs.replace(result, duration_us=duration_us, adapters=outcomes)
+        self._loads.stepped(duration_us)
+        return msgspec.structs.replace(
+            result,
+            duration_us=duration_us,
+            adapters=outcomes,
+            expert_outcomes=[] if self._experts is None else self._experts.take_outcomes(),
+            expert_loads=expert_loads,
+        )
+
+    def _change_experts(self, plan: StepPlan) -> None:
+        if self._experts is not None:
+            self._experts.apply(plan)
+            if any(isinstance(change, UseExperts) for change in plan.experts):
+                self.__dict__.pop("_adapters", None)  # it knows the experts by their slots; none is loaded now
+        elif plan.experts or plan.expert_table:
+            raise ProtocolViolation("this rank was started without room for experts that move")
 
     def _forget(self, slots: Sequence[int]) -> None:
         """They hold other requests, or none, from now on."""

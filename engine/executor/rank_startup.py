@@ -14,6 +14,7 @@ from engine.attention.registry import attention_backend
 from engine.errors import ProtocolViolation, RankFailure
 from engine.executor.cache_size import cuda_kv_bytes
 from engine.executor.channel import RankChannel
+from engine.executor.expert_mover import ExpertMover
 from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import allocate_kv_cache
 from engine.executor.memory_check import check_memory
@@ -38,6 +39,7 @@ from engine.parallel.distributed import init_distributed
 from engine.parallel.mesh import Mesh
 from engine.parallel.store import connect_store
 from engine.slot_table import SlotTable
+from engine.weights.expert_reader import ExpertReader
 from engine.weights.ledger import held_bytes, kv_block_bytes
 from engine.weights.load_check import HostShare
 from engine.weights.loader import load_weights
@@ -87,6 +89,7 @@ class _Startup:
             model = build_model(model_config, mesh, config.dtype, self._device)
             share = _host_share(config)
             load_weights(model, config.model, config.load_format, self._report_bytes, share)
+            experts = self._expert_mover(model, mesh)
             assert isinstance(model, torch.nn.Module)
             weight_bytes = held_bytes(model).total
             self._await_others(store)
@@ -100,11 +103,13 @@ class _Startup:
         if not isinstance(message, InitCache) or message.epoch != config.epoch:
             raise ProtocolViolation(f"the size of the cache for epoch {config.epoch} is due, not {message!r}")
         with self._phase("warm_up"):
+            if experts is not None:
+                experts.begin_epoch(message.experts)
             cache = self._allocate(model, mesh, message.num_blocks)
             self._run_largest_steps(model, mesh, cache, message.max_model_len)
             captured = self._capture(model, mesh, cache, message.max_model_len)
         self._send(Ready(config.rank, dict(self._phase_seconds)))
-        return ReadyRank(self._channel, self._runner(model, mesh, cache, message.num_blocks, captured))
+        return ReadyRank(self._channel, self._runner(model, mesh, cache, message.num_blocks, captured, experts))
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -217,8 +222,20 @@ class _Startup:
             device=self._device,
         )
 
+    def _expert_mover(self, model: Model, mesh: Mesh) -> ExpertMover | None:
+        if not mesh.config.balances_experts:
+            return None
+        reader = ExpertReader(self._config.model, model.config, self._config.load_format)
+        return ExpertMover(model, mesh, reader, self._device)
+
     def _runner(
-        self, model: Model, mesh: Mesh, cache: KvCacheView, num_blocks: int, captured: CapturedSteps | None
+        self,
+        model: Model,
+        mesh: Mesh,
+        cache: KvCacheView,
+        num_blocks: int,
+        captured: CapturedSteps | None,
+        experts: ExpertMover | None,
     ) -> ModelRunner:
         config = self._config
         slots = SlotTable(
@@ -230,7 +247,7 @@ class _Startup:
             dp_group=mesh.dp_rank,
         )
         grammars = GrammarMasks(Path(config.model), model.config.vocab_size)
-        return ModelRunner(model, mesh, cache, slots, grammars, device=self._device, captured=captured)
+        return ModelRunner(model, mesh, cache, slots, grammars, device=self._device, captured=captured, experts=experts)
 
 
 def _host_share(config: WorkerConfig) -> HostShare:

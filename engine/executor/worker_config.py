@@ -34,6 +34,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     determinism: Determinism = Determinism.OFF
     num_shards: int = 1
     """See ParallelConfig."""
+    num_redundant_experts: int = 0
+    balances_experts: bool = False
     dtype: Dtype = Dtype.FLOAT32
     load_format: LoadFormat = LoadFormat.SAFETENSORS
     quantization: str | None = None
@@ -67,6 +69,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
             ep=self.ep,
             determinism=self.determinism,
             num_shards=self.num_shards,
+            num_redundant_experts=self.num_redundant_experts,
+            balances_experts=self.balances_experts,
         )
 
     def encode(self) -> bytes:

@@ -1,11 +1,12 @@
 """The routed experts of a layer: this rank's, each a gated feed-forward network.
 
 N (token, expert) pairs, E experts, H hidden size, I expert width. Experts are divided over ep ranks, each expert's
-width over the expert_tp ranks that remain.
+width over the expert_tp ranks that remain. Which experts a rank holds may change while it serves.
 """
 
 import abc
 import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,9 @@ from engine.kernels.linear import linear
 from engine.layer_config import MoeConfig
 from engine.layers.activation import silu_and_multiply
 from engine.layers.lora import LoraExperts
+from engine.parallel.expert_balance import linear_placement
 from engine.parallel.ordered_sum import tree_sum
-from engine.parameter import ParameterBuilder, Split
+from engine.parameter import Conversion, ParameterBuilder, Split, TensorSlice
 from engine.quantization.matrix import FloatSource, MatrixPart, WeightMatrix
 from engine.quantization.registry import make_input_divided, make_matrix
 from engine.quantization_config import WeightFormat
@@ -44,27 +46,66 @@ class ExpertNames:
 
 
 class Experts(nn.Module, abc.ABC):
-    """What this rank holds of a layer's experts: ``num_experts`` from ``first_expert``, of each an equal share of the
-    width."""
+    """What this rank holds of a layer's experts: one in each of ``num_slots`` slots, of each an equal share of the
+    width.
 
-    def __init__(self, build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames) -> None:
+    ``held``: by slot the expert that is there; None while it is being replaced. ``first_slot``: the number of this
+    rank's first slot among those of all ep ranks. ``experts``: those to hold, where not this rank's of the linear
+    placement (engine.parallel.expert_balance).
+    """
+
+    def __init__(
+        self,
+        build: ParameterBuilder,
+        hidden_size: int,
+        config: MoeConfig,
+        names: ExpertNames,
+        experts: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
-        mesh = build.mesh
-        by_expert = Split(mesh.config.ep, mesh.ep_rank)
-        self.num_experts = by_expert.size(config.num_experts)
-        self.first_expert = by_expert.start(config.num_experts)
-        self.by_width = Split(mesh.config.expert_tp, mesh.expert_tp_rank)
+        parallel, mesh = build.mesh.config, build.mesh
+        num_slots = parallel.num_expert_slots(config.num_experts)
+        if experts is None:
+            experts = linear_placement(config.num_experts, parallel.ep, num_slots).slots[mesh.ep_rank]
+        self.held: list[int | None] = list(experts)
+        self.num_slots = len(experts)
+        self.first_slot = mesh.ep_rank * num_slots
+        self.by_width = Split(parallel.expert_tp, mesh.expert_tp_rank)
         self._determinism = build.mesh.config.determinism
         self._multiply = fixed_linear if build.mesh.config.is_deterministic else linear
         self._num_shards = build.mesh.config.num_shards // self.by_width.degree
         matrix_names = (names.gate, names.up, names.down)
         self.lora = LoraExperts(
-            build, hidden_size, config, matrix_names, by_expert, self.by_width, is_transposed=names.is_fused
+            build, hidden_size, config, matrix_names, experts, self.by_width, is_transposed=names.is_fused
         )
+        self._build, self._hidden_size, self._config, self._names = build, hidden_size, config, names
+
+    def staged(self, expert: int) -> "StagedExpert":
+        """The same for another expert alone, in memory of its own and not yet loaded. From any thread."""
+        build = self._build.apart()
+        experts = type(self)(build, self._hidden_size, self._config, self._names, [expert])
+        return StagedExpert(expert, experts, tuple(build.slices), tuple(build.conversions))
+
+    def put(self, slot: int, staged: "StagedExpert") -> None:
+        """From now on ``slot`` holds what was staged and loaded. In place, for kernels have addresses."""
+        self.held[slot] = None
+        for mine, new in zip(self.tensors(slot), staged.experts.tensors(0), strict=True):
+            mine.copy_(new)
+        self.lora.put(slot, staged.expert)
+        self.held[slot] = staged.expert
+
+    def can_put(self, slot: int, staged: "StagedExpert") -> bool:
+        """Not where a checkpoint has experts of one layer in different formats."""
+        mine, new = self.tensors(slot), staged.experts.tensors(0)
+        return [(one.shape, one.dtype) for one in mine] == [(one.shape, one.dtype) for one in new]
+
+    @abc.abstractmethod
+    def tensors(self, slot: int) -> list[torch.Tensor]:
+        """All that belongs to the expert in a slot, in an order that depends on the format alone."""
 
     @abc.abstractmethod
     def gate_up(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
-        """[n, H] to [n, 2 × local I], gate first, by the local expert of that number."""
+        """[n, H] to [n, 2 × local I], gate first, by the expert in that slot."""
 
     @abc.abstractmethod
     def down(self, expert: int, inner: torch.Tensor) -> torch.Tensor:
@@ -100,7 +141,11 @@ class Experts(nn.Module, abc.ABC):
         in_order = self._determinism is Determinism.D2
         if is_plain and tokens.dtype == torch.bfloat16 and not in_order and self._grouped is not None:
             return self._grouped.forward(tokens, counts)
-        if is_plain and self._determinism is Determinism.OFF and (outputs := self._sorted_on_gpu(tokens, counts)) is not None:
+        if (
+            is_plain
+            and self._determinism is Determinism.OFF
+            and (outputs := self._sorted_on_gpu(tokens, counts)) is not None
+        ):
             return outputs
         return self._one_by_one(tokens, counts.tolist(), None if is_plain else adapters)
 
@@ -122,26 +167,37 @@ class Experts(nn.Module, abc.ABC):
 class StackedExperts(Experts):
     """Unquantized: all experts' matrices in two tensors, [E, 2 × local I, H], gate first, and [E, H, local I]."""
 
-    def __init__(self, build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames) -> None:
-        super().__init__(build, hidden_size, config, names)
+    def __init__(
+        self,
+        build: ParameterBuilder,
+        hidden_size: int,
+        config: MoeConfig,
+        names: ExpertNames,
+        experts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(build, hidden_size, config, names, experts)
         width, local_width = config.intermediate_size, self.by_width.size(config.intermediate_size)
         start = self.by_width.start(width)
-        self.gate_up_weights = build.empty(self.num_experts, 2 * local_width, hidden_size)
-        self.down_weights = build.empty(self.num_experts, hidden_size, local_width)
+        self.gate_up_weights = build.empty(self.num_slots, 2 * local_width, hidden_size)
+        self.down_weights = build.empty(self.num_slots, hidden_size, local_width)
         if names.is_fused:
-            shape, first = (config.num_experts, hidden_size, 2 * width), self.first_expert
-            gate, up = self.gate_up_weights.transpose(1, 2).chunk(2, dim=-1)
-            down = self.down_weights.transpose(1, 2)
-            build.fill(gate, "gate_up_proj", shape, (first, 0, start))
-            build.fill(up, "gate_up_proj", shape, (first, 0, width + start))
-            build.fill(down, "down_proj", (config.num_experts, width, hidden_size), (first, start, 0))
+            shape = (config.num_experts, hidden_size, 2 * width)
+            gates, ups = self.gate_up_weights.transpose(1, 2).chunk(2, dim=-1)
+            downs = self.down_weights.transpose(1, 2)
+            for slots, first in _runs(self.lora.local_experts):
+                build.fill(gates[slots], "gate_up_proj", shape, (first, 0, start))
+                build.fill(ups[slots], "gate_up_proj", shape, (first, 0, width + start))
+                build.fill(downs[slots], "down_proj", (config.num_experts, width, hidden_size), (first, start, 0))
             return
-        for expert in range(self.num_experts):
-            at = build.at(str(self.first_expert + expert))
-            gate, up = self.gate_up_weights[expert].chunk(2)
+        for slot, expert in enumerate(self.lora.local_experts):
+            at = build.at(str(expert))
+            gate, up = self.gate_up_weights[slot].chunk(2)
             at.fill(gate, f"{names.gate}.weight", (width, hidden_size), (start, 0))
             at.fill(up, f"{names.up}.weight", (width, hidden_size), (start, 0))
-            at.fill(self.down_weights[expert], f"{names.down}.weight", (hidden_size, width), (0, start))
+            at.fill(self.down_weights[slot], f"{names.down}.weight", (hidden_size, width), (0, start))
+
+    def tensors(self, slot: int) -> list[torch.Tensor]:
+        return [self.gate_up_weights[slot], self.down_weights[slot]]
 
     def forward_routed(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, scores: torch.Tensor, *, scales_inputs: bool
@@ -149,7 +205,7 @@ class StackedExperts(Experts):
         if self._determinism is not Determinism.OFF:
             return None  # few tokens and many would be computed in different ways
         weights = self.gate_up_weights, self.down_weights
-        return gpu_experts(hidden, expert_ids, scores, *weights, self.first_expert, scales_inputs=scales_inputs)
+        return gpu_experts(hidden, expert_ids, scores, *weights, self.first_slot, scales_inputs=scales_inputs)
 
     def _sorted_on_gpu(self, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor | None:
         return gpu_sorted_experts(tokens, counts, self.gate_up_weights, self.down_weights)
@@ -163,21 +219,34 @@ class StackedExperts(Experts):
     def down(self, expert: int, inner: torch.Tensor) -> torch.Tensor:
         if self._determinism is not Determinism.D2:
             return self._multiply(inner, self.down_weights[expert])
-        shards = zip(inner.chunk(self._num_shards, 1), self.down_weights[expert].chunk(self._num_shards, 1), strict=True)
+        shards = zip(
+            inner.chunk(self._num_shards, 1), self.down_weights[expert].chunk(self._num_shards, 1), strict=True
+        )
         return tree_sum(torch.stack([self._multiply(part, weight.contiguous()) for part, weight in shards]))
 
 
 class QuantizedExperts(Experts):
     """Each expert's matrices by themselves, quantized."""
 
-    def __init__(self, build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames) -> None:
-        super().__init__(build, hidden_size, config, names)
+    def __init__(
+        self,
+        build: ParameterBuilder,
+        hidden_size: int,
+        config: MoeConfig,
+        names: ExpertNames,
+        experts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(build, hidden_size, config, names, experts)
         gate_ups, downs = [], []
-        for expert in range(self.first_expert, self.first_expert + self.num_experts):
+        for expert in self.lora.local_experts:
             gate, up, down = self._parts(build, hidden_size, config, names, expert)
             gate_ups.append(make_matrix(build, [gate, up]))
             downs.append(make_input_divided(build, down))
         self.gate_ups, self.downs = nn.ModuleList(gate_ups), nn.ModuleList(downs)
+
+    def tensors(self, slot: int) -> list[torch.Tensor]:
+        modules = self.gate_ups[slot], self.downs[slot]
+        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
     def _parts(
         self, build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames, expert: int
@@ -215,10 +284,33 @@ class QuantizedExperts(Experts):
         return _matrix(self.downs[expert]).forward(inner)
 
 
+@dataclass(frozen=True)
+class StagedExpert:
+    """``experts`` holds ``expert`` alone; the loader fills it from ``slices`` and ``conversions``."""
+
+    expert: int
+    experts: Experts
+    slices: tuple[TensorSlice, ...]
+    conversions: tuple[Conversion, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.experts.tensors(0))
+
+
 def make_experts(build: ParameterBuilder, hidden_size: int, config: MoeConfig, names: ExpertNames) -> Experts:
     """``build``: the builder of the experts' own prefix."""
     form = build.format_of(f"0.{names.gate}")
     return (StackedExperts if form is None else QuantizedExperts)(build, hidden_size, config, names)
+
+
+def _runs(experts: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """Slots whose experts follow one another: the slots, and the first of their experts."""
+    start = 0
+    for end in range(1, len(experts) + 1):
+        if end == len(experts) or experts[end] != experts[end - 1] + 1:
+            yield slice(start, end), experts[start]
+            start = end
 
 
 def _matrix(module: nn.Module) -> WeightMatrix:

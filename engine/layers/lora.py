@@ -88,7 +88,8 @@ class LoraExperts(nn.Module):
         hidden_size: H.
         config: number and width I of the experts.
         names: of an expert's gate, up and down matrices.
-        by_expert, by_width: which experts are this rank's, and which part of each one's width.
+        local_experts: this rank's.
+        by_width: which part of each one's width is this rank's.
         is_transposed: whether the model holds all experts in one tensor as [E, in, out].
     """
 
@@ -98,7 +99,7 @@ class LoraExperts(nn.Module):
         hidden_size: int,
         config: MoeConfig,
         names: tuple[str, str, str],
-        by_expert: Split,
+        local_experts: Sequence[int],
         by_width: Split,
         is_transposed: bool,
     ) -> None:
@@ -107,16 +108,23 @@ class LoraExperts(nn.Module):
         self.hidden_size, self.width = hidden_size, config.intermediate_size
         self.num_experts, self.by_width = config.num_experts, by_width
         self.matrix_names, self.is_transposed = names, is_transposed
-        first = by_expert.start(config.num_experts)
-        self.local_experts = range(first, first + by_expert.size(config.num_experts))
-        gate_name, up_name, down_name = names
-        self.gate_ups: list[LoraLayer] = []
-        self.downs: list[LoraLayer] = []
-        for expert in self.local_experts:
-            at = build.at(str(expert))
-            gate_up = [MatrixPart(name, self.width, hidden_size, outputs=by_width) for name in (gate_name, up_name)]
-            self.gate_ups.append(LoraLayer(at, gate_up))
-            self.downs.append(LoraLayer(at, [MatrixPart(down_name, hidden_size, self.width, inputs=by_width)]))
+        self.local_experts = list(local_experts)
+        self._build = build
+        layers = [self._layers(expert) for expert in local_experts]
+        self.gate_ups = [gate_up for gate_up, _ in layers]
+        self.downs = [down for _, down in layers]
+
+    def _layers(self, expert: int) -> tuple[LoraLayer, LoraLayer]:
+        at = self._build.at(str(expert))
+        *gate_up_names, down_name = self.matrix_names
+        gate_up = [MatrixPart(name, self.width, self.hidden_size, outputs=self.by_width) for name in gate_up_names]
+        down = [MatrixPart(down_name, self.hidden_size, self.width, inputs=self.by_width)]
+        return LoraLayer(at, gate_up), LoraLayer(at, down)
+
+    def put(self, slot: int, expert: int) -> None:
+        """Another expert is in a slot; its adapters are not loaded."""
+        self.local_experts[slot] = expert
+        self.gate_ups[slot], self.downs[slot] = self._layers(expert)
 
     @property
     def has_updates(self) -> bool:

@@ -13,6 +13,7 @@ from engine.layers.feed_forward import GatedFeedForward
 from engine.layers.router import Router
 from engine.parallel.all_to_all_dispatch import AllToAllDispatch
 from engine.parallel.expert_balance import linear_placement
+from engine.parallel.expert_table import ExpertTable
 from engine.parallel.mesh import Mesh
 from engine.parallel.ordered_sum import sum_over_ranks
 from engine.parallel.token_dispatch import ExpertTokens, ReplicatedDispatch, TokenDispatch, scaled
@@ -41,15 +42,26 @@ class MixtureOfExperts(nn.Module):
         self.shared_expert = shared_expert
         self._scales_inputs = scales_inputs
         self._is_in_order = mesh.config.determinism is Determinism.D2
-        self._dispatch = self._make_dispatch(mesh)
         self._is_replicated = not mesh.config.exchanges_tokens
+        self.table = self._make_table(mesh)
+        self._dispatch = self._make_dispatch(mesh)
+        self._counts_loads = mesh.config.ep > 1
+        self.loads = torch.zeros(experts.num_slots, dtype=torch.int64)
+        """[slots]: (token, expert) pairs that each of this rank's slots has had, where there is more than one ep rank.
+        On the device of the experts."""
+
+    def _make_table(self, mesh: Mesh) -> ExpertTable:
+        """Ranks that exchange tokens route different ones."""
+        parallel, num_experts = mesh.config, self.router.num_experts
+        placement = linear_placement(num_experts, parallel.ep, self.experts.num_slots)
+        offset = 0 if self._is_replicated else mesh.expert_index
+        return ExpertTable(num_experts, placement, offset=offset, is_fixed=not parallel.balances_experts)
 
     def _make_dispatch(self, mesh: Mesh) -> TokenDispatch:
         experts, scales_inputs = self.experts, self._scales_inputs
-        if not mesh.config.exchanges_tokens:
-            return ReplicatedDispatch(experts.first_expert, experts.num_experts, scales_inputs=scales_inputs)
-        placement = linear_placement(self.router.num_experts, mesh.config.ep, experts.num_experts)
-        return AllToAllDispatch(mesh, placement, self.router.num_experts, scales_inputs=scales_inputs)
+        if self._is_replicated:
+            return ReplicatedDispatch(experts.first_slot, experts.num_slots, scales_inputs=scales_inputs)
+        return AllToAllDispatch(mesh, self.table, scales_inputs=scales_inputs)
 
     def forward(self, hidden: torch.Tensor, adapters: StepAdapters | None = None) -> torch.Tensor:
         """[T, H] to [T, H], the same on all tensor-parallel ranks; one reduction for routed and shared experts
@@ -77,7 +89,8 @@ class MixtureOfExperts(nn.Module):
         expert_ids, by_number = expert_ids.sort(dim=1)
         scores = scores.gather(1, by_number)
         num_tokens, num_chosen = expert_ids.shape
-        pairs, counts = self._dispatch.local_pairs(expert_ids)
+        pairs, counts = self._dispatch.local_pairs(self.table.slots(expert_ids))
+        self._count(counts)
         rows, places = pairs // num_chosen, pairs % num_chosen
         tokens = hidden[rows]
         if self._scales_inputs:
@@ -98,9 +111,12 @@ class MixtureOfExperts(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The routed experts' sum, of the rank's share of tokens, and the shared expert's summand, of all."""
         expert_ids, scores = self.router.forward(mine)
+        if self._is_replicated:
+            expert_ids = self.table.slots(expert_ids)
         if adapters is None and self._is_replicated:
             output = self.experts.forward_routed(mine, expert_ids, scores, scales_inputs=self._scales_inputs)
             if output is not None:
+                self._count_slots(expert_ids)
                 return output, self._shared(hidden, adapters)
         own = adapters if adapters is None or self._is_replicated else adapters.part(share)
         dispatched = self._dispatch.dispatch(mine, expert_ids, scores, own)
@@ -108,9 +124,28 @@ class MixtureOfExperts(nn.Module):
         return dispatched.combine(self._computed(dispatched.receive())), shared
 
     def _computed(self, arrived: ExpertTokens) -> torch.Tensor:
+        self._count(arrived.counts)
         return self.experts.forward(arrived.tokens, arrived.counts, arrived.adapters)
 
     def _shared(self, hidden: torch.Tensor, adapters: StepAdapters | None) -> torch.Tensor | None:
         if self.shared_expert is None or not len(hidden):
             return None
         return self.shared_expert.forward_partial(hidden, adapters)
+
+    def _count(self, counts: torch.Tensor) -> None:
+        """[slots]"""
+        if self._counts_loads:
+            self._loads_on(counts.device).add_(counts)
+
+    def _count_slots(self, slots: torch.Tensor) -> None:
+        """[T, K], where nothing else counted them. The host is asked for nothing, so that a graph can hold it."""
+        if self._counts_loads:
+            local = slots.flatten() - self.experts.first_slot
+            is_mine = (local >= 0) & (local < self.experts.num_slots)
+            self._loads_on(slots.device).scatter_add_(0, local.where(is_mine, 0), is_mine.to(torch.int64))
+
+    def _loads_on(self, device: torch.device) -> torch.Tensor:
+        """Moves the counters once: a plan makes its model on no device at all."""
+        if self.loads.device != device:
+            self.loads = self.loads.to(device)
+        return self.loads

@@ -13,7 +13,7 @@ import torch
 from engine.batch import StepAdapters
 from engine.messages import NO_ADAPTER
 from engine.parallel.collectives import ReceivedRows
-from engine.parallel.expert_balance import ExpertPlacement
+from engine.parallel.expert_table import ExpertTable
 from engine.parallel.mesh import Mesh
 from engine.parallel.token_dispatch import ExpertTokens, scaled
 
@@ -27,27 +27,15 @@ class AllToAllDispatch:
     shares themselves.
 
     Args:
-        placement: which ep ranks hold which experts; of several copies a token takes one by its row.
-        num_experts: of the layer.
+        table: which slots hold which experts.
         scales_inputs: whether a score multiplies an expert's input; its output otherwise.
     """
 
-    def __init__(self, mesh: Mesh, placement: ExpertPlacement, num_experts: int, *, scales_inputs: bool) -> None:
-        placement.check(num_experts)
+    def __init__(self, mesh: Mesh, table: ExpertTable, *, scales_inputs: bool) -> None:
         self._stage = mesh.stage
         self._tp, self._tp_rank, self._expert_tp = mesh.config.tp, mesh.tp_rank, mesh.config.expert_tp
         self._scales_inputs = scales_inputs
-        self._num_slots = len(placement.slots[0])
-        copies = placement.copies(num_experts)
-        widest = max(map(len, copies))
-        self._num_copies = torch.tensor([len(places) for places in copies])
-        # [E, copies]: the number of each slot, counted over all ep ranks.
-        self._places = torch.tensor(
-            [
-                [rank * self._num_slots + slot for rank, slot in places] + [0] * (widest - len(places))
-                for places in copies
-            ]
-        )
+        self._table, self._num_slots = table, table.num_slots
 
     def share(self, num_tokens: int) -> slice:
         first, end = (num_tokens * rank // self._tp for rank in (self._tp_rank, self._tp_rank + 1))
@@ -64,9 +52,7 @@ class AllToAllDispatch:
         num_tokens, num_chosen = expert_ids.shape
         expert_ids, by_expert = expert_ids.sort(dim=1)
         scores = scores.gather(1, by_expert)
-        self._move_tables(hidden.device)
-        copy = torch.arange(num_tokens, device=hidden.device)[:, None] % self._num_copies[expert_ids]
-        place = self._places[expert_ids, copy]  # [T, K]
+        place = self._table.slots(expert_ids)  # [T, K]
         parts = torch.arange(self._expert_tp, device=hidden.device)
         receiver = ((place // self._num_slots)[:, :, None] * self._expert_tp + parts).flatten()
         slot = (place % self._num_slots)[:, :, None].expand(-1, -1, self._expert_tp).flatten()
@@ -82,11 +68,6 @@ class AllToAllDispatch:
         rows = torch.cat([tokens.view(torch.uint8), labels.view(torch.uint8)], dim=1)
         sent = _Sent(order, counts, (num_tokens, num_chosen, self._expert_tp), None if self._scales_inputs else scores)
         return ExchangedTokens(self, sent, hidden.dtype, self._stage.post_rows(rows, counts))
-
-    def _move_tables(self, device: torch.device) -> None:
-        """Once: a plan makes its model on no device at all."""
-        if self._places.device != device:
-            self._num_copies, self._places = self._num_copies.to(device), self._places.to(device)
 
     def receive(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[ExpertTokens, torch.Tensor]:
         """From rows with labels, in the order of their arrival: what the experts get, and each one's place among the

@@ -68,6 +68,11 @@ class AdapterTable:
         self._leaving.append(adapter)
         return adapter.unloaded
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no rank has any, or is about to."""
+        return not (self._by_name or self._leaving or self._failed or self._queue or self._sent)
+
     def slot_of(self, name: str) -> int:
         """Raises InvalidRequest where no such adapter is loaded. The empty name is the base model's."""
         if not name:

@@ -128,6 +128,14 @@ class AdapterLoader:
         )
 
 
+def drop_adapters(model: Model) -> None:
+    """All that its layers hold."""
+    for module in _modules(model):
+        if isinstance(module, LoraLayer):
+            for slot in module.slots:
+                module.drop(slot)
+
+
 def _modules(model: Model) -> Iterator[torch.nn.Module]:
     assert isinstance(model, torch.nn.Module)
     return model.modules()
@@ -221,8 +229,7 @@ class _ExpertsReader:
     def read(self, files: OpenFiles) -> Iterator[tuple[LoraLayer, LoraUpdate]]:
         local, num_experts, rank = self.experts.local_experts, self.experts.num_experts, self.rank
         columns, rows = (self.outputs, self.inputs) if self.is_swapped else (self.inputs, self.outputs)
-        start, count = local.start * rank, len(local) * rank
-        of_a = torch.cat([_read(files, self.factors.a, (start, at), (count, size)) for at, size in columns], 1)
+        of_a = torch.cat([self._of_experts(files, (at, size)) for at, size in columns], 1)
         of_b = torch.cat(
             [_read(files, self.factors.b, (at, 0), (size, rank * num_experts)) for at, size in rows], 0
         ).view(-1, rank, num_experts)
@@ -230,6 +237,12 @@ class _ExpertsReader:
             a, b = of_a[index * rank : (index + 1) * rank], of_b[:, :, expert]
             down, up = (b.t(), a.t()) if self.is_swapped else (a, b)
             yield layer, _update(layer, 0, down, up, self.scale)
+
+    def _of_experts(self, files: OpenFiles, columns: tuple[int, int]) -> torch.Tensor:
+        """Rows of A, expert by expert of this rank."""
+        start, size = columns
+        rows = [(expert * self.rank, start) for expert in self.experts.local_experts]
+        return torch.cat([_read(files, self.factors.a, first, (self.rank, size)) for first in rows])
 
 
 def _experts_reader(experts: LoraExperts, config: AdapterConfig, module: str, factors: _Factors) -> _ExpertsReader:

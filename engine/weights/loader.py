@@ -1,8 +1,9 @@
 """Fills a rank's parameters. Each rank reads only its own slices, by offset."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -18,6 +19,17 @@ from engine.weights.gguf_checkpoint import GgufCheckpoint
 from engine.weights.load_check import HostShare, LoadCheck, open_manifest
 from engine.weights.slice_reader import TORCH_DTYPES, OpenFiles, read_slice
 
+
+class Pieces(Protocol):
+    """Parameters and where they come from: a model, or a part of one."""
+
+    @property
+    def slices(self) -> tuple[TensorSlice, ...]: ...
+
+    @property
+    def conversions(self) -> tuple[Conversion, ...]: ...
+
+
 _STAGING_BYTES = 8 * 1024 * 1024
 _log = logging.getLogger(__name__)
 
@@ -29,7 +41,7 @@ def verify_checkpoint(directory: str | Path, config: ModelConfig) -> None:
     tensor.
     """
     open_manifest(Path(directory))
-    _find_tensors(_open(directory, config), _whole_model(config))
+    _find_tensors(open_checkpoint(directory, config), _whole_model(config))
 
 
 def load_weights(
@@ -50,31 +62,44 @@ def load_weights(
     if load_format is LoadFormat.DUMMY:
         fill_with_random_values(model.slices, model.conversions, on_progress)
         return total
-    checkpoint = _open(directory, model.config)
+    checkpoint = open_checkpoint(directory, model.config)
     work = _find_tensors(checkpoint, model)
     if checkpoint.has_doubled_heads and share.index == 0:
         _log.warning("%s stores every key-value head twice; one of each pair is read", directory)
     # In the order of the files' bytes, so that reading ahead helps.
     work.sort(key=lambda item: (item[0][0].file, item[0][0].offset))
-    staging = bytearray(_STAGING_BYTES)
     done = 0
-    with _hash_check(checkpoint, model.config, share) as check, OpenFiles(checkpoint.file_bytes) as files:
-        for entries, piece in work:
-            if isinstance(piece, Conversion):
-                _run_conversion(files, entries, piece, staging)
-                done += piece.num_bytes
-                on_progress(done, total)
-            else:
-                for num_bytes in read_slice(files, entries[0], _as_stored(piece, entries[0]), staging):
-                    done += num_bytes
-                    on_progress(done, total)
+    with _hash_check(checkpoint, model.config, share) as check:
+        for num_bytes in _read(checkpoint, work):
+            done += num_bytes
+            on_progress(done, total)
             check.raise_failure()
-        files.check_sizes()
         check.finish()
     return total
 
 
-def _open(directory: str | Path, config: ModelConfig) -> Checkpoint | GgufCheckpoint:
+def read_pieces(checkpoint: Checkpoint | GgufCheckpoint, pieces: Pieces) -> Iterator[int]:
+    """Fill parameters that were made after a model was loaded; yields bytes as they are filled.
+
+    Raises CheckpointError as ``load_weights`` does. Hashes are not checked.
+    """
+    yield from _read(checkpoint, _find_tensors(checkpoint, pieces))
+
+
+def _read(checkpoint: Checkpoint | GgufCheckpoint, work: "_Work") -> Iterator[int]:
+    staging = bytearray(_STAGING_BYTES)
+    with OpenFiles(checkpoint.file_bytes) as files:
+        for entries, piece in work:
+            if isinstance(piece, Conversion):
+                _run_conversion(files, entries, piece, staging)
+                yield piece.num_bytes
+            else:
+                yield from read_slice(files, entries[0], _as_stored(piece, entries[0]), staging)
+        files.check_sizes()
+
+
+def open_checkpoint(directory: str | Path, config: ModelConfig) -> Checkpoint | GgufCheckpoint:
+    """Reads headers, no weights. Raises CheckpointError."""
     if is_gguf(directory):
         return GgufCheckpoint(directory)
     aliases = {}
@@ -110,7 +135,7 @@ def _as_stored(piece: TensorSlice, entry: TensorEntry) -> TensorSlice:
 _Work = list[tuple[list[TensorEntry], TensorSlice | Conversion]]
 
 
-def _find_tensors(checkpoint: Checkpoint | GgufCheckpoint, model: Model) -> _Work:
+def _find_tensors(checkpoint: Checkpoint | GgufCheckpoint, model: Pieces) -> _Work:
     """What to read for each piece of the model. Raises CheckpointError where a tensor is missing or different."""
     work: _Work = []
     for piece in model.slices:

@@ -10,6 +10,7 @@ from engine.config import ParallelConfig
 from engine.parallel.all_to_all_dispatch import AllToAllDispatch
 from engine.parallel.distributed import init_distributed
 from engine.parallel.expert_balance import ExpertPlacement, balanced_placement, linear_placement
+from engine.parallel.expert_table import ExpertTable
 from tests.support.rank_pool import RankContext, run_ranks
 
 pytestmark = pytest.mark.timeout(90)
@@ -78,7 +79,9 @@ def mixtures(context: RankContext, parallel: ParallelConfig, seed: int) -> int:
             scores, ids = (noise * skew).topk(num_chosen, dim=-1)
             slots = torch.from_numpy(random.integers(-1, 3, size)) if random.random() < 0.5 else torch.full((size,), -1)
             groups.append((tokens, ids, scores.float(), slots))
-        dispatch = AllToAllDispatch(mesh, placement, NUM_EXPERTS, scales_inputs=scales)
+        dispatch = AllToAllDispatch(
+            mesh, ExpertTable(NUM_EXPERTS, placement, offset=mesh.expert_index), scales_inputs=scales
+        )
         tokens, ids, scores, slots = groups[mesh.dp_rank]
         share = dispatch.share(len(tokens))
         adapters = StepAdapters.of(slots[share].tolist(), torch.device("cpu"))
@@ -120,7 +123,7 @@ def rounded_once(context: RankContext) -> bool:
     """bfloat16 through the tile kernels' formats: K × expert_tp summands are added in float32."""
     parallel = ParallelConfig(dp=2, ep=1)
     mesh = init_distributed(parallel, context.rank, context.store, torch.device("cpu"), 20.0)
-    dispatch = AllToAllDispatch(mesh, linear_placement(4, 1, 4), 4, scales_inputs=False)
+    dispatch = AllToAllDispatch(mesh, ExpertTable(4, linear_placement(4, 1, 4)), scales_inputs=False)
     hidden = torch.randn(9, 64).bfloat16()
     scores, ids = torch.rand(9, 4).topk(4, dim=-1)
     dispatched = dispatch.dispatch(hidden, ids, scores)
