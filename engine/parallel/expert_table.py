@@ -46,6 +46,12 @@ class ExpertTable:
         linear = num_ranks * self.num_slots == self._num_experts
         self._is_linear = linear and placement == linear_placement(self._num_experts, num_ranks, self.num_slots)
 
+    @property
+    def copies(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """As native code reads them, in place: how many copies each expert has, [E] int64, their slots, [E, R] int64, and
+        the turn of the first token."""
+        return self._num_copies, self._slots, self._offset
+
     def slots(self, expert_ids: torch.Tensor) -> torch.Tensor:
         """Expert ids [T, K] int64 to the numbers of the slots that compute them. Copies take turns, token by token."""
         # A captured graph repeats what it was captured with, so on GPUs a table that may change is always looked up.
