@@ -112,15 +112,20 @@ class RankSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
             *(count for axis in self.axes for count in (axis.entered, axis.waits_in)),
         )
 
-    def describe(self) -> str:
-        """Step, layer and operation, for people."""
+    @property
+    def place(self) -> str:
+        """Layer and operation, for people."""
         waiting = [axis for axis in self.axes if axis.waits_in]
         place = Operation(self.operation).label
         if self.layer != NO_LAYER:
             place += f" of layer {self.layer}"
         if waiting:
             place = f"{Operation(waiting[0].operation).label} {waiting[0].waits_in}, {place}"
-        return f"step {self.step}, {place}"
+        return place
+
+    def describe(self) -> str:
+        """With the step."""
+        return f"step {self.step}, {self.place}"
 
 
 class RankProgress:

@@ -29,6 +29,11 @@ class Backend(Protocol):
         """From all replicas; returns when the requests that use it have ended. Raises AdapterError."""
         ...
 
+    def dump(self, replica: str) -> AsyncGenerator[bytes, None]:
+        """A replica's flight record, in parts; empty: the only one's. Raises InvalidRequest where there is none of that
+        name, and Unavailable, then or later."""
+        ...
+
     async def drain(self, replica: str) -> None:
         """Give this replica no more work. Raises InvalidRequest where there is none of that name."""
         ...

@@ -198,6 +198,14 @@ class Fleet:
             raise Unavailable("no replica is ready; try again shortly")
         return clients
 
+    def dump(self, replica: str) -> AsyncGenerator[bytes, None]:
+        """As cluster.frontend.backend.Backend says."""
+        if not replica and len(self._clients) == 1:
+            replica = next(iter(self._clients))
+        if replica not in self._clients:
+            raise InvalidRequest(f"name one of the replicas: {', '.join(self._clients)}", "replica")
+        return self._clients[replica].dump()
+
     async def drain(self, replica: str, migrate_after_s: float | None = None) -> None:
         """As cluster.frontend.backend.Backend says. What still runs there after ``migrate_after_s`` (None: the fleet's
         own) goes on at another replica, if one is ready by then."""

@@ -1,5 +1,7 @@
 """remuda.v1.Admin: what ``remuda status``, ``remuda drain`` and ``remuda adapters`` talk to."""
 
+from collections.abc import AsyncIterator
+
 from cluster.frontend.auth import ApiKeys
 from cluster.frontend.grpc_service import Context, check_key
 from cluster.frontend.http_errors import log_defect
@@ -63,6 +65,17 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         try:
             check_key(self._keys, context)
             return adapter_to_proto(await self._service.adapters.load(request.name, request.path))
+        except Exception as error:  # noqa: BLE001  as above
+            log_defect(error)
+            await abort(context, error)
+
+    async def DumpRecord(
+        self, request: admin_pb2.DumpReplicaRecordRequest, context: Context
+    ) -> AsyncIterator[replica_pb2.RecordPart]:
+        try:
+            check_key(self._keys, context)
+            async for part in self._service.backend.dump(request.replica):
+                yield replica_pb2.RecordPart(data=part)
         except Exception as error:  # noqa: BLE001  as above
             log_defect(error)
             await abort(context, error)

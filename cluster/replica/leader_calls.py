@@ -1,6 +1,6 @@
 """What a front end asks a leader beside the stream of requests."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from engine.request import AdapterInfo
 
 ADAPTER_TIMEOUT_S = 900.0
 """Loading waits for disks, unloading for requests."""
+DUMP_TIMEOUT_S = 60.0
 
 _Answer = TypeVar("_Answer")
 
@@ -70,6 +71,17 @@ class LeaderCalls:
         request = replica_pb2.FindRequestRequest(call_id=call_id)
         answer = await self._call(lambda stub: stub.FindRequest(request, timeout=timeout_s, metadata=self._metadata))
         return Found(tuple(answer.request_ids), answer.client_request, answer.incarnation)
+
+    async def dump(self) -> AsyncGenerator[bytes, None]:
+        """The replica's flight record, in parts. Raises as ``info`` does."""
+        if self._stub is None:
+            raise self._last_error
+        request = replica_pb2.DumpRecordRequest()
+        try:
+            async for part in self._stub.DumpRecord(request, timeout=DUMP_TIMEOUT_S, metadata=self._metadata):
+                yield part.data
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
 
     async def _call(self, ask: Callable[["replica_pb2_grpc.ReplicaAsyncStub"], Awaitable[_Answer]]) -> _Answer:
         if self._stub is None:

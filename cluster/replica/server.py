@@ -6,7 +6,7 @@ stream breaks, what came over it goes on for a grace time, in which any front en
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from cluster.errors import StartFailed, Unauthenticated, Unavailable, UnknownStr
 from cluster.replica.attachment import Attachment
 from cluster.replica.engine_loop import EngineLoop, StepOutputs
 from cluster.replica.held_streams import GRACE_S, HeldStreams
+from cluster.replica.rank_states import WatchedGang, rank_infos
 from cluster.replica.servicer import Context, ReplicaServicer
 from cluster.replica.stream_history import StreamHistory
 from cluster.rpc import convert, status
@@ -23,8 +24,9 @@ from cluster.rpc.channel import SERVER_OPTIONS
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
 from cluster.rpc.health import Health, add_health_and_reflection
 from cluster.rpc.shared_secret import check_secret
-from cluster.types import RankInfo, ReplicaInfo
-from engine.errors import EngineFailure, InvalidRequest, RankFailure, RemudaError
+from cluster.types import ReplicaInfo
+from engine.errors import EngineFailure, InvalidRequest, RemudaError
+from engine.executor.flight_record import FlightRecord, parts
 from engine.request import AdapterInfo
 
 _log = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ class LeaderServer:
         credentials: for TLS; None listens in plain text.
         on_failure: called once, in the event loop, when the engine failed for good.
         grace_s: so long a request goes on without a reader.
+        gang: the ranks that compute now; None: nobody knows where they are.
+        record: what ``dump`` gives.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class LeaderServer:
         credentials: grpc.ServerCredentials | None = None,
         on_failure: Callable[[RemudaError], None] | None = None,
         grace_s: float = GRACE_S,
+        gang: Callable[[], WatchedGang | None] = lambda: None,
+        record: FlightRecord | None = None,
     ) -> None:
         self._engine_loop = engine_loop
         self._info = info
@@ -61,6 +67,8 @@ class LeaderServer:
         self._secret = secret
         self._credentials = credentials
         self._on_failure = on_failure
+        self._gang = gang
+        self._record = record or FlightRecord()
         self._streams = HeldStreams(grace_s)
         self._sweep_interval_s = min(1.0, grace_s / 4)
         self._sweeper: asyncio.Task[None] | None = None
@@ -99,25 +107,24 @@ class LeaderServer:
         """The replica at this moment."""
         load = self._engine_loop.load()
         failure = self._engine_loop.failure
+        gang = self._gang()
         return replace(
             self._info,
-            ranks=self._ranks(failure),
+            ranks=rank_infos(self._info.ranks, gang, failure),
             state=self._engine_loop.state,
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             kv_cache_usage=load.kv_cache_usage,
             num_steps=load.num_steps,
             progress_age_s=load.progress_age_s,
+            progress_limit_s=0.0 if gang is None else gang.progress_limit_s,
             error="" if failure is None else str(failure),
             adapters=self._engine_loop.adapters,
         )
 
-    def _ranks(self, failure: RemudaError | None) -> tuple[RankInfo, ...]:
-        """When the gang has failed, the rank that was lost and those that ended because of it are told apart."""
-        if failure is None:
-            return self._info.ranks
-        lost = failure.rank if isinstance(failure, RankFailure) else None
-        return tuple(replace(rank, state="lost" if rank.rank == lost else "ended") for rank in self._info.ranks)
+    def dump(self) -> Iterator[bytes]:
+        """The replica's flight record, in parts."""
+        return parts(self._record.lines())
 
     @property
     def num_live_requests(self) -> int:

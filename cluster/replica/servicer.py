@@ -76,6 +76,15 @@ class ReplicaServicer(replica_pb2_grpc.ReplicaServicer):
         await self._leader.drain()
         return convert.replica_info_to_proto(self._leader.info())
 
+    async def DumpRecord(
+        self, request: replica_pb2.DumpRecordRequest, context: Context
+    ) -> AsyncIterator[replica_pb2.RecordPart]:
+        await self._leader.authenticate(context)
+        parts = self._leader.dump()
+        # In a thread: streams must not wait until the record has been made readable.
+        while part := await asyncio.to_thread(next, parts, b""):
+            yield replica_pb2.RecordPart(data=part)
+
     async def LoadAdapter(self, request: replica_pb2.LoadAdapterRequest, context: Context) -> replica_pb2.Adapter:
         await self._leader.authenticate(context)
         try:

@@ -1,5 +1,6 @@
 """A blocking client of remuda.v1, for the command line: plain values in and out, errors of our tree."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,6 +22,13 @@ from cluster.rpc.status import error_from_rpc
 from cluster.types import ReplicaInfo
 from engine.errors import InvalidOption, RemudaError
 from engine.request import AdapterInfo
+
+DUMP_TIMEOUT_S = 60.0
+
+
+COME_BACK_S = 25.0
+"""So long a broken stream is gone on with; leaders keep what nobody reads for a little longer."""
+COME_BACK_INTERVAL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -105,22 +113,37 @@ class InferenceClient:
         for name in ("max_tokens", "temperature", "top_p", "seed"):
             if (value := getattr(options, name)) is not None:
                 setattr(request.sampling, name, value)
-        reason = ""
-        call = self._inference.Generate(request, metadata=self._metadata)
-        try:
-            for response in call:
-                event = response.WhichOneof("event")
-                if event == "delta":
-                    yield TextDelta(response.delta.text, tuple(response.delta.token_ids))
-                elif event == "finished":
-                    reason = common_pb2.FinishReason.Name(response.finished.reason)
-                elif event == "usage":
-                    usage = response.usage
-                    yield Summary(_finish_word(reason), usage.num_prompt_tokens, usage.num_completion_tokens)
-        except grpc.RpcError as error:
-            raise self._explained(error) from error
-        finally:
-            call.cancel()
+        request.resumable = True
+        place = inference_pb2.ChoicePosition()
+        reason, request_id, give_up_s = "", "", 0.0
+        while True:
+            call = self._inference.Generate(request, metadata=self._metadata)
+            try:
+                for response in call:
+                    give_up_s, request_id = 0.0, response.request_id
+                    event = response.WhichOneof("event")
+                    if event == "delta":
+                        place.num_tokens += len(response.delta.token_ids)
+                        place.num_characters += len(response.delta.text)
+                        yield TextDelta(response.delta.text, tuple(response.delta.token_ids))
+                    elif event == "finished":
+                        place.finished = True
+                        reason = common_pb2.FinishReason.Name(response.finished.reason)
+                    elif event == "usage":
+                        usage = response.usage
+                        yield Summary(_finish_word(reason), usage.num_prompt_tokens, usage.num_completion_tokens)
+                return
+            except grpc.RpcError as error:
+                now_s = time.monotonic()
+                give_up_s = give_up_s or now_s + COME_BACK_S
+                if not (request_id and _was_cut_off(error)) or now_s >= give_up_s:
+                    raise self._explained(error) from error
+                point = inference_pb2.ResumePoint(request_id=request_id, choices=[place])
+                request = inference_pb2.GenerateRequest(resume=point)
+            finally:
+                call.cancel()
+            # gRPC's own backoff spaces out the attempts to connect; this, those that are refused.
+            time.sleep(COME_BACK_INTERVAL_S)
 
     def status(self) -> ServerStatus:
         try:
@@ -136,6 +159,15 @@ class InferenceClient:
             num_live_requests=answer.num_live_requests,
             replicas=tuple(replica_info_from_proto(replica) for replica in answer.replicas),
         )
+
+    def dump(self, replica: str = "") -> Iterator[bytes]:
+        """A replica's flight record, in parts; empty: the only one's."""
+        request = admin_pb2.DumpReplicaRecordRequest(replica=replica)
+        try:
+            for part in self._admin.DumpRecord(request, timeout=DUMP_TIMEOUT_S, metadata=self._metadata):
+                yield part.data
+        except grpc.RpcError as error:
+            raise self._explained(error) from error
 
     def drain(self, replica: str = "") -> int:
         """Start draining; returns the number of requests that still run."""
@@ -173,6 +205,11 @@ class InferenceClient:
 
     def _explained(self, error: grpc.RpcError) -> Exception:
         return explained(error, self._target)
+
+
+def _was_cut_off(error: grpc.RpcError) -> bool:
+    """By the network, or by a front end that died or stops: the request itself may run on."""
+    return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 def checked_target(target: str) -> str:

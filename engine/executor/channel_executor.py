@@ -14,9 +14,11 @@ from engine.config import ParallelConfig
 from engine.errors import EngineFailure, ProtocolViolation, RankFailure, RemudaError
 from engine.executor.blame import find_culprit
 from engine.executor.channel import ChannelClosed, LeaderChannel
+from engine.executor.flight_record import FlightRecord
 from engine.executor.gang_start import GangReady, GangStart, OnMessage
-from engine.executor.gang_watch import GangWatch
+from engine.executor.gang_watch import GangWatch, RankReport
 from engine.executor.rank_message import decode_message
+from engine.executor.watchdog import Verdict
 from engine.messages import LayerExperts, RankError, Shutdown, StepPlan, StepResult, encode
 from engine.model_config import ModelConfig
 
@@ -52,6 +54,7 @@ class ChannelExecutor:
         stall_timeout_s: a start in which no rank reports anything for so long has failed. A rank that reads weights
             reports all the time.
         step_timeout_s: a step of which nobody knows how long it takes has failed when it takes longer; see GangWatch.
+        record: of the replica; None keeps one that nobody reads.
         on_failure: called once, from any thread, when the gang broke; also while no plan is on its way.
     """
 
@@ -63,6 +66,7 @@ class ChannelExecutor:
         epoch: int = 0,
         stall_timeout_s: float = 600.0,
         step_timeout_s: float = 120.0,
+        record: FlightRecord | None = None,
         on_failure: Callable[[RemudaError], None] = lambda error: None,
     ) -> None:
         self._channel = channel
@@ -83,7 +87,8 @@ class ChannelExecutor:
         self._is_untold = False
         self._receiving = threading.Lock()
         self._watcher: threading.Thread | None = None
-        self._watch_over = GangWatch(channel, parallel, step_timeout_s)
+        self._record = record or FlightRecord()
+        self._watch_over = GangWatch(channel, parallel, step_timeout_s, self._note_verdict)
 
     def start(
         self,
@@ -103,6 +108,7 @@ class ChannelExecutor:
         """
         start = GangStart(self._channel, self._num_ranks, self._epoch, self._stall_timeout_s, on_message)
         ready = start.run(model, self._num_stages, block_size, max_model_len, experts)
+        self._record.event("epoch", epoch=self._epoch, num_blocks=ready.cache.num_blocks)
         self._watch_over.start([hello.device for hello in ready.ranks])
         self._watcher = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
         self._watcher.start()
@@ -130,6 +136,7 @@ class ChannelExecutor:
                 pending.future.set_exception(self._failure)
                 return pending.future
             self._pending.append(pending)
+        self._record.plan(pending.sent_s, data)
         try:
             self._channel.send(data)
         except RankFailure:
@@ -178,6 +185,7 @@ class ChannelExecutor:
             rank, data = self._channel.receive(None if left is None else max(0.0, left))
         except TimeoutError:
             return
+        self._record.answer(time.monotonic(), rank, data)
         message = decode_message(data, rank)
         if isinstance(message, RankError):
             raise find_culprit(self._channel, message, self._num_ranks)
@@ -210,10 +218,15 @@ class ChannelExecutor:
         self._watch_over.learn(due.plan, now, now - due.sent_s)
         due.future.set_result(_by_dp_group(due.results, self._sampling_ranks))
 
+    def _note_verdict(self, verdict: Verdict) -> None:
+        self._record.event("verdict", rank=verdict.rank, reason=verdict.reason, is_final=verdict.is_final)
+
     def _fail(self, error: RemudaError) -> None:
         """Of all failures the first is kept."""
         with self._lock:
-            self._is_untold = self._is_untold or (self._failure is None and not self._closing)
+            if self._failure is None and not self._closing:
+                self._is_untold = True
+                self._record.event("failure", epoch=self._epoch, error=str(error))
             self._failure = self._failure or error
             failed, self._pending = self._pending, deque()
         for pending in failed:
@@ -230,6 +243,15 @@ class ChannelExecutor:
     def failure(self) -> RemudaError | None:
         """Why the gang broke, also while no plan is on its way."""
         return self._failure
+
+    @property
+    def progress_limit_s(self) -> float:
+        """How long a step may take before it counts as stalled."""
+        return self._watch_over.limit_s
+
+    def reports(self) -> list[RankReport]:
+        """What each rank is about, without asking it. From any thread; nothing after ``close``."""
+        return self._watch_over.reports()
 
     def close(self) -> None:
         """Asks the ranks to leave and cuts their connections, which those that do not listen take as the same order."""

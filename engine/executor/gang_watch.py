@@ -1,7 +1,7 @@
 """Looks where a gang's ranks are, now and then while a plan is on its way, and says which one hangs.
 
-The shell around engine.executor.watchdog: it has the clock and the channel. It needs no thread: whoever waits for a plan
-looks, and while there is none nobody does.
+The shell around engine.executor.watchdog: it has the clock and the channel. It needs no thread: whoever waits for a
+plan looks, and while there is none nobody does.
 """
 
 import logging
@@ -59,6 +59,8 @@ class GangWatch:
         self._next_lesson_s = 0.0
         self._lock = threading.Lock()
         self._watchdog = Watchdog(parallel, plan_timeout_s)
+        self.limit_s = plan_timeout_s
+        """How long the plan that is looked at may take in which nothing moves."""
 
     def start(self, devices: Sequence[str]) -> None:
         """``devices``: of the ranks, in order."""
@@ -68,6 +70,7 @@ class GangWatch:
     def begin(self, now_s: float) -> None:
         """A plan leaves while none is on its way."""
         self._next_look_s = now_s + LOOK_INTERVAL_S
+        self.limit_s = self._plan_timeout_s
         with self._lock:
             self._watchdog.rest()
 
@@ -86,6 +89,7 @@ class GangWatch:
         now_s = self._clock()
         self._next_look_s = now_s + LOOK_INTERVAL_S
         pending = PendingPlan(plan.step, unanswered, self._times.predict(plan))
+        self.limit_s = self._watchdog.bound_s(pending)
         with self._lock:
             verdicts = self._watchdog.observe(now_s, self._channel.progress(), pending)
         for verdict in verdicts:
@@ -94,10 +98,6 @@ class GangWatch:
         for verdict in verdicts:
             if verdict.is_final:
                 raise RankFailure(verdict.reason, verdict.rank)
-
-    def bound_s(self, plan: StepPlan) -> float:
-        """How long ``plan`` may take in which nothing moves."""
-        return self._watchdog.bound_s(PendingPlan(plan.step, (), self._times.predict(plan)))
 
     def reports(self) -> list[RankReport]:
         """Of all ranks, in order; from any thread."""

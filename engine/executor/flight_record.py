@@ -1,0 +1,114 @@
+"""What a gang did last: every plan and every answer as they crossed the channel, requests as they came, and events.
+
+Bounded by bytes; entries are kept as they are and only made readable when somebody asks, so keeping them costs a step
+well below a microsecond each. docs/health.md has the form of a file. It holds the requests' tokens.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from engine.request import Request
+
+FORMAT = 1
+MAX_BYTES = 16 * 2**20
+PART_BYTES = 2**18
+_ENTRY_BYTES = 120
+"""What an entry takes besides its payload, roughly."""
+
+_Entry = tuple[float, str, Any, int]
+"""When (seconds of the monotonic clock), its kind, what there is to tell, and roughly its bytes."""
+
+
+class FlightRecord:
+    """Of one replica, over all its epochs. Any thread may add to it or read it.
+
+    Args:
+        max_bytes: roughly; the oldest entries go first. Requests stay as long as they live.
+        is_live: whether a request has not ended yet.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES, is_live: Callable[[str], bool] = lambda request_id: False) -> None:
+        self._max_bytes = max_bytes
+        self._is_live = is_live
+        self._facts: dict[str, Any] = {}
+        self._entries: deque[_Entry] = deque()
+        self._num_bytes = 0
+        self._old_requests: dict[str, _Entry] = {}
+        """Those that came before the oldest entry and were live then."""
+
+    def describe(self, is_live: Callable[[str], bool] | None = None, **facts: Any) -> None:
+        """For the head of the file: what the replica is."""
+        self._facts.update(facts)
+        if is_live is not None:
+            self._is_live = is_live
+
+    def plan(self, now_s: float, data: bytes) -> None:
+        """An encoded StepPlan has left."""
+        self._add((now_s, "plan", data, len(data) + _ENTRY_BYTES))
+
+    def answer(self, now_s: float, rank: int, data: bytes) -> None:
+        """What a rank sent, encoded, has arrived."""
+        self._add((now_s, "answer", (rank, data), len(data) + _ENTRY_BYTES))
+
+    def request(self, request: Request) -> None:
+        """The engine has taken it."""
+        self._add((time.monotonic(), "request", request, 8 * len(request.token_ids) + 4 * _ENTRY_BYTES))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Anything else; ``fields`` are JSON values."""
+        self._add((time.monotonic(), kind, fields, 4 * _ENTRY_BYTES))
+
+    def _add(self, entry: _Entry) -> None:
+        self._entries.append(entry)
+        self._num_bytes += entry[3]
+        while self._num_bytes > self._max_bytes and len(self._entries) > 1:
+            old = self._entries.popleft()
+            self._num_bytes -= old[3]
+            if old[1] == "request" and self._is_live(old[2].request_id):
+                self._keep(old)
+
+    def _keep(self, entry: _Entry) -> None:
+        """Some of those kept before have ended."""
+        self._old_requests[entry[2].request_id] = entry
+        if len(self._old_requests) % 64 == 0:
+            self._old_requests = {key: old for key, old in self._old_requests.items() if self._is_live(key)}
+
+    def lines(self) -> Iterator[bytes]:
+        """The file: JSON lines, the head first."""
+        now_s, unix_s = time.monotonic(), time.time()
+        head = {"kind": "head", "format": FORMAT, "monotonic_s": now_s, "unix_s": unix_s, **self._facts}
+        yield msgspec.json.encode(head) + b"\n"
+        old = [entry for key, entry in list(self._old_requests.items()) if self._is_live(key)]
+        for entry in [*old, *list(self._entries)]:
+            yield msgspec.json.encode(_readable(entry)) + b"\n"
+
+
+def parts(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in parts of at most PART_BYTES."""
+    waiting = bytearray()
+    for line in lines:
+        waiting += line
+        while len(waiting) >= PART_BYTES:
+            yield bytes(waiting[:PART_BYTES])
+            del waiting[:PART_BYTES]
+    if waiting:
+        yield bytes(waiting)
+
+
+def _readable(entry: _Entry) -> dict[str, Any]:
+    at_s, kind, payload, _ = entry
+    line: dict[str, Any] = {"kind": kind, "at_s": at_s}
+    if kind == "plan":
+        line["message"] = msgspec.msgpack.decode(payload)
+    elif kind == "answer":
+        rank, data = payload
+        line |= {"rank": rank, "message": msgspec.msgpack.decode(data)}
+    elif kind == "request":
+        line["request"] = msgspec.to_builtins(payload)
+    else:
+        line |= payload
+    return line
