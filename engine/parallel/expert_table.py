@@ -48,8 +48,8 @@ class ExpertTable:
 
     @property
     def copies(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """As native code reads them, in place: how many copies each expert has, [E] int64, their slots, [E, R] int64, and
-        the turn of the first token."""
+        """As native code reads them, in place: how many copies each expert has, [E] int64, their slots, [E, R] int64,
+        and the turn of the first token."""
         return self._num_copies, self._slots, self._offset
 
     def slots(self, expert_ids: torch.Tensor) -> torch.Tensor:
