@@ -113,6 +113,11 @@ class RankSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
         )
 
     @property
+    def waits(self) -> bool:
+        """In a collective, or for a neighbouring stage."""
+        return any(axis.waits_in for axis in self.axes)
+
+    @property
     def place(self) -> str:
         """Layer and operation, for people."""
         waiting = [axis for axis in self.axes if axis.waits_in]

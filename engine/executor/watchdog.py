@@ -145,10 +145,11 @@ class Watchdog:
             track.move_on(sample, tick_s, sample.rank in suspects)
         unknown = [rank for rank in suspects if by_rank[rank].operation == Operation.UNKNOWN]
         known = sorted(suspects.difference(unknown))
-        verdicts = [verdict for rank in known for verdict in self._judge(self._tracks[rank], plan)]
+        all_wait = len(known) > 1 and all(by_rank[rank].waits for rank in known)
+        verdicts = [verdict for rank in known for verdict in self._judge(self._tracks[rank], plan, all_wait)]
         if not verdicts and unknown:
             verdicts = self._blame_silent(plan, sorted(unknown))
-        elif not suspects and samples:
+        elif not verdicts and all_wait:
             verdicts = self._blame_all(plan)
         # What is certain first.
         return sorted(verdicts, key=lambda verdict: not verdict.is_final)
@@ -165,40 +166,37 @@ class Watchdog:
             if rank in seen:
                 continue
             seen.add(rank)
+            # One that waits although everybody has come is an end too: it was stopped, or what was sent is lost.
             awaited = self._awaited_by(by_rank[rank], by_rank)
-            if awaited is None:
+            open_ends += awaited
+            if not awaited:
                 ends.add(rank)
-            else:
-                open_ends += awaited
         return ends
 
-    def _awaited_by(self, sample: RankSample, by_rank: dict[int, RankSample]) -> list[int] | None:
-        """None: it waits for nobody. Empty: it waits, but everybody has come."""
+    def _awaited_by(self, sample: RankSample, by_rank: dict[int, RankSample]) -> list[int]:
         rank, parallel = sample.rank, self._parallel
         stride = parallel.dp * parallel.tp
-        awaited: list[int] | None = None
+        awaited: list[int] = []
         for axis, size in ((Axis.TP, parallel.tp), (Axis.STAGE, stride)):
             number = sample.axes[axis].waits_in
             if number:
                 first = rank // size * size
                 peers = [peer for peer in range(first, first + size) if peer in by_rank]
-                awaited = (awaited or []) + [peer for peer in peers if by_rank[peer].axes[axis].entered < number]
+                awaited += [peer for peer in peers if by_rank[peer].axes[axis].entered < number]
         before, after = sample.axes[Axis.PREVIOUS].waits_in, sample.axes[Axis.NEXT].waits_in
-        if before:
-            awaited = awaited or []
-            if (peer := by_rank.get(rank - stride)) is not None and peer.axes[Axis.NEXT].entered < before:
-                awaited.append(peer.rank)
+        if before and (peer := by_rank.get(rank - stride)) is not None and peer.axes[Axis.NEXT].entered < before:
+            awaited.append(rank - stride)
         if after:  # there is no room before the receiver has taken something
-            awaited = (awaited or []) + [peer for peer in (rank + stride,) if peer in by_rank]
-        if awaited is None and self._is_asynchronous and sample.operation == Operation.SAMPLE:
+            awaited += [peer for peer in (rank + stride,) if peer in by_rank]
+        if not awaited and self._is_asynchronous and sample.operation == Operation.SAMPLE:
             first = rank // stride * stride
-            behind = [peer for peer in range(first, first + stride) if peer in by_rank]
-            awaited = [peer for peer in behind if _is_behind(by_rank[peer], sample)] or None
+            peers = [peer for peer in range(first, first + stride) if peer in by_rank]
+            awaited = [peer for peer in peers if _is_behind(by_rank[peer], sample)]
         return awaited
 
     # ---- what is suffered -----------------------------------------------------------------------------------------
 
-    def _judge(self, track: _Track, plan: PendingPlan) -> Iterable[Verdict]:
+    def _judge(self, track: _Track, plan: PendingPlan, all_wait: bool) -> Iterable[Verdict]:
         sample, suspect_s = track.sample, track.suspect_s
         is_late_plan = sample.operation == Operation.IDLE
         if suspect_s >= SUSPECT_S and sample.report_age_s >= SUSPECT_S:
@@ -212,13 +210,13 @@ class Watchdog:
         elif self._is_asleep(track) and suspect_s >= (LATE_PLAN_S if is_late_plan else ASLEEP_S):
             what = "it has not taken the plan" if is_late_plan else "its process sleeps"
             yield from self._once(track, what, suspect_s, True)
-        elif self._is_overdue(plan) and track.unmoved_s >= self._unmoved_s(plan):
+        elif not all_wait and self._is_overdue(plan) and track.unmoved_s >= self._unmoved_s(plan):
             yield from self._once(track, self._late(plan), track.unmoved_s, True)
 
     def _is_asleep(self, track: _Track) -> bool:
-        """A rank may sleep while it reads a file, or while its GPU works."""
+        """A rank may sleep while it reads a file, while its GPU works, or while what others sent is on its way."""
         operation = track.sample.operation
-        may_sleep = operation == Operation.LOAD_ADAPTER or self._is_asynchronous
+        may_sleep = operation == Operation.LOAD_ADAPTER or self._is_asynchronous or track.sample.waits
         return track.sleeps and (operation == Operation.IDLE or not may_sleep)
 
     def _blame_silent(self, plan: PendingPlan, ranks: list[int]) -> list[Verdict]:
@@ -260,7 +258,7 @@ class Watchdog:
         return f"step {plan.step} has taken {self._plan_age_s:.1f} s{expected}"
 
     def _once(self, track: _Track, what: str, seconds: float, is_final: bool) -> Iterable[Verdict]:
-        key = f"{what} {is_final}"
+        key = f"{what.partition(' has taken ')[0]} {is_final}"
         if key not in track.named:
             track.named.add(key)
             sample = track.sample

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+from msgspec.structs import replace
 
 from engine.config import ParallelConfig
 from engine.executor.step_times import StepTimes
@@ -193,6 +194,15 @@ def test_a_message_lost_on_the_way_is_nobodys_fault() -> None:
     verdicts = verdicts_over(30.0, lambda now_s: [waiting(0, 9), waiting(1, 9)], 1.0)
     assert [verdict.rank for verdict in verdicts] == [None]
     assert "all wait for each other" in verdicts[0].reason and "rank 1 in step 5, all-reduce 9" in verdicts[0].reason
+
+
+def test_a_rank_that_is_stopped_when_all_others_have_come_is_named() -> None:
+    """It waited for them, and was stopped before it could see them."""
+    stopped = replace(waiting(1, 8), process_state="T")
+    verdicts = verdicts_over(3.0, lambda now_s: [waiting(0, 9), stopped], 1.0)
+    assert [verdict.rank for verdict in verdicts] == [1] and "is stopped" in verdicts[0].reason
+    verdicts = verdicts_over(30.0, lambda now_s: [waiting(0, 9), waiting(1, 8)], 1.0)
+    assert [verdict.rank for verdict in verdicts] == [1] and "were expected" in verdicts[0].reason
 
 
 def test_time_in_which_nobody_watched_does_not_count() -> None:
