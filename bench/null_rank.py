@@ -10,39 +10,20 @@ import os
 import sys
 import time
 
-import msgspec
-
 from engine.executor.channel import ChannelClosed
 from engine.executor.socket_rank import SocketRankChannel
-from engine.messages import Hello, Loaded, Ready, SampledToken, StepPlan, decode_to_rank, encode
+from engine.messages import Hello, Loaded, Ready, StepPlan, StepResult, decode_to_rank, encode
+from engine.packed import pack
 
 TOKEN_ID = 7
 _CACHE_BYTES = 2**40
 
 
-class _PackedResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="result"):
-    """StepResult with its list packed already."""
-
-    epoch: int
-    step: int
-    rank: int
-    sampled: msgspec.Raw
-
-
-class ResultPacker:
-    """Results of steps that mostly sample for the same slots."""
-
-    def __init__(self) -> None:
-        self._slots: list[int] = []
-        self._packed = msgspec.Raw(msgspec.msgpack.encode([]))
-
-    def pack(self, plan: StepPlan) -> bytes:
-        """The encoded result of one dp group's plan."""
-        slots = [share.slot for share in plan.batches[0].scheduled if share.sample]
-        if slots != self._slots:
-            self._slots = slots
-            self._packed = msgspec.Raw(msgspec.msgpack.encode([SampledToken(slot, TOKEN_ID) for slot in slots]))
-        return msgspec.msgpack.encode(_PackedResult(plan.epoch, plan.step, 0, self._packed))
+def pack_result(plan: StepPlan) -> bytes:
+    """The encoded result of one dp group's plan."""
+    slots = plan.batches[0].sampling_slots
+    result = StepResult(plan.epoch, plan.step, 0, slots=pack(slots), token_ids=pack([TOKEN_ID] * len(slots)))
+    return encode(result)
 
 
 def main() -> None:
@@ -52,11 +33,10 @@ def main() -> None:
     channel.send(encode(Loaded(0, 0, _CACHE_BYTES, 2**20, {})))
     channel.receive(None)
     channel.send(encode(Ready(0, {})))
-    packer = ResultPacker()
     try:
         while isinstance(plan := decode_to_rank(channel.receive(None)), StepPlan):
             due_s = time.monotonic() + step_s
-            result = packer.pack(plan)
+            result = pack_result(plan)
             time.sleep(max(0.0, due_s - time.monotonic()))
             channel.send(result)
     except ChannelClosed:

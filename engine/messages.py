@@ -4,8 +4,12 @@ MessagePack through msgspec, arrays instead of maps: both sides are one build. N
 may append fields (with defaults); fields are never reordered.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 
+from engine.errors import ProtocolViolation
+from engine.packed import num_packed, pack, unpack
 from engine.request import SamplingParams, TopLogprobs
 
 NULL_BLOCK = 0
@@ -59,6 +63,23 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     scheduled: list[ScheduledRequest]
     block_copies: list[tuple[int, int]] = []
     """(source, destination) block ids, copied before the step."""
+    decodes: bytes = b""
+    """Slots (engine.packed) that compute one token more, in a block that they have: the token that was last sampled for
+    them, and a next one is wanted. They come before ``scheduled``."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is computed."""
+        return not (self.scheduled or self.decodes)
+
+    @property
+    def num_tokens(self) -> int:
+        return num_packed(self.decodes) + sum(share.num_tokens for share in self.scheduled)
+
+    @property
+    def sampling_slots(self) -> list[int]:
+        """Those that want a token, in the order in which a rank gives them."""
+        return unpack(self.decodes) + [share.slot for share in self.scheduled if share.sample]
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="load"):
@@ -149,7 +170,7 @@ ToRank = StepPlan | InitCache | Shutdown
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """``slot``'s next token. ``logprobs`` where the request asked."""
+    """``slot``'s next token, with log-probabilities where the request asked."""
 
     slot: int
     token_id: int
@@ -205,7 +226,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="re
     """A rank's answer to a plan, one per rank and plan, in order of steps.
 
     Only the sampling rank of each dp group (tp rank 0 of the last stage) fills the lists of its batch; every rank fills
-    ``adapters``, one for each LoadAdapter, ``expert_outcomes`` as they come, and now and then ``expert_loads``.
+    ``adapters``, one for each LoadAdapter, ``expert_outcomes`` as they come, and now and then ``expert_loads``. Sampled
+    tokens come packed (``slots`` and ``token_ids``) or, where they have log-probabilities, in ``sampled``.
     """
 
     epoch: int
@@ -218,6 +240,41 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="re
     adapters: list[AdapterOutcome] = []
     expert_outcomes: list[ExpertOutcome] = []
     expert_loads: list[ExpertLoads] = []
+    slots: bytes = b""
+    """engine.packed, of those whose tokens have no log-probabilities, in the plan's order."""
+    token_ids: bytes = b""
+    """engine.packed, as many as ``slots``."""
+
+    @classmethod
+    def of(
+        cls,
+        epoch: int,
+        step: int,
+        rank: int,
+        sampled: Sequence[SampledToken],
+        prompt_logprobs: Sequence[PromptLogprobs] = (),
+        errors: Sequence[SlotError] = (),
+    ) -> "StepResult":
+        """Packs what can be packed."""
+        plain = [each for each in sampled if each.logprobs is None]
+        return cls(
+            epoch,
+            step,
+            rank,
+            [each for each in sampled if each.logprobs is not None],
+            list(prompt_logprobs),
+            list(errors),
+            slots=pack([each.slot for each in plain]),
+            token_ids=pack([each.token_id for each in plain]),
+        )
+
+    @property
+    def all_sampled(self) -> list[SampledToken]:
+        """Raises ProtocolViolation where the packed lists are broken."""
+        slots, token_ids = unpack(self.slots), unpack(self.token_ids)
+        if len(slots) != len(token_ids):
+            raise ProtocolViolation(f"step {self.step}: {len(token_ids)} tokens of {len(slots)} slots")
+        return [*map(SampledToken, slots, token_ids), *self.sampled]
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="hello"):

@@ -22,6 +22,7 @@ from engine.messages import (
     ScheduledRequest,
     StepPlan,
 )
+from engine.packed import unpack
 from engine.request import SamplingParams
 
 
@@ -122,8 +123,9 @@ class SlotTable:
             self._change_adapters(plan)
         for request in batch.new:
             self._add(plan.step, request)
-        scheduled = [self._advance(plan.step, share) for share in batch.scheduled]
-        if len({share.slot for share in batch.scheduled}) != len(scheduled):
+        scheduled = [self._advance(plan.step, self._next_token(slot)) for slot in unpack(batch.decodes)]
+        scheduled += [self._advance(plan.step, share) for share in batch.scheduled]
+        if len({share.slot for share in scheduled}) != len(scheduled):
             raise ProtocolViolation(f"step {plan.step} schedules a slot twice")
         return scheduled
 
@@ -208,6 +210,13 @@ class SlotTable:
             if table[:first] != [NULL_BLOCK] * first or not all(0 < b < self._num_blocks for b in table[first:]):
                 raise ProtocolViolation(f"slot {request.slot}: begins with blocks {table}, of which {first} are unseen")
         return num_tokens
+
+    def _next_token(self, slot: int) -> ScheduledRequest:
+        """What a slot among a plan's ``decodes`` stands for."""
+        state = self.state(slot)
+        if state.sample_step == NO_STEP:
+            raise ProtocolViolation(f"slot {slot} decodes, but nothing was sampled for it")
+        return ScheduledRequest(slot, state.num_computed, 1, [], [], True, state.sample_step)
 
     def _advance(self, step: int, share: ScheduledRequest) -> ScheduledSlot:
         state = self.state(share.slot)

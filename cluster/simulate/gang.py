@@ -99,7 +99,8 @@ class SimulatedRank:
         result = StepResult(plan.epoch, plan.step, rank=0, sampled=[], prompt_logprobs=[], errors=[], adapters=outcomes)
         for share in scheduled:
             self._answer(share, plan.step, result)
-        return result, cells
+        packed = StepResult.of(plan.epoch, plan.step, 0, result.sampled, result.prompt_logprobs, result.errors)
+        return msgspec.structs.replace(packed, adapters=outcomes), cells
 
     def _change_adapters(self, plan: StepPlan) -> list[AdapterOutcome]:
         outcomes = []

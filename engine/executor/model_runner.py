@@ -113,7 +113,7 @@ class ModelRunner:
         result = StepResult(plan.epoch, plan.step, self._mesh.rank)
         if scheduled:
             result = self._compute(plan, scheduled)
-        elif self._mesh.config.exchanges_tokens and any(other.scheduled for other in plan.batches):
+        elif self._mesh.config.exchanges_tokens and not all(other.is_idle for other in plan.batches):
             self._model.forward_idle()
         self._progress.at(Operation.IDLE)
         duration_us = int((time.perf_counter() - began) * 1e6)
@@ -190,7 +190,7 @@ class ModelRunner:
             self._share_samples(plan.step, sampling, output)
         sampled = _usable(sampling, output, failures) if output is not None else []
         errors = [SlotError(slot, message) for slot, message in failures.items()]
-        return StepResult(plan.epoch, plan.step, self._mesh.rank, sampled, prompt_logprobs, errors)
+        return StepResult.of(plan.epoch, plan.step, self._mesh.rank, sampled, prompt_logprobs, errors)
 
     def _sampling_row(self, share: ScheduledSlot, mask: GrammarMask | str | None) -> SamplingRow:
         """What is drawn for a slot whose grammar is broken means nothing."""

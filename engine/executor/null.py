@@ -18,11 +18,8 @@ class NullExecutor:
         future: Future[list[StepResult]] = Future()
         future.set_result(
             [
-                StepResult(
-                    plan.epoch,
-                    plan.step,
-                    group,
-                    [SampledToken(share.slot, self._token_id) for share in batch.scheduled if share.sample],
+                StepResult.of(
+                    plan.epoch, plan.step, group, [SampledToken(slot, self._token_id) for slot in batch.sampling_slots]
                 )
                 for group, batch in enumerate(plan.batches)
             ]

@@ -5,7 +5,8 @@ A step takes a base, and each token a cost that grows with its position, at most
 before it. Costs are kept for classes of positions, each twice as wide as the one before.
 """
 
-from engine.messages import BatchPlan, StepPlan
+from engine.messages import StepPlan
+from engine.packed import num_packed
 
 _FIRST_CLASS_TOKENS = 1024
 _FORGET = 0.02
@@ -54,9 +55,7 @@ class StepTimes:
 
 def _largest(plan: StepPlan) -> list[tuple[int, int]]:
     """(class of positions, tokens) of each request in the batch with the most tokens: dp groups work side by side."""
-    batch = max(plan.batches, key=_num_tokens)
-    return [((share.start // _FIRST_CLASS_TOKENS).bit_length(), share.num_tokens) for share in batch.scheduled]
-
-
-def _num_tokens(batch: BatchPlan) -> int:
-    return sum(share.num_tokens for share in batch.scheduled)
+    batch = max(plan.batches, key=lambda batch: batch.num_tokens)
+    shares = [((share.start // _FIRST_CLASS_TOKENS).bit_length(), share.num_tokens) for share in batch.scheduled]
+    # A plan does not say where packed decodes stand: they count as if at the beginning, where costs are kept high.
+    return [(0, num_packed(batch.decodes)), *shares] if batch.decodes else shares

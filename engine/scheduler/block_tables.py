@@ -10,6 +10,7 @@ from engine.kv_groups import first_visible_block, next_release, num_blocks_neede
 from engine.messages import NULL_BLOCK
 from engine.scheduler.block_pool import BlockPool
 from engine.scheduler.request_state import RequestState
+from engine.scheduler.step_in_flight import StepInFlight
 
 _NAMED_AT_ONCE = 64
 _MAX_NAMED = 2048
@@ -111,6 +112,12 @@ class BlockTables:
         state.num_computed = state.num_block_tokens = state.num_kept_tokens = num_tokens
         state.unseen_at = self._next_release(num_tokens)
 
+    def keep_filled(self, flight: StepInFlight, failed_slots: set[int]) -> None:
+        """What this step computed can be shared from now on. A request that left its slot meanwhile is passed over."""
+        for state, slot, end in flight.filled:
+            if state.slot == slot and state.entry_step <= flight.step and slot not in failed_slots:
+                self.keep(state, end)
+
     def keep(self, state: RequestState, num_computed: int) -> None:
         """The first ``num_computed`` positions have been computed without error: their full blocks can be shared,
         except those that a chunked or sliding group gave back in the very step that computed them."""
@@ -127,6 +134,10 @@ class BlockTables:
         """Positions after ``num_computed`` that its blocks, with all free ones, would hold."""
         num_blocks = self._pool.num_free // len(self._kv_groups)
         return state.num_block_tokens - state.num_computed + num_blocks * self._block_size
+
+    def have_room(self, num_tokens: int, num_requests: int) -> bool:
+        """Whether free blocks surely hold so many more tokens, however so many requests divide them."""
+        return (num_tokens // self._block_size + num_requests) * len(self._kv_groups) <= self._pool.num_free
 
     def extend(self, state: RequestState, end: int) -> list[list[int]]:
         """Makes the tables reach ``end`` positions. Returns each group's new blocks (empty: none were needed)."""

@@ -65,6 +65,8 @@ class RequestState:
     has_begun: bool = False
     """An output, maybe an empty one, went out."""
     finished: bool = False
+    lockstep_end: int = NO_STEP
+    """While it is in lockstep (engine.scheduler.lockstep): after how many plans it leaves."""
 
     @classmethod
     def of(cls, request: Request, arrival: int, dp_group: int = 0, adapter: int = NO_ADAPTER) -> "RequestState":
@@ -93,3 +95,4 @@ class RequestState:
         self.block_tables = []
         self.num_unseen_blocks = []
         self.num_block_tokens = self.num_kept_tokens = 0
+        self.lockstep_end = NO_STEP

@@ -11,16 +11,20 @@ from collections import deque
 from collections.abc import Sequence
 
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
-from engine.messages import NO_STEP, BatchPlan, NewRequest, SampledToken, StepResult
-from engine.request import FinishReason, Output, TopLogprobs
+from engine.messages import NO_STEP, BatchPlan, NewRequest, StepResult
+from engine.packed import pack, unpack
+from engine.request import FinishReason, Output
 from engine.scheduler.block_pool import BlockPool
 from engine.scheduler.block_tables import BlockTables
+from engine.scheduler.integrity import check_requests, held_blocks
 from engine.scheduler.latency_budget import LatencyBudget, TokenBudget
+from engine.scheduler.lockstep import Lockstep
 from engine.scheduler.micro_batch import Work
+from engine.scheduler.new_output import output_of
 from engine.scheduler.policy import FirstComeFirstServed, Policy
 from engine.scheduler.request_state import NO_SLOT, RequestState
 from engine.scheduler.share import share, share_next
-from engine.scheduler.step_in_flight import Draft, StepInFlight
+from engine.scheduler.step_in_flight import Draft, PromptEntries, StepInFlight
 
 _LOOKED_AT_PER_STEP = 1024
 """Blocks, on average, of prefixes found for a request that does not fit yet."""
@@ -50,6 +54,7 @@ class Scheduler:
         self._tables = BlockTables(self._pool, kv_groups, cache.block_size, keeps_prefixes=cache.keeps_prefixes)
         self._waiting: list[RequestState] = []
         self._running: list[RequestState] = []  # in the policy's order
+        self._lockstep = Lockstep()
         self._latency_budget = LatencyBudget(config.max_step_stretch)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._removed: list[int] = []  # slots that the ranks must be told are free
@@ -101,7 +106,7 @@ class Scheduler:
         where they compute nothing. ``schedule`` returns this very object unless something has changed meanwhile.
         """
         draft = self._begin(step)
-        if not draft.batch.scheduled:
+        if draft.batch.is_idle:
             return None
         draft.batch.removed.extend(self._removed)
         self._removed.clear()
@@ -109,16 +114,29 @@ class Scheduler:
         return draft.batch
 
     def _begin(self, step: int) -> Draft:
-        batch = BatchPlan(removed=[], new=[], scheduled=[])
         flight = StepInFlight(step)
-        is_decoding = any(self._num_schedulable(state) == 1 for state in self._running)
+        apart = self._apart_from_lockstep()
+        batch = BatchPlan(removed=[], new=[], scheduled=[], decodes=self._lockstep.advance(flight))
+        is_decoding = bool(self._lockstep) or any(self._num_schedulable(state) == 1 for state in apart)
         num_decodes = len(self._running) if is_decoding else 0
         budget = self._latency_budget.of_step(self._config.max_num_batched_tokens, num_decodes)
         if not self._input_references:
             work = Work.of(self._running, self._waiting, self._config)
             budget.narrow(work.max_decodes(len(self._in_flight)), work.max_prompt_tokens)
-        short_of_blocks = self._schedule_running(batch, flight, budget)
+        budget.left -= len(self._lockstep)
+        short_of_blocks = self._schedule_running(apart, batch, flight, budget)
         return Draft(batch, flight, budget, short_of_blocks)
+
+    def _apart_from_lockstep(self) -> list[RequestState]:
+        """The running requests that must be looked at for the next plan: all, where blocks may run out in it."""
+        self._lockstep.release_due()
+        apart = [state for state in self._running if state.lockstep_end == NO_STEP]
+        num_tokens = min(self._config.max_num_batched_tokens, sum(map(self._num_schedulable, apart)))
+        self._has_room = self._tables.have_room(num_tokens, len(apart))
+        if self._has_room:
+            return apart
+        self._lockstep.dissolve()
+        return self._running.copy()
 
     def is_final(self, result: StepResult) -> bool:
         """Whether the draft can leave before ``result``, the next to be taken in: it ends no request of the draft, and
@@ -126,7 +144,7 @@ class Scheduler:
         draft = self._draft
         if draft is None or result.errors or self._removed or (self._waiting and self._may_admit(draft)):
             return False
-        return self._stop_ids.isdisjoint([sampled.token_id for sampled in result.sampled])
+        return self._stop_ids.isdisjoint(unpack(result.token_ids) + [sampled.token_id for sampled in result.sampled])
 
     def schedule(self, step: int) -> BatchPlan | None:
         """The batch of plan ``step``, or None where nothing can be computed until a plan in flight returns."""
@@ -136,10 +154,10 @@ class Scheduler:
         if self._removed:
             batch = self._without_ended(batch, flight)
         if self._waiting and self._may_admit(draft):
-            admitting = BatchPlan(batch.removed, [], batch.scheduled.copy())
+            admitting = BatchPlan(batch.removed, [], batch.scheduled.copy(), decodes=batch.decodes)
             self._admit(admitting, flight, draft.budget)
             batch = admitting if admitting.new else batch
-        if not batch.scheduled:
+        if batch.is_idle:
             self._removed = batch.removed
             self._pool.withdraw(step)
             return None
@@ -154,8 +172,9 @@ class Scheduler:
         ended = set(self._removed)
         flight.drop(ended)
         scheduled = [share for share in batch.scheduled if share.slot not in ended]
+        decodes = pack([slot for slot in unpack(batch.decodes) if slot not in ended])
         removed, self._removed = batch.removed + self._removed, []
-        return BatchPlan(removed, [], scheduled)
+        return BatchPlan(removed, [], scheduled, decodes=decodes)
 
     def schedule_idle(self, step: int) -> BatchPlan:
         """An empty batch, for a step in which only other dp groups have work."""
@@ -163,12 +182,14 @@ class Scheduler:
         self._in_flight.append(StepInFlight(step))
         return BatchPlan(removed=removed, new=[], scheduled=[])
 
-    def _schedule_running(self, batch: BatchPlan, flight: StepInFlight, budget: TokenBudget) -> bool:
+    def _schedule_running(
+        self, apart: list[RequestState], batch: BatchPlan, flight: StepInFlight, budget: TokenBudget
+    ) -> bool:
         """Returns whether some request had to go without blocks."""
         short_of_blocks = False
         index = 0
-        while index < len(self._running):
-            state = self._running[index]
+        while index < len(apart):
+            state = apart[index]
             num_tokens = self._num_schedulable(state)
             if num_tokens == 1 and state.num_pending and state.num_computed < state.num_block_tokens:
                 share_next(state, batch, flight, self._tables)
@@ -179,17 +200,20 @@ class Scheduler:
                 num_tokens = 0
             if num_tokens > 1:  # a prompt leaves one token to each request after it
                 most = 1 if self._yields(state) else budget.prompt_tokens(state.num_computed)
-                num_tokens = min(num_tokens, most, budget.left - (len(self._running) - index - 1))
+                num_tokens = min(num_tokens, most, budget.left - (len(apart) - index - 1))
             if num_tokens > 0 and state.num_computed + num_tokens > state.num_block_tokens:
                 room = self._tables.room(state)
                 if room < num_tokens:
                     short_of_blocks = True
-                    num_tokens = min(num_tokens, room or self._make_room(index))
+                    num_tokens = min(num_tokens, room or self._make_room(apart, index))
             if num_tokens > 0:
                 budget.take(num_tokens, state.num_computed)
                 share(state, num_tokens, batch, flight, self._tables)
             if state.slot != NO_SLOT:  # else it was itself the victim, and the next has moved up
                 index += 1
+        if self._has_room and self._input_references:
+            for state in apart:
+                self._lockstep.join(state, flight.step)
         return short_of_blocks
 
     def _num_schedulable(self, state: RequestState) -> int:
@@ -207,17 +231,18 @@ class Scheduler:
             return False
         return self._tables.num_needed(len(first.token_ids)) + len(self._running) <= self._pool.num_free
 
-    def _make_room(self, index: int) -> int:
+    def _make_room(self, apart: list[RequestState], index: int) -> int:
         """How many tokens the request at ``index`` has room for, after preempting from those not yet scheduled.
 
         0: it waits for blocks that plans in flight still name, or was itself preempted.
         """
-        state = self._running[index]
+        state = apart[index]
         num_groups = len(state.block_tables)
         while (room := self._tables.room(state)) <= 0:
             if self._pool.num_free + self._pool.num_deferred >= num_groups:
                 return 0
-            victim = self._policy.victim(self._running[index:])
+            victim = self._policy.victim(apart[index:])
+            apart.remove(victim)
             self._preempt(victim)
             if victim is state:
                 return 0
@@ -241,7 +266,7 @@ class Scheduler:
         for state in self._policy.order(self._waiting):
             if budget.for_prompts <= 0 or not self._free_slots or state.num_pending:
                 break
-            others_wait = bool(batch.scheduled or self._in_flight)
+            others_wait = bool(self._in_flight) or not batch.is_idle
             if others_wait and flight.step < state.look_again_at:
                 break
             prefix = self._tables.find_prefix(state, all_at_once=not others_wait)
@@ -276,25 +301,16 @@ class Scheduler:
         # From here on nothing raises: what was taken in is always given out.
         self._pool.step_returned(result.step)
         self._latency_budget.observe(flight.num_decodes, flight.prompts, result.duration_us * 1e-6)
-        self._keep_blocks(flight, {error.slot for error in result.errors})
+        self._tables.keep_filled(flight, {error.slot for error in result.errors})
         outputs: list[Output] = []
-        is_plain = not prompt_logprobs and not any(sampled.logprobs for sampled in result.sampled)
-        for error in result.errors:
-            failed = flight.sampling.pop(error.slot, None) or flight.prefilling.pop(error.slot)
-            if not failed.finished:
-                self._finish(failed)
-                outputs.append(Output(failed.request_id, [], FinishReason.ERROR, error=error.message))
-        for sampled in result.sampled:
-            state = flight.sampling[sampled.slot]
-            if state.finished:
-                continue
-            token_id = sampled.token_id
-            state.token_ids.append(token_id)
-            state.num_pending -= 1
-            if token_id not in self._stop_ids and len(state.token_ids) < state.max_num_tokens and is_plain:
+        is_plain = not (prompt_logprobs or result.sampled or result.errors or flight.may_end)
+        if is_plain and self._stop_ids.isdisjoint(token_ids := unpack(result.token_ids)):
+            for state, token_id in zip(flight.sampling.values(), token_ids, strict=True):
+                state.token_ids.append(token_id)
+                state.num_pending -= 1
                 outputs.append(Output(state.request_id, [token_id]))
-            else:
-                outputs.append(self._finish_or_go_on(state, sampled, prompt_logprobs.get(sampled.slot)))
+        else:
+            self._take_each(flight, result, prompt_logprobs, outputs)
         for slot, prefilling in flight.prefilling.items():
             logprobs = prompt_logprobs.get(slot)
             if prefilling.finished or (logprobs is None and prefilling.has_begun):
@@ -303,39 +319,27 @@ class Scheduler:
             prefilling.has_begun = True
             prefilling.num_prompt_logprobs += len(logprobs or ())
             outputs.append(Output(prefilling.request_id, [], prompt_logprobs=logprobs))
-        if any(output.finish_reason is not None for output in outputs):
-            self._forget_finished()
         return outputs
 
-    def _keep_blocks(self, flight: StepInFlight, failed_slots: set[int]) -> None:
-        """What this step computed can be shared from now on. A request that left its slot meanwhile is passed over."""
-        for state, slot, end in flight.filled:
-            if state.slot == slot and state.entry_step <= flight.step and slot not in failed_slots:
-                self._tables.keep(state, end)
-
-    def _finish_or_go_on(
-        self, state: RequestState, sampled: SampledToken, prompt_logprobs: list[TopLogprobs | None] | None
-    ) -> Output:
-        """The output of a request that has got a token. One that stops is in it too: the front end leaves it out of
-        the text."""
-        token_id = sampled.token_id
-        sampling = state.sampling
-        reason = None
-        stop_token_id = None
-        # The rank samples an early stop token only where the grammar leaves nothing else.
-        is_late = sampling.grammar is not None or state.num_generated > sampling.min_tokens
-        if is_late and token_id in sampling.stop_token_ids:
-            reason = FinishReason.STOP
-            stop_token_id = token_id
-        elif len(state.token_ids) >= state.max_num_tokens:
-            reason = FinishReason.LENGTH
-        if reason is not None:
-            self._finish(state)
-        if prompt_logprobs is not None:
-            state.num_prompt_logprobs += len(prompt_logprobs)
-        logprobs = None if sampled.logprobs is None else [sampled.logprobs]
-        num_cached = state.num_cached_tokens if reason is not None else 0
-        return Output(state.request_id, [token_id], reason, stop_token_id, logprobs, prompt_logprobs, num_cached)
+    def _take_each(
+        self, flight: StepInFlight, result: StepResult, prompt_logprobs: PromptEntries, outputs: list[Output]
+    ) -> None:
+        """Takes in what was sampled where a request may end, or has log-probabilities."""
+        for error in result.errors:
+            failed = flight.sampling.pop(error.slot, None) or flight.prefilling.pop(error.slot)
+            if not failed.finished:
+                self._finish(failed)
+                outputs.append(Output(failed.request_id, [], FinishReason.ERROR, error=error.message))
+        for sampled in result.all_sampled:
+            state = flight.sampling[sampled.slot]
+            if not state.finished:
+                state.token_ids.append(sampled.token_id)
+                state.num_pending -= 1
+                output = output_of(state, sampled, prompt_logprobs.get(sampled.slot))
+                if output.finish_reason is not None:
+                    self._finish(state)
+                outputs.append(output)
+        self._forget_finished()
 
     # ---- slots ----------------------------------------------------------------------------------------------------
 
@@ -361,6 +365,7 @@ class Scheduler:
         )
 
     def _leave_slot(self, state: RequestState) -> None:
+        self._lockstep.leave(state)
         self._tables.release_all(state)
         self._free_slots.append(state.slot)
         self._removed.append(state.slot)
@@ -370,6 +375,8 @@ class Scheduler:
     def _finish(self, state: RequestState) -> None:
         assert not state.finished, f"request {state.request_id} ended twice"
         state.finished = True
+        for flight in self._in_flight:
+            flight.may_end = True
         if state.slot != NO_SLOT:
             self._leave_slot(state)
 
@@ -381,18 +388,9 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Asserts what must hold between any two calls."""
-        held = [
-            block_id
-            for state in self._running
-            for table, num_unseen in zip(state.block_tables, state.num_unseen_blocks, strict=True)
-            for block_id in table[num_unseen:]
-        ]
-        self._pool.check_integrity(held)
+        self._pool.check_integrity(held_blocks(self._running))
+        check_requests(self._running, self._waiting)
         slots = self._free_slots + [state.slot for state in self._running]
         assert sorted(slots) == list(range(self._config.max_num_seqs)), "a slot was lost or given away twice"
         assert len(self._removed) == len(set(self._removed)), "a slot is removed twice"
-        for state in self._waiting + self._running:
-            assert not state.finished, f"request {state.request_id} ended and is still held"
-            assert len(state.token_ids) + state.num_pending <= state.max_num_tokens, "tokens beyond max_tokens"
-        assert all(state.slot == NO_SLOT and not state.block_tables for state in self._waiting), "waiting with blocks"
         assert self._running == self._policy.order(self._running), "running requests are out of order"

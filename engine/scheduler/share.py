@@ -18,6 +18,7 @@ def share_next(state: RequestState, batch: BatchPlan, flight: StepInFlight, tabl
     state.sample_step = state.last_step = flight.step
     flight.sampling[slot] = state
     flight.num_decodes += 1
+    flight.may_end |= end + 1 >= state.max_num_tokens
     if end == state.num_block_tokens:
         flight.filled.append((state, slot, end))
     if end >= state.unseen_at:
@@ -53,6 +54,7 @@ def share(state: RequestState, num_tokens: int, batch: BatchPlan, flight: StepIn
         state.num_pending += 1
         state.sample_step = flight.step
         flight.sampling[state.slot] = state
+        flight.may_end |= end + 1 >= state.max_num_tokens
         if state.num_prompt_logprobs < state.num_prompt_tokens:
             flight.prompts_ending.append((state.slot, state))
     else:

@@ -4,10 +4,14 @@ from dataclasses import dataclass, field
 
 from engine.errors import ProtocolViolation
 from engine.messages import BatchPlan, StepResult
+from engine.packed import pack
 from engine.request import TopLogprobs
 from engine.scheduler.latency_budget import TokenBudget
 from engine.scheduler.prompt_costs import PromptShare
 from engine.scheduler.request_state import RequestState
+
+PromptEntries = dict[int, list[TopLogprobs | None]]
+"""By slot: log-probabilities of prompt tokens."""
 
 
 @dataclass(slots=True)
@@ -21,6 +25,8 @@ class StepInFlight:
     """Slot to request, where a prompt has more chunks to come."""
     filled: list[tuple[RequestState, int, int]] = field(default_factory=list)
     """(Request, slot, positions computed when the step is over) where that may fill a block."""
+    may_end: bool = False
+    """Whether some request of ``sampling`` gets its last token, or has ended since."""
     num_decodes: int = 0
     """Requests with one token in this step."""
     prompts: list[PromptShare] = field(default_factory=list)
@@ -39,9 +45,10 @@ class StepInFlight:
     def check_slots(self, result: StepResult) -> None:
         """Raises ProtocolViolation unless every slot to be sampled has one token or error, and no other has any."""
         assert self.step == result.step, f"result of step {result.step} where {self.step} is the oldest in flight"
-        answered = [sampled.slot for sampled in result.sampled]
-        if not result.errors and answered == list(self.sampling):
+        has_as_many = len(result.slots) == len(result.token_ids)
+        if has_as_many and not result.errors and not result.sampled and result.slots == pack(self.sampling):
             return  # as ranks answer: in the plan's order
+        answered = [sampled.slot for sampled in result.all_sampled]
         failed = [error.slot for error in result.errors]
         answered += [slot for slot in failed if slot not in self.prefilling]
         if len(answered) != len(self.sampling) or set(answered) != self.sampling.keys() or len(failed) > len({*failed}):
@@ -50,12 +57,12 @@ class StepInFlight:
                 "were to be sampled"
             )
 
-    def new_prompt_logprobs(self, result: StepResult) -> dict[int, list[TopLogprobs | None]]:
+    def new_prompt_logprobs(self, result: StepResult) -> PromptEntries:
         """By slot, what was not sent before. Position 0 has None, for nothing predicts it.
 
         Raises ProtocolViolation where some are missing.
         """
-        new: dict[int, list[TopLogprobs | None]] = {}
+        new: PromptEntries = {}
         for entry in result.prompt_logprobs:
             state = self.sampling.get(entry.slot) or self.prefilling.get(entry.slot)
             if state is None or entry.start < 1 or entry.slot in new:
@@ -74,7 +81,7 @@ class StepInFlight:
             self._complete(new, {error.slot for error in result.errors})
         return new
 
-    def _complete(self, new: dict[int, list[TopLogprobs | None]], failed: set[int]) -> None:
+    def _complete(self, new: PromptEntries, failed: set[int]) -> None:
         for slot, state in self.prompts_ending:
             if state.num_prompt_tokens == 1 and state.num_prompt_logprobs == 0:
                 new[slot] = [None]

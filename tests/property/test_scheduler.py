@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.kv_groups import num_blocks_needed
 from engine.messages import BatchPlan, SampledToken, StepResult
+from engine.packed import unpack
 from engine.request import FinishReason, Output, Request, SamplingParams
 from engine.scheduler.request_state import NO_SLOT, RequestState
 from engine.scheduler.scheduler import Scheduler
@@ -42,8 +43,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         kv_groups=st.sampled_from(KV_GROUPS),
-        block_size=st.integers(1, 4),
-        num_spare_blocks=st.integers(-4, 8),
+        block_size=st.sampled_from([1, 2, 3, 4, 8]),
+        num_spare_blocks=st.one_of(st.integers(-4, 8), st.just(100)),
         max_num_seqs=st.integers(1, 6),
         extra_budget=st.integers(0, 12),
         keeps_prefixes=st.booleans(),
@@ -108,9 +109,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.check_batch(batch)
 
     def check_batch(self, batch: BatchPlan) -> None:
-        assert batch.scheduled
-        assert len(batch.scheduled) <= self.config.max_num_seqs
-        assert sum(share.num_tokens for share in batch.scheduled) <= self.config.max_num_batched_tokens
+        decodes = unpack(batch.decodes)
+        assert decodes or batch.scheduled
+        assert len(decodes) + len(batch.scheduled) <= self.config.max_num_seqs
+        assert batch.num_tokens <= self.config.max_num_batched_tokens
         for slot in batch.removed:
             request_id = self.slots.pop(slot)
             if request_id in self.live:
@@ -124,6 +126,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert live.num_computed < len(new.token_ids) and (self.keeps_prefixes or not new.block_ids)
             self.slots[new.slot] = live.state.request_id
             live.admitted = True
+        for slot in decodes:
+            self.live[self.slots[slot]].num_computed += 1
         for share in batch.scheduled:
             live = self.live[self.slots[share.slot]]
             assert share.start == live.num_computed and share.num_tokens >= 1
@@ -135,12 +139,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def result_returns(self, data: st.DataObject) -> None:
         step, batch = self.in_flight.popleft()
-        slots = [share.slot for share in batch.scheduled if share.sample]
+        slots = batch.sampling_slots
         tokens = data.draw(st.lists(st.integers(0, 12), min_size=len(slots), max_size=len(slots)))
         self.take(step, [SampledToken(slot, token) for slot, token in zip(slots, tokens, strict=True)])
 
     def take(self, step: int, sampled: list[SampledToken]) -> None:
-        outputs = self.scheduler.update(StepResult(0, step, 0, sampled))
+        outputs = self.scheduler.update(StepResult.of(0, step, 0, sampled))
         self.scheduler.check_integrity()
         assert len({output.request_id for output in outputs}) == len(outputs)
         for output in outputs:
@@ -171,7 +175,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.schedule()
             if self.in_flight:
                 step, batch = self.in_flight.popleft()
-                self.take(step, [SampledToken(share.slot, 0) for share in batch.scheduled if share.sample])
+                self.take(step, [SampledToken(slot, 0) for slot in batch.sampling_slots])
         assert not self.live and self.num_ended == self.num_added, "requests starve"
         assert (self.scheduler.num_running, self.scheduler.num_waiting, self.scheduler.num_blocks_used) == (0, 0, 0)
 

@@ -19,6 +19,7 @@ from engine.engine import Engine
 from engine.errors import AdapterError, ContextLengthExceeded, EngineFailure, Overloaded, RankFailure
 from engine.kv_groups import num_blocks_needed
 from engine.messages import NO_STEP
+from engine.packed import unpack
 from engine.request import AdapterInfo, FinishReason, Output, Request, SamplingParams, TopLogprobs
 
 VOCAB_SIZE = 23
@@ -78,8 +79,8 @@ class StepProtocolMachine(RuleBasedStateMachine):
 
     @initialize(
         kv_groups=st.sampled_from(KV_GROUPS),
-        block_size=st.integers(1, 4),
-        num_spare_blocks=st.integers(-4, 10),
+        block_size=st.sampled_from([1, 2, 3, 4, 8]),
+        num_spare_blocks=st.one_of(st.integers(-4, 10), st.just(100)),
         max_num_seqs=st.integers(1, 6),
         extra_budget=st.integers(0, 8),
         num_dp_groups=st.sampled_from([1, 1, 2]),
@@ -246,9 +247,11 @@ class StepProtocolMachine(RuleBasedStateMachine):
     def check_plans(self) -> None:
         for plan in self.gang.plans:
             for batch in plan.batches:
-                assert sum(share.num_tokens for share in batch.scheduled) <= self.config.max_num_batched_tokens
-                assert len(batch.scheduled) <= self.config.max_num_seqs
+                num_decodes = len(unpack(batch.decodes))
+                assert batch.num_tokens <= self.config.max_num_batched_tokens
+                assert num_decodes + len(batch.scheduled) <= self.config.max_num_seqs
                 if not self.input_references:
+                    assert not batch.decodes
                     assert all(share.input_step == NO_STEP for share in batch.scheduled)
         self.gang.plans.clear()
 

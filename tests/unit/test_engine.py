@@ -117,7 +117,7 @@ def test_dp_groups_share_the_load_and_idle_ones_get_empty_batches() -> None:
     engine.add(new_request("short", max_tokens=2))
     assert set(run(engine)) == {"long", "short"}
     assert all(len(plan.batches) == 2 for plan in gang.plans)
-    assert [len(plan.batches[1].scheduled) for plan in gang.plans] == [1, 1] + [0] * 7
+    assert [len(plan.batches[1].sampling_slots) for plan in gang.plans] == [1, 1] + [0] * 7
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Frames, the plan ring, and that messages on the wire are plain MessagePack."""
 
+import struct
+
 import msgpack
 import pytest
 from hypothesis import given
@@ -21,6 +23,7 @@ from engine.messages import (
     decode_from_rank,
     encode,
 )
+from engine.packed import pack
 from engine.request import SamplingParams, TopLogprobs
 
 
@@ -90,23 +93,38 @@ def test_an_independent_decoder_reads_our_messages() -> None:
         9,
         [
             BatchPlan(
-                [4], [NewRequest(0, [1, 2], 2, sampling)], [ScheduledRequest(0, 0, 2, [], [[1], [2]], True)], [(1, 2)]
+                [4],
+                [NewRequest(0, [1, 2], 2, sampling)],
+                [ScheduledRequest(0, 0, 2, [], [[1], [2]], True)],
+                [(1, 2)],
+                pack([5, 3]),
             )
         ],
         [UnloadAdapter(1), LoadAdapter(1, "a", 64)],
     )
-    tag, epoch, step, batches, adapters = msgpack.unpackb(encode(plan), strict_map_key=False)
+    tag, epoch, step, batches, adapters, *_ = msgpack.unpackb(encode(plan), strict_map_key=False)
     assert (tag, epoch, step) == ("plan", 3, 9)
-    removed, new, scheduled, copies = batches[0]
+    removed, new, scheduled, copies, decodes = batches[0]
     assert (removed, copies) == ([4], [[1, 2]])
+    assert struct.unpack("<2i", decodes) == (5, 3)
     assert new[0][:3] == [0, [1, 2], 2] and new[0][3][:3] == [5, -3, 0] and {7: 1.5} in new[0][3]
     assert scheduled == [[0, 0, 2, [], [[1], [2]], True, -1]]
     assert adapters == [["unload", 1], ["load", 1, "a", 64]]
 
 
 def test_we_read_what_an_independent_encoder_writes() -> None:
-    data = msgpack.packb(["result", 3, 9, 1, [[0, 42, [-0.5, 1, [42], [-0.5]]]], [], [[1, "NaN"]], 77])
+    packed = [struct.pack("<2i", 4, 6), struct.pack("<2i", 128_000, 1)]
+    data = msgpack.packb(
+        ["result", 3, 9, 1, [[0, 42, [-0.5, 1, [42], [-0.5]]]], [], [[1, "NaN"]], 77, [], [], [], *packed]
+    )
     result = decode_from_rank(data)
     assert isinstance(result, StepResult)
     assert result.sampled == [SampledToken(0, 42, TopLogprobs(-0.5, 1, [42], [-0.5]))]
     assert (result.errors[0].message, result.duration_us) == ("NaN", 77)
+    assert result.all_sampled == [SampledToken(4, 128_000), SampledToken(6, 1), *result.sampled]
+
+
+@pytest.mark.parametrize(("slots", "token_ids"), [(b"12345", b"12345"), (b"1234", b"12345678"), (b"", b"1234")])
+def test_broken_packed_lists_are_refused(slots: bytes, token_ids: bytes) -> None:
+    with pytest.raises(ProtocolViolation):
+        _ = StepResult(0, 0, 0, slots=slots, token_ids=token_ids).all_sampled

@@ -90,7 +90,7 @@ def plan(
 
 
 def tokens(result: StepResult) -> dict[int, int]:
-    return {sampled.slot: sampled.token_id for sampled in result.sampled}
+    return {sampled.slot: sampled.token_id for sampled in result.all_sampled}
 
 
 def test_slots_become_tensors() -> None:
@@ -118,7 +118,7 @@ def test_a_token_comes_by_value_or_by_reference() -> None:
 def test_an_idle_step_computes_nothing() -> None:
     runner, model, _ = make_runner()
     result = runner.execute(StepPlan(0, 0, [BatchPlan([], [], [])]))
-    assert (result.sampled, model.batches) == ([], [])
+    assert (result.all_sampled, model.batches) == ([], [])
 
 
 def test_a_plan_out_of_order_is_refused() -> None:
@@ -140,9 +140,10 @@ def test_nan_fails_its_request_alone() -> None:
 def test_running_out_of_memory_fails_the_step_s_requests_not_the_rank() -> None:
     runner, _, _ = make_runner()
     result = runner.execute(plan(0, admit(0, [1, HUGE_TOKEN], 1), admit(1, [1, 2], 10)))
-    assert result.sampled == [] and {error.slot for error in result.errors} == {0, 1}
+    assert result.all_sampled == [] and {error.slot for error in result.errors} == {0, 1}
     assert all("out of memory" in error.message for error in result.errors)
-    after = StepPlan(0, 1, [BatchPlan([0, 1], *map(list, zip(admit(0, [5, 6], 1), strict=True)))])
+    new, share = admit(0, [5, 6], 1)
+    after = StepPlan(0, 1, [BatchPlan([0, 1], [new], [share])])
     assert tokens(runner.execute(after)) == {0: 7}
 
 

@@ -5,6 +5,7 @@ import pytest
 from engine.config import KvGroupConfig
 from engine.errors import ProtocolViolation
 from engine.messages import NO_STEP, NULL_BLOCK, BatchPlan, NewRequest, ScheduledRequest, StepPlan
+from engine.packed import pack
 from engine.request import SamplingParams
 from engine.slot_table import ScheduledSlot, SlotTable
 
@@ -69,6 +70,34 @@ def test_a_token_by_value() -> None:
     assert share.token_ids == [99]
     assert share.state.token_ids == [*PROMPT, 99]
     assert share.state.num_generated == 1
+
+
+def test_a_packed_decode_is_the_next_token_by_reference() -> None:
+    table = prefilled()
+    table.record_sample(0, 0, 98)
+    (share,) = table.apply(StepPlan(3, 1, [BatchPlan([], [], [], decodes=pack([0]))]))
+    assert (share.slot, share.start, share.num_tokens, share.sample, share.token_ids) == (0, 5, 1, True, [98])
+    table.record_sample(1, 0, 99)
+    assert table.state(0).token_ids == [*PROMPT, 98, 99]
+
+
+@pytest.mark.parametrize("decodes", [pack([0]), pack([1]), pack([7]), pack([-1]), b"123"])
+def test_a_packed_decode_without_what_it_refers_to_is_refused(decodes: bytes) -> None:
+    with pytest.raises(ProtocolViolation):
+        prefilled().apply(StepPlan(3, 1, [BatchPlan([], [], [], decodes=decodes)]))
+
+
+def test_a_packed_decode_beyond_its_blocks_or_named_twice_is_refused() -> None:
+    for decodes in (pack([0, 0]), pack([0])):
+        table = prefilled()
+        table.record_sample(0, 0, 98)
+        step = 1
+        if len(decodes) == 4:
+            table.apply(StepPlan(3, 1, [BatchPlan([], [], [], decodes=decodes)]))
+            table.record_sample(1, 0, 99)
+            step = 2
+        with pytest.raises(ProtocolViolation):
+            table.apply(StepPlan(3, step, [BatchPlan([], [], [], decodes=decodes)]))
 
 
 def test_a_token_by_reference() -> None:

@@ -92,7 +92,7 @@ def test_an_hour_of_load_with_slow_steps_raises_no_alarm(seed: int) -> None:
             prompt = (position, 256) if chunk < num_chunks else None
             position += 256
             plan = plan_of(step, source.randrange(1, 9), prompt)
-            num_tokens = sum(share.num_tokens for share in plan.batches[0].scheduled)
+            num_tokens = plan.batches[0].num_tokens
             layer_s = unit_s * (8 + num_tokens * (1 + position / 4096)) / NUM_LAYERS
             # The whole step, one of its ranks, or one of its layers.
             slow = 10.0 if step > 20 and source.random() < 0.2 else 1.0

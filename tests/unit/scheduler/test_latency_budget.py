@@ -111,7 +111,7 @@ def run(stretch: float, decode_s: float, token_s: float) -> tuple[list[float], i
         assert batch is not None
         num_prompt_tokens = sum(share.num_tokens for share in batch.scheduled if share.num_tokens > 1)
         duration_s = decode_s + token_s * num_prompt_tokens
-        sampled = [SampledToken(share.slot, 7) for share in batch.scheduled if share.sample]
+        sampled = [SampledToken(slot, 7) for slot in batch.sampling_slots]
         scheduler.update(StepResult(0, number, 0, sampled, duration_us=int(duration_s * 1e6)))
         return duration_s
 
@@ -189,9 +189,9 @@ def test_whatever_a_prompt_costs_the_gap_keeps_to_the_factor(
         batch = scheduler.schedule(number)
         assert batch is not None
         duration_s = model.of(batch)
-        if any(share.num_tokens == 1 for share in batch.scheduled):
+        if batch.decodes or any(share.num_tokens == 1 for share in batch.scheduled):
             gaps.append(duration_s)
-        sampled = [SampledToken(share.slot, 7) for share in batch.scheduled if share.sample]
+        sampled = [SampledToken(slot, 7) for slot in batch.sampling_slots]
         scheduler.update(StepResult(0, number, 0, sampled, duration_us=round(duration_s * 1e6)))
 
     first = add(LONG, 1)

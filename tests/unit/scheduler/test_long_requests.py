@@ -79,7 +79,7 @@ class Bed:
         self.num_steps += 1
 
     def answer(self) -> None:
-        sampled = [SampledToken(share.slot, 7) for share in self.batches[-1].scheduled if share.sample]
+        sampled = [SampledToken(slot, 7) for slot in self.batches[-1].sampling_slots]
         self.scheduler.update(StepResult(0, self.num_steps - 1, 0, sampled))
 
     def apply(self) -> None:
@@ -88,6 +88,8 @@ class Bed:
         plan = decode_to_rank(data)
         assert isinstance(plan, StepPlan)
         self.table.apply(plan)
+        for slot in plan.batches[0].sampling_slots:
+            self.table.record_sample(plan.step, slot, 7)
 
     def step(self) -> None:
         self.schedule()

@@ -53,7 +53,7 @@ class Bed:
         return batch
 
     def answer(self, batch: BatchPlan, *, fails: bool = False) -> None:
-        slots = [share.slot for share in batch.scheduled if share.sample]
+        slots = batch.sampling_slots
         sampled = [] if fails else [SampledToken(slot, 7) for slot in slots]
         errors = [SlotError(slot, "not a number") for slot in slots] if fails else []
         self.scheduler.update(StepResult(0, self.num_steps - 1, 0, sampled, [], errors))
@@ -127,7 +127,7 @@ def test_the_last_output_says_how_much_of_the_prompt_was_found() -> None:
     bed.run(range(6))
     bed.add(range(6))
     batch = bed.schedule()
-    sampled = [SampledToken(share.slot, 7) for share in batch.scheduled]
+    sampled = [SampledToken(slot, 7) for slot in batch.sampling_slots]
     outputs = bed.scheduler.update(StepResult(0, bed.num_steps - 1, 0, sampled))
     assert [output.num_cached_tokens for output in outputs] == [4]
 
