@@ -1,5 +1,5 @@
-"""A dense decoder layer, or the attention half of any, as one native call on CPUs with tile units
-(engine/kernels/native/decoder_layer.cpp)."""
+"""A decoder layer, dense or a mixture of experts, or the attention half of any, as one native call on CPUs with tile
+units (engine/kernels/native/decoder_layer.cpp)."""
 
 import ctypes
 import functools
@@ -7,24 +7,19 @@ from typing import Any
 
 import torch
 
+from engine.kernels.mixture import NativeMixture
 from engine.kernels.native_library import tile_library
+from engine.kernels.native_matrix import NativeMatrix
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
-_ROWS = 32
-_INT8_INPUTS = 64
-
-
-class NativeMatrix(ctypes.Structure):
-    """``weights`` [out, in] bfloat16, or int8 with ``row_scales`` [out] float32."""
-
-    _fields_ = (("weights", _POINTER), ("row_scales", _POINTER), ("num_inputs", _NUMBER), ("num_outputs", _NUMBER))
 
 
 class NativeLayer(ctypes.Structure):
     """Head numbers are this rank's. ``group``: of its collectives; null where it is alone on the axis.
 
     interleaved: how heads turn, where they do (``rotates``). normalizes_heads: queries and keys, after that; without
-    weights. scales_queries: by the step's query_scales. gate_up, down and feed_forward_norm: of dense layers only.
+    weights. scales_queries: by the step's query_scales. gate_up and down: of dense layers only. feed_forward_norm: of
+    whole layers only.
     """
 
     _fields_ = (
@@ -61,20 +56,9 @@ class NativeBuffers(ctypes.Structure):
     )
 
 
-def native_matrix(weight: torch.Tensor, row_scales: torch.Tensor | None) -> NativeMatrix | None:
-    """None where the native product does not take the matrix. Keeps its addresses, not the tensors."""
-    num_outputs, num_inputs = weight.shape
-    dtype, multiple = (torch.bfloat16, _ROWS) if row_scales is None else (torch.int8, _INT8_INPUTS)
-    if weight.dtype is not dtype or not weight.is_cpu or not weight.is_contiguous():
-        return None
-    if num_inputs % multiple or num_outputs % _ROWS:
-        return None
-    scales = None if row_scales is None else row_scales.data_ptr()
-    return NativeMatrix(weight.data_ptr(), scales, num_inputs, num_outputs)
-
-
 def decoder_layer(
     layer: NativeLayer,
+    mixture: NativeMixture | None,
     seen: NativeAttended,
     buffers: NativeBuffers,
     hidden: torch.Tensor,
@@ -83,17 +67,20 @@ def decoder_layer(
     caches: tuple[torch.Tensor, torch.Tensor],
 ) -> int:
     """Add ``update`` to ``hidden`` [T, n], in place; ``output`` [T, n] gets what attention gives, which is still to be
-    added, and may be ``update``. A dense layer adds that too, and ``output`` gets what its feed-forward part gives. All
-    bfloat16 and contiguous.
+    added, and may be ``update``. A dense layer, and one with a ``mixture``, adds that too, and ``output`` gets what its
+    feed-forward part gives. All bfloat16 and contiguous.
 
     Returns what a failed collective returned, else 0.
     """
     library = _library()
     assert library is not None
-    is_dense = layer.gate_up.weights is not None
-    function = library.remuda_decoder_layer if is_dense else library.remuda_attention_layer
+    function, head = library.remuda_attention_layer, [ctypes.byref(layer)]
+    if layer.gate_up.weights is not None:
+        function = library.remuda_decoder_layer
+    elif mixture is not None:
+        function, head = library.remuda_mixture_layer, [ctypes.byref(layer), ctypes.byref(mixture)]
     result: int = function(
-        ctypes.byref(layer),
+        *head,
         ctypes.byref(seen),
         ctypes.byref(buffers),
         hidden.data_ptr(),
@@ -117,4 +104,6 @@ def _library() -> ctypes.CDLL | None:
     argtypes: list[Any] = [_POINTER] * 8
     for function in (library.remuda_decoder_layer, library.remuda_attention_layer):
         function.argtypes, function.restype = argtypes, ctypes.c_int32
+    library.remuda_mixture_layer.argtypes = [_POINTER, *argtypes]
+    library.remuda_mixture_layer.restype = ctypes.c_int32
     return library

@@ -42,16 +42,21 @@ class GroupedExperts:
     def __init__(self, experts: Sequence[ExpertMatrices]) -> None:
         """Only where ``can_group`` says so."""
         self._experts = tuple(experts)  # keeps alive what the addresses below point to
-        self._hidden_size, self._width = experts[0].down.shape
+        self._hidden_size, self.width = experts[0].down.shape
         addresses = [
             _Expert(*map(_address, (one.gate_up, one.down, one.gate_up_scales, one.down_scales))) for one in experts
         ]
         self._native = (_Expert * len(addresses))(*addresses)
         library = _library()
         assert library is not None
-        is_int8 = experts[0].gate_up.dtype is torch.int8
-        self._compute = library.remuda_experts_int8 if is_int8 else library.remuda_experts_bf16
-        self._scratch_bytes: int = library.remuda_experts_scratch_bytes(self._hidden_size, self._width)
+        self.is_int8 = experts[0].gate_up.dtype is torch.int8
+        self._compute = library.remuda_experts_int8 if self.is_int8 else library.remuda_experts_bf16
+        self._scratch_bytes: int = library.remuda_experts_scratch_bytes(self._hidden_size, self.width)
+
+    @property
+    def address(self) -> int:
+        """Of the native experts, for native code that calls the kernel itself."""
+        return ctypes.addressof(self._native)
 
     def forward(self, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """[N, H] bfloat16, sorted by expert, with how many belong to each, [E] int64, to [N, H] bfloat16."""
@@ -62,7 +67,7 @@ class GroupedExperts:
             self._native,
             len(self._experts),
             self._hidden_size,
-            self._width,
+            self.width,
             tokens.data_ptr(),
             counts.data_ptr(),
             outputs.data_ptr(),

@@ -126,9 +126,9 @@ class DecoderModel(nn.Module):
         for layer, native in zip(self.layers, self._native_layers, strict=True):
             assert isinstance(layer, DecoderLayer)
             if step is not None and native is not None:
-                self._progress.at(Operation.LAYER if native.is_dense else Operation.ATTENTION, native.index)
+                self._progress.at(Operation.LAYER if native.is_whole else Operation.ATTENTION, native.index)
                 update = step.run(native, hidden, update)
-                if not native.is_dense:
+                if not native.is_whole:
                     hidden, update = layer.feed_forward_part(hidden, update, batch.adapters)
                 continue
             hidden, update = layer.forward(

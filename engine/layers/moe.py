@@ -8,8 +8,10 @@ from torch import nn
 
 from engine.batch import StepAdapters
 from engine.config import Determinism
+from engine.kernels.mixture import NativeMixture
 from engine.layers.experts import Experts
 from engine.layers.feed_forward import GatedFeedForward
+from engine.layers.native_mixture import native_mixture
 from engine.layers.router import Router
 from engine.parallel.all_to_all_dispatch import AllToAllDispatch
 from engine.parallel.expert_balance import linear_placement
@@ -105,6 +107,15 @@ class MixtureOfExperts(nn.Module):
         for place in range(num_chosen):
             total += whole[:, place] if self._scales_inputs else whole[:, place] * scores[:, place, None]
         return (total + whole[:, num_chosen] if has_shared else total).to(hidden.dtype)
+
+    def native(self) -> tuple[NativeMixture, tuple[object, ...]] | None:
+        """The same, but for the reduction, as one native call, and what that has addresses of; where there is such.
+        To be made when the weights are in place."""
+        if not self._is_replicated or self._is_in_order:
+            return None
+        loads = self.loads if self._counts_loads else None
+        parts = self.router, self.experts, self.table, self.shared_expert
+        return native_mixture(*parts, loads, scales_inputs=self._scales_inputs)
 
     def _routed(
         self, mine: torch.Tensor, adapters: StepAdapters | None, share: slice, hidden: torch.Tensor

@@ -1,6 +1,6 @@
-"""Dense decoder layers, and the attention halves of others, as single native calls, where a layer, a step and the CPU
-allow it. The same kernels in the same
-order as the layers' own ``forward``, so the same results; what is saved is the way from one to the next. T tokens."""
+"""Decoder layers, or their attention halves, as single native calls, where a layer, a step and the CPU allow it. The
+same kernels in the same order as the layers' own ``forward``, so the same results; what is saved is the way from one to
+the next. T tokens."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -12,35 +12,35 @@ from engine.attention.cpu import CpuStepAttention, native_step
 from engine.kernels.decoder_layer import (
     NativeBuffers,
     NativeLayer,
-    NativeMatrix,
     decoder_layer,
     has_decoder_layer,
-    native_matrix,
 )
 from engine.kernels.linear import MOST_TOKENS
+from engine.kernels.mixture import NativeMixture
+from engine.kernels.native_matrix import NativeMatrix
 from engine.layer_config import QkNorm, TemperatureConfig
 from engine.layers.attention import Attention, query_scales
 from engine.layers.feed_forward import GatedFeedForward
-from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+from engine.layers.moe import MixtureOfExperts
+from engine.layers.native_matrices import native_linears
 from engine.layers.norm import RmsNorm
 from engine.layers.rotary import Rotation
 from engine.parallel.collectives import Collectives, LocalCollectives
 from engine.parallel.shared_memory import SharedMemoryCollectives
-from engine.quantization.dense import DenseMatrix
-from engine.quantization.matrix import WeightMatrix
 
 
 @dataclass(frozen=True)
 class NativeDecoderLayer:
-    """``index``: of the layer in the model. ``is_dense``: the native part is the whole layer, else its attention half.
-    ``kept``: tensors whose addresses ``layer`` has."""
+    """``index``: of the layer in the model. ``is_whole``: the native part is the whole layer, else its attention half.
+    ``kept``: what ``layer`` and ``mixture`` have addresses of."""
 
     index: int
     layer: NativeLayer
-    is_dense: bool
+    mixture: NativeMixture | None
+    is_whole: bool
     temperature: TemperatureConfig | None
     tp: Collectives
-    kept: tuple[torch.Tensor, ...]
+    kept: tuple[object, ...]
 
     @classmethod
     def of(
@@ -57,10 +57,11 @@ class NativeDecoderLayer:
             return None
         if not isinstance(tp, LocalCollectives | SharedMemoryCollectives):
             return None
-        halves = [_linears(attention.qkv, attention.output)]
+        halves = [native_linears(attention.qkv, attention.output)]
         if isinstance(feed_forward, GatedFeedForward):
-            halves.append(_linears(feed_forward.gate_up, feed_forward.down))
+            halves.append(native_linears(feed_forward.gate_up, feed_forward.down))
         is_dense = len(halves) == 2 and halves[1] is not None
+        mixture = feed_forward.native() if isinstance(feed_forward, MixtureOfExperts) else None
         if halves[0] is None or any(norm.weight.dtype is not torch.bfloat16 for norm in norms):
             return None
         linears = [linear for half in halves if half is not None for linear in half]
@@ -80,9 +81,11 @@ class NativeDecoderLayer:
             attention.temperature is not None,
             norms[0].eps,
         )
-        kept = tuple(tensor for _, tensors in linears for tensor in tensors)
-        kept += tuple(norm.weight for norm in norms)
-        return cls(attention.layer, layer, is_dense, attention.temperature, tp, kept)
+        kept: list[object] = [tensor for _, tensors in linears for tensor in tensors]
+        kept += [norm.weight for norm in norms]
+        native, parts = (None, ()) if mixture is None else mixture
+        is_whole = is_dense or native is not None
+        return cls(attention.layer, layer, native, is_whole, attention.temperature, tp, (*kept, *parts))
 
 
 class NativeStep:
@@ -122,11 +125,13 @@ class NativeStep:
         return None if step is None else cls(step, kv_cache, rotation, positions, hidden)
 
     def run(self, layer: NativeDecoderLayer, hidden: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
-        """``hidden`` [T, n] += ``update``, in place, and, where the layer is dense, what attention gives. Returns what
+        """``hidden`` [T, n] += ``update``, in place, and, where the layer is whole, what attention gives. Returns what
         is still to be added."""
         seen, slot = self._attention.native(layer.index, self._kv_cache)
         caches = self._kv_cache.key_cache[slot], self._kv_cache.value_cache[slot]
-        result = decoder_layer(layer.layer, seen, self._space(layer), hidden, update, self._output, caches)
+        result = decoder_layer(
+            layer.layer, layer.mixture, seen, self._space(layer), hidden, update, self._output, caches
+        )
         if result and isinstance(layer.tp, SharedMemoryCollectives):
             layer.tp.fail(result, "all-reduce")
         return self._output
@@ -158,22 +163,3 @@ class NativeStep:
         if temperature not in self._scales:
             self._scales[temperature] = query_scales(temperature, self._positions).contiguous()
         return self._scales[temperature]
-
-
-def _linears(
-    *linears: ColumnParallelLinear | RowParallelLinear,
-) -> list[tuple[NativeMatrix, list[torch.Tensor]]] | None:
-    """Their matrices, and the tensors that these point to; None where one has a bias or another form."""
-    if any(linear.bias is not None for linear in linears):
-        return None
-    found = [_matrix(linear.matrix) for linear in linears]
-    native = [(matrix, tensors) for matrix, tensors in found if matrix is not None]
-    return native if len(native) == len(linears) else None
-
-
-def _matrix(matrix: WeightMatrix) -> tuple[NativeMatrix | None, list[torch.Tensor]]:
-    """And the tensors that it points to."""
-    if isinstance(matrix, DenseMatrix):
-        return native_matrix(matrix.weight, None), [matrix.weight]
-    codes = matrix.int8_codes()
-    return (None, []) if codes is None else (native_matrix(*codes), list(codes))

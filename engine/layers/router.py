@@ -24,7 +24,7 @@ class Router(nn.Module, abc.ABC):
         super().__init__()
         self._config = config
         self._is_deterministic = build.mesh.config.is_deterministic
-        self.num_experts = config.num_experts
+        self.num_experts, self.num_chosen = config.num_experts, config.num_experts_per_token
         self.weight = build.whole(f"{name}.weight", config.num_experts, hidden_size)
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,6 +62,15 @@ LLAMA4: dict[str, Any] = LLAMA | {
     "rope_scaling": None,
 }
 """Dense layers and mixtures; chunked attention with norms after rotation in pairs, and scaled queries without one."""
+LLAMA4_WIDE = LLAMA4 | {"intermediate_size": 128}
+MIXTRAL = LLAMA | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "intermediate_size": 64,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+}
+"""No shared expert; scores multiply the outputs of two experts."""
 
 Answers = list[tuple[list[int], list[float]]]
 """By request its tokens and their log-probabilities."""
@@ -122,40 +131,50 @@ def alone(model: str, quantization: str | None, load_format: LoadFormat = LoadFo
 
 
 @pytest.fixture
-def num_native_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    calls: list[int] = []
+def native_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Of each, whether it was the whole layer."""
+    calls: list[bool] = []
     run = native_decoder.NativeStep.run
 
-    def counted(self: native_decoder.NativeStep, *arguments: object) -> torch.Tensor:
-        calls.append(1)
-        return run(self, *arguments)  # type: ignore[arg-type]
+    def counted(
+        self: native_decoder.NativeStep, layer: native_decoder.NativeDecoderLayer, *arguments: object
+    ) -> torch.Tensor:
+        calls.append(layer.is_whole)
+        return run(self, layer, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(native_decoder.NativeStep, "run", counted)
     yield calls
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("config", [LLAMA, MISTRAL, LLAMA4], ids=["llama", "mistral", "llama4"])
+@pytest.mark.parametrize(
+    "config",
+    [LLAMA, MISTRAL, LLAMA4, LLAMA4_WIDE, MIXTRAL],
+    ids=["llama", "mistral", "llama4", "llama4-wide", "mixtral"],
+)
 def test_bits_are_those_of_layer_by_layer(
     config: dict[str, Any],
     quantization: str | None,
     tmp_path: Path,
-    num_native_calls: list[int],
+    native_calls: list[bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = directory_of(config, tmp_path)
     native = alone(model, quantization)
-    assert len(num_native_calls) > 3 * NUM_NEW
+    assert len(native_calls) > 3 * NUM_NEW
+    # int8 experts are grouped where their width is a multiple of 64.
+    has_narrow_experts = config["architectures"] == ["Llama4ForCausalLM"] and config["intermediate_size"] % 64
+    assert all(native_calls) == (quantization is None or not has_narrow_experts)
     monkeypatch.setattr(DecoderModel, "_native_step", lambda *arguments: None)
-    num_native_calls.clear()
+    native_calls.clear()
     assert alone(model, quantization) == native
-    assert not num_native_calls
+    assert not native_calls
 
 
-def test_what_the_native_layer_lacks_is_computed_layer_by_layer(tmp_path: Path, num_native_calls: list[int]) -> None:
+def test_what_the_native_layer_lacks_is_computed_layer_by_layer(tmp_path: Path, native_calls: list[bool]) -> None:
     config = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     assert len(alone(directory_of(config, tmp_path), None)) == len(PROMPT_LENGTHS)
-    assert not num_native_calls
+    assert not native_calls
 
 
 def test_ranks_add_up_their_parts(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-// A whole layer of a dense model in one call, or the attention half of any: what the Python form does with a dozen, of
-// which each costs more than the work of a few tokens is worth. The parts are the same functions, so the results are the
-// same bit for bit.
+// A whole layer in one call, or its attention half: what the Python form does with a dozen or two, of which each costs
+// more than the work of a few tokens is worth. The parts are the same functions, so the results are the same bit for bit.
 
 #include <cstdint>
 
+#include "layer_parts.h"
 #include "swiglu.h"
 #include "tiles.h"
 
@@ -11,18 +11,8 @@
 
 extern "C" {
 
-struct Group;
+struct Mixture;
 
-int32_t remuda_all_reduce(Group *group, uint8_t *values, int64_t count, int32_t element_bytes, int64_t split_bytes);
-void remuda_linear_bf16(const uint8_t *weights, const uint16_t *tokens, uint16_t *output, int64_t num_tokens,
-                        int64_t num_inputs, int64_t num_outputs);
-void remuda_linear_int8(const uint8_t *weights, const float *row_scales, const uint16_t *tokens, uint16_t *output,
-                        int64_t num_tokens, int64_t num_inputs, int64_t num_outputs);
-void remuda_rms_norm(const uint16_t *input, const uint16_t *weight, uint16_t *output, int64_t num_rows, int64_t n,
-                     float eps);
-void remuda_add_rms_norm(uint16_t *residual, const uint16_t *update, const uint16_t *weight, uint16_t *output,
-                         int64_t num_rows, int64_t n, float eps);
-void remuda_silu_multiply(const uint16_t *input, uint16_t *output, int64_t num_rows, int64_t n);
 void remuda_rotate_and_write(const uint16_t *query, int64_t query_stride, const uint16_t *key, int64_t key_stride,
                              const uint16_t *value, int64_t value_stride, const float *cosines, const float *sines,
                              const int64_t *slots, uint16_t *turned, uint16_t *key_cache, uint16_t *value_cache,
@@ -38,14 +28,9 @@ void remuda_decode_attention(const uint16_t *query, uint16_t *output, const uint
                              const int64_t *tables, const int64_t *firsts, const int64_t *lasts, int64_t num_requests,
                              int64_t block_size, int64_t num_kv_heads, int64_t heads_per_kv_head, int64_t head_dim);
 
-// engine/kernels/decoder_layer.py has the same structures.
+void remuda_mixture(const Mixture *mixture, const uint16_t *tokens, uint16_t *output, int64_t num_tokens);
 
-// [num_outputs, num_inputs], bfloat16, or int8 with row_scales.
-struct Matrix {
-    const uint8_t *weights;
-    const float *row_scales;
-    int64_t num_inputs, num_outputs;
-};
+// engine/kernels/decoder_layer.py has the same structures.
 
 // Head numbers are this rank's. group: its tensor-parallel axis, null where it is alone. interleaved: how heads turn,
 // where they do. normalizes_heads: queries and keys, after that; without weights. scales_queries: by the step's
@@ -78,14 +63,7 @@ struct Buffers {
 
 namespace {
 
-void multiply(const Matrix &matrix, const uint16_t *tokens, uint16_t *output, int64_t num_tokens) {
-    if (matrix.row_scales) {
-        remuda_linear_int8(matrix.weights, matrix.row_scales, tokens, output, num_tokens, matrix.num_inputs,
-                           matrix.num_outputs);
-    } else {
-        remuda_linear_bf16(matrix.weights, tokens, output, num_tokens, matrix.num_inputs, matrix.num_outputs);
-    }
-}
+using remuda::multiply;
 
 int32_t sum_over_ranks(const Layer &layer, uint16_t *values, int64_t count) {
     if (!layer.group) return 0;
@@ -162,6 +140,18 @@ int32_t remuda_decoder_layer(const Layer *layer, const Attended *seen, const Buf
     multiply(layer->gate_up, b->normed, b->gate_up, num_tokens);
     remuda_silu_multiply(b->gate_up, b->inner, num_tokens, layer->down.num_inputs);
     multiply(layer->down, b->inner, output, num_tokens);
+    return sum_over_ranks(*layer, output, num_tokens * size);
+}
+
+// The same with a mixture of experts as feed-forward part.
+int32_t remuda_mixture_layer(const Layer *layer, const Mixture *mixture, const Attended *seen, const Buffers *b,
+                             uint16_t *hidden, const uint16_t *update, uint16_t *output, uint16_t *key_cache,
+                             uint16_t *value_cache) {
+    const int64_t num_tokens = b->num_tokens, size = layer->qkv.num_inputs;
+    int32_t result = remuda_attention_layer(layer, seen, b, hidden, update, output, key_cache, value_cache);
+    if (result) return result;
+    remuda_add_rms_norm(hidden, output, layer->feed_forward_norm, b->normed, num_tokens, size, layer->eps);
+    remuda_mixture(mixture, b->normed, output, num_tokens);
     return sum_over_ranks(*layer, output, num_tokens * size);
 }
 }

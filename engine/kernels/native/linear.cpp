@@ -8,10 +8,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
+#include "scratch.h"
 #include "tile_kinds.h"
 #include "token_tiles.h"
 #include "transpose.h"
@@ -27,26 +26,6 @@ constexpr int kTokenPair = 2 * kTileRows;  // tokens computed together
 constexpr int kTileWords = kTileRows * kTileRows;
 constexpr int64_t kBlockBytes = 1 << 20;   // of packed tokens: half of the second-level cache
 constexpr int kFetchedPairs = 4;           // with fewer, the CPU fetches a panel in time by itself
-
-// Memory of a thread that stays in its cache between products.
-class Scratch {
-  public:
-    ~Scratch() { std::free(begin_); }
-    uint8_t *at_least(int64_t num_bytes) {
-        if (num_bytes > num_bytes_) {
-            std::free(begin_);
-            num_bytes_ = 0;
-            begin_ = static_cast<uint8_t *>(std::aligned_alloc(64, (num_bytes + 63) / 64 * 64));
-            if (begin_ == nullptr) throw std::bad_alloc();
-            num_bytes_ = num_bytes;
-        }
-        return begin_;
-    }
-
-  private:
-    uint8_t *begin_ = nullptr;
-    int64_t num_bytes_ = 0;
-};
 
 // A block of tokens by all of W.
 struct Work {
