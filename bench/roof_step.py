@@ -14,7 +14,8 @@ import torch
 
 from bench.measure import Row, row
 from bench.roof_kernels import Roofs
-from engine.config import Dtype, ParallelConfig
+from engine.config import Determinism, Dtype, ParallelConfig
+from engine.deterministic import deterministic_layout
 from engine.executor.in_process import InProcessExecutor
 from engine.executor.process_gang import ProcessGang
 from engine.executor.worker_config import WorkerConfig
@@ -45,8 +46,10 @@ class GangSteps:
         tp: int,
         quantization: str | None,
         executor: type[ProcessGang] | type[InProcessExecutor] = ProcessGang,
+        determinism: Determinism = Determinism.OFF,
     ) -> None:
         self.config = ModelConfig.from_directory(str(model), quantization)
+        layout = deterministic_layout(self.config, ParallelConfig(tp=tp), determinism)
         self._num_groups = len(kv_groups(self.config))
         self._blocks_per_slot = self._num_groups * (PREFILL_TOKENS // _BLOCK_SIZE + 2)
         self.gang = executor(
@@ -56,6 +59,8 @@ class GangSteps:
                 secret="",
                 model=str(model),
                 tp=tp,
+                determinism=layout.determinism,
+                num_shards=layout.num_shards,
                 dtype=Dtype.BFLOAT16,
                 quantization=quantization,
                 max_num_seqs=max(BATCHES),

@@ -19,6 +19,7 @@ from torch.nn import functional
 from engine.attention.backend import KvCacheView, Rotation
 from engine.batch import ForwardBatch
 from engine.config import KvGroupConfig
+from engine.kernels.fixed_linear import gpu_fixed_linears
 
 _CHUNK = 128
 _ROWS = 16
@@ -171,6 +172,9 @@ def _slots(tile: _Tile, positions: torch.Tensor, block_size: int) -> torch.Tenso
 
 def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """[D, k, rows, a] by [D, k, a, b], as products of [16, a] by [a, b]."""
+    if left.is_cuda:
+        products = gpu_fixed_linears(left.flatten(0, 1), right.flatten(0, 1).transpose(1, 2))
+        return products.view(*left.shape[:3], -1)
     blocks = left.unflatten(2, (-1, _ROWS))
     num_blocks = blocks.shape[2]
     repeated = right[:, :, None].expand(-1, -1, num_blocks, -1, -1)

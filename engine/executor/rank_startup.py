@@ -209,7 +209,7 @@ class _Startup:
             return None
         from engine.executor.cuda_graphs import DecodeGraphs, can_capture
 
-        attention = attention_backend(self._device)
+        attention = attention_backend(self._device, is_deterministic=mesh.config.is_deterministic)
         if not can_capture(model, mesh, attention, self._device):
             return None
         return DecodeGraphs(

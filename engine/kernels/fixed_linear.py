@@ -40,6 +40,13 @@ def fixed_linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _by_tiles(hidden, weight)
 
 
+def gpu_fixed_linears(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """On a GPU, several at once: [B, T, in] by [B, out, in] to [B, T, out]."""
+    from engine.kernels.triton import fixed_linear as kernels
+
+    return kernels.fixed_linears(hidden, weight)
+
+
 def _native(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     num_outputs, num_inputs = weight.shape
     if missing := -num_inputs % _NATIVE_STEP:

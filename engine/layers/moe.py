@@ -43,6 +43,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = experts
         self.shared_expert = shared_expert
         self._scales_inputs = scales_inputs
+        self._is_deterministic = mesh.config.is_deterministic
         self._is_in_order = mesh.config.determinism is Determinism.D2
         self._is_replicated = not mesh.config.exchanges_tokens
         self.table = self._make_table(mesh)
@@ -71,7 +72,7 @@ class MixtureOfExperts(nn.Module):
 
         ``adapters``: of the T tokens.
         """
-        if self._is_in_order:
+        if self._is_in_order or (self._is_deterministic and self._is_replicated and hidden.is_cuda):
             return self._forward_in_order(hidden)
         share = self._dispatch.share(len(hidden))
         routed, shared = self._routed(hidden[share], adapters, share, hidden)
@@ -84,8 +85,9 @@ class MixtureOfExperts(nn.Module):
         return sum_over_ranks(output, self._mesh, hidden.dtype)
 
     def _forward_in_order(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Under D2: each expert's output is put together from all ranks and rounded, as if it were computed at one
-        place, and then they are added up in the order of their numbers."""
+        """Under D2, and on GPUs, whose sums by token are in no order: each expert's output is put together from all
+        ranks and rounded, as if it were computed at one place, and then they are added up in the order of their
+        numbers."""
         assert isinstance(self._dispatch, ReplicatedDispatch)
         expert_ids, scores = self.router.forward(hidden)
         expert_ids, by_number = expert_ids.sort(dim=1)

@@ -19,7 +19,7 @@ from engine.parallel.mesh import Mesh
 from engine.weights.loader import load_weights
 from tests.determinism.models import VOCAB_SIZE
 from tests.support.model_driver import ModelDriver, Stream
-from tests.support.rank_pool import RankContext
+from tests.support.rank_pool import RankContext, run_ranks
 
 PROMPT_LENGTH = 203
 NUM_NEW = 8
@@ -121,16 +121,27 @@ class _Crowd:
 
 @dataclass(frozen=True)
 class Setting:
-    """``native``: with the native library; else everything runs on torch alone."""
+    """``native``: with the native library; else everything runs on torch alone. ``quantization``: while loading."""
 
     directory: str
-    dtype: str
     determinism: Determinism
     native: bool = True
     tp: int = 1
     ep: int = 1
     pp: int = 1
     prompt_length: int = PROMPT_LENGTH
+    quantization: str | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.pp
+
+
+def observe_gang(setting: Setting, ways: tuple[Way, ...], timeout_s: float = 120.0) -> dict[Way, list[Observed]]:
+    """What the sampling rank of a gang of processes saw."""
+    found = run_ranks(observe_on_rank, setting.num_ranks, setting, ways, timeout_s=timeout_s)
+    sampling: dict[Way, list[Observed]] = found[setting.tp * (setting.pp - 1)]
+    return sampling
 
 
 def observe_on_rank(context: RankContext, setting: Setting, ways: tuple[Way, ...]) -> dict[Way, list[Observed]]:
@@ -139,7 +150,7 @@ def observe_on_rank(context: RankContext, setting: Setting, ways: tuple[Way, ...
         native: Any = engine.kernels.native_library
         native._PATH = Path("/nowhere")
     torch.set_num_threads(1)
-    config = ModelConfig.from_directory(setting.directory)
+    config = ModelConfig.from_directory(setting.directory, setting.quantization)
     layout = ParallelConfig(tp=setting.tp, ep=setting.ep, pp=setting.pp)
     parallel = deterministic_layout(config, layout, setting.determinism)
     device = torch.device("cpu")

@@ -13,10 +13,15 @@ _ROWS, _COLUMNS, _INPUTS = 32, 64, 64
 def fixed_linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``hidden`` [T, in] times the transpose of ``weight`` [out, in], with float32 sums: [T, out]. bfloat16 or float32,
     both alike; float32 is not rounded to TF32."""
+    return fixed_linears(hidden[None], weight[None])[0]
+
+
+def fixed_linears(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same B times: [B, T, in] by [B, out, in] to [B, T, out]."""
     hidden, weight = hidden.contiguous(), weight.contiguous()
-    (num_tokens, num_inputs), num_outputs = hidden.shape, len(weight)
-    output = hidden.new_empty(num_tokens, num_outputs)
-    grid = cdiv(num_outputs, _COLUMNS), cdiv(num_tokens, _ROWS)
+    (num_products, num_tokens, num_inputs), num_outputs = hidden.shape, weight.shape[1]
+    output = hidden.new_empty(num_products, num_tokens, num_outputs)
+    grid = cdiv(num_outputs, _COLUMNS), cdiv(num_tokens, _ROWS), num_products
     _fixed_linear[grid](
         hidden,
         weight,
@@ -46,6 +51,10 @@ def _fixed_linear(
     INPUTS: tl.constexpr,
 ) -> None:
     # Not specialised: a kernel compiled for one token, or for multiples of 16, could add up in another order.
+    product = tl.program_id(2).to(tl.int64)
+    hidden += product * num_tokens * num_inputs
+    weight += product * num_outputs * num_inputs
+    output += product * num_tokens * num_outputs
     columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)

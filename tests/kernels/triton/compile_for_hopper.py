@@ -9,6 +9,7 @@ from triton.compiler import ASTSource, compile
 
 from engine.kernels.triton import (
     decode_attention,
+    fixed_linear,
     greedy,
     nucleus_border,
     rms_norm,
@@ -60,6 +61,9 @@ def main() -> None:
             # Numbers that are one become constants.
             ones = {"num_pairs": 1, "num_choices": 1, "DOT": tl.bfloat16}
             check(kernel, types[:-2], sizes | ones, num_warps=4, num_stages=3)
+    for tensor, dot in ((BF16, tl.bfloat16), (FP32, tl.float32)):
+        sizes = {"DOT": dot, "ROWS": 32, "COLUMNS": 64, "INPUTS": 64}
+        check(fixed_linear._fixed_linear, [tensor] * 3 + [NUMBER] * 3, sizes)
     check(greedy._greedy, [FP32, INT64, NUMBER], {"BLOCK": 4096}, num_warps=8)
     types = [INT64, "*fp64", INT64, NUMBER, NUMBER]
     check(nucleus_border._nucleus_border, types, {"BLOCK": 2048, "BITS": 3})
