@@ -116,6 +116,7 @@ class ServeConfig(BaseSettings):
     api_key_file: Path | None = None
     address: str | None = None
     cpu_slots: Degree = 8
+    spare_ranks: Annotated[int, Field(ge=0, le=64)] = 0
     deterministic: Annotated[Determinism, BeforeValidator(_determinism_field)] = Determinism.OFF
     request_timeout: Seconds = 600.0
     queue_timeout: Seconds = 60.0

@@ -61,6 +61,7 @@ def serve(
     api_key_file: options.ApiKeyFile = None,
     address: options.Address = None,
     cpu_slots: options.CpuSlots = None,
+    spare_ranks: options.SpareRanks = None,
     deterministic: options.Deterministic = None,
     request_timeout: options.RequestTimeout = None,
     queue_timeout: options.QueueTimeout = None,

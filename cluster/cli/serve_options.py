@@ -17,6 +17,10 @@ LoraModules = Annotated[
 ]
 LoraDirectory = Annotated[Path | None, typer.Option(help="Adapters below it may be loaded while serving. [none may]")]
 DrainTimeout = Annotated[float | None, typer.Option(help="Seconds that running requests get after SIGTERM. [30]")]
+SpareRanks = Annotated[
+    int | None,
+    typer.Option(help="Processes per host that stand by to take a lost CPU rank's place within a second. [0]"),
+]
 TensorParallelSize = Annotated[
     int | None, typer.Option("--tensor-parallel-size", "--tp", help="Ranks that share each layer. [1]")
 ]

@@ -132,6 +132,7 @@ def _launch_config(
         max_lora_rank=config.max_lora_rank,
         enable_prefix_caching=config.enable_prefix_caching,
         depth=plans_in_flight(device.value, parallel.pp, config.async_scheduling),
+        spare_ranks=config.spare_ranks,
     )
     return LaunchConfig(
         replica=plan,

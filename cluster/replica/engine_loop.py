@@ -82,10 +82,19 @@ class EngineLoop:
     Args:
         engine: owned by this object from now on.
         clock: seconds, monotonic.
+        repair: called, in the loop's thread, when the engine broke. When it returns, the engine has been reset and goes
+            on with all that was live; requests that come meanwhile wait in the inbox. Raises EngineFailure where the
+            engine has failed for good. None: it has, whatever broke.
     """
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Callable[[], float] = time.monotonic,
+        repair: Callable[[EngineFailure], None] | None = None,
+    ) -> None:
         self._engine = engine
+        self._repair = repair
         self._clock = clock
         self._wake = threading.Condition()
         self._inbox: deque[Request | str | _AdapterChange] = deque()
@@ -99,7 +108,7 @@ class EngineLoop:
         self._adapters: tuple[AdapterInfo, ...] = ()
         self._state = ReplicaState.STARTING
         self._stopping = False
-        self._broken: RemudaError | None = None
+        self._broken: tuple[RemudaError, Callable[[], bool]] | None = None
         self._failure: EngineFailure | None = None
         self._thread: threading.Thread | None = None
         self._publish: Callable[[StepOutputs], None] = _discard
@@ -196,10 +205,11 @@ class EngineLoop:
             if self._state is ReplicaState.READY:
                 self._state = ReplicaState.DRAINING
 
-    def fail(self, error: RemudaError) -> None:
-        """From any thread: the gang broke, maybe while no step was under way. Everything live ends with ``error``."""
+    def fail(self, error: RemudaError, still_holds: Callable[[], bool] = lambda: True) -> None:
+        """From any thread: the gang broke, maybe while no step was under way. ``still_holds``: asked by the loop's
+        thread when it takes notice; there may have been a repair in between."""
         with self._wake:
-            self._broken = error
+            self._broken = error, still_holds
             self._wake.notify()
 
     def stop(self, timeout_s: float) -> bool:
@@ -224,7 +234,7 @@ class EngineLoop:
     def _run(self) -> None:
         failure: RemudaError = Unavailable("this replica was stopped")
         try:
-            while self._turn():
+            while self._turn_or_repair():
                 pass
         except EngineFailure as error:
             failure = error
@@ -232,6 +242,18 @@ class EngineLoop:
             _log.exception("the engine raised what it should not")
             failure = EngineFailure(f"the engine raised {type(error).__name__}: {error}")
         self._end(failure)
+
+    def _turn_or_repair(self) -> bool:
+        try:
+            return self._turn()
+        except EngineFailure as error:
+            if self._repair is None or self._stopping:
+                raise
+            _log.warning("the engine broke and is to be repaired: %s", error)
+            broken = error
+        self._is_busy = False  # what is live waits for the repair, not for a step
+        self._repair(broken)
+        return True
 
     def _turn(self) -> bool:
         """Waits for work, takes in what came, runs one step. False: time to stop."""
@@ -241,8 +263,9 @@ class EngineLoop:
                 self._wake.wait()
             if self._stopping:
                 return False
-            if self._broken is not None:
-                raise self._broken
+            broken, self._broken = self._broken, None
+            if broken is not None and broken[1]():
+                raise broken[0]
             if not self._is_busy:
                 self._is_busy, self._last_progress_s = True, self._clock()
         self._take_in()

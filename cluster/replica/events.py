@@ -34,6 +34,8 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     max_lora_rank: int = 64
     enable_prefix_caching: bool = True
     depth: int = 1
+    spare_ranks: int = 0
+    """Processes per host that have imported what a rank needs, and stand by to take a lost one's place."""
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -88,11 +90,14 @@ class Loading(msgspec.Struct, frozen=True, tag="loading"):
 
 
 class RankPlaced(msgspec.Struct, frozen=True, tag="rank"):
+    """A rank has joined the formation of this epoch."""
+
     replica: str
     rank: int
     pid: int
     host: str
     device: str
+    epoch: int = 0
 
 
 class MemoryPlanned(msgspec.Struct, frozen=True, tag="planned"):
@@ -115,14 +120,46 @@ class RankLoaded(msgspec.Struct, frozen=True, tag="loaded"):
     replica: str
     rank: int
     weight_bytes: int
+    epoch: int = 0
 
 
 class ReplicaReady(msgspec.Struct, frozen=True, tag="ready"):
-    """The leader serves at ``address`` (host:port); what else there is to know, it tells itself (GetInfo)."""
+    """The leader serves at ``address`` (host:port); what else there is to know, it tells itself (GetInfo). It comes
+    again, with another address, when a leader has been replaced."""
 
     replica: str
     address: str
     num_blocks: int
+
+
+class GangBroke(msgspec.Struct, frozen=True, tag="broke"):
+    """The formation of this epoch is over. ``culprit``: the rank that did it, where that is known."""
+
+    replica: str
+    epoch: int
+    culprit: int | None
+    message: str
+
+
+class GangFormed(msgspec.Struct, frozen=True, tag="formed"):
+    """All ranks of this epoch are ready. ``phase_seconds``: of the slowest rank in each phase of this formation."""
+
+    replica: str
+    epoch: int
+    num_blocks: int
+    phase_seconds: dict[str, float]
+
+
+class Repairing(msgspec.Struct, frozen=True, tag="repairing"):
+    """Something of the replica was lost, and the gang forms anew as ``epoch``; its streams go on after that."""
+
+    replica: str
+    epoch: int
+    ranks: list[int]
+    """Those that are replaced."""
+    leader: bool
+    """Whether the leader is."""
+    message: str
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -151,6 +188,9 @@ Event = (
     | Notice
     | RankLoaded
     | ReplicaReady
+    | GangBroke
+    | GangFormed
+    | Repairing
     | Failed
     | ReplicaEnded
     | Stopped

@@ -1,6 +1,7 @@
 """A gang's leader: waits for its ranks, then runs the engine loop and the gRPC server. Knows no Ray and no torch."""
 
 import asyncio
+import functools
 import logging
 import os
 import queue
@@ -8,6 +9,7 @@ import secrets
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -26,19 +28,20 @@ from cluster.replica.events import (
     ReplicaReady,
     encode_event,
 )
+from cluster.replica.gang import Gang
 from cluster.replica.heap import settle_heap
 from cluster.replica.leader_load import LeaderLoad
 from cluster.replica.model_source import ModelSource
-from cluster.replica.rank_plan import GangEndpoints, listen_addresses
+from cluster.replica.rank_plan import GangEndpoints
+from cluster.replica.record_file import leave_record
+from cluster.replica.recorded_engine import RecordedEngine
 from cluster.replica.server import LeaderServer
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from engine.config import CacheConfig, LoraConfig, SchedulerConfig
 from engine.engine import Engine
-from engine.errors import RemudaError
+from engine.errors import EngineFailure, RemudaError
 from engine.executor.channel_executor import ChannelExecutor
 from engine.executor.gang_start import GangReady
-from engine.executor.handshake import new_secret
-from engine.executor.socket_hub import SocketHub
 from engine.messages import FromRank, Hello, Loaded, LoadProgress
 from engine.model_config import ModelConfig, kv_groups
 from engine.weights.identity import checkpoint_identity
@@ -58,6 +61,7 @@ class LeaderConfig(msgspec.Struct, frozen=True):
     plan: ReplicaPlan
     host: str
     rank_hosts: list[str]
+    """At first."""
     secret: str
 
     def encode(self) -> bytes:
@@ -76,22 +80,21 @@ class Leader:
         self._config = config
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._bytes_by_rank: dict[int, tuple[int, int]] = {}
-        self._executor: ChannelExecutor | None = None
+        self._gang = Gang(config.replica_id, config.plan.parallel, config.host, self._events.put, self._on_gang_failure)
+        self._gang.record.describe(replica=config.replica_id, plan=msgspec.to_builtins(config.plan))
+        self._rank_hosts = config.rank_hosts
+        self._formed: tuple[int, ChannelExecutor] | None = None
+        """The formation that serves: its epoch, and what computes in it."""
+        self._server: LeaderServer | None = None
         self._loop: EngineLoop | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._last_poll_s = time.monotonic()
 
-    def open(self) -> GangEndpoints:
-        """Listen for the ranks."""
-        config, plan = self._config, self._config.plan
-        secret = new_secret()
-        addresses = listen_addresses(config.host, config.rank_hosts)
-        hub = SocketHub(range(plan.parallel.num_ranks), secret, addresses)
-        self._executor = ChannelExecutor(hub, plan.parallel, on_failure=self._on_gang_failure)
-        local = next((address for address in hub.addresses if address.startswith("unix:")), "")
-        remote = next((address for address in hub.addresses if address.startswith("tcp:")), "")
-        return GangEndpoints(config.host, local, remote, secret)
+    def open(self, epoch: int, rank_hosts: list[str]) -> GangEndpoints:
+        """Listen for the ranks of a new formation, each on its host; the former one is over."""
+        self._rank_hosts = rank_hosts
+        return self._gang.open(epoch, rank_hosts)
 
     def start(self) -> None:
         """Everything else happens in threads of its own; ``poll`` reports it."""
@@ -126,58 +129,80 @@ class Leader:
     def stop(self) -> None:
         """End the ranks and the server. Returns when both have ended."""
         self._stopping.set()
-        if self._executor is not None:
-            # Also unblocks a start that still waits for ranks.
-            self._executor.close()
+        # Also unblocks a start that still waits for ranks.
+        self._gang.close()
         if self._thread is not None:
             self._thread.join(_CLOSE_TIMEOUT_S)
 
     def _live(self) -> None:
-        assert self._executor is not None
         try:
-            asyncio.run(self._serve(*self._form_gang(self._executor)))
+            plan = self._config.plan
+            directory = ModelSource(plan.model, plan.revision).directory()
+            self._model = ModelConfig.from_directory(directory, plan.quantization)
+            epoch, executor, gang = self._gang.form(self._start_gang)
+            self._formed = epoch, executor
+            engine = self._make_engine(directory, epoch, executor, gang)
+            asyncio.run(self._serve(engine, self._info(gang)))
         except Exception as error:  # noqa: BLE001  (whatever it was, it is reported)
             if not self._stopping.is_set():
                 self._report(error)
         finally:
-            self._executor.close()
+            self._gang.close()
 
     def _report(self, error: Exception) -> None:
         _log.error("the replica ended", exc_info=error)
         kind = type(error).__name__ if isinstance(error, RemudaError) else StartFailed.__name__
         self._events.put(Failed(kind, str(error), self._config.replica_id))
 
-    def _form_gang(self, executor: ChannelExecutor) -> tuple[Engine, ReplicaInfo]:
-        plan = self._config.plan
-        directory = ModelSource(plan.model, plan.revision).directory()
-        model = ModelConfig.from_directory(directory, plan.quantization)
-        gang = executor.start(
-            model,
+    def _start_gang(self, epoch: int, executor: ChannelExecutor) -> GangReady:
+        self._bytes_by_rank.clear()
+        return executor.start(
+            self._model,
             block_size=CacheConfig().block_size,
-            max_model_len=plan.max_model_len,
-            on_message=self._on_message,
+            max_model_len=self._config.plan.max_model_len,
+            on_message=functools.partial(self._on_message, epoch),
         )
+
+    def _repair(self, engine: Engine, failure: EngineFailure) -> None:
+        """In the engine loop's thread. Waits until the gang has formed anew; the engine then goes on where it was.
+        Raises EngineFailure where it does not."""
+        assert self._formed is not None
+        leave_record(self._gang.record, self._config.replica_id)
+        self._gang.end(*self._formed, failure)
+        epoch, executor, gang = self._gang.form(self._start_gang)
+        self._formed = epoch, executor
+        engine.reset(epoch, executor=executor, cache_config=self._cache_config(gang))
+        if self._server is not None:
+            self._server.set_ranks(self._info(gang).ranks)
+
+    def _cache_config(self, gang: GangReady) -> CacheConfig:
+        keeps_prefixes = gang.cache.keeps_prefixes and self._config.plan.enable_prefix_caching
+        return replace(gang.cache, keeps_prefixes=keeps_prefixes)
+
+    def _make_engine(self, directory: Path, epoch: int, executor: ChannelExecutor, gang: GangReady) -> Engine:
+        plan, model = self._config.plan, self._model
         scheduler = SchedulerConfig(
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=gang.max_model_len,
             depth=plan.depth,
         )
-        keeps_prefixes = gang.cache.keeps_prefixes and plan.enable_prefix_caching
-        engine = Engine(
+        engine = RecordedEngine(
+            self._gang.record,
             executor=executor,
+            epoch=epoch,
             kv_groups=kv_groups(model, plan.pipeline_parallel_size),
             num_dp_groups=plan.data_parallel_size,
             # Stages work on different plans: what is sampled comes to the first through the next plan.
             input_references=plan.pipeline_parallel_size == 1,
             vocab_size=model.vocab_size,
             scheduler_config=scheduler,
-            cache_config=replace(gang.cache, keeps_prefixes=keeps_prefixes),
+            cache_config=self._cache_config(gang),
             lora_config=LoraConfig(plan.max_loras, plan.max_lora_rank),
             model_identity=f"{checkpoint_identity(directory)} {plan.dtype} {plan.quantization}",
         )
         self._load_adapters(engine)
-        return engine, self._info(gang)
+        return engine
 
     def _load_adapters(self, engine: Engine) -> None:
         """Those that are there from the beginning. Raises AdapterError."""
@@ -207,15 +232,15 @@ class Leader:
 
     def _host_of(self, hello: Hello) -> str:
         """With the address: several hosts may bear one name."""
-        return f"{hello.host} ({self._config.rank_hosts[hello.rank]})"
+        return f"{hello.host} ({self._rank_hosts[hello.rank]})"
 
-    def _on_message(self, message: FromRank) -> None:
+    def _on_message(self, epoch: int, message: FromRank) -> None:
         replica = self._config.replica_id
         if isinstance(message, Hello):
             host = self._host_of(message)
-            self._events.put(RankPlaced(replica, message.rank, message.pid, host, message.device))
+            self._events.put(RankPlaced(replica, message.rank, message.pid, host, message.device, epoch))
         elif isinstance(message, Loaded):
-            self._events.put(RankLoaded(replica, message.rank, message.weight_bytes))
+            self._events.put(RankLoaded(replica, message.rank, message.weight_bytes, epoch))
         elif isinstance(message, LoadProgress):
             if message.num_bytes_total:
                 self._bytes_by_rank[message.rank] = (message.num_bytes_done, message.num_bytes_total)
@@ -224,22 +249,25 @@ class Leader:
             else:
                 self._events.put(PhaseStarted(message.phase, replica))
 
-    def _on_gang_failure(self, error: RemudaError) -> None:
+    def _on_gang_failure(self, epoch: int, error: RemudaError) -> None:
         """Without this an idle replica would learn of a lost rank from its next request."""
         if self._loop is not None:
-            self._loop.fail(error)
+            self._loop.fail(error, lambda: self._formed is not None and self._formed[0] <= epoch)
 
     async def _serve(self, engine: Engine, info: ReplicaInfo) -> None:
         failure: asyncio.Future[RemudaError] = asyncio.get_running_loop().create_future()
-        self._loop = EngineLoop(engine)
-        if self._executor is not None and self._executor.failure is not None:
-            raise self._executor.failure
-        server = LeaderServer(
+        self._loop = EngineLoop(engine, repair=functools.partial(self._repair, engine))
+        assert self._formed is not None
+        if (broken := self._formed[1].failure) is not None:  # nobody was told: there was no loop yet
+            self._loop.fail(broken)
+        server = self._server = LeaderServer(
             self._loop,
             info,
             bind=f"{self._config.host}:0",
             secret=self._config.secret,
             on_failure=failure.set_result,
+            gang=lambda: None if self._formed is None else self._formed[1],
+            record=self._gang.record,
         )
         address = await server.start()
         settle_heap()

@@ -39,9 +39,17 @@ def listen_addresses(leader_host: str, rank_hosts: list[str]) -> list[str]:
 
 
 def worker_configs(
-    plan: ReplicaPlan, ranks: list[PlacedRank], endpoints: GangEndpoints, store_host: str, store_port: int
+    plan: ReplicaPlan,
+    ranks: list[PlacedRank],
+    endpoints: GangEndpoints,
+    store_host: str,
+    store_port: int,
+    *,
+    epoch: int = 0,
+    num_blocks: int = 0,
 ) -> list[WorkerConfig]:
-    """One per rank, in order. On each host but the leader's, the first rank relays for the others there."""
+    """One per rank, in order. On each host but the leader's, the first rank relays for the others there.
+    ``num_blocks``: of a gang that has served before."""
     by_host: dict[str, list[int]] = defaultdict(list)
     for placed in ranks:
         by_host[placed.host].append(placed.rank)
@@ -57,6 +65,8 @@ def worker_configs(
         configs.append(
             WorkerConfig(
                 rank=placed.rank,
+                epoch=epoch,
+                num_blocks=num_blocks,
                 channel_address=address,
                 secret=endpoints.secret,
                 model=plan.model,

@@ -24,7 +24,7 @@ from cluster.rpc.channel import SERVER_OPTIONS
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
 from cluster.rpc.health import Health, add_health_and_reflection
 from cluster.rpc.shared_secret import check_secret
-from cluster.types import ReplicaInfo
+from cluster.types import RankInfo, ReplicaInfo
 from engine.errors import EngineFailure, InvalidRequest, RemudaError
 from engine.executor.flight_record import FlightRecord, parts
 from engine.request import AdapterInfo
@@ -122,6 +122,10 @@ class LeaderServer:
             adapters=self._engine_loop.adapters,
         )
 
+    def set_ranks(self, ranks: tuple[RankInfo, ...]) -> None:
+        """The gang has formed anew. From any thread."""
+        self._info = replace(self._info, ranks=ranks)
+
     def dump(self) -> Iterator[bytes]:
         """The replica's flight record, in parts."""
         return parts(self._record.lines())
@@ -201,7 +205,7 @@ class LeaderServer:
         while True:
             await asyncio.sleep(self._sweep_interval_s)
             for stream in self._streams.overdue(_now_s()):
-                self._abort(stream)
+                self._abort(stream, keeps_history=False)
 
     async def authenticate(self, context: Context) -> None:
         """Ends the call where the caller does not know the secret."""
@@ -317,11 +321,17 @@ class LeaderServer:
         stream.detach()
         self._streams.note_unread(stream, _now_s())
 
-    def _abort(self, stream: StreamHistory) -> None:
+    def _abort(self, stream: StreamHistory, keeps_history: bool = True) -> None:
+        """``keeps_history``: of a resumable one, for a client that missed the last of what its front end had."""
         stream.detach()
-        if self._streams.live_one(stream.request_id) is stream:
+        if self._streams.live_one(stream.request_id) is not stream:
+            return
+        self._engine_loop.abort(stream.request_id)
+        if keeps_history and stream.is_resumable:
+            stream.fail(Unavailable("this request was ended"))
+            self._streams.end(stream, _now_s())
+        else:
             self._streams.drop(stream)
-            self._engine_loop.abort(stream.request_id)
 
 
 def _now_s() -> float:

@@ -1,30 +1,47 @@
-"""Creates a replica's leader and ranks as detached Ray actors, watches them, and ends them.
+"""Creates a replica's leader and ranks as detached Ray actors, watches them, replaces who is lost, and ends them.
 
 Actors are detached because Ray kills what a dead creator owns. Those whose supervisor is gone wait under a lease, which
-every ``poll`` renews, and then exit by themselves.
+it renews all the time, and then exit by themselves. What is to be done about a loss, ``recovery`` decides; a thread of
+the supervisor's own carries it out, so that no repair waits for whoever calls ``poll``.
 """
 
 import logging
+import queue
+import threading
 import time
 import uuid
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import StartFailed
-from cluster.replica.actor import LeaderActor, RankActor
-from cluster.replica.events import Event, Failed, ReplicaPlan, decode_event
+from cluster.replica.actor import RANK_LEASE_S, LeaderActor, RankActor
+from cluster.replica.events import (
+    Event,
+    Failed,
+    GangBroke,
+    GangFormed,
+    RankLoaded,
+    RankPlaced,
+    Repairing,
+    ReplicaPlan,
+    decode_event,
+)
 from cluster.replica.leader import LeaderConfig
 from cluster.replica.leader_load import LeaderLoad
 from cluster.replica.model_source import ModelSource
 from cluster.replica.placed_rank import PlacedRank
 from cluster.replica.rank_plan import GangEndpoints, worker_configs
+from cluster.replica.recovery import Action, Form, GiveUp, KillRank, Phase, Recovery, StartLeader, StartRank
 from cluster.replica.rendezvous import Rendezvous
 from engine.config import LoadFormat
-from engine.errors import RemudaError
+from engine.errors import EngineFailure, RemudaError
 from engine.model_config import ModelConfig
 from engine.weights.loader import verify_checkpoint
 
@@ -32,9 +49,12 @@ _log = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 60.0
+MOVE_TIMEOUT_S = 20.0
+"""How long Ray may take to find another host for a rank."""
 STOP_TIMEOUT_S = 15.0
 NEWS_WAIT_S = 10.0
 """So long a leader may wait for an event before it answers; well below its lease."""
+WATCH_INTERVAL_S = 0.5
 DRAIN_POLL_INTERVAL_S = 0.2
 _SMALL_SHARE = 0.001
 """Of a node's own ``node:IP`` resource: pins a bundle to that host."""
@@ -49,6 +69,24 @@ def check_checkpoint(plan: ReplicaPlan) -> None:
 
 class NotReserved(StartFailed):
     """The places that a gang was to have were not free."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank's process goes: a bundle of a placement group, on a host."""
+
+    group: PlacementGroup
+    bundle: int
+    host: str
+
+
+@dataclass
+class _Spare:
+    """A process that stands by. ``ready``: Ray's reference of its answer."""
+
+    actor: Any
+    ready: Any
+    asked_s: float
 
 
 class Supervisor:
@@ -77,16 +115,25 @@ class Supervisor:
         self._host = host
         self._secret = secret
         self._reserve_timeout_s = reserve_timeout_s
+        self._suffix = uuid.uuid4().hex[:12]
         self._rendezvous: Rendezvous | None = None
-        self._group: PlacementGroup | None = None
+        self._places: list[_Place] = []
         self._leader: Any = None
-        self._rank_actors: list[Any] = []
-        self._rank_runs: dict[Any, int] = {}
-        """Ray's reference of each rank's life → the rank."""
-        self._failed = False
+        self._leader_has_begun = False
+        self._actors: dict[int, Any] = {}
+        self._runs: dict[Any, tuple[int, int]] = {}
+        """Ray's reference of each rank's life → the rank, and which of its lives it is."""
+        self._spares: dict[str, list[_Spare]] = {}
+        """By host."""
+        self._num_blocks = 0
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._recovery = Recovery(len(ranks), time.monotonic())
         self._question: Any = None
         """Ray's reference of the leader's next answer, and when it was asked for."""
         self._asked_s = 0.0
+        self._looked_s = 0.0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
 
     def start(self) -> None:
         """Create all actors. Returns before the ranks have loaded; ``poll`` tells the rest.
@@ -96,106 +143,268 @@ class Supervisor:
             StartFailed: ``stop`` ends what was.
         """
         try:
-            self._create()
+            device = "GPU" if self._plan.device == "cuda" else "CPU"
+            group = self._reserve(
+                [{device: 1.0, f"node:{placed.host}": _SMALL_SHARE} for placed in self._ranks], self._reserve_timeout_s
+            )
+            self._places = [_Place(group, placed.rank, placed.host) for placed in self._ranks]
+            self._start_leader(0)
+            for placed in self._ranks:
+                self._start_rank(placed.rank, 0)
+            self._form(0)
         except RayError as error:
             raise StartFailed(f"replica {self.replica_id}: {_reason(error)}") from error
+        self._ask()
+        self._thread.start()
 
-    def _create(self) -> None:
-        suffix = uuid.uuid4().hex[:12]
-        self._group = self._reserve(f"remuda-{self.replica_id}-{suffix}")
+    def poll(self) -> list[Event]:
+        """What happened since the last call. After a Failed of this replica there is nothing more."""
+        events = []
+        while not self._events.empty():
+            events.append(self._events.get())
+        return events
+
+    # ---- the supervisor's thread -----------------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        try:
+            while not self._stopping.is_set() and self._recovery.phase is not Phase.FAILED:
+                ended, _ = ray.wait([self._question, *self._runs], num_returns=1, timeout=WATCH_INTERVAL_S)
+                if not self._stopping.is_set():
+                    self._look(ended)
+        except Exception as error:  # noqa: BLE001  (a defect: the replica is lost, and that must be told)
+            if not self._stopping.is_set():
+                _log.exception("replica %s: its supervisor failed", self.replica_id)
+                self._events.put(Failed(type(error).__name__, str(error), self.replica_id))
+
+    def _look(self, ended: list[Any]) -> None:
+        now_s = time.monotonic()
+        if self._question in ended or now_s > self._asked_s + NEWS_WAIT_S + CALL_TIMEOUT_S:
+            self._take_news()
+        for run in [run for run in ended if run in self._runs]:
+            self._note_end(run)
+        self._carry_out(self._recovery.tick(now_s))
+        if self._recovery.phase is Phase.FORMING:
+            self._look_for_hosts(now_s)
+        elif self._recovery.phase is Phase.SERVING:
+            self._keep_spares(now_s)
+
+    def _take_news(self) -> None:
+        """The leader always has one question of ours to answer, and takes its time while there is nothing to tell:
+        asking again and again would cost an idle replica more than all else."""
+        life = self._recovery.leader_life
+        try:
+            lines = ray.get(self._question, timeout=0)
+        except RayError as error:
+            ray.kill(self._leader, no_restart=True)  # it may be silent only
+            reason = f"the leader is gone: {_reason(error)}"
+            self._carry_out(self._recovery.leader_ended(life, reason, time.monotonic()), reason)
+            return
+        self._ask()
+        for line in lines.splitlines():
+            self._note(decode_event(line))
+
+    def _ask(self) -> None:
+        self._question, self._asked_s = self._leader.poll.remote(NEWS_WAIT_S), time.monotonic()
+
+    def _note(self, event: Event) -> None:
+        recovery, now_s = self._recovery, time.monotonic()
+        if isinstance(event, Failed):
+            self._fail(event)
+            return
+        self._events.put(event)
+        if isinstance(event, RankPlaced):
+            recovery.rank_joined(event.epoch, event.rank)
+        elif isinstance(event, RankLoaded):
+            recovery.rank_loaded(event.epoch, event.rank)
+        elif isinstance(event, GangFormed):
+            self._num_blocks = event.num_blocks
+            recovery.formed(event.epoch)
+        elif isinstance(event, GangBroke):
+            self._carry_out(recovery.gang_broke(event.epoch, event.culprit, event.message, now_s), event.message)
+
+    def _note_end(self, run: Any) -> None:
+        rank, life = self._runs.pop(run)
+        try:
+            ray.get(run)
+            reason = f"rank {rank} left"
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, RemudaError) and not isinstance(cause, EngineFailure):
+                # Nothing that another process could do better: a broken checkpoint, too little memory.
+                self._fail(Failed(type(cause).__name__, str(cause), self.replica_id))
+                return
+            reason = f"rank {rank} raised {_reason(error)}"
+        except RayError as error:
+            reason = f"rank {rank} died: {_reason(error)}"
+        self._carry_out(self._recovery.rank_ended(rank, life, reason, time.monotonic()), reason)
+
+    def _look_for_hosts(self, now_s: float) -> None:
+        """Ray waits for ever with an actor whose host is gone."""
+        if now_s < self._looked_s + 2.0:
+            return
+        self._looked_s = now_s
+        living = _living_hosts()
+        for rank, place in enumerate(self._places):
+            if place.host not in living:
+                reason = f"rank {rank} is lost with its host {place.host}"
+                life = self._recovery.life_of(rank)
+                self._carry_out(self._recovery.rank_ended(rank, life, reason, now_s), reason)
+
+    def _fail(self, failed: Failed) -> None:
+        self._recovery.impossible(failed.message)
+        self._events.put(failed)
+
+    # ---- what recovery wants ---------------------------------------------------------------------------------------
+
+    def _carry_out(self, actions: Iterable[Action], message: str = "") -> None:
+        """What fails on the way is news for recovery, which then wants something else instead."""
+        due = deque(actions)
+        if due:
+            self._announce(due, message)
+        while due and not self._stopping.is_set():
+            action = due.popleft()
+            try:
+                self._do(action)
+            except NotReserved as error:
+                due = deque(self._recovery.impossible(str(error)))
+            except RayError as error:
+                reason = f"the leader is gone: {_reason(error)}"
+                due = deque(self._recovery.leader_ended(self._recovery.leader_life, reason, time.monotonic()))
+
+    def _announce(self, actions: Iterable[Action], message: str) -> None:
+        ranks = [action.rank for action in actions if isinstance(action, StartRank)]
+        leader = any(isinstance(action, StartLeader) for action in actions)
+        if any(isinstance(action, Form) for action in actions):
+            _log.warning("replica %s: %s; forming epoch %d", self.replica_id, message, self._recovery.epoch)
+            self._events.put(Repairing(self.replica_id, self._recovery.epoch, ranks, leader, message))
+
+    def _do(self, action: Action) -> None:
+        if isinstance(action, KillRank):
+            if (actor := self._actors.pop(action.rank, None)) is not None:
+                ray.kill(actor, no_restart=True)
+        elif isinstance(action, StartRank):
+            self._start_rank(action.rank, action.life)
+        elif isinstance(action, StartLeader):
+            self._start_leader(action.life)
+            self._ask()
+        elif isinstance(action, Form):
+            self._form(action.epoch)
+        elif isinstance(action, GiveUp):
+            self._events.put(Failed("RankFailure", action.reason, self.replica_id))
+
+    def _start_leader(self, life: int) -> None:
+        self._find_place(0)
         config = LeaderConfig(
             replica_id=self.replica_id,
             plan=self._plan,
-            host=self._ranks[0].host,
-            rank_hosts=[placed.host for placed in self._ranks],
+            host=self._places[0].host,
+            rank_hosts=[place.host for place in self._places],
             secret=self._secret,
         )
-        self._leader = LeaderActor.options(
-            name=f"remuda-leader-{self.replica_id}-{suffix}", **self._placed(0, 0.0)
-        ).remote(config.encode())
-        endpoints = GangEndpoints.decode(ray.get(self._leader.open.remote(), timeout=CALL_TIMEOUT_S))
-        self._rendezvous = Rendezvous(self._host)
-        configs = worker_configs(self._plan, self._ranks, endpoints, self._rendezvous.host, self._rendezvous.port)
-        for placed, worker in zip(self._ranks, configs, strict=True):
-            actor = RankActor.options(
-                name=f"remuda-rank-{self.replica_id}-{placed.rank}-{suffix}", **self._placed(placed.rank, 1.0)
-            ).remote()
-            self._rank_actors.append(actor)
-            run = actor.run.remote(worker.encode(), self._plan.model, self._plan.revision)
-            self._rank_runs[run] = placed.rank
-        ray.get(self._leader.start.remote(), timeout=CALL_TIMEOUT_S)
+        name = f"remuda-leader-{self.replica_id}-{life}-{self._suffix}"
+        self._leader = LeaderActor.options(name=name, **self._options(0, 0.0)).remote(config.encode())
+        self._leader_has_begun = False
 
-    def _reserve(self, name: str) -> PlacementGroup:
-        device = "GPU" if self._plan.device == "cuda" else "CPU"
-        bundles = [{device: 1.0, f"node:{placed.host}": _SMALL_SHARE} for placed in self._ranks]
+    def _start_rank(self, rank: int, life: int) -> None:
+        """An empty process in the rank's place; ``_form`` gives it something to do."""
+        self._find_place(rank)
+        actor = self._take_spare(self._places[rank].host)
+        if actor is None:
+            name = f"remuda-rank-{self.replica_id}-{rank}-{life}-{self._suffix}"
+            actor = RankActor.options(name=name, **self._options(rank, 1.0)).remote()
+        self._actors[rank] = actor
+
+    def _form(self, epoch: int) -> None:
+        """Raises RayError where the leader is gone."""
+        if self._rendezvous is not None:
+            self._rendezvous.close()  # frees those that wait for a lost rank there
+        hosts = [place.host for place in self._places]
+        endpoints = GangEndpoints.decode(ray.get(self._leader.open.remote(epoch, hosts), timeout=CALL_TIMEOUT_S))
+        rendezvous = self._rendezvous = Rendezvous(self._host)
+        placed = [PlacedRank(rank, host) for rank, host in enumerate(hosts)]
+        configs = worker_configs(
+            self._plan, placed, endpoints, rendezvous.host, rendezvous.port, epoch=epoch, num_blocks=self._num_blocks
+        )
+        running = dict(self._runs.values())
+        for rank, config in enumerate(configs):
+            life = self._recovery.life_of(rank)
+            arguments = config.encode(), self._plan.model, self._plan.revision
+            if running.get(rank) == life:
+                self._actors[rank].form.remote(*arguments)
+            else:
+                self._runs[self._actors[rank].run.remote(*arguments)] = rank, life
+        if not self._leader_has_begun:
+            self._leader_has_begun = True
+            ray.get(self._leader.start.remote(), timeout=CALL_TIMEOUT_S)
+        self._recovery.told(epoch, time.monotonic())
+
+    def _reserve(self, bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
+        name = f"remuda-{self.replica_id}-{uuid.uuid4().hex[:12]}"
         group = placement_group(bundles, strategy="PACK", name=name, lifetime="detached")
         try:
-            ray.get(group.ready(), timeout=self._reserve_timeout_s)
+            ray.get(group.ready(), timeout=timeout_s)
         except GetTimeoutError:
             remove_placement_group(group)
+            device = "GPU" if self._plan.device == "cuda" else "CPU"
             raise NotReserved(
                 f"Ray did not reserve {len(bundles)} × {device} for replica {self.replica_id} within "
-                f"{self._reserve_timeout_s:.0f} s; something else holds them, see ray status"
+                f"{timeout_s:.0f} s; something else holds them, see ray status"
             ) from None
         return group
 
-    def _placed(self, bundle: int, share: float) -> dict[str, Any]:
-        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=bundle)
+    def _find_place(self, rank: int) -> None:
+        """Another host, where the rank's own is gone. Raises NotReserved."""
+        if self._places[rank].host in _living_hosts():
+            return
+        group = self._reserve([{"GPU" if self._plan.device == "cuda" else "CPU": 1.0}], MOVE_TIMEOUT_S)
+        node_id = placement_group_table(group)["bundles_to_node_id"][0]
+        host = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+        _log.warning("replica %s: rank %d moves from %s to %s", self.replica_id, rank, self._places[rank].host, host)
+        self._places[rank] = _Place(group, 0, host)
+
+    def _options(self, rank: int, share: float) -> dict[str, Any]:
+        place = self._places[rank]
         on_gpu = self._plan.device == "cuda"
         return {
             "lifetime": "detached",
-            "scheduling_strategy": strategy,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=place.group, placement_group_bundle_index=place.bundle
+            ),
             "num_cpus": 0.0 if on_gpu else share,
             "num_gpus": share if on_gpu else 0.0,
         }
 
-    def poll(self) -> list[Event]:
-        """What happened since the last call. After a Failed of this replica there is nothing more. Renews the lease.
+    # ---- spares ----------------------------------------------------------------------------------------------------
 
-        The leader always has one question of ours to answer, and takes its time while there is nothing to tell: asking
-        again and again would cost an idle replica more than all else.
-        """
-        if self._failed or self._leader is None:
-            return []
-        events: list[Event] = []
-        try:
-            events += self._news(self._leader)
-        except RayError as error:
-            events.append(self._failure("RankFailure", f"the leader is gone: {_reason(error)}"))
-        if not any(isinstance(event, Failed) for event in events):
-            events += self._dead_ranks()
-        self._failed = any(isinstance(event, Failed) for event in events)
-        return events
+    def _keep_spares(self, now_s: float) -> None:
+        """As many as wanted on each host of the gang, each with its lease renewed. Ray shows no GPU to a process that
+        was not given one, so on GPUs there are none."""
+        if not self._plan.spare_ranks or self._plan.device == "cuda":
+            return
+        for rank, place in enumerate(self._places):
+            spares = self._spares.setdefault(place.host, [])
+            while len(spares) < self._plan.spare_ranks:
+                name = f"remuda-spare-{self.replica_id}-{uuid.uuid4().hex[:12]}"
+                actor = RankActor.options(name=name, **self._options(rank, 0.0)).remote()
+                spares.append(_Spare(actor, actor.stand_by.remote(), now_s))
+            for spare in [spare for spare in spares if now_s > spare.asked_s + RANK_LEASE_S / 3]:
+                if _has_answered(spare.ready):
+                    spare.ready, spare.asked_s = spare.actor.stand_by.remote(), now_s
+                elif now_s > spare.asked_s + RANK_LEASE_S:
+                    spares.remove(spare)
+                    ray.kill(spare.actor, no_restart=True)
 
-    def _news(self, leader: Any) -> list[Event]:
-        """Raises RayError where the leader is gone, or silent for too long."""
-        if self._question is None:
-            self._ask(leader)
-        answered, _ = ray.wait([self._question], timeout=0)
-        if not answered and time.monotonic() < self._asked_s + NEWS_WAIT_S + CALL_TIMEOUT_S:
-            return []
-        lines = ray.get(self._question, timeout=0)
-        self._ask(leader)
-        return [decode_event(line) for line in lines.splitlines()]
+    def _take_spare(self, host: str) -> Any:
+        """None where none is ready there."""
+        spares = self._spares.get(host, [])
+        for spare in list(spares):
+            if _has_answered(spare.ready):
+                spares.remove(spare)
+                return spare.actor
+        return None
 
-    def _ask(self, leader: Any) -> None:
-        self._question, self._asked_s = leader.poll.remote(NEWS_WAIT_S), time.monotonic()
-
-    def _dead_ranks(self) -> list[Event]:
-        """Ranks whose process ended before the leader could say why, for example while Ray was starting them."""
-        ended, _ = ray.wait(list(self._rank_runs), num_returns=len(self._rank_runs), timeout=0)
-        for run in ended:
-            rank = self._rank_runs.pop(run)
-            try:
-                ray.get(run)
-            except RayTaskError as error:
-                cause = error.cause
-                if isinstance(cause, RemudaError):
-                    return [self._failure(type(cause).__name__, str(cause))]
-                return [self._failure("RankFailure", f"rank {rank} raised {_reason(error)}")]
-            except RayError as error:
-                return [self._failure("RankFailure", f"rank {rank} died: {_reason(error)}")]
-        return []
+    # ---- from outside ----------------------------------------------------------------------------------------------
 
     def load(self) -> LeaderLoad | None:
         """How busy the gang is; None before it serves, and when it cannot be asked (``poll`` then tells why)."""
@@ -217,25 +426,41 @@ class Supervisor:
             time.sleep(DRAIN_POLL_INTERVAL_S)
             load = self.load()
 
-    def _failure(self, kind: str, message: str) -> Failed:
-        return Failed(kind=kind, message=message, replica=self.replica_id)
-
     def stop(self) -> None:
         """End the leader and the ranks, by force after STOP_TIMEOUT_S, and give their resources back."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(STOP_TIMEOUT_S)
         if self._leader is not None:
             try:
                 ray.get(self._leader.stop.remote(), timeout=STOP_TIMEOUT_S)
-                ray.wait(list(self._rank_runs), num_returns=len(self._rank_runs), timeout=STOP_TIMEOUT_S)
-            except RayError as error:
+                ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
+            except (RayError, ValueError) as error:
                 _log.warning("replica %s: the leader did not stop: %s", self.replica_id, _reason(error))
-        for actor in [self._leader, *self._rank_actors]:
+        spares = [spare.actor for spares in self._spares.values() for spare in spares]
+        for actor in [self._leader, *self._actors.values(), *spares]:
             if actor is not None:
                 ray.kill(actor, no_restart=True)
-        if self._group is not None:
-            remove_placement_group(self._group)
+        for group in {place.group.id: place.group for place in self._places}.values():
+            remove_placement_group(group)
         if self._rendezvous is not None:
             self._rendezvous.close()
-        self._leader, self._rank_actors, self._group, self._rendezvous = None, [], None, None
+        self._leader, self._actors, self._places, self._rendezvous = None, {}, [], None
+
+
+def _living_hosts() -> set[str]:
+    return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def _has_answered(reference: Any) -> bool:
+    answered, _ = ray.wait([reference], timeout=0)
+    if not answered:
+        return False
+    try:
+        ray.get(reference)
+    except RayError:
+        return False
+    return True
 
 
 def _reason(error: Exception) -> str:

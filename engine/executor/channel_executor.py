@@ -254,14 +254,22 @@ class ChannelExecutor:
         return self._watch_over.reports()
 
     def close(self) -> None:
-        """Asks the ranks to leave and cuts their connections, which those that do not listen take as the same order."""
+        """Asks the ranks to leave, and cuts their connections."""
+        self._end(Shutdown("the gang is closed"))
+
+    def disband(self) -> None:
+        """Ends this formation: cuts the ranks' connections. They keep their weights and wait for the next one."""
+        self._end(None)
+
+    def _end(self, order: Shutdown | None) -> None:
         with self._lock:
             if self._closing:
                 return
             self._closing = True
         self._fail(RankFailure("the gang was closed"))
-        with contextlib.suppress(EngineFailure):  # a rank that is gone needs no asking
-            self._channel.send(encode(Shutdown("the gang is closed")))
+        if order is not None:
+            with contextlib.suppress(EngineFailure):  # a rank that is gone needs no asking
+                self._channel.send(encode(order))
         self._channel.close()
         if self._watcher not in (None, threading.current_thread()):  # on_failure may close, in the watcher's thread
             self._watcher.join()

@@ -1,13 +1,16 @@
 """A gang whose ranks are child processes of the leader, on one host, without Ray."""
 
+import contextlib
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from engine.errors import RankFailure
 from engine.executor.channel_executor import ChannelExecutor
 from engine.executor.gang_start import GangReady, OnMessage
 from engine.executor.handshake import new_secret
@@ -20,14 +23,18 @@ _END_TIMEOUT_S = 8.0
 _LOOPBACK = "127.0.0.1"
 STORE_TIMEOUT_S = 120.0
 
+RankProcess = subprocess.Popen[bytes]
+
 
 class ProcessGang(ChannelExecutor):
-    """Starts at construction; ``ready`` says what came of it. See ChannelExecutor and GangStart for what is raised.
+    """One formation. Starts at construction; ``ready`` says what came of it. See ChannelExecutor and GangStart for what
+    is raised.
 
     Args:
         config: of any rank; rank, channel, secret and store are filled in here.
         max_model_len: None for the longest that fits.
         step_timeout_s: a step that takes longer has failed.
+        processes: the living ranks of the formation before, by rank; ``close`` ends them too.
     """
 
     def __init__(
@@ -37,30 +44,20 @@ class ProcessGang(ChannelExecutor):
         max_model_len: int | None = None,
         on_message: OnMessage = lambda message: None,
         step_timeout_s: float = 120.0,
+        processes: Mapping[int, RankProcess] | None = None,
     ) -> None:
         num_ranks = config.parallel.num_ranks
         secret = new_secret()
         hub = SocketHub(range(num_ranks), secret, [f"unix:@remuda-{uuid.uuid4().hex}"])
         super().__init__(hub, config.parallel, epoch=config.epoch, step_timeout_s=step_timeout_s)
+        self.config = config
         self._store = _serve_store() if num_ranks > 1 else None
-        self.processes: list[subprocess.Popen[bytes]] = []
+        living = dict(processes or {})
+        self.processes: list[RankProcess] = []
         try:
             for rank in range(num_ranks):
-                self.processes.append(
-                    _spawn(
-                        msgspec.structs.replace(
-                            config,
-                            rank=rank,
-                            device=f"cuda:{rank}" if config.device == "cuda" else config.device,
-                            channel_address=hub.addresses[0],
-                            secret=secret,
-                            relay=None,
-                            store_host=_LOOPBACK,
-                            store_port=0 if self._store is None else self._store.port,
-                            bind_address=_LOOPBACK,
-                        )
-                    )
-                )
+                self.processes.append(living.pop(rank) if rank in living else _spawn())
+                _hand(self.processes[-1], self._config_of(rank, hub.addresses[0], secret))
             self.ready: GangReady = self.start(
                 ModelConfig.from_directory(config.model, config.quantization),
                 block_size=config.block_size,
@@ -68,11 +65,47 @@ class ProcessGang(ChannelExecutor):
                 on_message=on_message,
             )
         except BaseException:
+            self.processes += living.values()
             self.close()
             raise
 
+    def _config_of(self, rank: int, address: str, secret: str) -> WorkerConfig:
+        config = self.config
+        return msgspec.structs.replace(
+            config,
+            rank=rank,
+            device=f"cuda:{rank}" if config.device == "cuda" else config.device,
+            channel_address=address,
+            secret=secret,
+            relay=None,
+            store_host=_LOOPBACK,
+            store_port=0 if self._store is None else self._store.port,
+            bind_address=_LOOPBACK,
+        )
+
+    def reform(self) -> "ProcessGang":
+        """The next formation, of the ranks that live and of new ones in place of those that do not, or that the failure
+        names."""
+        failure = self.failure
+        self.disband()
+        self._store = None
+        if isinstance(failure, RankFailure) and failure.rank is not None:
+            self.processes[failure.rank].kill()
+            self.processes[failure.rank].wait()
+        living = {rank: process for rank, process in enumerate(self.processes) if process.poll() is None}
+        for process in self.processes:
+            if process.poll() is not None:
+                _close_input(process)
+        ready = self.ready
+        config = msgspec.structs.replace(self.config, epoch=self.config.epoch + 1, num_blocks=ready.cache.num_blocks)
+        return ProcessGang(
+            config, max_model_len=ready.max_model_len, step_timeout_s=self._step_timeout_s, processes=living
+        )
+
     def close(self) -> None:
         super().close()
+        for process in self.processes:
+            _close_input(process)
         deadline = time.monotonic() + _END_TIMEOUT_S
         for process in self.processes:
             try:
@@ -83,16 +116,23 @@ class ProcessGang(ChannelExecutor):
         self._store = None  # its destructor is the only way to stop it
 
 
-def _spawn(config: WorkerConfig) -> "subprocess.Popen[bytes]":
-    process = subprocess.Popen(
-        [sys.executable, "-m", "engine.executor.worker_process"],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
+def _spawn() -> RankProcess:
+    return subprocess.Popen(
+        [sys.executable, "-m", "engine.executor.worker_process"], stdin=subprocess.PIPE, start_new_session=True
     )
+
+
+def _hand(process: RankProcess, config: WorkerConfig) -> None:
     assert process.stdin is not None
-    process.stdin.write(config.encode())
-    process.stdin.close()
-    return process
+    with contextlib.suppress(BrokenPipeError):  # it has just ended; the channel will miss it
+        process.stdin.write(config.encode() + b"\n")
+        process.stdin.flush()
+
+
+def _close_input(process: RankProcess) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
 
 
 def _serve_store() -> Any:

@@ -1,8 +1,12 @@
-"""From a connected channel to a rank that answers plans."""
+"""From a connected channel to a rank that answers plans, in each formation of the gang anew.
+
+Weights are loaded once. What belongs to a formation (the groups of ranks, the KV cache's contents, captured steps, the
+slot table) is made again each time."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from engine.attention.backend import KvCacheView
 from engine.attention.registry import attention_backend
 from engine.errors import ProtocolViolation, RankFailure
 from engine.executor.cache_size import cuda_kv_bytes
-from engine.executor.channel import RankChannel
+from engine.executor.channel import ChannelClosed, RankChannel
 from engine.executor.expert_mover import ExpertMover
 from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import allocate_kv_cache
@@ -36,9 +40,13 @@ from engine.messages import (
 from engine.model_config import ModelConfig
 from engine.models.registry import Model, build_model
 from engine.parallel.distributed import init_distributed
+from engine.parallel.formation_end import FormationEnd
+from engine.parallel.lasting_axis import LastingAxis
 from engine.parallel.mesh import Mesh
 from engine.parallel.store import connect_store
+from engine.progress import RankProgress
 from engine.slot_table import SlotTable
+from engine.weights.adapter_loader import drop_adapters
 from engine.weights.expert_reader import ExpertReader
 from engine.weights.ledger import held_bytes, kv_block_bytes
 from engine.weights.load_check import HostShare
@@ -65,37 +73,112 @@ class ReadyRank:
         return self._runner.execute(plan)
 
 
-def start_rank(config: WorkerConfig, channel: RankChannel, import_seconds: float) -> ReadyRank | None:
-    """Tells the leader of its progress. None where the leader called it off. Raises what went wrong."""
-    return _Startup(config, channel, import_seconds).run()
+class Rank:
+    """What a rank keeps from its first formation to its last: its weights, and the memory of its KV cache."""
+
+    def __init__(self, config: WorkerConfig, import_seconds: float) -> None:
+        self._device = _device(config)
+        self._import_seconds = import_seconds
+        self._model_config = ModelConfig.from_directory(config.model, config.quantization)
+        self._grammars = GrammarMasks(Path(config.model), self._model_config.vocab_size)
+        self._mesh: Mesh | None = None
+        self._model: Model | None = None
+        self._cache: KvCacheView | None = None
+        self.experts: ExpertMover | None = None
+        """Where experts may move."""
+        self.is_loading = False
+        self.progress = RankProgress()
+
+    def join(self, config: WorkerConfig, channel: RankChannel, end: FormationEnd) -> ReadyRank | None:
+        """One formation up to readiness. Tells the leader of its progress. None where the leader called it off.
+
+        Args:
+            end: is told of all groups and links.
+
+        Raises what went wrong.
+        """
+        return _Startup(self, config, channel, end).run()
+
+    def load(self, config: WorkerConfig, mesh: Mesh, report: Callable[[int, int], None]) -> Model:
+        """The model with its weights; read at the first call, from then on only its mesh is another one."""
+        if self._model is not None and self._mesh is not None:
+            for lasting, group in ((self._mesh.tp, mesh.tp), (self._mesh.stage, mesh.stage)):
+                assert isinstance(lasting, LastingAxis)
+                lasting.form(group)
+            return self._model
+        self.is_loading = True
+        try:
+            check_memory(self._model_config, mesh, config.dtype, self._device, config.gpu_memory_utilization)
+            self._mesh = replace(mesh, tp=LastingAxis(mesh.tp), stage=LastingAxis(mesh.stage))
+            model = build_model(self._model_config, self._mesh, config.dtype, self._device)
+            load_weights(model, config.model, config.load_format, report, _host_share(config))
+            if mesh.config.balances_experts:
+                reader = ExpertReader(config.model, self._model_config, config.load_format)
+                self.experts = ExpertMover(model, mesh, reader, self._device)
+        finally:
+            self.is_loading = False
+        self._model = model
+        return model
+
+    def cache(self, config: WorkerConfig, mesh: Mesh, num_blocks: int) -> KvCacheView:
+        """Kept where it has the right size: a block is written before it is read."""
+        if self._cache is None or len(self._cache.key_cache[0]) != num_blocks:
+            self._cache = None
+            self._cache = self.allocate(config, mesh, num_blocks)
+        return self._cache
+
+    def allocate(self, config: WorkerConfig, mesh: Mesh, num_blocks: int) -> KvCacheView:
+        return allocate_kv_cache(
+            self._model_config,
+            mesh,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            dtype=config.dtype,
+            device=self._device,
+        )
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self._model_config
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def import_seconds(self) -> float:
+        return self._import_seconds
+
+    @property
+    def grammars(self) -> GrammarMasks:
+        return self._grammars
 
 
 class _Startup:
-    def __init__(self, config: WorkerConfig, channel: RankChannel, import_seconds: float) -> None:
+    def __init__(self, rank: Rank, config: WorkerConfig, channel: RankChannel, end: FormationEnd) -> None:
+        self._rank = rank
         self._config = config
         self._channel = channel
-        self._device = _device(config)
-        self._phase_seconds = {"import": import_seconds}
+        self._end = end
+        self._device = rank.device
+        self._phase_seconds = {"import": rank.import_seconds}
         self._last_progress = 0.0
 
     def run(self) -> ReadyRank | None:
-        config = self._config
-        model_config = ModelConfig.from_directory(config.model, config.quantization)
+        config, model_config = self._config, self._rank.model_config
         with self._phase("rendezvous"):
             store = self._connect_store()
+            self._await_others(store, "here")
             mesh = self._join(store)
         with self._phase("load"):
-            check_memory(model_config, mesh, config.dtype, self._device, config.gpu_memory_utilization)
-            model = build_model(model_config, mesh, config.dtype, self._device)
-            share = _host_share(config)
-            load_weights(model, config.model, config.load_format, self._report_bytes, share)
-            experts = self._expert_mover(model, mesh)
+            model = self._rank.load(config, mesh, self._report_bytes)
             assert isinstance(model, torch.nn.Module)
             weight_bytes = held_bytes(model).total
-            self._await_others(store)
-        with self._phase("profile"):
-            kv_bytes = self._profile(model, mesh)
+            self._await_others(store, "loaded")
         block_bytes = kv_block_bytes(model_config, mesh, config.block_size, config.dtype)
+        with self._phase("profile"):
+            # Of a gang that has served before the cache's size is known, and that its largest step fits.
+            kv_bytes = config.num_blocks * block_bytes if config.num_blocks else self._profile(model, mesh)
         self._send(Loaded(config.rank, weight_bytes, kv_bytes, block_bytes, dict(self._phase_seconds)))
         message = decode_to_rank(self._channel.receive(None))
         if isinstance(message, Shutdown):
@@ -103,13 +186,14 @@ class _Startup:
         if not isinstance(message, InitCache) or message.epoch != config.epoch:
             raise ProtocolViolation(f"the size of the cache for epoch {config.epoch} is due, not {message!r}")
         with self._phase("warm_up"):
-            if experts is not None:
-                experts.begin_epoch(message.experts)
-            cache = self._allocate(model, mesh, message.num_blocks)
-            self._run_largest_steps(model, mesh, cache, message.max_model_len)
+            if self._rank.experts is not None:
+                self._rank.experts.begin_epoch(message.experts)
+            cache = self._rank.cache(config, mesh, message.num_blocks)
+            if not config.num_blocks:
+                self._run_largest_steps(model, mesh, cache, message.max_model_len)
             captured = self._capture(model, mesh, cache, message.max_model_len)
         self._send(Ready(config.rank, dict(self._phase_seconds)))
-        return ReadyRank(self._channel, self._runner(model, mesh, cache, message.num_blocks, captured, experts))
+        return ReadyRank(self._channel, self._runner(model, mesh, cache, message.num_blocks, captured))
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -136,37 +220,46 @@ class _Startup:
 
     def _join(self, store: dist.Store | None) -> Mesh:
         config = self._config
+        self._rank.progress.attach(self._channel.progress_slot(), config.epoch)
         if store is None:
-            return Mesh(config.parallel, config.rank)
+            return Mesh(config.parallel, config.rank, progress=self._rank.progress)
         return init_distributed(
-            config.parallel, config.rank, store, self._device, config.collective_timeout_s, config.bind_address
+            config.parallel,
+            config.rank,
+            store,
+            self._device,
+            config.collective_timeout_s,
+            config.bind_address,
+            self._end,
+            self._rank.progress,
         )
 
-    def _await_others(self, store: dist.Store | None) -> None:
-        """Collectives wait for seconds, loading may take minutes: so ranks meet here before the first collective."""
+    def _await_others(self, store: dist.Store | None, place: str) -> None:
+        """Collectives and their groups wait for seconds. Processes may take longer to start, and minutes to load, so
+        ranks meet before both. Who waits in vain is freed by the end of the store."""
         if store is None:
             return
-        store.set(f"loaded/{self._config.rank}", "")
-        others = [f"loaded/{rank}" for rank in range(self._config.parallel.num_ranks)]
+        store.set(f"{place}/{self._config.rank}", "")
+        others = [f"{place}/{rank}" for rank in range(self._config.parallel.num_ranks)]
         try:
             store.wait(others, timedelta(seconds=self._config.load_timeout_s))
         except RuntimeError as error:
-            raise RankFailure(
-                f"not all ranks had loaded within {self._config.load_timeout_s:g} s: {error}", self._config.rank
-            ) from error
+            waited_s = self._config.load_timeout_s
+            raise RankFailure(f"not all ranks were {place} within {waited_s:g} s: {error}") from error
 
     def _report_bytes(self, done: int, total: int) -> None:
         now = time.monotonic()
         if done == total or now - self._last_progress >= _PROGRESS_INTERVAL_S:
             self._last_progress = now
-            self._send(LoadProgress(self._config.rank, "load", done, total))
+            with suppress(ChannelClosed):  # what is read serves in the next formation too
+                self._send(LoadProgress(self._config.rank, "load", done, total))
 
     def _profile(self, model: Model, mesh: Mesh) -> int:
         """Bytes for the KV cache. On CPU they are given; on CUDA they are what a largest step leaves over."""
         config = self._config
         if self._device.type != "cuda":
             return config.kv_cache_memory_bytes
-        scratch = self._allocate(model, mesh, MIN_BLOCKS)
+        scratch = self._rank.allocate(config, mesh, MIN_BLOCKS)
         torch.cuda.reset_peak_memory_stats(self._device)
         self._run_largest_steps(model, mesh, scratch, model.config.max_context_len)
         peak = torch.cuda.max_memory_allocated(self._device)
@@ -180,16 +273,6 @@ class _Startup:
             free=free,
             reserved=torch.cuda.memory_reserved(self._device),
             peak=peak,
-        )
-
-    def _allocate(self, model: Model, mesh: Mesh, num_blocks: int) -> KvCacheView:
-        return allocate_kv_cache(
-            model.config,
-            mesh,
-            num_blocks=num_blocks,
-            block_size=self._config.block_size,
-            dtype=self._config.dtype,
-            device=self._device,
         )
 
     def _run_largest_steps(self, model: Model, mesh: Mesh, cache: KvCacheView, max_model_len: int) -> None:
@@ -222,12 +305,6 @@ class _Startup:
             device=self._device,
         )
 
-    def _expert_mover(self, model: Model, mesh: Mesh) -> ExpertMover | None:
-        if not mesh.config.balances_experts:
-            return None
-        reader = ExpertReader(self._config.model, model.config, self._config.load_format)
-        return ExpertMover(model, mesh, reader, self._device)
-
     def _runner(
         self,
         model: Model,
@@ -235,7 +312,6 @@ class _Startup:
         cache: KvCacheView,
         num_blocks: int,
         captured: CapturedSteps | None,
-        experts: ExpertMover | None,
     ) -> ModelRunner:
         config = self._config
         slots = SlotTable(
@@ -246,7 +322,10 @@ class _Startup:
             epoch=config.epoch,
             dp_group=mesh.dp_rank,
         )
-        grammars = GrammarMasks(Path(config.model), model.config.vocab_size)
+        grammars = self._rank.grammars
+        grammars.forget(range(config.max_num_seqs))
+        drop_adapters(model)  # those that are still wanted are loaded again by plans
+        experts = self._rank.experts
         return ModelRunner(model, mesh, cache, slots, grammars, device=self._device, captured=captured, experts=experts)
 
 

@@ -6,7 +6,7 @@ import select
 import socket
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.errors import ProtocolViolation
 from engine.executor.channel import ChannelClosed
@@ -20,15 +20,22 @@ _RECEIVE_BYTES = 2**18
 
 
 class SocketRankChannel:
-    """Speaks for ``ranks``: one, or for a relay those of its host.
+    """Speaks for ``ranks``: one, or for a relay those of its host. ``give_up``: asked while nobody listens yet.
 
     Raises ChannelClosed where the leader cannot be reached or does not prove itself.
     """
 
-    def __init__(self, address: str, secret: str, ranks: Sequence[int], timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        secret: str,
+        ranks: Sequence[int],
+        timeout_s: float,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._rank = ranks[0]
         try:
-            self._socket = connect_when_open(address, timeout_s)
+            self._socket = connect_when_open(address, timeout_s, give_up)
         except OSError as error:
             raise ChannelClosed(f"the leader at {address} cannot be reached: {error}") from error
         try:

@@ -6,6 +6,7 @@ An address is ``unix:@NAME`` (Linux's abstract namespace: no file, gone with its
 import select
 import socket
 import time
+from collections.abc import Callable
 
 SEND_TIMEOUT_S = 30.0
 """A peer that reads nothing for so long counts as lost."""
@@ -31,14 +32,14 @@ def listen(address: str) -> tuple[socket.socket, str]:
     return listener, f"tcp:{host}:{port}"
 
 
-def connect_when_open(address: str, timeout_s: float) -> socket.socket:
+def connect_when_open(address: str, timeout_s: float, give_up: Callable[[], bool] = lambda: False) -> socket.socket:
     """As ``connect``, for a peer that may not be listening yet: a relay and the ranks behind it start together."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             return connect(address, timeout_s)
         except ConnectionRefusedError:
-            if time.monotonic() + _RETRY_S > deadline:
+            if time.monotonic() + _RETRY_S > deadline or give_up():
                 raise
             time.sleep(_RETRY_S)
 

@@ -19,7 +19,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     ``model``: the checkpoint's directory on the rank's host. ``store_host``, ``store_port``: of the torch TCPStore of
     this epoch (unused by a gang of one). ``bind_address``: this host's, where collectives listen.
-    ``kv_cache_memory_bytes`` counts on CPU, ``gpu_memory_utilization`` on CUDA.
+    ``kv_cache_memory_bytes`` counts on CPU, ``gpu_memory_utilization`` on CUDA; where ``num_blocks`` is not 0, it does:
+    the gang has served before with so many, and its largest step has been computed.
     """
 
     rank: int
@@ -53,6 +54,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     kv_cache_memory_bytes: int = 512 * 2**20
     gpu_memory_utilization: float = 0.9
+    num_blocks: int = 0
     depth: int = 1
     connect_timeout_s: float = 60.0
     load_timeout_s: float = 3600.0

@@ -1,6 +1,5 @@
 """The frame that all Llama-class models share: embedding, decoder layers, final norm, output head. T tokens."""
 
-import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -17,6 +16,7 @@ from engine.layers.norm import RmsNorm
 from engine.layers.rotary import RotaryEmbedding, Rotation
 from engine.model_config import ModelConfig
 from engine.parallel.collectives import Collectives
+from engine.parallel.lasting_axis import LastingAxis
 from engine.parameter import ParameterBuilder
 from engine.progress import Operation
 
@@ -102,6 +102,7 @@ class DecoderModel(nn.Module):
         if mesh.is_last_stage and not config.tie_word_embeddings:
             self.head = VocabEmbedding(build, "lm_head", config.vocab_size, config.hidden_size)
         self._tp, self._progress = mesh.tp, mesh.progress
+        self._native: tuple[Collectives, list[NativeDecoderLayer | None]] | None = None
         self._rotary = RotaryEmbedding(config.rope, build.device)
         self.slices, self.conversions = tuple(build.slices), tuple(build.conversions)
 
@@ -147,12 +148,15 @@ class DecoderModel(nn.Module):
                 self._progress.at(Operation.FEED_FORWARD, layer.index)
                 layer.feed_forward.forward(empty)
 
-    @functools.cached_property
+    @property
     def _native_layers(self) -> list[NativeDecoderLayer | None]:
-        """Made at the first step, when the weights are in place."""
-        interleaved = self.config.rope.interleaved
-        layers = (layer for layer in self.layers if isinstance(layer, DecoderLayer))
-        return [layer.native(self._tp, interleaved=interleaved) for layer in layers]
+        """Made at the first step, when the weights are in place, and again when the gang has formed anew."""
+        group = self._tp.group if isinstance(self._tp, LastingAxis) else self._tp
+        if self._native is None or self._native[0] is not group:
+            interleaved = self.config.rope.interleaved
+            layers = (layer for layer in self.layers if isinstance(layer, DecoderLayer))
+            self._native = group, [layer.native(group, interleaved=interleaved) for layer in layers]
+        return self._native[1]
 
     def _native_step(
         self,

@@ -5,7 +5,7 @@ import datetime
 import mmap
 import os
 import secrets
-from dataclasses import dataclass
+import threading
 
 import torch.distributed as dist
 
@@ -21,12 +21,36 @@ def num_spins(num_ranks: int) -> int:
     return NUM_SPINS if num_ranks <= len(os.sched_getaffinity(0)) else 0
 
 
-@dataclass(frozen=True)
 class SharedArea:
-    """``pidfds`` by rank become readable when that rank's process ends; -1 for this rank, and where there is none."""
+    """``pidfds`` by rank become readable when that rank's process ends, and all of them after ``abort``; -1 for this
+    rank. Whoever waits in the area looks at them (engine/kernels/native/turn.h)."""
 
-    memory: mmap.mmap
-    pidfds: list[int]
+    def __init__(self, memory: mmap.mmap, pidfds: list[int]) -> None:
+        self.memory = memory
+        self.pidfds = pidfds
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def abort(self) -> None:
+        """From any thread: whoever waits for another rank sees it gone within 50 ms. Under the same numbers, so that
+        it also holds for a wait that has begun."""
+        with self._lock:
+            if self._is_closed:
+                return
+            readable = os.eventfd(1, os.EFD_CLOEXEC)
+            for pidfd in self.pidfds:
+                if pidfd >= 0:
+                    os.dup2(readable, pidfd, inheritable=False)
+            os.close(readable)
+
+    def close(self) -> None:
+        """Nobody waits any more. The memory is unmapped with the last object that points into it."""
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                for pidfd in self.pidfds:
+                    if pidfd >= 0:
+                        os.close(pidfd)
 
 
 def share_area(
@@ -95,8 +119,10 @@ def _map(path: str, num_bytes: int, token: bytes) -> mmap.mmap | None:
 
 
 def _pidfd(pid: int) -> int:
-    """Becomes readable when the process ends; -1 where the kernel has none."""
+    """Becomes readable when the process ends; where the kernel has none, or the process is gone, never or at once."""
     try:
         return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return os.eventfd(1, os.EFD_CLOEXEC)
     except OSError:
-        return -1
+        return os.eventfd(0, os.EFD_CLOEXEC)

@@ -91,6 +91,13 @@ class SharedMemoryLink:
         self._call(self._library.remuda_link_receive, hidden, "sent nothing")
         return hidden
 
+    def abort(self) -> None:
+        """See Endable: as if the peer had died."""
+        self._area.abort()
+
+    def close(self) -> None:
+        self._area.close()
+
     def _call(self, function: Callable[..., int], hidden: torch.Tensor, complaint: str) -> None:
         num_bytes = ctypes.c_int64(hidden.numel() * hidden.element_size())
         result = function(ctypes.byref(self._link), ctypes.c_void_p(hidden.data_ptr()), num_bytes)

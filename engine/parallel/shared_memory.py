@@ -149,6 +149,13 @@ class SharedMemoryCollectives:
         if result != 0:
             self.fail(result, operation)
 
+    def abort(self) -> None:
+        """See Endable: as if all other ranks had died."""
+        self._area.abort()
+
+    def close(self) -> None:
+        self._area.close()
+
     @property
     def address(self) -> int:
         """Of the native group, for native code that calls collectives itself."""

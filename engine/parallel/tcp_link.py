@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from engine.errors import ProtocolViolation, RankFailure
+from engine.progress import AxisMarks, Operation
 
 _MAX_MESSAGES = 8
 """That wait on each side; then the sender waits too."""
@@ -31,14 +32,22 @@ _Message = bytes | bytearray | OSError | None
 class _TcpEnd:
     """What both ends have in common. The connection is closed with the object."""
 
-    def __init__(self, connection: socket.socket, peer: int, timeout_s: float) -> None:
+    def __init__(self, connection: socket.socket, peer: int, timeout_s: float, marks: AxisMarks) -> None:
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
         self._messages: queue.Queue[_Message] = queue.Queue(_MAX_MESSAGES)
         self._peer = peer
+        self._marks = marks
         self._timeout_s = timeout_s
-        weakref.finalize(self, _close, connection, self._messages)
+        self._end = weakref.finalize(self, _close, connection, self._messages)
+
+    def abort(self) -> None:
+        """See Endable."""
+        self._end()
+
+    def close(self) -> None:
+        self._end()
 
     def _lost(self, error: OSError) -> RankFailure:
         return RankFailure(
@@ -54,14 +63,14 @@ class _TcpEnd:
 class TcpSender(_TcpEnd):
     """See StageSender. ``peer``: the receiver's global rank."""
 
-    def __init__(self, connection: socket.socket, peer: int, timeout_s: float) -> None:
-        super().__init__(connection, peer, timeout_s)
+    def __init__(self, connection: socket.socket, peer: int, timeout_s: float, marks: AxisMarks) -> None:
+        super().__init__(connection, peer, timeout_s, marks)
         self._failure: list[OSError] = []
         arguments = (connection, self._messages, self._failure)
         threading.Thread(target=_send_all, args=arguments, name=f"to-rank-{peer}", daemon=True).start()
 
     @classmethod
-    def connect(cls, store: dist.Store, peer: int, timeout_s: float) -> "TcpSender":
+    def connect(cls, store: dist.Store, peer: int, timeout_s: float, marks: AxisMarks) -> "TcpSender":
         """To the peer that listens under ``store``, which is this pair's. Raises RuntimeError where none does."""
         store.wait(["listener"], timedelta(seconds=timeout_s))
         host, port, token = store.get("listener").decode().split()
@@ -70,28 +79,33 @@ class TcpSender(_TcpEnd):
             connection.sendall(token.encode())
         except OSError as error:
             raise RuntimeError(f"rank {peer} at {host}:{port} cannot be reached: {error}") from error
-        return cls(connection, peer, timeout_s)
+        return cls(connection, peer, timeout_s, marks)
 
     def send(self, hidden: torch.Tensor) -> None:
         data = hidden.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        self._marks.wait(Operation.SEND, for_next=True)
         try:
             self._messages.put(data, timeout=self._timeout_s)
         except queue.Full:
             raise self._silent("took nothing") from None
+        self._marks.enter(Operation.SEND)
+        self._marks.resume()
         if self._failure:
             raise self._lost(self._failure[0])
+        if not self._end.alive:
+            raise self._lost(ConnectionAbortedError("the formation is over"))
 
 
 class TcpReceiver(_TcpEnd):
     """See StageReceiver. ``peer``: the sender's global rank."""
 
-    def __init__(self, connection: socket.socket, peer: int, timeout_s: float) -> None:
-        super().__init__(connection, peer, timeout_s)
+    def __init__(self, connection: socket.socket, peer: int, timeout_s: float, marks: AxisMarks) -> None:
+        super().__init__(connection, peer, timeout_s, marks)
         arguments = (connection, self._messages)
         threading.Thread(target=_receive_all, args=arguments, name=f"from-rank-{peer}", daemon=True).start()
 
     @classmethod
-    def accept(cls, store: dist.Store, address: str, peer: int, timeout_s: float) -> "TcpReceiver":
+    def accept(cls, store: dist.Store, address: str, peer: int, timeout_s: float, marks: AxisMarks) -> "TcpReceiver":
         """Listens on ``address`` for the peer, and says so in ``store``, which is this pair's. Raises RuntimeError
         where it does not come in time."""
         token = secrets.token_hex(_TOKEN_BYTES // 2)
@@ -104,20 +118,25 @@ class TcpReceiver(_TcpEnd):
                     connection, _ = listener.accept()
                     connection.settimeout(timeout_s)
                     if hmac.compare_digest(_read(connection, _TOKEN_BYTES), token.encode()):
-                        return cls(connection, peer, timeout_s)
+                        return cls(connection, peer, timeout_s, marks)
                     connection.close()
             except OSError as error:
                 raise RuntimeError(f"rank {peer} did not connect to {address}: {error}") from error
 
     def receive(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        self._marks.wait(Operation.RECEIVE, for_next=True)
         try:
             message = self._messages.get(timeout=self._timeout_s)
         except queue.Empty:
             raise self._silent("sent nothing") from None
+        self._marks.enter(Operation.RECEIVE)
+        self._marks.resume()
         if isinstance(message, OSError):
             self._messages.put(message)
             raise self._lost(message)
-        assert message is not None
+        if message is None:
+            self._messages.put(None)
+            raise self._lost(ConnectionAbortedError("the formation is over"))
         hidden = torch.frombuffer(message, dtype=dtype)
         if hidden.numel() != shape[0] * shape[1]:
             raise ProtocolViolation(f"rank {self._peer} sent {hidden.numel()} numbers; {shape} are due")

@@ -19,7 +19,7 @@ SERVE_OPTIONS = {
     "--load-format", "--revision", "--quantization", "--served-model-name", "--api-key-file", "--address",
     "--lora-modules", "--lora-dir", "--max-loras", "--max-lora-rank", "--enable-prefix-caching",
     "--async-scheduling",
-    "--cpu-slots", "--deterministic", "--request-timeout", "--queue-timeout", "--first-token-timeout",
+    "--cpu-slots", "--spare-ranks", "--deterministic", "--request-timeout", "--queue-timeout", "--first-token-timeout",
     "--drain-timeout", "--config",
 }  # fmt: skip
 

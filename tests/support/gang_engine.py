@@ -6,31 +6,32 @@ from typing import Any
 
 from engine.config import Dtype, SchedulerConfig
 from engine.engine import Engine
+from engine.executor.executor import Executor
+from engine.executor.gang_start import GangReady
 from engine.executor.process_gang import ProcessGang
 from engine.executor.worker_config import WorkerConfig
 from engine.model_config import ModelConfig, kv_groups
 from engine.request import Output, Request, SamplingParams
-from tests.parity.architectures import NUM_NEW, Reference
+from tests.parity.reference import NUM_NEW, Reference
 
 
 class GangEngine:
-    """An engine on a gang of processes."""
+    """An engine on a gang that is ready."""
 
-    def __init__(self, gang: ProcessGang, config: WorkerConfig) -> None:
-        self.gang = gang
+    def __init__(self, executor: Executor, ready: GangReady, config: WorkerConfig) -> None:
         model = ModelConfig.from_directory(config.model)
         self.engine = Engine(
-            executor=gang,
+            executor=executor,
             kv_groups=kv_groups(model, config.pp),
             num_dp_groups=config.dp,
             vocab_size=model.vocab_size,
             scheduler_config=SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
-                max_model_len=gang.ready.max_model_len,
+                max_model_len=ready.max_model_len,
                 depth=config.depth,
             ),
-            cache_config=gang.ready.cache,
+            cache_config=ready.cache,
             input_references=config.pp == 1,
         )
         self.most_in_flight = 0
@@ -48,8 +49,23 @@ class GangEngine:
         return outputs
 
 
+class ForkedGangEngine(GangEngine):
+    """On a gang of this process's own, on this host."""
+
+    def __init__(self, gang: ProcessGang, config: WorkerConfig) -> None:
+        super().__init__(gang, gang.ready, config)
+        self.gang = gang
+        self.epoch = config.epoch
+
+    def reform(self) -> None:
+        """After a failure: new ranks for those that are gone, the others under a new epoch."""
+        self.gang = self.gang.reform()
+        self.epoch += 1
+        self.engine.reset(self.epoch, executor=self.gang, cache_config=self.gang.ready.cache)
+
+
 @contextmanager
-def gang_engine(reference: Reference, **changes: Any) -> Iterator[GangEngine]:
+def gang_engine(reference: Reference, **changes: Any) -> Iterator[ForkedGangEngine]:
     values: dict[str, Any] = {
         "rank": 0,
         "channel_address": "",
@@ -63,11 +79,11 @@ def gang_engine(reference: Reference, **changes: Any) -> Iterator[GangEngine]:
         "collective_timeout_s": 20.0,
     }
     config = WorkerConfig(**values | changes)
-    gang = ProcessGang(config)
+    served = ForkedGangEngine(ProcessGang(config), config)
     try:
-        yield GangEngine(gang, config)
+        yield served
     finally:
-        gang.close()
+        served.gang.close()
 
 
 def make_request(name: str, prompt: list[int], **options: Any) -> Request:

@@ -1,0 +1,108 @@
+"""Ranks and leaders that die while they serve: only they are replaced, and streams go on with the same tokens."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.served import Served
+
+pytestmark = pytest.mark.timeout(240)
+
+NUM_TOKENS = 400
+REPAIR_TIMEOUT_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    log: Path = tmp_path_factory.mktemp("repaired") / "serve.log"
+    arguments = ("remuda-tiny", "--tp", "2", "--dtype", "float32", "--spare-ranks", "1")
+    with Served(arguments, log) as started:
+        yield started
+    assert started.left_processes() == []
+
+
+class Stream(threading.Thread):
+    """One streamed completion of NUM_TOKENS tokens."""
+
+    def __init__(self, server: Served, **options: Any) -> None:
+        super().__init__()
+        self._server = server
+        self._options = options
+        self.token_ids: list[int] = []
+        self.errors: list[str] = []
+        self.begun = threading.Event()
+
+    def run(self) -> None:
+        body = {
+            "model": "remuda-tiny",
+            "max_tokens": NUM_TOKENS,
+            "stream": True,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            **self._options,
+        }
+        with httpx.stream("POST", f"{self._server.url}/v1/completions", json=body, timeout=120) as response:
+            for line in response.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                chunk = json.loads(line.removeprefix("data: "))
+                if "error" in chunk:
+                    self.errors.append(chunk["error"]["message"])
+                    continue
+                for choice in chunk["choices"]:
+                    self.token_ids += choice.get("token_ids") or []
+                if len(self.token_ids) >= 10:
+                    self.begun.set()
+
+
+REQUESTS: list[dict[str, Any]] = [
+    {"prompt": "Once upon a time", "temperature": 0},
+    {"prompt": "The little dog", "temperature": 1.0, "seed": 7},
+]
+
+
+def streams_of(server: Served) -> list[Stream]:
+    streams = [Stream(server, **options) for options in REQUESTS]
+    for stream in streams:
+        stream.start()
+    return streams
+
+
+@pytest.fixture(scope="module")
+def unfaulted(server: Served) -> list[list[int]]:
+    streams = streams_of(server)
+    for stream in streams:
+        stream.join(120)
+    assert [len(stream.token_ids) for stream in streams] == [NUM_TOKENS] * len(streams)
+    return [stream.token_ids for stream in streams]
+
+
+def pids(server: Served) -> list[int]:
+    return [rank["pid"] for rank in server.status()["replicas"][0]["ranks"]]
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_rank_is_replaced_and_streams_go_on(
+    server: Served, unfaulted: list[list[int]], victim: int
+) -> None:
+    before = pids(server)
+    streams = streams_of(server)
+    for stream in streams:
+        assert stream.begun.wait(60)
+    os.kill(before[victim], signal.SIGKILL)
+    for stream in streams:
+        stream.join(REPAIR_TIMEOUT_S)
+        assert not stream.is_alive()
+    assert [stream.errors for stream in streams] == [[]] * len(streams)
+    assert [stream.token_ids for stream in streams] == unfaulted
+    after = pids(server)
+    assert after[1 - victim] == before[1 - victim], "the survivor keeps its process"
+    assert after[victim] != before[victim]

@@ -1,0 +1,145 @@
+"""A gang that lost a rank forms anew: only that rank is replaced, the others keep their process and their weights, and
+every request goes on with the tokens that it would have had."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+from engine.errors import RankFailure
+from engine.executor.rank_message import decode_message
+from engine.executor.socket_hub import SocketHub
+from engine.executor.worker_config import WorkerConfig
+from engine.messages import Hello
+from engine.request import Output, Request
+from tests.parity.architectures import make_reference
+from tests.parity.reference import Reference
+from tests.support.gang_engine import ForkedGangEngine, gang_engine, make_request, tokens_of
+
+pytestmark = pytest.mark.timeout(120)
+
+MOST_TO_BE_FREE_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return make_reference("llama3.1", tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return make_reference("llama4-scout", tmp_path_factory.mktemp("mixture"))
+
+
+def requests_of(reference: Reference) -> list[Request]:
+    """Greedy and seeded ones."""
+    greedy = [make_request(f"greedy-{i}", prompt) for i, prompt in enumerate(reference.prompts)]
+    drawn = [
+        make_request(f"drawn-{i}", prompt, temperature=1.0, seed=i, repetition_penalty=1.1)
+        for i, prompt in enumerate(reference.prompts)
+    ]
+    return greedy + drawn
+
+
+def run_with_faults(served: ForkedGangEngine, requests: list[Request], faults: dict[int, int]) -> dict[str, list[int]]:
+    """``faults``: after so many steps (over all epochs) this rank is killed."""
+    outputs: dict[str, list[Output]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        served.engine.add(request)
+    num_steps = 0
+    while served.engine.has_work:
+        try:
+            for output in served.engine.step():
+                outputs[output.request_id].append(output)
+        except RankFailure:
+            served.reform()
+            continue
+        num_steps += 1
+        if (victim := faults.pop(num_steps, None)) is not None:
+            os.kill(served.gang.processes[victim].pid, signal.SIGKILL)
+    assert not faults, "every fault came while there was work"
+    assert served.engine.stats().num_blocks_used == 0
+    served.engine.check_integrity()
+    return {name: tokens_of(found) for name, found in outputs.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "faults"),
+    [
+        pytest.param("dense", {"tp": 2, "max_num_batched_tokens": 16}, {2: 1, 9: 0}, id="tp2-prefill-then-decode"),
+        pytest.param("mixture", {"pp": 2, "tp": 2, "ep": 2, "depth": 3}, {6: 3}, id="pp2-tp2-ep2"),
+        pytest.param("mixture", {"dp": 2, "ep": 2}, {6: 1}, id="dp2-ep2"),
+    ],
+)
+def test_streams_go_on_with_the_same_tokens(
+    request: pytest.FixtureRequest, name: str, layout: dict[str, Any], faults: dict[int, int]
+) -> None:
+    reference: Reference = request.getfixturevalue(name)
+    requests = requests_of(reference)
+    with gang_engine(reference, **layout) as served:
+        unfaulted = {name: tokens_of(outputs) for name, outputs in served.run(requests).items()}
+        first = [process.pid for process in served.gang.processes]
+        assert run_with_faults(served, requests, dict(faults)) == unfaulted
+        assert served.epoch == len(faults)
+        last = [process.pid for process in served.gang.processes]
+    kept = set(range(len(first))) - set(faults.values())
+    assert {rank for rank in range(len(first)) if first[rank] == last[rank]} == kept
+    for i, (prompt, generated) in enumerate(zip(reference.prompts, reference.generated, strict=True)):
+        assert unfaulted[f"greedy-{i}"] == generated.token_ids[len(prompt) :]
+
+
+def test_a_survivor_reads_its_weights_no_second_time(dense: Reference) -> None:
+    requests = requests_of(dense)
+    with gang_engine(dense, tp=2) as served:
+        unfaulted = {name: tokens_of(outputs) for name, outputs in served.run(requests).items()}
+        for found in requests:
+            served.engine.add(found)
+        outputs: dict[str, list[Output]] = {found.request_id: [] for found in requests}
+        for _ in range(4):
+            for output in served.engine.step():
+                outputs[output.request_id].append(output)
+        served.gang.processes[1].kill()
+        survivor = psutil.Process(served.gang.processes[0].pid)
+        read_before = survivor.io_counters().read_chars
+        served.reform()
+        assert survivor.pid == served.gang.processes[0].pid
+        while served.engine.has_work:
+            for output in served.engine.step():
+                outputs[output.request_id].append(output)
+        assert survivor.io_counters().read_chars - read_before < 2**20
+    assert {name: tokens_of(found) for name, found in outputs.items()} == unfaulted
+
+
+def test_survivors_leave_a_collective_that_a_stopped_rank_never_reaches(dense: Reference) -> None:
+    """A stopped process closes no connection. Freed survivors say hello to the next leader, long before any timeout."""
+    with gang_engine(dense, tp=2, collective_timeout_s=60.0) as served:
+        served.engine.add(make_request("one", dense.prompts[0], max_tokens=60))
+        served.engine.step()
+        victim = served.gang.processes[1]
+        os.kill(victim.pid, signal.SIGSTOP)
+        hellos: dict[int, float] = {}
+        time.sleep(0.2)  # rank 0 is in the collective by now
+        began = time.monotonic()
+        served.gang.disband()
+        hub = SocketHub([0], "secret", [f"unix:@remuda-test-{os.getpid()}"])
+        try:
+            config = worker_config_of(served, hub.addresses[0])
+            stdin = served.gang.processes[0].stdin
+            assert stdin is not None
+            stdin.write(config.encode() + b"\n")
+            stdin.flush()
+            rank, data = hub.receive(5.0)
+            hellos[rank] = time.monotonic() - began
+            assert isinstance(decode_message(data, rank), Hello)
+        finally:
+            hub.close()
+            victim.kill()
+    assert hellos[0] < MOST_TO_BE_FREE_S
+
+
+def worker_config_of(served: ForkedGangEngine, address: str) -> WorkerConfig:
+    return msgspec.structs.replace(served.gang.config, rank=0, epoch=9, channel_address=address, secret="secret")
