@@ -8,7 +8,7 @@ ARGS ?=
 TEXT_CONFORMANCE := $(addprefix tests/frontend/test_,templates.py tool_parser.py meta_tokenizers.py infilling.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve hosts test determinism conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-models clean
+.PHONY: help setup demo serve hosts test determinism layouts conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-models clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -30,8 +30,11 @@ hosts: setup  ## N=4 hosts (network namespaces) to try things on by hand; says h
 test: setup  ## the whole test run: linters, types, import contracts, unit, integration
 	$(PY) -m pytest $(ARGS)
 
+layouts: setup  ## every legal layout with at most 8 ranks, on one host and over three, against transformers; writes docs/layouts.md
+	$(PY) -m tests.layouts $(ARGS)
+
 conformance: setup  ## every architecture, format and layout against independent implementations; prints the table
-	$(PY) -m pytest -m '' tests/parity tests/quantization tests/gguf tests/lora $(TEXT_CONFORMANCE) --conformance-table $(ARGS)
+	$(PY) -m pytest -m '' tests/parity tests/layouts tests/quantization tests/gguf tests/lora $(TEXT_CONFORMANCE) --conformance-table $(ARGS)
 
 determinism: setup  ## one request in all batches, chunks and layouts, compared bit by bit, and what that costs (wants make bench-models)
 	$(PY) -m tests.determinism.table $(ARGS)

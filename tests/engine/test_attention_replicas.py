@@ -13,7 +13,8 @@ import pytest
 from engine.config import Dtype
 from engine.errors import RankFailure
 from engine.request import Output
-from tests.parity.architectures import Reference, make_reference
+from tests.parity.architectures import make_reference
+from tests.parity.reference import Reference
 from tests.support.gang_engine import gang_engine, make_request, tokens_of
 
 pytestmark = pytest.mark.timeout(120)

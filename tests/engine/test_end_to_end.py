@@ -20,7 +20,8 @@ from engine.executor.worker_config import WorkerConfig
 from engine.messages import LoadProgress, Ready
 from engine.model_config import ModelConfig, kv_groups
 from engine.request import FinishReason, Output, Request, SamplingParams
-from tests.parity.architectures import NUM_NEW, VOCAB_SIZE, Reference, make_reference
+from tests.parity.architectures import VOCAB_SIZE, make_reference
+from tests.parity.reference import NUM_NEW, Reference
 
 WAIT_S = 60.0
 

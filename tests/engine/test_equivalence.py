@@ -13,7 +13,8 @@ from engine.executor.in_process import InProcessExecutor
 from engine.executor.worker_config import WorkerConfig
 from engine.model_config import ModelConfig, kv_groups
 from engine.request import Request, SamplingParams
-from tests.parity.architectures import NUM_NEW, Reference, make_reference
+from tests.parity.architectures import make_reference
+from tests.parity.reference import NUM_NEW, Reference
 
 BLOCK_SIZE = 4
 BLOCKS_OF_ALL = 400

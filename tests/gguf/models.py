@@ -14,7 +14,8 @@ from gguf.constants import MODEL_ARCH, GGMLQuantizationType
 from safetensors.numpy import load_file, save_file
 
 from tests.gguf.files import random_blocks, write_gguf
-from tests.parity.architectures import NUM_NEW, continue_greedily, prompts, randomize
+from tests.parity.architectures import continue_greedily, prompts, randomize
+from tests.parity.reference import NUM_NEW
 from tests.support.model_driver import Generated
 
 VOCAB_SIZE = 97

@@ -18,7 +18,7 @@ from engine.weights.ledger import shard_bytes
 from engine.weights.loader import load_weights, verify_checkpoint
 from tests.gguf.files import random_blocks, write_gguf
 from tests.gguf.models import CASES, Reference, metadata
-from tests.parity.architectures import NUM_NEW
+from tests.parity.reference import NUM_NEW
 from tests.parity.test_transformers import assert_equal
 from tests.support.conformance import Conforms
 from tests.support.model_driver import ModelDriver, generate_alone, run_rank

@@ -15,7 +15,7 @@ from cluster.replica.model_source import ModelSource, resolve
 from engine.errors import CheckpointError
 from tests.gguf.models import COMMON, WIDE, Case, Reference, make_reference, q4_k_m
 from tests.gguf.tokenizers_for_gguf import from_tokenizer_json
-from tests.parity.architectures import NUM_NEW
+from tests.parity.reference import NUM_NEW
 from tests.support.conformance import Conforms
 from tests.support.served import Served, run_remuda
 

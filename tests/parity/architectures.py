@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import transformers
 
+from tests.parity.reference import NUM_NEW, Reference
 from tests.support.model_driver import Generated
 
 VOCAB_SIZE = 97
 """Odd, so that no number of ranks divides it."""
-NUM_NEW = 14
 PROMPT_LENGTHS = (5, 21, 38)
 """The shortest crosses borders in decode, the others in prefill as well."""
 
@@ -35,9 +35,9 @@ _LLAMA: dict[str, Any] = _COMMON | {
     "max_position_embeddings": 128,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
-_GROUPED: dict[str, Any] = _LLAMA | {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
-_MIXTURE: dict[str, Any] = _GROUPED | {"num_experts_per_tok": 2, "num_local_experts": 4}
-_LLAMA4: dict[str, Any] = _COMMON | {
+GROUPED: dict[str, Any] = _LLAMA | {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+_MIXTURE: dict[str, Any] = GROUPED | {"num_experts_per_tok": 2, "num_local_experts": 4}
+LLAMA4: dict[str, Any] = _COMMON | {
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
@@ -52,7 +52,7 @@ _LLAMA4: dict[str, Any] = _COMMON | {
     "attn_scale": 1.0,
     "pad_token_id": None,
 }
-_GUARD4: dict[str, Any] = _LLAMA4 | {
+_GUARD4: dict[str, Any] = LLAMA4 | {
     "num_local_experts": 0,
     "moe_layers": [],
     # transformers cannot do without chunks; as long as any text, they change nothing.
@@ -74,12 +74,12 @@ _VISION: dict[str, Any] = {
 }
 
 
-def _rope(kind: str, **values: float) -> dict[str, Any]:
+def rope(kind: str, **values: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
 
 
-_SCALED = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
-_SCOUT = _rope("llama3", factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_max_position_embeddings=16)
+SCALED = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+SCOUT = rope("llama3", factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_max_position_embeddings=16)
 
 
 def _with_vision(**text: Any) -> transformers.Llama4Config:
@@ -134,12 +134,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama2": Architecture("Llama 2", transformers.LlamaConfig(**_LLAMA), ((1, 1), (4, 1))),
     "codellama": Architecture(
         "Code Llama",
-        transformers.LlamaConfig(**_GROUPED | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+        transformers.LlamaConfig(**GROUPED | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
         ((1, 1), (2, 1)),
         rewrite=_as_version_4,
     ),
     "llama3.1": Architecture(
-        "Llama 3.1", transformers.LlamaConfig(**_GROUPED | _SCALED | {"tie_word_embeddings": True}), DENSE_LAYOUTS
+        "Llama 3.1", transformers.LlamaConfig(**GROUPED | SCALED | {"tie_word_embeddings": True}), DENSE_LAYOUTS
     ),
     "biases": Architecture(
         "Llama with biases",
@@ -147,50 +147,48 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ((1, 1), (2, 1)),
     ),
     "linear": Architecture(
-        "Llama, linear scaling", transformers.LlamaConfig(**_LLAMA | _rope("linear", factor=4.0)), ((1, 1),)
+        "Llama, linear scaling", transformers.LlamaConfig(**_LLAMA | rope("linear", factor=4.0)), ((1, 1),)
     ),
     "dynamic": Architecture(
         "Llama, dynamic scaling",
-        transformers.LlamaConfig(**_LLAMA | _rope("dynamic", factor=4.0) | {"max_position_embeddings": 16}),
+        transformers.LlamaConfig(**_LLAMA | rope("dynamic", factor=4.0) | {"max_position_embeddings": 16}),
         ((1, 1), (2, 1)),
     ),
     "yarn": Architecture(
         "Llama, YaRN",
         transformers.LlamaConfig(
-            **_LLAMA | _rope("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=1.5, beta_slow=0.1)
+            **_LLAMA | rope("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=1.5, beta_slow=0.1)
         ),
         ((1, 1),),
     ),
     "llama4-scout": Architecture(
         "Llama 4 Scout",
-        transformers.Llama4TextConfig(**_LLAMA4 | _SCOUT | {"interleave_moe_layer_step": 1}),
+        transformers.Llama4TextConfig(**LLAMA4 | SCOUT | {"interleave_moe_layer_step": 1}),
         ((1, 1), (2, 1), (4, 2)),
         MOE_LAYOUTS,
     ),
     "llama4-maverick": Architecture(
         "Llama 4 Maverick",
         transformers.Llama4TextConfig(
-            **_LLAMA4 | _rope("default") | {"interleave_moe_layer_step": 2, "use_qk_norm": False}
+            **LLAMA4 | rope("default") | {"interleave_moe_layer_step": 2, "use_qk_norm": False}
         ),
         ((1, 1), (2, 2), (4, 1)),
         MOE_LAYOUTS,
     ),
     "llama4-top2": Architecture(
         "Llama 4, two experts a token",
-        transformers.Llama4TextConfig(
-            **_LLAMA4 | _rope("default") | {"num_experts_per_tok": 2, "attention_bias": True}
-        ),
+        transformers.Llama4TextConfig(**LLAMA4 | rope("default") | {"num_experts_per_tok": 2, "attention_bias": True}),
         ((2, 2),),
         MOE_LAYOUTS,
     ),
     "llama4-vision": Architecture(
-        "Llama 4 with vision (text)", _with_vision(**_LLAMA4 | _SCOUT), ((1, 1), (4, 4)), MOE_LAYOUTS
+        "Llama 4 with vision (text)", _with_vision(**LLAMA4 | SCOUT), ((1, 1), (4, 4)), MOE_LAYOUTS
     ),
     "guard4": Architecture(
-        "Llama Guard 4", _with_vision(**_GUARD4 | _rope("default")), ((1, 1), (2, 1)), rewrite=_as_guard4
+        "Llama Guard 4", _with_vision(**_GUARD4 | rope("default")), ((1, 1), (2, 1)), rewrite=_as_guard4
     ),
     "mistral": Architecture(
-        "Mistral", transformers.MistralConfig(**_GROUPED | {"sliding_window": 8}), DENSE_LAYOUTS, rewrite=_as_version_4
+        "Mistral", transformers.MistralConfig(**GROUPED | {"sliding_window": 8}), DENSE_LAYOUTS, rewrite=_as_version_4
     ),
     "mixtral": Architecture(
         "Mixtral", transformers.MixtralConfig(**_MIXTURE), ((1, 1), (2, 2), (4, 2)), MOE_LAYOUTS, _as_version_4
@@ -198,7 +196,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3": Architecture(
         "Qwen3",
         transformers.Qwen3Config(
-            **_GROUPED
+            **GROUPED
             | {"num_hidden_layers": 4, "head_dim": 32, "tie_word_embeddings": True}
             | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
         ),
@@ -239,19 +237,14 @@ MODEL_CLASSES: Mapping[type, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A checkpoint, and the oracle's greedy continuation of some prompts."""
-
-    directory: Path
-    prompts: list[list[int]]
-    generated: list[Generated]
-
-
 def make_reference(name: str, directory: Path) -> Reference:
     """Save a random checkpoint of ARCHITECTURES[name] and run it in float32."""
-    architecture = ARCHITECTURES[name]
     torch.manual_seed(len(name))
+    return reference_of(ARCHITECTURES[name], directory)
+
+
+def reference_of(architecture: Architecture, directory: Path) -> Reference:
+    """As ``make_reference``, with the weights that the global generator gives."""
     model_class = MODEL_CLASSES[type(architecture.config)]
     model = model_class._from_config(architecture.config, attn_implementation="eager").eval()
     randomize(model)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from engine.config import Dtype
-from tests.parity.architectures import NUM_NEW, Reference, make_reference
+from tests.parity.architectures import make_reference
+from tests.parity.reference import NUM_NEW, Reference
 from tests.support.model_driver import Generated, run_rank
 from tests.support.rank_pool import run_ranks
 

@@ -12,7 +12,8 @@ from engine.model_config import ModelConfig
 from engine.models.registry import build_model
 from engine.parallel.mesh import Mesh
 from engine.weights.loader import load_weights
-from tests.parity.architectures import PROMPT_LENGTHS, Reference
+from tests.parity.architectures import PROMPT_LENGTHS
+from tests.parity.reference import Reference
 from tests.support.model_driver import ModelDriver, forced_logits
 
 

@@ -12,8 +12,9 @@ from engine.model_config import ModelConfig
 from engine.models.registry import build_model
 from engine.parallel.mesh import Mesh
 from engine.weights.loader import load_weights
-from tests.parity.architectures import ARCHITECTURES, PROMPT_LENGTHS, Reference
+from tests.parity.architectures import ARCHITECTURES, PROMPT_LENGTHS
 from tests.parity.mutations import MUTATIONS, Mutation
+from tests.parity.reference import Reference
 from tests.support.model_driver import ModelDriver, forced_logits
 
 TOLERANCE = 1e-4

@@ -7,8 +7,9 @@ import pytest
 
 import engine.model_config as served
 from engine.config import Dtype
-from tests.parity.architectures import ARCHITECTURES, DENSE_LAYOUTS, MODEL_CLASSES, MOE_LAYOUTS, Reference
+from tests.parity.architectures import ARCHITECTURES, DENSE_LAYOUTS, MODEL_CLASSES, MOE_LAYOUTS
 from tests.parity.conftest import LayoutRunner
+from tests.parity.reference import Reference
 from tests.support.conformance import Conforms
 from tests.support.model_driver import Generated
 

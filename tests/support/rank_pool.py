@@ -1,15 +1,17 @@
 """Runs a function on several ranks, each a process of its own, and brings back what they returned.
 
 Ranks are forked from multiprocessing's fork server, a process with one thread that has imported torch and the engine
-once, so that starting four of them takes about a tenth of a second whatever the test process itself has loaded.
+once, so that starting four of them takes about a tenth of a second whatever the test process itself has loaded. None is
+used twice: what one gang leaves in a process cannot hide in the next.
 """
 
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,13 +23,15 @@ import torch.distributed as dist
 _PRELOAD = [
     "torch",
     "numpy",
-    "engine.attention.reference",
+    "engine.engine",
+    "engine.executor.rank_startup",
+    "engine.executor.worker",
     "engine.models.llama",
     "engine.models.llama4",
-    "engine.parallel.distributed",
-    "engine.weights.loader",
+    "tests.layouts.run",
     "tests.support.rank_pool",
 ]
+_CLONE_NEWNET = 0x40000000
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
 
@@ -46,13 +50,19 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 60.0, allow_errors: bool = False
+    function: Callable[..., Any],
+    num_ranks: int,
+    *args: Any,
+    timeout_s: float = 60.0,
+    allow_errors: bool = False,
+    networks: Sequence[Path] = (),
 ) -> list[Any]:
     """Call ``function(RankContext, *args)`` on every rank and return the results in order of ranks.
 
     ``function`` and everything that it takes and returns must be picklable; return arrays, not tensors, which torch
     would leave in the shared memory of a process that is gone. With ``allow_errors`` the exception of a rank that
     raised (or a RankError, if it died) stands in its place; otherwise the first one fails the test at once.
+    ``networks``: of each rank the network namespace that it is in, as a file; empty: they are where the tests are.
     """
     with tempfile.TemporaryDirectory(prefix="remuda-ranks-") as directory:
         store_path = str(Path(directory) / "store")
@@ -60,9 +70,8 @@ def run_ranks(
         try:
             for rank in range(num_ranks):
                 receiver, sender = _context.Pipe(duplex=False)
-                process = _context.Process(
-                    target=_rank_main, args=(sender, function, rank, num_ranks, store_path, args), daemon=True
-                )
+                context = (rank, num_ranks, store_path, networks[rank] if networks else None)
+                process = _context.Process(target=_rank_main, args=(sender, function, context, args), daemon=True)
                 process.start()
                 sender.close()
                 processes.append(process)
@@ -101,13 +110,14 @@ def _collect(pipes: list[Connection], deadline: float, allow_errors: bool) -> li
 def _rank_main(
     sender: Connection,
     function: Callable[..., Any],
-    rank: int,
-    num_ranks: int,
-    store_path: str,
+    context: tuple[int, int, str, Path | None],
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    rank, num_ranks, store_path, network = context
     try:
+        if network is not None:
+            _enter(network)
         result = function(RankContext(rank, num_ranks, dist.FileStore(store_path, num_ranks)), *args)
     except Exception as error:
         sender.send((None, error, traceback.format_exc()))
@@ -115,3 +125,11 @@ def _rank_main(
         sender.send((result, None, ""))
     finally:
         sender.close()
+
+
+def _enter(network: Path) -> None:
+    """Before this process has a second thread: those that it starts are then in the namespace too."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with network.open() as namespace:
+        if libc.setns(namespace.fileno(), _CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {network}")

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from tests.support.hosts.namespaces import END_GRACE_S, ip
 
@@ -24,6 +25,11 @@ class Host:
         self.address6 = f"{NETWORK6}{number:x}"
         self.setup: list[str] = []
         self.started: list[subprocess.Popen[str]] = []
+
+    @property
+    def network(self) -> Path:
+        """Its network namespace, as a file that a process can enter it by."""
+        return Path("/run/netns") / self.name
 
     @property
     def prefix(self) -> list[str]:
