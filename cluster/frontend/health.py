@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from cluster.frontend.clock import Clock
 from cluster.types import ReplicaInfo, ReplicaState
+from engine.executor.watchdog import RankState
+
+_MARGIN_S = 5.0
+_HANGING = frozenset((RankState.STALLED.value, RankState.DEAD.value))
 
 
 class Progress(enum.StrEnum):
@@ -34,7 +38,7 @@ class Health:
     replicas: what they last said of themselves.
     is_draining: whether this front end takes new requests.
     clock: for how long nothing moved.
-    stall_s: a step takes less than this, with a wide margin.
+    stall_s: a step takes less than this, with a wide margin; for replicas that do not say so themselves.
     """
 
     def __init__(
@@ -68,7 +72,13 @@ class Health:
             return Progress.DOWN
         if not has_work:
             return Progress.IDLE
-        return Progress.STALLED if now_s - mark.since_s > self._stall_s else Progress.BUSY
+        if info.progress_limit_s:
+            # The leader's bound follows what its steps take; it acts on it itself, and is given the time. Its clock
+            # stands still while the gang is repaired.
+            is_overdue = info.progress_age_s > info.progress_limit_s + _MARGIN_S
+        else:
+            is_overdue = now_s - mark.since_s > self._stall_s
+        return Progress.STALLED if is_overdue else Progress.BUSY
 
     def live(self) -> tuple[bool, dict[str, Progress]]:
         """False when replicas have work and none of those moves: a restart is due."""
@@ -80,8 +90,17 @@ class Health:
         """Whether new requests can be served, and why not."""
         if self._is_draining():
             return False, "draining"
-        infos = self._replicas()
-        if any(info.state is ReplicaState.READY for info in infos):
+        infos, progress = self._replicas(), self.observe()
+        stalled = {
+            info.id
+            for info in infos
+            if progress.get(info.id) is Progress.STALLED or any(rank.state in _HANGING for rank in info.ranks)
+        }
+        if any(info.state is ReplicaState.READY and info.id not in stalled for info in infos):
             return True, "ready"
-        states = ", ".join(f"{info.id} is {info.state}" for info in infos) or "there is none"
+        states = ", ".join(
+            f"{info.id} is {'stalled' if info.state is ReplicaState.READY and info.id in stalled else info.state}"
+            for info in infos
+        )
+        states = states or "there is none"
         return False, f"no replica is ready: {states}"

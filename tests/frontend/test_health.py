@@ -1,7 +1,7 @@
 """Alive and ready, on a clock that the test moves."""
 
 from cluster.frontend.health import Health, Progress
-from cluster.types import ReplicaInfo, ReplicaState
+from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from tests.frontend.scripted import FakeClock, replica_info
 
 
@@ -62,6 +62,35 @@ def test_one_moving_replica_keeps_the_process_alive() -> None:
     one.clock.advance(31)
     one.infos = [stuck, replica_info(id="b", num_running=1, num_steps=2)]
     assert one.health.live() == (True, {"a": Progress.STALLED, "b": Progress.BUSY})
+
+
+def slow(age_s: float) -> ReplicaInfo:
+    return replica_info(num_running=1, num_steps=10, progress_limit_s=300.0, progress_age_s=age_s)
+
+
+def test_the_leader_says_how_long_a_step_may_take() -> None:
+    one = Watched()
+    for age_s in (0.0, 100.0, 290.0):  # far beyond what is a stall where nobody knows: a long, legal step
+        one.infos = [slow(age_s)]
+        assert one.health.live() == (True, {"r0": Progress.BUSY})
+        assert one.health.ready() == (True, "ready")
+        one.clock.advance(100)
+    one.infos = [slow(310.0)]
+    assert one.health.live() == (False, {"r0": Progress.STALLED})
+    assert one.health.ready() == (False, "no replica is ready: r0 is stalled")
+    one.infos = [slow(0.0)]  # it is being repaired, or goes on
+    assert one.health.live()[0] is True
+
+
+def test_a_replica_with_a_hanging_rank_is_alive_but_not_ready() -> None:
+    """It is replaced within bounds; a restart of everything would take longer."""
+    one = Watched()
+    ranks = (RankInfo(0, 1, "h", "cpu", "busy"), RankInfo(1, 2, "h", "cpu", "stalled"))
+    one.infos = [replica_info(id="a", num_running=1, ranks=ranks), replica_info(id="b")]
+    assert one.health.ready() == (True, "ready"), "the other one serves"
+    one.infos = one.infos[:1]
+    assert one.health.ready() == (False, "no replica is ready: a is stalled")
+    assert one.health.live()[0] is True
 
 
 def test_ready_needs_a_ready_replica_and_no_drain() -> None:
