@@ -1,22 +1,48 @@
 """``remuda status``: the replicas of a server and where their ranks run."""
 
 import json
+import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from cluster.cli import options
 from cluster.rpc.inference_client import InferenceClient, ServerStatus
+from cluster.types import RankInfo
+from engine.executor.watchdog import RankState
 
-EXAMPLES = "Example: remuda status --json"
+EXAMPLES = "Examples: remuda status --json | remuda status --dump record.jsonl --replica r0"
 
 
 def status(
     target: options.Target = options.DEFAULT,
     api_key_file: options.ApiKeyFile = None,
     as_json: options.Json = False,
+    dump: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a replica's flight record: its last plans, results and events as JSON lines. It holds the "
+            "requests' tokens.",
+            show_default=False,
+        ),
+    ] = None,
+    replica: Annotated[
+        str, typer.Option(metavar="ID", help="Whose flight record. [the only one's]", show_default=False)
+    ] = "",
 ) -> None:
-    """Show what a running server serves, with which replicas, and the state of every rank."""
+    """Show what a running server serves, with which replicas, and what every rank is about.
+
+    A rank is idle, busy, stalled or dead, in a step and an operation, for so long.
+    """
     with InferenceClient(target, options.read_api_key(api_key_file)) as client:
+        if dump is not None:
+            num_bytes = _write(dump, client.dump(replica))
+            print(f"wrote {dump}: {num_bytes:,} bytes", file=sys.stderr)
         answer = client.status()
     if as_json:
         sys.stdout.write(json.dumps(as_object(answer)) + "\n")
@@ -41,11 +67,10 @@ def as_object(answer: ServerStatus) -> dict[str, Any]:
                 "num_waiting": replica.num_waiting,
                 "kv_cache_usage": replica.kv_cache_usage,
                 "num_steps": replica.num_steps,
+                "progress_age_s": replica.progress_age_s,
+                "progress_limit_s": replica.progress_limit_s,
                 "error": replica.error,
-                "ranks": [
-                    {"rank": rank.rank, "pid": rank.pid, "host": rank.host, "device": rank.device, "state": rank.state}
-                    for rank in replica.ranks
-                ],
+                "ranks": [asdict(rank) for rank in replica.ranks],
             }
             for replica in answer.replicas
         ],
@@ -63,4 +88,21 @@ def _print_text(answer: ServerStatus) -> None:
         if replica.error:
             print(f"  {replica.error}")
         for rank in replica.ranks:
-            print(f"  rank {rank.rank}: {rank.state}, {rank.device} on {rank.host}, pid {rank.pid}")
+            print(f"  rank {rank.rank}: {_doing(rank)}, {rank.device} on {rank.host}, pid {rank.pid}")
+
+
+def _doing(rank: RankInfo) -> str:
+    if not rank.operation:
+        return rank.state
+    if rank.state == RankState.IDLE:
+        return f"{rank.state} since step {rank.step}"
+    return f"{rank.state} in step {rank.step}, {rank.operation}, for {rank.since_s:.1f} s"
+
+
+def _write(path: Path, parts: Iterator[bytes]) -> int:
+    """Readable by this user alone. Returns the number of bytes."""
+    num_bytes = 0
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        for part in parts:
+            num_bytes += file.write(part)
+    return num_bytes

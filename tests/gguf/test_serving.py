@@ -60,7 +60,7 @@ def test_a_file_is_served_by_two_ranks(served: Served, reference: Reference, con
     answer = httpx.post(f"{served.url}/v1/chat/completions", json=chat, timeout=60).json()
     ids = tokenizer.encode("<|begin_of_text|>Hello there<|eot|>", False, parse_special_tokens=True)
     assert answer["usage"]["prompt_tokens"] == len(ids)
-    assert [rank["state"] for rank in served.status()["replicas"][0]["ranks"]] == ["ready", "ready"]
+    assert [rank["state"] for rank in served.status()["replicas"][0]["ranks"]] == ["idle", "idle"]
 
 
 def test_a_damaged_file_is_refused_before_anything_starts(reference: Reference, tmp_path: Path) -> None:
