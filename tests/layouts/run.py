@@ -1,38 +1,27 @@
 """One model in one layout, as it is served: a leader with the engine and the step channel, ranks on their hosts, and
 addresses between them; then everything that they computed against transformers."""
 
-import io
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import msgspec
 import numpy as np
 import torch
 
-from cluster.replica.events import ReplicaPlan
-from cluster.replica.placed_rank import PlacedRank
-from cluster.replica.rank_plan import GangEndpoints, listen_addresses, worker_configs
 from engine.config import Dtype, ParallelConfig
-from engine.executor import worker_process
-from engine.executor.channel_executor import ChannelExecutor
 from engine.executor.defaults import plans_in_flight
-from engine.executor.handshake import new_secret
-from engine.executor.socket_hub import SocketHub
-from engine.executor.worker_config import WorkerConfig
 from engine.model_config import ModelConfig
 from engine.models.registry import build_model
 from engine.parallel.distributed import init_distributed
-from engine.parallel.store import serve_store
 from engine.request import MAX_LOGPROBS, Output, Request
 from engine.weights.loader import load_weights
 from tests.parity.reference import NUM_NEW, Reference
-from tests.support.gang_engine import GangEngine, make_request, tokens_of
+from tests.support.gang_engine import make_request, tokens_of
+from tests.support.hosted_gang import leading, serve_as_rank, small_plan
 from tests.support.hosts.bed import Bed
 from tests.support.model_driver import Generated, ModelDriver, generate_together
-from tests.support.rank_pool import RankContext, RankError, run_ranks
+from tests.support.rank_pool import RankContext, run_ranks
 
 TOLERANCE = 1e-4
 _NUM_COPIES = 2
@@ -92,10 +81,7 @@ def _process(
     if context.rank == parallel.num_ranks:
         return _lead(context, directory, parallel, addresses, prompts)
     generated = _generate(context, directory, parallel, addresses[context.rank], prompts)
-    # As a process of its own would be told.
-    sys.stdin = io.TextIOWrapper(io.BytesIO(context.store.get(f"config/{context.rank}") + b"\n"))
-    if worker_process.main() != 0:
-        raise RankError("the rank failed; its leader's error has the reason")
+    serve_as_rank(context)
     return generated
 
 
@@ -115,48 +101,18 @@ def _lead(
     context: RankContext, directory: str, parallel: ParallelConfig, addresses: list[str], prompts: list[list[int]]
 ) -> dict[str, list[Output]]:
     """All prompts, several times at once; and again, now that their beginnings are cached."""
-    *rank_hosts, own = addresses
-    store = serve_store(own, _TIMEOUT_S)
-    hub = SocketHub(range(parallel.num_ranks), secret := new_secret(), listen_addresses(own, rank_hosts))
-    channel = ChannelExecutor(hub, parallel)
-    try:
-        configs = _worker_configs(directory, parallel, addresses, hub, secret, store.port)
-        for config in configs:
-            context.store.set(f"config/{config.rank}", config.encode().decode())
-        ready = channel.start(ModelConfig.from_directory(directory), block_size=configs[0].block_size)
-        served = GangEngine(channel, ready, configs[0])
-        return served.run(_requests("first", prompts * _NUM_COPIES)) | served.run(_requests("again", prompts))
-    finally:
-        channel.close()
-
-
-def _worker_configs(
-    directory: str, parallel: ParallelConfig, addresses: list[str], hub: SocketHub, secret: str, store_port: int
-) -> list[WorkerConfig]:
-    *rank_hosts, own = addresses
-    plan = ReplicaPlan(
-        model=directory,
-        revision=None,
-        served_name="",
+    plan = small_plan(
+        directory,
         tensor_parallel_size=parallel.tp,
         pipeline_parallel_size=parallel.pp,
         data_parallel_size=parallel.dp,
         expert_parallel_size=parallel.ep,
-        dtype=Dtype.FLOAT32,
-        device="cpu",
-        load_format="safetensors",
-        max_model_len=None,
         max_num_seqs=_MAX_NUM_SEQS,
         max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS,
-        gpu_memory_utilization=0.9,
-        kv_cache_memory_bytes=2**20,
         depth=plans_in_flight("cpu", parallel.pp),
     )
-    placed = [PlacedRank(rank, host) for rank, host in enumerate(rank_hosts)]
-    at = {address.partition(":")[0]: address for address in hub.addresses}
-    endpoints = GangEndpoints(own, at.get("unix", ""), at.get("tcp", ""), secret)
-    configs = worker_configs(plan, placed, endpoints, own, store_port)
-    return [msgspec.structs.replace(config, block_size=_BLOCK_SIZE) for config in configs]
+    with leading(context, plan, addresses[-1], addresses[:-1], _BLOCK_SIZE) as served:
+        return served.run(_requests("first", prompts * _NUM_COPIES)) | served.run(_requests("again", prompts))
 
 
 def _requests(name: str, prompts: list[list[int]]) -> list[Request]:

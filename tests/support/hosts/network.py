@@ -34,7 +34,7 @@ class Network:
     """``switch`` is the name of the bridge's namespace."""
 
     def __init__(self, switch: str) -> None:
-        self._switch = switch
+        self.switch = switch
         self._wires: dict[Host, subprocess.Popen[str]] = {}
         self._lost: dict[tuple[Host, Host], float] = {}
         """(from, to) → the share of frames that do not arrive."""
@@ -43,15 +43,15 @@ class Network:
         """The switch, in its namespace, which must exist."""
         # Nothing of the switch's own speaks: not even router solicitations.
         quiet = "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6"
-        call(["ip", "netns", "exec", self._switch, "sh", "-c", quiet])
-        ip("-n", self._switch, "link", "add", BRIDGE, "type", "bridge", "stp_state", "0", "mcast_snooping", "0")
-        ip("-n", self._switch, "link", "set", BRIDGE, "up")
+        call(["ip", "netns", "exec", self.switch, "sh", "-c", quiet])
+        ip("-n", self.switch, "link", "add", BRIDGE, "type", "bridge", "stp_state", "0", "mcast_snooping", "0")
+        ip("-n", self.switch, "link", "set", BRIDGE, "up")
 
     def plug(self, host: Host) -> None:
         """Lay the host's cable and give it its addresses."""
         port = f"p{host.number}"
-        ip("-n", self._switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host.name)
-        ip("-n", self._switch, "link", "set", port, "master", BRIDGE, "up")
+        ip("-n", self.switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host.name)
+        ip("-n", self.switch, "link", "set", port, "master", BRIDGE, "up")
         for line in (
             "link set lo up",
             "link set eth0 up",
@@ -62,11 +62,11 @@ class Network:
 
     def cut(self, host: Host) -> None:
         """Pull the host's cable."""
-        ip("-n", self._switch, "link", "set", f"p{host.number}", "down")
+        ip("-n", self.switch, "link", "set", f"p{host.number}", "down")
 
     def heal(self, host: Host) -> None:
         """Plug the host's cable in again. Loss, limits and delays stay."""
-        ip("-n", self._switch, "link", "set", f"p{host.number}", "up")
+        ip("-n", self.switch, "link", "set", f"p{host.number}", "up")
 
     def delay(self, host: Host, one_way_ms: float) -> None:
         """Frames from and to the host take so long each way. 0: as they were."""
@@ -74,21 +74,21 @@ class Network:
         if (former := self._wires.pop(host, None)) is not None:
             end(former)
         if one_way_ms == 0:
-            ip("-n", self._switch, "link", "set", port, "master", BRIDGE)
+            ip("-n", self.switch, "link", "set", port, "master", BRIDGE)
             return
-        ip("-n", self._switch, "link", "set", port, "nomaster")
-        enter = ["ip", "netns", "exec", self._switch]
+        ip("-n", self.switch, "link", "set", port, "nomaster")
+        enter = ["ip", "netns", "exec", self.switch]
         command = [*enter, sys.executable, "-SE", str(_WIRE), port, tap, str(one_way_ms / 1000)]
         wire = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
         self._wires[host] = wire
         assert wire.stdout is not None
         if wire.stdout.readline() != "up\n":
             raise RuntimeError(f"the wire of {host.name} did not start")
-        ip("-n", self._switch, "link", "set", tap, "master", BRIDGE, "up")
+        ip("-n", self.switch, "link", "set", tap, "master", BRIDGE, "up")
 
     def limit(self, host: Host, mbit_per_s: float | None) -> None:
         """What the host sends, and what it is sent, at most. None: no limit."""
-        for namespace, device in ((self._switch, f"p{host.number}"), (host.name, "eth0")):
+        for namespace, device in ((self.switch, f"p{host.number}"), (host.name, "eth0")):
             tc = ["tc", "-n", namespace, "qdisc"]
             if mbit_per_s is None:
                 call([*tc, "del", "dev", device, "root"])
@@ -138,7 +138,7 @@ class Network:
         ]
         text = "add table bridge remuda\ndelete table bridge remuda\ntable bridge remuda {\nchain forward {\n"
         text += "type filter hook forward priority 0; policy accept;\n" + "\n".join(rules) + "\n}\n}\n"
-        call(["ip", "netns", "exec", self._switch, "nft", "-f", "-"], text)
+        call(["ip", "netns", "exec", self.switch, "nft", "-f", "-"], text)
 
     def close(self) -> None:
         """End the wires; the rest goes with the namespaces."""
