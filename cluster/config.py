@@ -90,6 +90,8 @@ class ServeConfig(BaseSettings):
     pipeline_parallel_size: Degree = 1
     data_parallel_size: Degree = 1
     expert_parallel_size: Degree = 1
+    enable_eplb: bool = False
+    num_redundant_experts: Annotated[int, Field(ge=0)] = 0
     replicas: Degree = 1
     max_replicas: Degree | None = None
     tp_across_hosts: bool = False

@@ -12,7 +12,9 @@ from engine.config import Determinism
 
 EXAMPLES = (
     "Examples: remuda serve | remuda serve /models/Llama-3.1-8B --tp 2 | "
-    "remuda serve meta-llama/Llama-3.2-1B --address 10.0.0.1:6379 | remuda serve --tp 2 --deterministic"
+    "remuda serve meta-llama/Llama-3.2-1B --address 10.0.0.1:6379 | "
+    "remuda serve /models/Mixtral-8x7B --tp 4 --ep 4 --enable-eplb --num-redundant-experts 4 | "
+    "remuda serve --tp 2 --deterministic"
 )
 
 
@@ -35,6 +37,8 @@ def serve(
     pipeline_parallel_size: options.PipelineParallelSize = None,
     data_parallel_size: options.DataParallelSize = None,
     expert_parallel_size: options.ExpertParallelSize = None,
+    enable_eplb: options.EnableEplb = None,
+    num_redundant_experts: options.NumRedundantExperts = None,
     replicas: options.Replicas = None,
     max_replicas: options.MaxReplicas = None,
     tp_across_hosts: options.TpAcrossHosts = None,

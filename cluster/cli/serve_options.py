@@ -33,6 +33,14 @@ DataParallelSize = Annotated[
 ExpertParallelSize = Annotated[
     int | None, typer.Option("--expert-parallel-size", "--ep", help="Ranks that share out the experts. [1]")
 ]
+EnableEplb = Annotated[
+    bool | None,
+    typer.Option("--enable-eplb", help="Move experts between their ranks as their loads ask for it. [no]"),
+]
+NumRedundantExperts = Annotated[
+    int | None,
+    typer.Option(help="Room for copies of busy experts in each layer, over all ranks; a multiple of --ep. [0]"),
+]
 MaxReplicas = Annotated[
     int | None, typer.Option(help="Add copies up to so many while requests wait. [as many as --replicas]")
 ]

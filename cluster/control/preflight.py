@@ -35,8 +35,11 @@ def preflight(config: ServeConfig) -> Preflight:
         pp=config.pipeline_parallel_size,
         dp=config.data_parallel_size,
         ep=config.expert_parallel_size,
+        num_redundant_experts=config.num_redundant_experts,
+        balances_experts=config.enable_eplb,
     )
     _check_exposure(config)
+    _check_balancing(config)
     device = _device(config.device)
     num_ranks = parallel.num_ranks * config.replicas
     if config.address is None and device == Device.CPU and num_ranks > config.cpu_slots:
@@ -52,6 +55,17 @@ def preflight(config: ServeConfig) -> Preflight:
     parallel = deterministic_layout(model, parallel, config.deterministic)
     _check_adapters(config)
     return Preflight(_launch_config(config, parallel, device, source, model), directory, model)
+
+
+def _check_balancing(config: ServeConfig) -> None:
+    """Raises InvalidOption."""
+    if config.num_redundant_experts and not config.enable_eplb:
+        raise InvalidOption("--num-redundant-experts is room for copies that --enable-eplb makes; give both")
+    if config.enable_eplb and config.deterministic is not Determinism.OFF:
+        raise InvalidOption(
+            "--enable-eplb moves experts, and with them where sums are rounded: it cannot be --deterministic; "
+            "leave one of them out"
+        )
 
 
 def _check_adapters(config: ServeConfig) -> None:
@@ -118,6 +132,8 @@ def _launch_config(
         expert_parallel_size=parallel.ep,
         determinism=parallel.determinism,
         num_shards=parallel.num_shards,
+        num_redundant_experts=parallel.num_redundant_experts,
+        balances_experts=parallel.balances_experts,
         dtype=model.dtype.value if config.dtype == "auto" else config.dtype,
         device=device.value,
         load_format=config.load_format,

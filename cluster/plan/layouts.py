@@ -19,6 +19,8 @@ class Degrees:
     pp: int | None = None
     dp: int | None = None
     ep: int | None = None
+    num_redundant_experts: int = 0
+    balances_experts: bool = False
 
 
 def candidates(model: ModelConfig, machines: Machines, fixed: Degrees) -> Iterator[ParallelConfig]:
@@ -71,8 +73,19 @@ def _degrees(model: ModelConfig, machines: Machines, fixed: Degrees) -> Iterator
                 continue
             eps = [fixed.ep] if fixed.ep else range(1, dp * tp + 1) if model.num_experts else [1]
             for ep in eps:
-                if (dp * tp) % ep == 0:
-                    yield ParallelConfig(tp=tp, pp=pp, dp=dp, ep=ep)
+                if (dp * tp) % ep == 0 and _can_balance(ep, fixed):
+                    yield ParallelConfig(
+                        tp=tp,
+                        pp=pp,
+                        dp=dp,
+                        ep=ep,
+                        num_redundant_experts=fixed.num_redundant_experts,
+                        balances_experts=fixed.balances_experts,
+                    )
+
+
+def _can_balance(ep: int, fixed: Degrees) -> bool:
+    return not fixed.balances_experts or (ep > 1 and fixed.num_redundant_experts % ep == 0)
 
 
 def _is_placeable(layout: ParallelConfig, machines: Machines) -> bool:

@@ -9,7 +9,7 @@ from engine.config import Dtype, KvGroupConfig, ParallelConfig
 from engine.executor.activations import StepSize, activation_bytes, input_bytes
 from engine.models.shapes.model_shapes import ModelShapes
 from engine.parallel.mesh import Mesh
-from engine.weights.ledger import planned_bytes, stage_kv
+from engine.weights.ledger import planned_bytes, stage_kv, staged_expert_bytes
 
 MIB = 2**20
 CUDA_CONTEXT_BYTES = 1792 * MIB
@@ -130,13 +130,20 @@ def rank_memories(
                 groups=kv.groups,
                 block_bytes=kv.block_bytes,
                 activations=activations,
-                buffers=input_bytes(step, len(kv.groups), options.block_size),
+                buffers=input_bytes(step, len(kv.groups), options.block_size) + _staged(shapes, layout, rank, by_kind),
                 bounded=_bounded(device.is_gpu, layout.num_ranks, activations) if options.counts_libraries else {},
                 budget=budget_of(device, options),
                 kv_cache_bytes=options.kv_cache_bytes,
             )
         )
     return memories
+
+
+def _staged(shapes: ModelShapes, layout: ParallelConfig, rank: int, weights: Mapping[str, int]) -> int:
+    """Of experts on their way to this rank."""
+    layers = Mesh(layout, rank).layers(shapes.config)
+    num_mixtures = sum(shapes.config.layers[layer].moe is not None for layer in layers)
+    return staged_expert_bytes(weights.get("experts", 0), num_mixtures, layout)
 
 
 def budget_of(device: Device, options: PlanOptions) -> int:

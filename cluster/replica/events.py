@@ -26,6 +26,8 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     determinism: Determinism = Determinism.OFF
     num_shards: int = 1
     """See engine.config.ParallelConfig."""
+    num_redundant_experts: int = 0
+    balances_experts: bool = False
     quantization: str | None = None
     """int8, int4 or fp8: a float checkpoint is quantized while it is loaded."""
     lora_modules: dict[str, str] = {}
@@ -46,6 +48,8 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
             ep=self.expert_parallel_size,
             determinism=self.determinism,
             num_shards=self.num_shards,
+            num_redundant_experts=self.num_redundant_experts,
+            balances_experts=self.balances_experts,
         )
 
     @property

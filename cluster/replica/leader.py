@@ -37,13 +37,15 @@ from cluster.replica.record_file import leave_record
 from cluster.replica.recorded_engine import RecordedEngine
 from cluster.replica.server import LeaderServer
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
-from engine.config import CacheConfig, LoraConfig, SchedulerConfig
+from engine.config import CacheConfig, Dtype, LoraConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import EngineFailure, RemudaError
 from engine.executor.channel_executor import ChannelExecutor
 from engine.executor.gang_start import GangReady
 from engine.messages import FromRank, Hello, Loaded, LoadProgress
 from engine.model_config import ModelConfig, kv_groups
+from engine.scheduler.expert_balancer import ExpertBalancer
+from engine.scheduler.expert_layout import expert_layout
 from engine.weights.identity import checkpoint_identity
 
 _log = logging.getLogger(__name__)
@@ -199,10 +201,19 @@ class Leader:
             scheduler_config=scheduler,
             cache_config=self._cache_config(gang),
             lora_config=LoraConfig(plan.max_loras, plan.max_lora_rank),
+            experts=self._balancer(model, gang),
             model_identity=f"{checkpoint_identity(directory)} {plan.dtype} {plan.quantization}",
         )
         self._load_adapters(engine)
         return engine
+
+    def _balancer(self, model: ModelConfig, gang: GangReady) -> ExpertBalancer | None:
+        """Where there is one ep rank there is nothing to balance."""
+        plan = self._config.plan
+        if plan.expert_parallel_size == 1:
+            return None
+        hosts = [self._config.rank_hosts[hello.rank] for hello in gang.ranks]
+        return ExpertBalancer(expert_layout(model, plan.parallel, hosts, Dtype(plan.dtype)), time.monotonic)
 
     def _load_adapters(self, engine: Engine) -> None:
         """Those that are there from the beginning. Raises AdapterError."""

@@ -76,6 +76,8 @@ def worker_configs(
                 ep=plan.expert_parallel_size,
                 determinism=plan.determinism,
                 num_shards=plan.num_shards,
+                num_redundant_experts=plan.num_redundant_experts,
+                balances_experts=plan.balances_experts,
                 dtype=Dtype(plan.dtype),
                 load_format=LoadFormat(plan.load_format),
                 quantization=plan.quantization,

@@ -5,8 +5,9 @@ from engine.messages import ExpertLoads, StepPlan
 from engine.models.registry import Model
 from engine.parallel.mesh import Mesh
 
-REPORT_STEPS = 32
-"""A report costs a copy from the device and some hundred numbers for the leader."""
+REPORT_STEPS, REPORT_US = 32, 250_000
+"""Steps, or microseconds of them, after which a rank reports: it costs a copy from the device and some hundred numbers
+for the leader."""
 
 
 class LoadCounters:
@@ -26,7 +27,7 @@ class LoadCounters:
         """What came since the last report, if it is time for one; always before the experts of this plan change."""
         if not self._mixtures or not self._num_steps:
             return []
-        if self._num_steps < REPORT_STEPS and not plan.experts:
+        if self._num_steps < REPORT_STEPS and self._duration_us < REPORT_US and not plan.experts:
             return []
         by_layer = []
         for index, mixture in enumerate(self._mixtures):

@@ -18,7 +18,7 @@ from engine.attention.registry import attention_backend
 from engine.errors import ProtocolViolation, RankFailure
 from engine.executor.cache_size import cuda_kv_bytes
 from engine.executor.channel import ChannelClosed, RankChannel
-from engine.executor.expert_mover import ExpertMover
+from engine.executor.expert_mover import ExpertMover, mixture_layers
 from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import allocate_kv_cache
 from engine.executor.memory_check import check_memory
@@ -48,7 +48,7 @@ from engine.progress import RankProgress
 from engine.slot_table import SlotTable
 from engine.weights.adapter_loader import drop_adapters
 from engine.weights.expert_reader import ExpertReader
-from engine.weights.ledger import held_bytes, kv_block_bytes
+from engine.weights.ledger import held_bytes, kv_block_bytes, staged_expert_bytes
 from engine.weights.load_check import HostShare
 from engine.weights.loader import load_weights
 
@@ -267,13 +267,15 @@ class _Startup:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device)
+        assert isinstance(model, torch.nn.Module)
+        experts_bytes, num_mixtures = held_bytes(model).by_kind.get("experts", 0), len(mixture_layers(model, mesh))
         return cuda_kv_bytes(
             utilization=config.gpu_memory_utilization,
             total=total,
             free=free,
             reserved=torch.cuda.memory_reserved(self._device),
             peak=peak,
-        )
+        ) - staged_expert_bytes(experts_bytes, num_mixtures, mesh.config)
 
     def _run_largest_steps(self, model: Model, mesh: Mesh, cache: KvCacheView, max_model_len: int) -> None:
         run_largest_steps(

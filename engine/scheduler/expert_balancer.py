@@ -38,17 +38,17 @@ _READ_BYTES_PER_S = 200e6
 """Until the first move has told."""
 _FIRST_RETRY_S, _LAST_RETRY_S = 60.0, 3600.0
 _MOVE_TIMEOUT_S = 600.0
-_LEAST_GAIN = 0.05
-"""Of max ÷ mean. What is less may be chance."""
 
 
 @dataclass(frozen=True)
 class BalanceConfig:
     """``interval_s``: between two looks at all layers. ``min_pairs_per_expert``: what a layer must have seen since the
-    last, per expert, so that its loads mean something. ``horizon_s``: see MoveCost."""
+    last, per expert, so that its loads mean something. ``least_gain``: of max ÷ mean; what is less may be chance.
+    ``horizon_s``: see MoveCost."""
 
     interval_s: float = 10.0
     min_pairs_per_expert: int = 32
+    least_gain: float = 0.05
     horizon_s: float = 60.0
 
 
@@ -232,7 +232,7 @@ class ExpertBalancer:
         elapsed_s, _ = self._seconds.values
         per_s = [load / elapsed_s for load in loads]
         gain = imbalance(layer.placement, loads) - imbalance(placement, loads)
-        if gain < _LEAST_GAIN or not is_worth_moving(layer.placement, placement, per_s, self._cost()):
+        if gain < self._config.least_gain or not is_worth_moving(layer.placement, placement, per_s, self._cost()):
             return []
         first = layer.stage * self._layout.ranks_per_stage
         self._move = _Move(

@@ -52,6 +52,14 @@ def planned_bytes(shapes: ModelShapes, mesh: Mesh, dtype: Dtype) -> ShardBytes:
     return ShardBytes({**held.by_kind, "vision": _numel(shapes.vision) * dtype.num_bytes})
 
 
+def staged_expert_bytes(experts_bytes: int, num_layers: int, parallel: ParallelConfig) -> int:
+    """Most bytes of experts that a rank has read and not yet put in their place: all of one layer's.
+
+    ``experts_bytes``: of all its ``num_layers`` mixture layers.
+    """
+    return -(-experts_bytes // num_layers) if parallel.balances_experts and num_layers else 0
+
+
 @dataclass(frozen=True)
 class ParameterCounts:
     """``total``: of the whole checkpoint. ``vision``: of it, vision encoder and projector. ``active``: what one token
