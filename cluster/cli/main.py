@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import typer
 
-from cluster.cli import adapters, bench, chat, doctor, drain, generate, plan, serve, status, verify
+from cluster.cli import adapters, bench, chat, doctor, drain, frontend, generate, plan, serve, status, verify
 from cluster.config import quiet_libraries
 from cluster.errors import mapping_of
 from engine.errors import RemudaError
@@ -25,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(name="serve", epilog=serve.EXAMPLES, cls=serve.ServeCommand)(serve.serve)
+app.command(name="frontend", epilog=frontend.EXAMPLES)(frontend.frontend)
 app.command(name="plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command(name="doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command(name="generate", epilog=generate.EXAMPLES)(generate.generate)

@@ -33,3 +33,13 @@ def read_api_key(file: Path | None) -> str | None:
     if not lines[0].strip():
         raise InvalidOption(f"--api-key-file {file} has an empty first line")
     return lines[0].strip()
+
+
+def read_secret(file: Path | None) -> str:
+    """What leaders ask of front ends; empty where there is no file. Raises InvalidOption."""
+    if file is None:
+        return ""
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise InvalidOption(f"--secret-file {file} cannot be read: {error.strerror}") from error

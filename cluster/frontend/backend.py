@@ -3,18 +3,26 @@
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
+from cluster.frontend.stored_call import FoundCall, Holder
+from cluster.replica.keep import Keep
 from cluster.types import ReplicaInfo
 from engine.request import Output, Request
 
 
 class Backend(Protocol):
-    def generate(self, request: Request, client_request: bytes | None = None) -> AsyncGenerator[Output, None]:
+    def generate(
+        self, request: Request, keep: Keep | None = None, holder: Holder | None = None
+    ) -> AsyncGenerator[Output, None]:
         """The outputs of one sequence, the last one with a finish reason. Closing the generator aborts the sequence,
-        unless ``client_request`` is given: then its client may come back for it within a grace time, to any front end,
-        which is told this.
+        unless ``keep`` says that its client may come back for it within a grace time. With ``holder`` it runs already,
+        and is read from its beginning.
 
         Raises, at the first output or at any later one: errors of the tree (Overloaded, Unavailable, RankFailure, …).
         """
+        ...
+
+    async def find(self, call_id: str) -> FoundCall:
+        """Who has a request that its client came back for. Raises UnknownStream."""
         ...
 
     def replicas(self) -> Sequence[ReplicaInfo]:

@@ -65,7 +65,7 @@ class ChatForm:
         elif isinstance(event, Finished):
             yield self._chunk(event.choice, {}, finish_reason=_finish_reason(event), stop_reason=_stop_reason(event))
         else:
-            if event.text or event.logprobs or self._with_ids:
+            if event.text or event.logprobs or (self._with_ids and event.token_ids):
                 more: dict[str, Any] = {"token_ids": list(event.token_ids)} if self._with_ids else {}
                 yield self._chunk(event.choice, {"content": event.text}, logprobs=self._logprobs(event), **more)
             for call in event.tool_calls:

@@ -78,6 +78,11 @@ class Choice:
         self._logprobs: list[TopLogprobs] | None = [] if wants_logprobs else None
         self._position = 0
 
+    @property
+    def num_unread(self) -> int:
+        """Tokens that ``take_delta`` has yet to give."""
+        return len(self._token_ids)
+
     def feed(self, output: Output) -> None:
         """Take one output; ``finished`` is set when it was the last one, or when a stop string is complete."""
         assert self.finished is None, "an output after the end"

@@ -7,10 +7,12 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
-from cluster.errors import Draining, Unavailable
+from cluster.errors import Draining, Unavailable, UnknownStream
 from cluster.frontend.clock import Clock, LoopClock
-from cluster.frontend.journal import Attach, FailoverPolicy, Finish, Journal, Submit, Wait
+from cluster.frontend.journal import Attach, FailoverPolicy, Finish, Journal, Submit, Wait, attempt_of, index_of
+from cluster.frontend.stored_call import FoundCall, Holder, StoredCall
 from cluster.replica.client import ReplicaClient
+from cluster.replica.keep import Keep
 from cluster.router.query import RoutingQuery
 from cluster.router.replica_table import ReplicaTable
 from cluster.router.router import default_router
@@ -92,12 +94,37 @@ class Fleet:
                 await self._refresher
         await asyncio.gather(*(client.close() for client in self._clients.values()))
 
-    def generate(self, request: Request, client_request: bytes | None = None) -> AsyncGenerator[Output, None]:
+    def generate(
+        self, request: Request, keep: Keep | None = None, holder: Holder | None = None
+    ) -> AsyncGenerator[Output, None]:
         """As cluster.frontend.backend.Backend says. What is lost with a replica, or with the connection to it, goes on
         at another one, or at the same one when it is back: the reader sees neither a gap nor a repetition."""
-        return self._run(Journal(request, self._policy), client_request)
+        held_by = (holder.replica, holder.incarnation, holder.request_id) if holder is not None else None
+        return self._run(Journal(request, self._policy, held_by), keep)
 
-    async def _run(self, journal: Journal, client_request: bytes | None) -> AsyncGenerator[Output, None]:
+    async def find(self, call_id: str) -> FoundCall:
+        """As cluster.frontend.backend.Backend says. All leaders are asked: a request may have moved."""
+        ids = list(self._clients)
+        answers = await asyncio.gather(*(self._clients[each].find(call_id) for each in ids), return_exceptions=True)
+        holders: dict[int, Holder] = {}
+        stored: StoredCall | None = None
+        for replica_id, answer in zip(ids, answers, strict=True):
+            if isinstance(answer, BaseException):
+                if not isinstance(answer, RemudaError):
+                    raise answer
+                continue
+            if answer.client_request:
+                stored = StoredCall.decode(answer.client_request)
+            for request_id in answer.request_ids:
+                index = index_of(request_id)
+                before = holders.get(index)
+                if before is None or attempt_of(request_id) >= attempt_of(before.request_id):
+                    holders[index] = Holder(replica_id, answer.incarnation, request_id)
+        if stored is None:
+            raise UnknownStream(f"nobody has request {call_id!r} (any more); ask anew")
+        return FoundCall(stored, holders)
+
+    async def _run(self, journal: Journal, keep: Keep | None) -> AsyncGenerator[Output, None]:
         try:
             while not journal.is_finished:
                 action = journal.next_action(self._clock.now_s(), self._table.views())
@@ -109,7 +136,7 @@ class Fleet:
                     yield action.output
                     return
                 try:
-                    stream = self._open(action, journal, client_request)
+                    stream = self._open(action, journal, keep)
                     async with contextlib.aclosing(stream) as outputs:
                         async for output in outputs:
                             if (news := journal.take(output)) is not None:
@@ -120,24 +147,21 @@ class Fleet:
                     journal.lost(error, self._clock.now_s())
                     _log.info("request %s was lost at token %d: %s", journal.request_id, journal.num_tokens, error)
         finally:
-            if client_request is None:
+            if keep is None or not keep.is_wanted:
                 journal.close()
             self._abandon(journal)
 
-    def _open(
-        self, action: Submit | Attach, journal: Journal, client_request: bytes | None
-    ) -> AsyncGenerator[Output, None]:
+    def _open(self, action: Submit | Attach, journal: Journal, keep: Keep | None) -> AsyncGenerator[Output, None]:
         """Raises Unavailable where there is nobody to send it to."""
         if isinstance(action, Attach):
             client = self._client(action.replica)
-            is_resumable = client_request is not None
-            return client.resume(action.request_id, action.num_tokens, action.num_prompt_logprobs, is_resumable)
+            return client.resume(action.request_id, action.num_tokens, action.num_prompt_logprobs, keep)
         request = action.request
         query = RoutingQuery(request.token_ids, action.tried, request.adapter, request.cache_salt)
         replica_id = self._router.route(query)
         client = self._client(replica_id)
         journal.sent(replica_id, client.incarnation, request.request_id)
-        return client.generate(request, client_request)
+        return client.generate(request, keep)
 
     def _client(self, replica_id: str) -> ReplicaClient:
         client = self._clients.get(replica_id)
@@ -153,7 +177,7 @@ class Fleet:
     async def _news(self, until_s: float) -> None:
         """Returns when something is new of the replicas, or at that time."""
         changed = self._changed
-        timer = self._clock.call_at(until_s, changed.set)
+        timer = self._clock.call_at(until_s, self._tell)
         try:
             await changed.wait()
         finally:

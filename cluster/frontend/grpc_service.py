@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+import time
 import uuid
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
-from cluster.errors import DeadlineExceeded
+from cluster.errors import DeadlineExceeded, UnknownStream
 from cluster.frontend.auth import ApiKeys
 from cluster.frontend.calls import (
     Call,
@@ -25,9 +28,11 @@ from cluster.frontend.calls import (
     TimeLimits,
     TokenPrompt,
 )
+from cluster.frontend.cursor import ChoicePosition, Cursor, Remainder
 from cluster.frontend.http_errors import log_defect
 from cluster.frontend.live_request import overdue
 from cluster.frontend.service import Service
+from cluster.frontend.stored_call import StoredCall
 from cluster.rpc.convert import SAMPLING_SCALARS, finish_reason_to_proto, grammar_from_proto, logprobs_to_proto
 from cluster.rpc.generated.remuda.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from cluster.rpc.status import abort
@@ -61,17 +66,42 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         try:
             check_key(self._keys, context)
-            await self._stream(call_of(request, context.time_remaining()), context)
+            if request.HasField("resume"):
+                await self._resume(request.resume, context)
+                return
+            time_remaining_s = context.time_remaining()
+            call, stored = call_of(request, time_remaining_s), None
+            if request.resumable:
+                stored = StoredCall("grpc", call.request_id, request.SerializeToString(), time.time())
+            failed = asyncio.Event()
+            await self._stream(call, self._service.generate(call, failed, stored), failed, context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001  whatever it is, the client gets a status
             log_defect(error)
             await abort(context, error)
 
-    async def _stream(self, call: Call, context: Context) -> None:
-        """Raises the request's error, and DeadlineExceeded for a client that does not read after its request failed."""
+    async def _resume(self, point: inference_pb2.ResumePoint, context: Context) -> None:
+        """Raises UnknownStream, and as ``_stream`` does."""
+        had = cursor_of(point)
+        found = await self._service.find(had.call_id)
+        if found.stored.kind != "grpc":
+            raise UnknownStream(f"request {had.call_id!r} did not come over gRPC; go on with it where it began")
+        request = inference_pb2.GenerateRequest.FromString(found.stored.body)
+        call = replace(call_of(request, context.time_remaining()), request_id=found.stored.call_id)
         failed = asyncio.Event()
-        writer = asyncio.create_task(self._write_all(call, failed, context))
+        await self._stream(call, self._service.resume(call, found, failed), failed, context, Remainder(had))
+
+    async def _stream(
+        self,
+        call: Call,
+        events: AsyncGenerator[Event, None],
+        failed: asyncio.Event,
+        context: Context,
+        remainder: Remainder | None = None,
+    ) -> None:
+        """Raises the request's error, and DeadlineExceeded for a client that does not read after its request failed."""
+        writer = asyncio.create_task(self._write_all(call, events, context, remainder))
         late = asyncio.create_task(overdue(failed))
         try:
             await asyncio.wait({writer, late}, return_when=asyncio.FIRST_COMPLETED)
@@ -83,10 +113,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             late.cancel()
             await asyncio.gather(writer, late, return_exceptions=True)
 
-    async def _write_all(self, call: Call, failed: asyncio.Event, context: Context) -> None:
-        async with aclosing(self._service.generate(call, failed)) as events:
+    async def _write_all(
+        self, call: Call, events: AsyncGenerator[Event, None], context: Context, remainder: Remainder | None
+    ) -> None:
+        async with aclosing(events):
             async for event in events:
-                await context.write(response_of(call, event))
+                rest = event if remainder is None else remainder.of(event)
+                if rest is not None:
+                    await context.write(response_of(call, rest))
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
@@ -148,6 +182,15 @@ def call_of(request: inference_pb2.GenerateRequest, time_remaining_s: float | No
         priority=request.priority,
         cache_salt=request.cache_salt,
     )
+
+
+def cursor_of(point: inference_pb2.ResumePoint) -> Cursor:
+    """Where a client is that comes back."""
+    positions = {
+        each.choice: ChoicePosition(each.num_tokens, each.num_characters, is_finished=each.finished)
+        for each in point.choices
+    }
+    return Cursor(point.request_id, positions)
 
 
 def _prompt_of(request: inference_pb2.GenerateRequest) -> Prompt:

@@ -15,11 +15,12 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import Cancelled, Unavailable, mapping_of
+from cluster.errors import Cancelled, Unavailable, UnknownStream, mapping_of
 from cluster.frontend.auth import ApiKeys
 from cluster.frontend.calls import Call, Event
 from cluster.frontend.chat import ChatForm, chat_call
 from cluster.frontend.completions import CompletionForm, completion_call
+from cluster.frontend.cursor import Cursor
 from cluster.frontend.health import Health
 from cluster.frontend.http_body import parse_body, read_body, while_connected
 from cluster.frontend.http_errors import JsonResponse, error_response, log_defect, plain_error
@@ -36,6 +37,7 @@ from cluster.frontend.openai_schema import (
 )
 from cluster.frontend.service import Service
 from cluster.frontend.sse import EventStream
+from cluster.frontend.stored_call import StoredCall
 
 _OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/v2/health/live", "/v2/health/ready"})
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -106,18 +108,53 @@ class HttpApi:
         }
 
     async def completions(self, request: Request) -> Response:
-        body = parse_body(CompletionBody, await self._body(request))
-        call = completion_call(body, f"cmpl-{uuid.uuid4().hex}")
-        service = self._service
-        form = CompletionForm(call, body, call.model or service.name, _now_unix_s(), service.tokenizer.bytes)
-        return await self._answer(request, call, form, bool(body.stream))
+        return await self._complete(request, "completion")
 
     async def chat_completions(self, request: Request) -> Response:
-        body = parse_body(ChatBody, await self._body(request))
-        call = chat_call(body, f"chatcmpl-{uuid.uuid4().hex}")
-        service = self._service
-        form = ChatForm(call, body, call.model or service.name, _now_unix_s(), service.tokenizer.bytes)
-        return await self._answer(request, call, form, bool(body.stream))
+        return await self._complete(request, "chat")
+
+    async def _complete(self, request: Request, kind: str) -> Response:
+        body = await self._body(request)
+        if (last_event_id := request.headers.get("last-event-id")) is not None:
+            return await self._resume(Cursor.parse(last_event_id))
+        prefix = "cmpl" if kind == "completion" else "chatcmpl"
+        stored = StoredCall(kind, f"{prefix}-{uuid.uuid4().hex}", body, time.time())
+        call, form, streams = self._asked(stored)
+        failed = asyncio.Event()
+        if streams:
+            keeps = request.headers.get("remuda-resumable", "") in ("1", "true")
+            events = self._service.generate(call, failed, stored if keeps else None)
+            cursor = Cursor(call.request_id) if keeps else None
+            return EventStream(events, failed, form, self._settings.ping_interval_s, cursor)
+        events = self._service.generate(call, failed)
+
+        async def collect() -> list[Event]:
+            return [event async for event in events]
+
+        return JsonResponse(form.whole(await while_connected(request.receive, collect())))
+
+    def _asked(self, stored: StoredCall) -> tuple[Call, CompletionForm | ChatForm, bool]:
+        """A request, the form of its answer, and whether it streams. Raises InvalidRequest."""
+        service, created_unix_s = self._service, int(stored.created_unix_s)
+        if stored.kind == "completion":
+            body = parse_body(CompletionBody, stored.body)
+            call = completion_call(body, stored.call_id)
+            model = call.model or service.name
+            return call, CompletionForm(call, body, model, created_unix_s, service.tokenizer.bytes), bool(body.stream)
+        if stored.kind != "chat":
+            raise UnknownStream(f"request {stored.call_id!r} did not come over HTTP; go on with it where it began")
+        chat = parse_body(ChatBody, stored.body)
+        call = chat_call(chat, stored.call_id)
+        form = ChatForm(call, chat, call.model or service.name, created_unix_s, service.tokenizer.bytes)
+        return call, form, bool(chat.stream)
+
+    async def _resume(self, had: Cursor) -> Response:
+        """A client that came back for the rest of its stream. Raises UnknownStream."""
+        found = await self._service.find(had.call_id)
+        call, form, _ = self._asked(found.stored)
+        failed = asyncio.Event()
+        events = self._service.resume(call, found, failed)
+        return EventStream(events, failed, form, self._settings.ping_interval_s, had, resumes=True)
 
     async def moderations(self, request: Request) -> Response:
         body = parse_body(ModerationBody, await self._body(request))
@@ -125,17 +162,6 @@ class HttpApi:
         call = moderation_call(body, f"modr-{uuid.uuid4().hex}", categories)
         form = ModerationForm(call, categories or {}, service.name, service.tokenizer.bytes)
         events = service.generate(call)
-
-        async def collect() -> list[Event]:
-            return [event async for event in events]
-
-        return JsonResponse(form.whole(await while_connected(request.receive, collect())))
-
-    async def _answer(self, request: Request, call: Call, form: CompletionForm | ChatForm, streams: bool) -> Response:
-        failed = asyncio.Event()
-        events = self._service.generate(call, failed)
-        if streams:
-            return EventStream(events, failed, form, self._settings.ping_interval_s)
 
         async def collect() -> list[Event]:
             return [event async for event in events]
@@ -178,10 +204,6 @@ class HttpApi:
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self._settings.max_body_bytes)
-
-
-def _now_unix_s() -> int:
-    return int(time.time())
 
 
 class Gate:

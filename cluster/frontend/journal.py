@@ -81,6 +81,11 @@ def attempt_of(request_id: str) -> int:
     return 0 if found is None else int(found.group(1))
 
 
+def index_of(request_id: str) -> int:
+    """Which sequence of its client's request this is."""
+    return int(request_id.partition("~")[0].rpartition(".")[2])
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where the request runs, or ran: a replica, in one life of its leader, under one name."""

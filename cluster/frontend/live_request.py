@@ -2,20 +2,24 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
-from cluster.errors import DeadlineExceeded, Unavailable
-from cluster.frontend.backend import Backend
+from cluster.errors import DeadlineExceeded, Draining, Unavailable
 from cluster.frontend.calls import Delta, Echo, Event, Finished, TimeLimits
 from cluster.frontend.choice import Choice
 from cluster.frontend.clock import Clock, Timer
 from cluster.frontend.metrics import Metrics
+from cluster.replica.keep import Keep
 from engine.errors import EngineFailure, RemudaError
 from engine.request import FinishReason, Output, Request
 
+OpenStream = Callable[[Request], AsyncGenerator[Output, None]]
+
 _log = logging.getLogger(__name__)
 
+MAX_UNREAD_TOKENS = 4096
+"""Of one choice, that its reader has not taken."""
 READER_GRACE_S = 3.0
 """So long the reader of a request that has failed may take over what it was given before, and over the error."""
 
@@ -30,7 +34,8 @@ class LiveRequest:
     """Args:
     requests: one per choice.
     choices: in the same order.
-    backend: where the requests go.
+    open_stream: a request's outputs; closing them ends its work.
+    keeps: where the client may come back: one per choice, noted when nothing more is wanted of it.
     limits: counted from ``arrived_s``.
     clock: for them and for the latencies.
     arrived_s: when the client's request came.
@@ -42,16 +47,18 @@ class LiveRequest:
         self,
         requests: Sequence[Request],
         choices: Sequence[Choice],
-        backend: Backend,
+        open_stream: OpenStream,
         limits: TimeLimits,
         clock: Clock,
         arrived_s: float,
         metrics: Metrics,
         failed: asyncio.Event | None = None,
+        keeps: Sequence[Keep] = (),
     ) -> None:
         self._requests = requests
         self._choices = choices
-        self._backend = backend
+        self._open_stream = open_stream
+        self._keeps = keeps
         self._limits = limits
         self._clock = clock
         self._arrived_s = arrived_s
@@ -59,6 +66,8 @@ class LiveRequest:
         self._failed = failed or asyncio.Event()
         self._pumps: list[asyncio.Task[None]] = []
         self._wake = asyncio.Event()
+        self._read = asyncio.Event()
+        """Set when the reader has taken what there was."""
         self._changed: dict[int, Choice] = {}
         self._error: BaseException | None = None
         self._timers: dict[str, Timer] = {}
@@ -88,6 +97,7 @@ class LiveRequest:
                 # All of it before the first yield: while the reader is busy, the choices go on.
                 news = [event for choice in changed.values() for event in _news(choice)]
                 error = self._error
+                self._read.set()
                 for event in news:
                     yield event
                     num_open -= isinstance(event, Finished)
@@ -113,6 +123,10 @@ class LiveRequest:
         """The first error is the request's. Its work stops here and now: who reads the events may be stuck."""
         if self._error is None:
             self._error = error
+        # A server that stops is no reason to end what another one can go on with.
+        if not isinstance(error, Draining):
+            for keep in self._keeps:
+                keep.is_wanted = False
         self._stop_work()
         self._failed.set()
         self._wake.set()
@@ -126,17 +140,26 @@ class LiveRequest:
 
     async def _pump(self, request: Request, choice: Choice) -> None:
         try:
-            async with aclosing(self._backend.generate(request)) as outputs:
+            async with aclosing(self._open_stream(request)) as outputs:
                 async for output in outputs:
                     self._take(output, choice)
                     if choice.finished is not None:
+                        if self._keeps:
+                            self._keeps[self._choices.index(choice)].is_wanted = False
                         return
+                    if choice.num_unread > MAX_UNREAD_TOKENS:
+                        await self._until_read()
             raise EngineFailure("the replica's stream ended before the request did")
         except RemudaError as error:
             self.fail(error)
         except Exception as error:  # noqa: BLE001  a defect of ours: the client gets an answer, the log the rest
             _log.exception("request %s failed in our own code", request.request_id)
             self.fail(error)
+
+    async def _until_read(self) -> None:
+        """The reader is slow: what comes meanwhile waits at the leader, where it takes the least memory."""
+        self._read.clear()
+        await self._read.wait()
 
     def _take(self, output: Output, choice: Choice) -> None:
         self._disarm("queue")

@@ -5,7 +5,6 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 
 import msgspec
 
@@ -21,23 +20,16 @@ from cluster.frontend.encoding import PromptEncoder
 from cluster.frontend.live_request import LiveRequest
 from cluster.frontend.metrics import Metrics
 from cluster.frontend.model_files import ModelFiles
+from cluster.frontend.run import Planned, Run
 from cluster.frontend.sampling import build_sampling, check_call, check_token_ids, max_tokens_of
 from cluster.frontend.stop_strings import StopStrings
+from cluster.frontend.stored_call import FoundCall, StoredCall
 from cluster.frontend.tools.grammar import TOKENS as TOOL_TOKENS
 from cluster.frontend.tools.parser import ToolCallParser
 from cluster.types import ReplicaState
 from engine.errors import RemudaError
 from engine.grammar import check_grammar
-from engine.request import Request, SamplingParams
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """One prompt, ready to run."""
-
-    prompt: Prompt
-    token_ids: list[int]
-    sampling: SamplingParams
+from engine.request import Request
 
 
 def draw_seed() -> int:
@@ -131,19 +123,34 @@ class Service:
         for live in self._live:
             live.fail(error)
 
-    async def generate(self, call: Call, failed: asyncio.Event | None = None) -> AsyncGenerator[Event, None]:
+    def generate(
+        self, call: Call, failed: asyncio.Event | None = None, stored: StoredCall | None = None
+    ) -> AsyncGenerator[Event, None]:
         """Started, then every choice's events, then Usage. Ends once: with Usage, by raising, or by being closed.
 
         Closing it (or cancelling the task that reads it) stops the request's work. ``failed`` is set as soon as the
         request has failed, so that whoever hands the events on can bound how long a client may take over the rest.
+        With ``stored`` the client may come back: closing it then leaves the request to the leaders for a grace time.
 
         Raises:
             RemudaError: everything in the tables of engine.errors and cluster.errors that a request can meet.
         """
+        return self._counted(call, Run(failed, stored))
+
+    def resume(self, call: Call, found: FoundCall, failed: asyncio.Event | None = None) -> AsyncGenerator[Event, None]:
+        """The events of a request that runs already, as ``generate`` gives them, from the first on (cursor.Remainder
+        leaves out what its reader had)."""
+        return self._counted(call, Run(failed, found.stored, found.holders))
+
+    async def find(self, call_id: str) -> FoundCall:
+        """A request that its client came back for. Raises UnknownStream."""
+        return await self.backend.find(call_id)
+
+    async def _counted(self, call: Call, run: Run) -> AsyncGenerator[Event, None]:
         arrived_s = self._clock.now_s()
         outcome = "cancelled"
         try:
-            async with aclosing(self._events(call, arrived_s, failed)) as events:
+            async with aclosing(self._events(call, arrived_s, run)) as events:
                 async for event in events:
                     if isinstance(event, Usage):
                         outcome = "completed"
@@ -157,33 +164,28 @@ class Service:
         finally:
             self._metrics.ended(outcome, self._clock.now_s() - arrived_s)
 
-    async def _events(self, call: Call, arrived_s: float, failed: asyncio.Event | None) -> AsyncGenerator[Event, None]:
+    async def _events(self, call: Call, arrived_s: float, run: Run) -> AsyncGenerator[Event, None]:
         self.check_model(call.model)
-        adapter = call.model if call.model != self.name else ""
         check_call(call)
         with self.admission.admitted(len(call.prompts) * call.n):
             if call.options.structured is not None:
                 structured = call.options.structured
                 await asyncio.to_thread(check_grammar, structured.grammar, structured.param)
             planned = [await self._plan(prompt, call) for prompt in call.prompts]
-            requests: list[Request] = []
-            choices: list[Choice] = []
-            for plan in planned:
-                # In a thread: a long prompt has many tokens to look at.
-                echo = await asyncio.to_thread(self._echo, plan) if call.echo else None
-                for number in range(call.n):
-                    index = len(choices)
-                    sampling = msgspec.structs.replace(plan.sampling, choice=number)
-                    request_id, num_tokens = f"{call.request_id}.{index}", len(plan.token_ids)
-                    requests.append(
-                        Request(
-                            request_id, plan.token_ids, num_tokens, sampling, call.priority, adapter, call.cache_salt
-                        )
-                    )
-                    choices.append(self._choice(index, plan, call, echo))
+            if run.holders is not None:
+                planned = run.as_decided(planned)
+            requests, choices = await self._sequences(call, planned)
             yield Started(call.model or self.name, [plan.token_ids for plan in planned])
             limits = call.limits.within(self._limits)
-            live = LiveRequest(requests, choices, self.backend, limits, self._clock, arrived_s, self._metrics, failed)
+            if run.holders is not None:
+                # It began to run long ago.
+                arrived_s -= max(0.0, time.time() - run.created_unix_s)
+                limits = TimeLimits(total_s=limits.total_s)
+            keeps = run.keeps(planned, len(requests))
+            open_stream = run.opener(self.backend, requests, keeps)
+            live = LiveRequest(
+                requests, choices, open_stream, limits, self._clock, arrived_s, self._metrics, run.failed, keeps
+            )
             self._live.add(live)
             try:
                 async with aclosing(live.events()) as events:
@@ -199,7 +201,25 @@ class Service:
             self._metrics.used(usage, [choice.finished.reason for choice in choices if choice.finished])
             yield usage
 
-    async def _plan(self, prompt: Prompt, call: Call) -> _Planned:
+    async def _sequences(self, call: Call, planned: list[Planned]) -> tuple[list[Request], list[Choice]]:
+        """What every choice asks of the engine, and what takes its answer."""
+        adapter = call.model if call.model != self.name else ""
+        requests: list[Request] = []
+        choices: list[Choice] = []
+        for plan in planned:
+            # In a thread: a long prompt has many tokens to look at.
+            echo = await asyncio.to_thread(self._echo, plan) if call.echo else None
+            for number in range(call.n):
+                index = len(choices)
+                sampling = msgspec.structs.replace(plan.sampling, choice=number)
+                request_id, num_tokens = f"{call.request_id}.{index}", len(plan.token_ids)
+                requests.append(
+                    Request(request_id, plan.token_ids, num_tokens, sampling, call.priority, adapter, call.cache_salt)
+                )
+                choices.append(self._choice(index, plan, call, echo))
+        return requests, choices
+
+    async def _plan(self, prompt: Prompt, call: Call) -> Planned:
         max_model_len = self.max_model_len
         token_ids = await self.encoder.encode(prompt, max_model_len)
         options = call.options
@@ -213,9 +233,9 @@ class Service:
             self._files.sampling_defaults,
             self.encoder.vocab_size,
         )
-        return _Planned(prompt, token_ids, sampling)
+        return Planned(prompt, token_ids, sampling)
 
-    def _choice(self, index: int, plan: _Planned, call: Call, echo: EchoedPrompt | None) -> Choice:
+    def _choice(self, index: int, plan: Planned, call: Call, echo: EchoedPrompt | None) -> Choice:
         return Choice(
             index,
             Detokenizer(self.tokenizer.bytes, plan.token_ids, self._tool_token_ids if call.tools else frozenset()),
@@ -227,7 +247,7 @@ class Service:
             tools=ToolCallParser(call.tools, call.one_tool_call) if call.tools else None,
         )
 
-    def _echo(self, plan: _Planned) -> EchoedPrompt:
+    def _echo(self, plan: Planned) -> EchoedPrompt:
         """A text comes back as it was written; ids, as the text that they stand for."""
         table = self.tokenizer.bytes
         detokenizer = Detokenizer(table)

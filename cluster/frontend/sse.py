@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.errors import Cancelled
 from cluster.frontend.calls import Event, Started
+from cluster.frontend.cursor import Cursor, Remainder, parts_of
 from cluster.frontend.http_body import disconnected
 from cluster.frontend.http_errors import error_object, log_defect
 from cluster.frontend.live_request import overdue
@@ -37,11 +38,19 @@ class EventStream(Response):
         events: the request's.
         failed: set when the request has failed; a client that does not read is cut a grace time later.
         form: how they look.
+        cursor: where the client is; each event then has an id, from which it can go on over another connection.
+        resumes: the client had what is before the cursor; ``events`` begin at the beginning.
         ping_interval_s: after so long without anything to say, a comment keeps the connection busy.
     """
 
     def __init__(
-        self, events: AsyncGenerator[Event, None], failed: asyncio.Event, form: Chunks, ping_interval_s: float
+        self,
+        events: AsyncGenerator[Event, None],
+        failed: asyncio.Event,
+        form: Chunks,
+        ping_interval_s: float,
+        cursor: Cursor | None = None,
+        resumes: bool = False,
     ) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -50,6 +59,8 @@ class EventStream(Response):
         self._events = events
         self._failed = failed
         self._form = form
+        self._cursor = cursor
+        self._remainder = Remainder(cursor) if cursor is not None and resumes else None
         self._ping_interval_s = ping_interval_s
         self._is_open = False
         self._unsent: list[bytes] = []
@@ -76,8 +87,11 @@ class EventStream(Response):
         try:
             async with aclosing(self._events) as events:
                 async for event in events:
-                    for chunk in self._form.chunks(event):
-                        self._unsent.append(b"data: " + _encode(chunk) + b"\n\n")
+                    if self._cursor is not None:
+                        self._add_with_ids(event, self._cursor)
+                    else:
+                        for chunk in self._form.chunks(event):
+                            self._unsent.append(b"data: " + _encode(chunk) + b"\n\n")
                     if self._unsent and not isinstance(event, Started):
                         await self._send_unsent(send)
         except Exception as error:
@@ -89,6 +103,19 @@ class EventStream(Response):
         self._unsent.append(_DONE)
         await self._send_unsent(send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _add_with_ids(self, event: Event, cursor: Cursor) -> None:
+        for part in parts_of(event):
+            rest = part if self._remainder is None else self._remainder.of(part)
+            if rest is None:
+                # What the client had: the form must have seen it to go on.
+                for _ in self._form.chunks(part):
+                    pass
+                continue
+            cursor.note(rest)
+            head = f"id: {cursor.event_id()}\n".encode()
+            for chunk in self._form.chunks(rest):
+                self._unsent.append(head + b"data: " + _encode(chunk) + b"\n\n")
 
     async def _send_unsent(self, send: Send) -> None:
         body = b"".join(self._unsent)

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 import grpc
 
 from cluster.errors import ConnectionLost, Unavailable
+from cluster.replica.keep import Keep
 from cluster.replica.leader_calls import LeaderCalls
 from cluster.replica.stream_buffer import StreamBuffer
 from cluster.replica.wake_pacer import WakePacer
@@ -137,11 +138,11 @@ class ReplicaClient(LeaderCalls):
             self._last_state = info.state
         return info
 
-    def generate(self, request: Request, client_request: bytes | None = None) -> AsyncGenerator[Output, None]:
+    def generate(self, request: Request, keep: Keep | None = None) -> AsyncGenerator[Output, None]:
         """Runs the request; the last output has a finish reason. A slow reader gets several steps' tokens at once.
 
         Closing the iterator before that (``aclose``, or cancelling the task that reads it) aborts the request; but
-        where its client may come back, and so ``client_request`` is given, the leader goes on for a grace time.
+        where its client may come back, as ``keep`` says, the leader goes on for a grace time.
 
         Raises, when it is iterated:
             ConnectionLost: the stream to the leader broke. The request may still run.
@@ -158,14 +159,14 @@ class ReplicaClient(LeaderCalls):
                 )
             message = convert.request_to_proto(number, request)
             message.window = WINDOW
-            if client_request is not None:
-                message.resumable, message.client_request = True, client_request
+            if keep is not None:
+                message.resumable, message.client_request = True, keep.client_request
             return replica_pb2.FrontEndFrame(submit=message)
 
-        return self._read(request.request_id, submit, 0, client_request is not None)
+        return self._read(request.request_id, submit, 0, keep)
 
     def resume(
-        self, request_id: str, num_tokens: int, num_prompt_logprobs: int, is_resumable: bool = False
+        self, request_id: str, num_tokens: int, num_prompt_logprobs: int, keep: Keep | None = None
     ) -> AsyncGenerator[Output, None]:
         """What the leader has, or will have, of a request beyond this position. Otherwise as ``generate``.
 
@@ -183,7 +184,7 @@ class ReplicaClient(LeaderCalls):
             )
             return replica_pb2.FrontEndFrame(resume=message)
 
-        return self._read(request_id, resume, num_tokens, is_resumable)
+        return self._read(request_id, resume, num_tokens, keep)
 
     def abandon(self, request_id: str) -> None:
         """Nobody waits for this request, which was lost with the connection and may still run there."""
@@ -200,7 +201,7 @@ class ReplicaClient(LeaderCalls):
             buffer.wake()
 
     async def _read(
-        self, request_id: str, frame_of: Callable[[int], replica_pb2.FrontEndFrame], num_taken: int, is_resumable: bool
+        self, request_id: str, frame_of: Callable[[int], replica_pb2.FrontEndFrame], num_taken: int, keep: Keep | None
     ) -> AsyncGenerator[Output, None]:
         """Opens a stream and reads it to its end, granting credit as the reader takes what came."""
         number, buffer = self._open(request_id, frame_of)
@@ -216,7 +217,7 @@ class ReplicaClient(LeaderCalls):
                     credit = num_taken + WINDOW
                     self._grant(number, buffer, credit)
         finally:
-            self._give_up(number, buffer, is_resumable)
+            self._give_up(number, buffer, keep is not None and keep.is_wanted)
 
     def _open(self, request_id: str, frame_of: Callable[[int], replica_pb2.FrontEndFrame]) -> tuple[int, StreamBuffer]:
         if not self.is_connected:

@@ -2,6 +2,7 @@
 
 from array import array
 
+from cluster.errors import Cancelled
 from cluster.replica.attachment import Attachment
 from engine.errors import RemudaError
 from engine.request import Output, TopLogprobs
@@ -73,7 +74,11 @@ class StreamHistory:
     ) -> None:
         """From now on everything behind this position goes to ``stream``, and nothing to whoever read it before.
         ``window``: tokens until the first credit; 0 is no bound."""
-        self.detach()
+        if self._attachment is not None:
+            before, number = self._attachment, self._stream
+            self.detach()
+            before.put_error(number, Cancelled("somebody else goes on reading this request"))
+            before.wake.set()
         self._attachment = attachment
         self._stream = stream
         attachment.streams[stream] = self

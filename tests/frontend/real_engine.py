@@ -44,7 +44,9 @@ class RealBackend:
         self._queues: dict[str, asyncio.Queue[Output]] = {}
         self._stepping: asyncio.Task[None] | None = None
 
-    async def generate(self, request: Request, client_request: bytes | None = None) -> AsyncGenerator[Output, None]:
+    async def generate(
+        self, request: Request, keep: object = None, holder: object = None
+    ) -> AsyncGenerator[Output, None]:
         queue = self._queues[request.request_id] = asyncio.Queue()
         self._engine.add(request)
         if self._stepping is None or self._stepping.done():

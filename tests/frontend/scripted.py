@@ -40,7 +40,9 @@ class ScriptedBackend:
         self.drained: list[str] = []
         self.changed = asyncio.Event()
 
-    async def generate(self, request: Request, client_request: bytes | None = None) -> AsyncGenerator[Output, None]:
+    async def generate(
+        self, request: Request, keep: object = None, holder: object = None
+    ) -> AsyncGenerator[Output, None]:
         assert request.request_id not in self.live
         self.requests.append(request)
         self.live.add(request.request_id)

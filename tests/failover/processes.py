@@ -1,0 +1,108 @@
+"""Leaders and front ends as processes of their own, over a copy of remuda-tiny: to be killed."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from tests.support.served import REMUDA, free_port
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 60.0
+
+
+@dataclass
+class FrontEndProcess:
+    process: "subprocess.Popen[bytes]"
+    port: int
+    grpc_port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@dataclass
+class Cluster:
+    """Leaders r0, r1, … and front ends, all attached to all leaders."""
+
+    leaders: list["subprocess.Popen[str]"]
+    front_ends: list[FrontEndProcess]
+
+
+@contextmanager
+def cluster_of(num_leaders: int, num_front_ends: int, directory: Path) -> Iterator[Cluster]:
+    _copy_model(directory / "model")
+    with ExitStack() as stack:
+        leaders = [_leader(stack, f"r{index}", directory) for index in range(num_leaders)]
+        addresses = []
+        for leader in leaders:
+            assert leader.stdout is not None
+            addresses.append(leader.stdout.readline().strip())
+        assert all(re.fullmatch(r"127\.0\.0\.1:\d+", address) for address in addresses), addresses
+        named = ",".join(f"r{index}={address}" for index, address in enumerate(addresses))
+        front_ends = [_front_end(stack, named, directory / f"front-end-{i}.log") for i in range(num_front_ends)]
+        for front_end in front_ends:
+            _wait_ready(front_end, num_leaders)
+        yield Cluster(leaders, front_ends)
+
+
+def _copy_model(directory: Path) -> None:
+    """remuda-tiny with a chat template that has a place for tools."""
+    shutil.copytree(ROOT / "engine" / "assets" / "remuda-tiny", directory)
+    file = directory / "tokenizer_config.json"
+    values = json.loads(file.read_text())
+    values["chat_template"] = (ROOT / "tests" / "data" / "templates" / "qwen3.jinja").read_text()
+    file.write_text(json.dumps(values))
+
+
+def _leader(stack: ExitStack, name: str, directory: Path) -> "subprocess.Popen[str]":
+    log = stack.enter_context((directory / f"{name}.log").open("w"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.failover.leader_process", name, str(directory / "model")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    )
+    stack.callback(_end, process)
+    return process
+
+
+def _front_end(stack: ExitStack, leaders: str, log: Path) -> FrontEndProcess:
+    port, grpc_port = free_port(), free_port()
+    command = [REMUDA, "frontend", str(log.parent / "model"), "--leaders", leaders, "--port", str(port)]
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [*command, "--grpc-port", str(grpc_port), "--served-model-name", "m"], cwd=ROOT, stdout=sink, stderr=sink
+        )
+    stack.callback(_end, process)
+    return FrontEndProcess(process, port, grpc_port)
+
+
+def _wait_ready(front_end: FrontEndProcess, num_leaders: int) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        assert front_end.process.poll() is None, "the front end ended"
+        try:
+            found = httpx.get(f"{front_end.url}/livez", timeout=2).json()
+        except httpx.TransportError:
+            found = {}
+        if len(found.get("replicas", ())) == num_leaders:
+            return
+        time.sleep(0.05)
+    raise AssertionError("not ready in time")
+
+
+def _end(process: "subprocess.Popen[bytes] | subprocess.Popen[str]") -> None:
+    process.kill()
+    process.communicate()

@@ -1,0 +1,203 @@
+"""Processes are killed while streams run: leaders, front ends, connections. What clients get is compared, token by
+token, with what they get when nothing happens."""
+
+import concurrent.futures
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.failover.processes import Cluster, cluster_of
+from tests.failover.streams import Reading, read
+
+pytestmark = pytest.mark.timeout(120)
+
+NUM_TOKENS = 400
+SCHEMA = {
+    "type": "object",
+    "properties": {"words": {"type": "array", "items": {"type": "string"}, "minItems": 40, "maxItems": 60}},
+    "required": ["words"],
+    "additionalProperties": False,
+}
+PROMPT = "Once upon a time there was a herd of horses"
+REQUESTS: dict[str, dict[str, Any]] = {
+    "greedy": {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True},
+    "seeded, penalties": {
+        "prompt": PROMPT,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 1.0,
+        "seed": 7,
+        "frequency_penalty": 0.3,
+        "presence_penalty": 0.2,
+        "ignore_eos": True,
+    },
+    "two choices": {
+        "prompt": PROMPT,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 1.0,
+        "seed": 11,
+        "n": 2,
+        "ignore_eos": True,
+    },
+    "logprobs, echo": {
+        "prompt": PROMPT,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0.8,
+        "seed": 5,
+        "logprobs": 3,
+        "echo": True,
+        "ignore_eos": True,
+    },
+    "grammar": {
+        "messages": [{"role": "user", "content": "List words."}],
+        "max_tokens": NUM_TOKENS,
+        "temperature": 1.0,
+        "seed": 3,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "w", "schema": SCHEMA, "strict": True}},
+    },
+    "tools": {
+        "messages": [{"role": "user", "content": "Call the tool."}],
+        "max_tokens": NUM_TOKENS,
+        "temperature": 1.0,
+        "seed": 9,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "tools": [{"type": "function", "function": {"name": "note", "parameters": SCHEMA}}],
+        "tool_choice": "required",
+    },
+}
+
+
+def assert_same(found: Reading, whole: Reading) -> None:
+    """All but how much of the prompt was cached. Log-probabilities within rounding: other requests run beside it."""
+    assert (found.is_done, found.errors) == (True, [])
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+    assert [[usage[name] for name in counts] for usage in found.usage] == [[whole.usage[0][name] for name in counts]]
+    assert found.choices.keys() == whole.choices.keys()
+    for index, choice in found.choices.items():
+        expected = whole.choices[index]
+        assert replace(choice, logprobs=[]) == replace(expected, logprobs=[])
+        assert len(choice.logprobs) == len(expected.logprobs)
+        for one, other in zip(map(_flat, choice.logprobs), map(_flat, expected.logprobs), strict=True):
+            assert one == [pytest.approx(value, abs=1e-3) if isinstance(value, float) else value for value in other]
+
+
+def _flat(entry: Any) -> list[Any]:
+    """A log-probability's values, however its form nests them."""
+    if isinstance(entry, dict):
+        entry = [part for pair in sorted(entry.items()) for part in pair]
+    if isinstance(entry, list | tuple):
+        return [value for part in entry for value in _flat(part)]
+    return [entry]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reading]:
+    """Without a fault."""
+    with cluster_of(1, 1, tmp_path_factory.mktemp("whole")) as whole:
+        found = {name: read(whole.front_ends[0].url, body) for name, body in REQUESTS.items()}
+    for name, reading in found.items():
+        assert reading.is_done and not reading.errors, (name, reading.errors)
+        assert len(reading.usage) == 1
+        assert reading.num_tokens > 60, name
+    assert found["tools"].choices[0].tool_calls
+    return found
+
+
+@pytest.fixture
+def two_by_two(tmp_path: Path) -> Iterator[Cluster]:
+    with cluster_of(2, 2, tmp_path) as cluster:
+        yield cluster
+
+
+def test_a_leader_is_killed(two_by_two: Cluster, expected: dict[str, Reading]) -> None:
+    """With every kind of request running on it, and clients that know nothing of it."""
+    gate = threading.Barrier(len(REQUESTS) + 1, timeout=60)
+    passed = threading.Event()
+
+    def at_token_20(reading: Reading) -> None:
+        if not passed.is_set() and reading.num_tokens >= 20 and not getattr(reading, "waited", False):
+            reading.waited = True  # type: ignore[attr-defined]
+            gate.wait()
+
+    with concurrent.futures.ThreadPoolExecutor(len(REQUESTS)) as pool:
+        url = two_by_two.front_ends[0].url
+        readings = {name: pool.submit(read, url, body, None, at_token_20, False) for name, body in REQUESTS.items()}
+        gate.wait()
+        two_by_two.leaders[0].kill()
+        passed.set()
+        for name, reading in readings.items():
+            assert_same(reading.result(), expected[name])
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_connection_is_cut_and_the_client_comes_back(
+    shared: Cluster, expected: dict[str, Reading], name: str
+) -> None:
+    """Every few events, to the other front end each time."""
+    reading = Reading()
+    for attempt in range(200):
+        stop_at = reading.num_events + 25
+        url = shared.front_ends[attempt % 2].url
+        read(url, REQUESTS[name], reading, lambda found, at=stop_at: found.num_events < at)  # type: ignore[misc]
+        if reading.is_done:
+            break
+    assert attempt > 1, "it was cut"
+    assert_same(reading, expected[name])
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster_of(1, 2, tmp_path_factory.mktemp("shared")) as cluster:
+        yield cluster
+
+
+def test_a_front_end_is_killed(two_by_two: Cluster, expected: dict[str, Reading]) -> None:
+    first, second = two_by_two.front_ends
+    killed = threading.Event()
+    gate = threading.Barrier(len(REQUESTS) + 1, timeout=60)
+
+    def at_token_20(reading: Reading) -> None:
+        if not killed.is_set() and reading.num_tokens >= 20:
+            gate.wait()
+            killed.wait()
+
+    def run(body: dict[str, Any]) -> Reading:
+        reading = read(first.url, body, None, at_token_20)
+        return reading if reading.is_done else read(second.url, body, reading)
+
+    with concurrent.futures.ThreadPoolExecutor(len(REQUESTS)) as pool:
+        readings = {name: pool.submit(run, body) for name, body in REQUESTS.items()}
+        gate.wait()
+        first.process.kill()
+        first.process.wait()
+        killed.set()
+        for name, reading in readings.items():
+            assert_same(reading.result(), expected[name])
+
+
+def test_who_asks_for_what_nobody_has_is_told(shared: Cluster) -> None:
+    url = f"{shared.front_ends[0].url}/v1/completions"
+    answer = httpx.post(url, json={}, headers={"last-event-id": "cmpl-none/0.1.1"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "request_not_found")
+    answer = httpx.post(url, json={}, headers={"last-event-id": "no id of ours"})
+    assert answer.status_code == httpx.codes.BAD_REQUEST
+
+
+def test_a_request_that_is_not_resumable_ends_with_its_connection(shared: Cluster) -> None:
+    url = shared.front_ends[0].url
+    body = {"prompt": PROMPT, "max_tokens": 1500, "temperature": 0, "ignore_eos": True}
+    reading = read(url, body, None, lambda found: found.num_events < 3, resumable=False)
+    assert reading.last_event_id is None and not reading.is_done
+    deadline_s = time.monotonic() + 20
+    while 'remuda_live_requests{model_name="m"} 0.0' not in httpx.get(f"{url}/metrics").text:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    # Its name is in every chunk.
+    answer = httpx.post(f"{url}/v1/completions", json={}, headers={"last-event-id": f"{reading.call_id}/0.1.1"})
+    assert answer.status_code == httpx.codes.NOT_FOUND
