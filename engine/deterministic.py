@@ -25,6 +25,11 @@ def deterministic_layout(model: ModelConfig, parallel: ParallelConfig, determini
     if determinism is Determinism.OFF:
         return parallel
     _check_formats(model)
+    if parallel.balances_experts or parallel.num_redundant_experts:
+        raise InvalidOption(
+            "--deterministic does not serve experts that move or have copies, for sums over ranks follow their places; "
+            "leave their balancing out, or --deterministic"
+        )
     num_shards = 1
     if determinism is Determinism.D2:
         num_shards = num_canonical_shards(model)

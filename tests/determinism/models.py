@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import transformers
 
+from tests.determinism.ways import VOCAB_SIZE
 from tests.parity.architectures import randomize
 
-VOCAB_SIZE = 501
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SCALED_ROPE = {
     "rope_type": "llama3",

@@ -51,8 +51,9 @@ def test_d1_hides_batch_chunks_and_restarts(checkpoints: Path, name: str, dtype:
     assert first_difference(found, found[ALONE][-1]) is None
 
 
-def test_d1_hides_them_in_steps_of_more_tokens_than_native_layers_take(checkpoints: Path) -> None:
-    wanted = setting(checkpoints, "Llama 3", torch.bfloat16, Determinism.D1, prompt_length=620)
+@pytest.mark.parametrize("name", ["Llama 3", "Mixtral", "Llama 4"])
+def test_d1_hides_them_in_steps_of_more_tokens_than_native_layers_take(checkpoints: Path, name: str) -> None:
+    wanted = setting(checkpoints, name, torch.bfloat16, Determinism.D1, prompt_length=620)
     found = observe_gang(wanted, PAIR)
     assert first_difference(found, found[ALONE][-1]) is None
 
