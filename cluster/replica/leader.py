@@ -88,6 +88,7 @@ class Leader:
         self._formed: tuple[int, ChannelExecutor] | None = None
         """The formation that serves: its epoch, and what computes in it."""
         self._server: LeaderServer | None = None
+        self._experts: ExpertBalancer | None = None
         self._loop: EngineLoop | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -163,6 +164,7 @@ class Leader:
             block_size=CacheConfig().block_size,
             max_model_len=self._config.plan.max_model_len,
             on_message=functools.partial(self._on_message, epoch),
+            experts=[] if self._experts is None else self._experts.placements(),
         )
 
     def _repair(self, engine: Engine, failure: EngineFailure) -> None:
@@ -189,6 +191,7 @@ class Leader:
             max_model_len=gang.max_model_len,
             depth=plan.depth,
         )
+        self._experts = self._balancer(model, gang)
         engine = RecordedEngine(
             self._gang.record,
             executor=executor,
@@ -201,7 +204,7 @@ class Leader:
             scheduler_config=scheduler,
             cache_config=self._cache_config(gang),
             lora_config=LoraConfig(plan.max_loras, plan.max_lora_rank),
-            experts=self._balancer(model, gang),
+            experts=self._experts,
             model_identity=f"{checkpoint_identity(directory)} {plan.dtype} {plan.quantization}",
         )
         self._load_adapters(engine)

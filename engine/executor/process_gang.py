@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from engine.executor.gang_start import GangReady, OnMessage
 from engine.executor.handshake import new_secret
 from engine.executor.socket_hub import SocketHub
 from engine.executor.worker_config import WorkerConfig
+from engine.messages import LayerExperts
 from engine.model_config import ModelConfig
 
 _END_TIMEOUT_S = 8.0
@@ -35,6 +36,7 @@ class ProcessGang(ChannelExecutor):
         max_model_len: None for the longest that fits.
         step_timeout_s: a step that takes longer has failed.
         processes: the living ranks of the formation before, by rank; ``close`` ends them too.
+        experts: see InitCache.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ProcessGang(ChannelExecutor):
         on_message: OnMessage = lambda message: None,
         step_timeout_s: float = 120.0,
         processes: Mapping[int, RankProcess] | None = None,
+        experts: Sequence[LayerExperts] = (),
     ) -> None:
         num_ranks = config.parallel.num_ranks
         secret = new_secret()
@@ -63,6 +66,7 @@ class ProcessGang(ChannelExecutor):
                 block_size=config.block_size,
                 max_model_len=max_model_len,
                 on_message=on_message,
+                experts=experts,
             )
         except BaseException:
             self.processes += living.values()
@@ -83,9 +87,9 @@ class ProcessGang(ChannelExecutor):
             bind_address=_LOOPBACK,
         )
 
-    def reform(self) -> "ProcessGang":
+    def reform(self, experts: Sequence[LayerExperts] = ()) -> "ProcessGang":
         """The next formation, of the ranks that live and of new ones in place of those that do not, or that the failure
-        names."""
+        names. ``experts``: see InitCache."""
         failure = self.failure
         self.disband()
         self._store = None
@@ -99,7 +103,11 @@ class ProcessGang(ChannelExecutor):
         ready = self.ready
         config = msgspec.structs.replace(self.config, epoch=self.config.epoch + 1, num_blocks=ready.cache.num_blocks)
         return ProcessGang(
-            config, max_model_len=ready.max_model_len, step_timeout_s=self._step_timeout_s, processes=living
+            config,
+            max_model_len=ready.max_model_len,
+            step_timeout_s=self._step_timeout_s,
+            processes=living,
+            experts=experts,
         )
 
     def close(self) -> None:

@@ -140,6 +140,11 @@ class ExpertBalancer:
         self._look_at_s = self._looked_s + config.interval_s
 
     @property
+    def is_moving(self) -> bool:
+        """Whether ranks read, or have read, what no plan has used yet."""
+        return self._move is not None and self._move.phase is not _Phase.USED
+
+    @property
     def has_changes(self) -> bool:
         """Whether the next plan may have to carry something."""
         move = self._move

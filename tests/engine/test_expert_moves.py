@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from engine.errors import RankFailure
 from engine.request import Request
-from tests.parity.architectures import Reference, make_reference
+from tests.parity.architectures import make_reference
+from tests.parity.reference import Reference
 from tests.support.balanced_gang import EAGER, balanced_gang
 from tests.support.gang_engine import gang_engine, make_request, tokens_of
 
@@ -62,6 +64,38 @@ def test_what_ranks_count_is_what_was_routed(mixtral: Reference) -> None:
         )
         told = sum(served.stats.rank_pairs)
         assert 0.5 * num_tokens * 2 * 2 < told <= num_tokens * 2 * 2
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2, "ep": 2}, {"dp": 2, "ep": 2}], ids=["replicated", "exchanged"])
+def test_a_rank_that_dies_while_experts_move(
+    mixtral: Reference, expected: dict[str, list[int]], layout: dict[str, Any]
+) -> None:
+    """The others keep what plans have used, whatever they were reading; the new one reads the same."""
+    with balanced_gang(str(mixtral.directory), EAGER, num_redundant_experts=2, **layout) as served:
+        served.run(many_requests(mixtral))
+        for victim in (1, 0):
+            outputs: dict[str, list[int]] = {}
+            for request in many_requests(mixtral):
+                served.engine.add(request)
+                outputs[request.request_id] = []
+            with pytest.raises(RankFailure):
+                is_killed = False
+                while served.engine.has_work:
+                    if served.balancer.is_moving and not is_killed:
+                        served.gang.processes[victim].kill()
+                        is_killed = True
+                    for output in served.engine.step():
+                        outputs[output.request_id] += output.token_ids
+            num_moves, placements = served.stats.num_moves, served.balancer.placements()
+            served.reform()
+            assert served.balancer.table == 0 and not served.balancer.is_moving
+            assert served.balancer.placements() == placements
+            while served.engine.has_work:
+                for output in served.engine.step():
+                    outputs[output.request_id] += output.token_ids
+            assert outputs == expected
+        assert served.run(many_requests(mixtral)) == expected
+        assert served.stats.num_moves > num_moves and served.stats.num_failed_moves == 0
 
 
 def test_a_move_that_cannot_be_read_leaves_everything_as_it_is(

@@ -44,6 +44,12 @@ class BalancedGang:
             experts=self.balancer,
         )
 
+    def reform(self) -> None:
+        """After a failure: new ranks for those that are gone, the others under a new epoch."""
+        self.gang = self.gang.reform(self.engine.expert_placements)
+        epoch = self.gang.config.epoch
+        self.engine.reset(epoch, executor=self.gang, cache_config=self.gang.ready.cache)
+
     @property
     def stats(self) -> ExpertStats:
         found = self.engine.stats().experts
