@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass, field
 
 from engine.request import AdapterInfo
+from engine.scheduler.expert_stats import ExpertStats
 
 
 class ReplicaState(enum.StrEnum):
@@ -56,3 +57,4 @@ class ReplicaInfo:
     progress_limit_s: float = 0.0
     """While there is work: beyond that it is a stall. 0: not known."""
     adapters: tuple[AdapterInfo, ...] = ()
+    experts: ExpertStats | None = None

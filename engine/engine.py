@@ -20,7 +20,8 @@ from engine.messages import ExpertChange, LayerExperts, StepPlan, StepResult
 from engine.request import AdapterInfo, FinishReason, Output, Request
 from engine.scheduler.adapter_table import AdapterTable
 from engine.scheduler.dp_group import choose_group
-from engine.scheduler.expert_balancer import ExpertBalancer, ExpertStats
+from engine.scheduler.expert_balancer import ExpertBalancer
+from engine.scheduler.expert_stats import ExpertStats
 from engine.scheduler.policy import FirstComeFirstServed, Policy
 from engine.scheduler.request_state import RequestState
 from engine.scheduler.scheduler import Scheduler

@@ -69,6 +69,7 @@ def as_object(answer: ServerStatus) -> dict[str, Any]:
                 "num_steps": replica.num_steps,
                 "progress_age_s": replica.progress_age_s,
                 "progress_limit_s": replica.progress_limit_s,
+                "experts": None if replica.experts is None else asdict(replica.experts),
                 "error": replica.error,
                 "ranks": [asdict(rank) for rank in replica.ranks],
             }
@@ -85,6 +86,12 @@ def _print_text(answer: ServerStatus) -> None:
             f"replica {replica.id}: {replica.state.value}, {replica.num_running} running, "
             f"{replica.num_waiting} waiting, {replica.kv_cache_usage:.0%} of the KV cache in use, {replica.address}"
         )
+        if replica.experts is not None:
+            experts = replica.experts
+            print(
+                f"  experts: the busiest ranks have {experts.imbalance:.2f} of the mean, {experts.num_moves} tables "
+                f"changed ({experts.num_moved_experts} experts read), {experts.num_failed_moves} given up"
+            )
         if replica.error:
             print(f"  {replica.error}")
         for rank in replica.ranks:

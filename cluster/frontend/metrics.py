@@ -10,6 +10,7 @@ from prometheus_client.samples import Sample
 from cluster.frontend.calls import Usage
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.request import FinishReason
+from engine.scheduler.expert_stats import ExpertStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -143,6 +144,26 @@ class _ReplicaGauges:
         for info in infos:
             steps.add_metric([self._model, info.id], info.num_steps)
         yield steps
+        yield from self._experts([(info.id, info.experts) for info in infos if info.experts is not None])
+
+    def _experts(self, replicas: list[tuple[str, ExpertStats]]) -> Iterator[Metric]:
+        """Of mixtures whose experts are on several ranks."""
+        labels = ["model_name", "replica"]
+        text = "Busiest expert-parallel ranks' (token, expert) pairs divided by the mean, lately."
+        gauge = GaugeMetricFamily("remuda_expert_imbalance", text, labels=labels)
+        text = "(Token, expert) pairs of each expert-parallel rank."
+        pairs = CounterMetricFamily("remuda_expert_pairs", text, labels=[*labels, "ep_rank"])
+        moves = CounterMetricFamily("remuda_expert_moves", "Changes of a layer's expert table.", labels=labels)
+        text = "Changes of a layer's expert table that were given up."
+        failed = CounterMetricFamily("remuda_failed_expert_moves", text, labels=labels)
+        for replica, experts in replicas:
+            gauge.add_metric([self._model, replica], experts.imbalance)
+            for ep_rank, count in enumerate(experts.rank_pairs):
+                pairs.add_metric([self._model, replica, str(ep_rank)], count)
+            moves.add_metric([self._model, replica], experts.num_moves)
+            failed.add_metric([self._model, replica], experts.num_failed_moves)
+        if replicas:
+            yield from (gauge, pairs, moves, failed)
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         gauge = GaugeMetricFamily(name, text, labels=["model_name"])

@@ -18,6 +18,7 @@ from cluster.types import ReplicaState
 from engine.engine import EngineStats
 from engine.errors import EngineFailure, InvalidRequest, Overloaded, RemudaError
 from engine.request import AdapterInfo, Output, Request
+from engine.scheduler.expert_stats import ExpertStats
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Load:
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
     num_steps: int = 0
+    experts: ExpertStats | None = None
     progress_age_s: float = 0.0
     """While there is work: seconds since a step last finished. 0 when idle."""
 
@@ -149,6 +151,7 @@ class EngineLoop:
             num_waiting=(stats.num_waiting if stats is not None else 0) + num_inbox,
             kv_cache_usage=stats.kv_usage if stats is not None else 0.0,
             num_steps=self._num_steps,
+            experts=stats.experts if stats is not None else None,
             progress_age_s=self._clock() - self._last_progress_s if self._is_busy else 0.0,
         )
 

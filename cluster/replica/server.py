@@ -116,6 +116,7 @@ class LeaderServer:
             num_waiting=load.num_waiting,
             kv_cache_usage=load.kv_cache_usage,
             num_steps=load.num_steps,
+            experts=load.experts,
             progress_age_s=load.progress_age_s,
             progress_limit_s=0.0 if gang is None else gang.progress_limit_s,
             error="" if failure is None else str(failure),

@@ -19,6 +19,7 @@ from engine.request import (
     SamplingParams,
     TopLogprobs,
 )
+from engine.scheduler.expert_stats import ExpertStats
 
 _FINISH_TO_PROTO: dict[FinishReason, common_pb2.FinishReason.ValueType] = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
@@ -325,6 +326,7 @@ def replica_info_to_proto(info: ReplicaInfo) -> replica_pb2.ReplicaInfo:
         progress_age_s=info.progress_age_s,
         progress_limit_s=info.progress_limit_s,
         adapters=map(adapter_to_proto, info.adapters),
+        experts=None if info.experts is None else _experts_to_proto(info.experts),
     )
 
 
@@ -343,6 +345,26 @@ def _rank_to_proto(rank: RankInfo) -> replica_pb2.Rank:
 
 def _rank_from_proto(rank: replica_pb2.Rank) -> RankInfo:
     return RankInfo(rank.rank, rank.pid, rank.host, rank.device, rank.state, rank.step, rank.operation, rank.since_s)
+
+
+def _experts_to_proto(experts: ExpertStats) -> replica_pb2.ExpertBalance:
+    return replica_pb2.ExpertBalance(
+        imbalance=experts.imbalance,
+        rank_pairs=experts.rank_pairs,
+        num_moves=experts.num_moves,
+        num_failed_moves=experts.num_failed_moves,
+        num_moved_experts=experts.num_moved_experts,
+    )
+
+
+def _experts_from_proto(experts: replica_pb2.ExpertBalance) -> ExpertStats:
+    return ExpertStats(
+        experts.imbalance,
+        tuple(experts.rank_pairs),
+        experts.num_moves,
+        experts.num_failed_moves,
+        experts.num_moved_experts,
+    )
 
 
 def replica_info_from_proto(message: replica_pb2.ReplicaInfo) -> ReplicaInfo:
@@ -367,4 +389,5 @@ def replica_info_from_proto(message: replica_pb2.ReplicaInfo) -> ReplicaInfo:
         progress_age_s=message.progress_age_s,
         progress_limit_s=message.progress_limit_s,
         adapters=tuple(map(adapter_from_proto, message.adapters)),
+        experts=_experts_from_proto(message.experts) if message.HasField("experts") else None,
     )

@@ -31,6 +31,7 @@ from engine.parallel.expert_balance import (
     moves,
 )
 from engine.scheduler.expert_layout import ExpertLayout
+from engine.scheduler.expert_stats import ExpertStats
 
 _log = logging.getLogger(__name__)
 
@@ -50,19 +51,6 @@ class BalanceConfig:
     min_pairs_per_expert: int = 32
     least_gain: float = 0.05
     horizon_s: float = 60.0
-
-
-@dataclass(frozen=True)
-class ExpertStats:
-    """``imbalance``: of the most loaded ep ranks' pairs ÷ the mean, over all layers, lately. ``rank_pairs``: (token,
-    expert) pairs that each ep rank has computed. ``num_moves``: tables that were changed; ``num_failed_moves``: that
-    were given up. ``num_moved_experts``: whose weights were read by some rank for it."""
-
-    imbalance: float
-    rank_pairs: tuple[int, ...]
-    num_moves: int
-    num_failed_moves: int
-    num_moved_experts: int
 
 
 class _Phase(Enum):

@@ -11,8 +11,9 @@ from engine.executor.process_gang import ProcessGang
 from engine.executor.worker_config import WorkerConfig
 from engine.model_config import ModelConfig, kv_groups
 from engine.request import Output, Request
-from engine.scheduler.expert_balancer import BalanceConfig, ExpertBalancer, ExpertStats
+from engine.scheduler.expert_balancer import BalanceConfig, ExpertBalancer
 from engine.scheduler.expert_layout import expert_layout
+from engine.scheduler.expert_stats import ExpertStats
 
 EAGER = BalanceConfig(interval_s=0.0, min_pairs_per_expert=1, least_gain=0.001, horizon_s=1e9)
 """Moves for whatever little it brings."""

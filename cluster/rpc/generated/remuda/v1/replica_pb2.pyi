@@ -566,6 +566,44 @@ class Adapter(_message.Message):
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
+class ExpertBalance(_message.Message):
+    """How a mixture's experts are spread over its expert-parallel ranks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMBALANCE_FIELD_NUMBER: _builtins.int
+    RANK_PAIRS_FIELD_NUMBER: _builtins.int
+    NUM_MOVES_FIELD_NUMBER: _builtins.int
+    NUM_FAILED_MOVES_FIELD_NUMBER: _builtins.int
+    NUM_MOVED_EXPERTS_FIELD_NUMBER: _builtins.int
+    imbalance: _builtins.float
+    """The busiest ranks' share of (token, expert) pairs divided by the mean, lately. 1: perfect."""
+    num_moves: _builtins.int
+    """Changes of a layer's table, those that were given up, and experts that were read for them."""
+    num_failed_moves: _builtins.int
+    num_moved_experts: _builtins.int
+    @_builtins.property
+    def rank_pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pairs that each expert-parallel rank has computed."""
+
+    def __init__(
+        self,
+        *,
+        imbalance: _builtins.float = ...,
+        rank_pairs: _abc.Iterable[_builtins.int] | None = ...,
+        num_moves: _builtins.int = ...,
+        num_failed_moves: _builtins.int = ...,
+        num_moved_experts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["imbalance", b"imbalance", "num_failed_moves", b"num_failed_moves", "num_moved_experts", b"num_moved_experts", "num_moves", b"num_moves", "rank_pairs", b"rank_pairs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertBalance: _TypeAlias = ExpertBalance  # noqa: Y015
+
+@_typing.final
 class ReplicaInfo(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -608,6 +646,7 @@ class ReplicaInfo(_message.Message):
     PROGRESS_AGE_S_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     PROGRESS_LIMIT_S_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     model: _builtins.str
     state: Global___ReplicaState.ValueType
@@ -633,6 +672,10 @@ class ReplicaInfo(_message.Message):
     def phase_seconds(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]: ...
+    @_builtins.property
+    def experts(self) -> Global___ExpertBalance:
+        """Of a mixture whose experts are on several ranks."""
+
     def __init__(
         self,
         *,
@@ -655,10 +698,11 @@ class ReplicaInfo(_message.Message):
         progress_age_s: _builtins.float = ...,
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
         progress_limit_s: _builtins.float = ...,
+        experts: Global___ExpertBalance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "block_size", b"block_size", "error", b"error", "id", b"id", "incarnation", b"incarnation", "kv_cache_usage", b"kv_cache_usage", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "phase_seconds", b"phase_seconds", "progress_age_s", b"progress_age_s", "progress_limit_s", b"progress_limit_s", "ranks", b"ranks", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "block_size", b"block_size", "error", b"error", "experts", b"experts", "id", b"id", "incarnation", b"incarnation", "kv_cache_usage", b"kv_cache_usage", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "phase_seconds", b"phase_seconds", "progress_age_s", b"progress_age_s", "progress_limit_s", b"progress_limit_s", "ranks", b"ranks", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
