@@ -14,6 +14,7 @@ from engine.errors import InvalidOption
 SERVE_OPTIONS = {
     "--tensor-parallel-size", "--tp", "--pipeline-parallel-size", "--pp", "--data-parallel-size", "--dp",
     "--expert-parallel-size", "--ep", "--replicas", "--max-replicas", "--tp-across-hosts",
+    "--enable-eplb", "--num-redundant-experts",
     "--host", "--port", "--grpc-port", "--dtype", "--device",
     "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--gpu-memory-utilization", "--kv-cache-memory",
     "--load-format", "--revision", "--quantization", "--served-model-name", "--api-key-file", "--address",
