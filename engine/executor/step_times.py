@@ -54,8 +54,8 @@ class StepTimes:
 
 
 def _largest(plan: StepPlan) -> list[tuple[int, int]]:
-    """(class of positions, tokens) of each request in the batch with the most tokens: dp groups work side by side."""
+    """(class of positions, tokens) of each request in the batch with the most tokens: dp groups work side by side.
+    Where packed slots stand is not in the plan; they are of the first class."""
     batch = max(plan.batches, key=lambda batch: batch.num_tokens)
     shares = [((share.start // _FIRST_CLASS_TOKENS).bit_length(), share.num_tokens) for share in batch.scheduled]
-    # A plan does not say where packed decodes stand: they count as if at the beginning, where costs are kept high.
     return [(0, num_packed(batch.decodes)), *shares] if batch.decodes else shares

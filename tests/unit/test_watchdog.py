@@ -11,6 +11,7 @@ from engine.config import ParallelConfig
 from engine.executor.step_times import StepTimes
 from engine.executor.watchdog import PendingPlan, RankState, Verdict, Watchdog
 from engine.messages import BatchPlan, ScheduledRequest, StepPlan
+from engine.packed import pack
 from engine.progress import AxisSample, Operation, RankSample
 
 LOOK_S = 0.25
@@ -71,10 +72,11 @@ class SimulatedGang:
 
 
 def plan_of(step: int, num_decodes: int, prompt: tuple[int, int] | None) -> StepPlan:
-    scheduled = [ScheduledRequest(slot, 500 + slot, 1, [], [], True) for slot in range(num_decodes)]
+    scheduled = [ScheduledRequest(slot, 500 + slot, 1, [], [], True) for slot in range(num_decodes // 2)]
+    decodes = pack(list(range(num_decodes // 2, num_decodes)))
     if prompt is not None:
         scheduled.append(ScheduledRequest(num_decodes, *prompt, [], [], False))
-    return StepPlan(0, step, [BatchPlan([], [], scheduled)])
+    return StepPlan(0, step, [BatchPlan([], [], scheduled, decodes=decodes)])
 
 
 @pytest.mark.parametrize("seed", range(4))
