@@ -7,6 +7,7 @@ import pytest
 
 from engine.errors import RankFailure
 from engine.request import Request
+from engine.scheduler.expert_balancer import BalanceConfig
 from tests.parity.architectures import make_reference
 from tests.parity.reference import Reference
 from tests.support.balanced_gang import EAGER, balanced_gang
@@ -53,6 +54,20 @@ def test_tokens_do_not_change_when_experts_move(
         stats = served.stats
         assert stats.num_moves >= 2 and stats.num_moved_experts >= 2 and stats.num_failed_moves == 0
         assert served.balancer.placements(), "the experts are where they were"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_quantized_experts_move_in_their_format(mixtral: Reference, quantization: str) -> None:
+    """Each expert is quantized by itself while it is read, so the same wherever it is."""
+    never = BalanceConfig(interval_s=1e9)
+    tokens = []
+    for balance in (never, EAGER):
+        layout = {"dp": 2, "ep": 2, "num_redundant_experts": 2, "quantization": quantization}
+        with balanced_gang(str(mixtral.directory), balance, **layout) as served:
+            tokens += [served.run(many_requests(mixtral)) for _ in range(2)]
+            assert (served.stats.num_moves > 0) == (balance is EAGER) and served.stats.num_failed_moves == 0
+    assert tokens == tokens[:1] * 4
 
 
 def test_what_ranks_count_is_what_was_routed(mixtral: Reference) -> None:
