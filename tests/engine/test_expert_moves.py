@@ -63,7 +63,7 @@ def test_quantized_experts_move_in_their_format(mixtral: Reference, quantization
     never = BalanceConfig(interval_s=1e9)
     tokens = []
     for balance in (never, EAGER):
-        layout = {"dp": 2, "ep": 2, "num_redundant_experts": 2, "quantization": quantization}
+        layout: dict[str, Any] = {"dp": 2, "ep": 2, "num_redundant_experts": 2, "quantization": quantization}
         with balanced_gang(str(mixtral.directory), balance, **layout) as served:
             tokens += [served.run(many_requests(mixtral)) for _ in range(2)]
             assert (served.stats.num_moves > 0) == (balance is EAGER) and served.stats.num_failed_moves == 0
