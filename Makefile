@@ -8,7 +8,7 @@ ARGS ?=
 TEXT_CONFORMANCE := $(addprefix tests/frontend/test_,templates.py tool_parser.py meta_tokenizers.py infilling.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve hosts test determinism layouts conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-models clean
+.PHONY: help setup demo serve hosts test determinism layouts conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-recovery bench-models clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -68,6 +68,9 @@ bench-gpu: setup  ## on a CUDA machine: every GPU path checked against float64, 
 
 bench-peers: setup  ## us and every installed peer on one checkpoint with the same load, in turns (wants make bench-models)
 	$(PY) -m bench.peers $(ARGS)
+
+bench-recovery: setup  ## kill a rank of four while they serve: the gap of the streams, with a spare and without (wants make bench-models)
+	$(PY) -m bench.recovery $(ARGS)
 
 bench-models: setup  ## build the benchmark checkpoints in REMUDA_BENCH_CACHE, or only ARGS='dense-1b'
 	$(PY) bench/make_models.py $(ARGS)

@@ -1,17 +1,19 @@
 """A rank is killed while it serves: how long streams stand still, and what of that is not the re-prefill.
 
-``python -m bench.recovery dense-0.5b --tp 4``: once with a spare that has imported everything, once without. In the same
-run are measured: the gap that a client sees in its stream, what a prefill of just these tokens takes afterwards, what the
-new rank spent on its import, the rendezvous and its shard, what the survivors read from files, and tokens per second
-before and after.
+``python -m bench.recovery dense-0.5b --tp 4``: once with a spare that has imported everything, once without. In the
+same run are measured: the gap that a client sees in its stream, what a prefill of just these tokens takes afterwards,
+what the slowest rank spent on its import, the rendezvous and its shard, what the survivors read from files, and tokens
+per second before and after.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,14 +85,22 @@ def _bytes_read(pid: int) -> int:
     return int(fields["rchar"])
 
 
-async def measure(model: str, tp: int, victim: int, num_streams: int, spares: int) -> dict[str, Any]:
+def _phases(log: str) -> dict[str, float]:
+    """Of the last formation, from what the server printed."""
+    line = [line for line in log.splitlines() if " serves as epoch " in line][-1]
+    return {name: float(seconds) for name, seconds in re.findall(r"(\w+) ([\d.]+) s", line.split(": ", 1)[1])}
+
+
+async def measure(model: str, tp: int, victim: int, num_streams: int, spares: int, directory: str) -> dict[str, Any]:
     remuda = str(Path(sys.executable).parent / "remuda")
     port, grpc_port = free_port(), free_port()
     url = f"http://127.0.0.1:{port}"
     options = ["--tp", str(tp), "--served-model-name", "bench", "--spare-ranks", str(spares), "--port", str(port)]
     options += ["--grpc-port", str(grpc_port), "--cpu-slots", str(tp), "--max-model-len", "2048"]
+    log = Path(directory) / "serve.log"
+    command = ["/bin/sh", "-c", 'log=$1; shift; exec "$@" 2> "$log"', "sh", str(log)]
     async with (
-        serving([remuda, "serve", model, *options], f"{url}/readyz"),
+        serving([*command, remuda, "serve", model, *options], f"{url}/readyz"),
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session,
     ):
         streams = [Stream([(17 * i + 31 * n) % 1000 + 100 for i in range(PROMPT_TOKENS)]) for n in range(num_streams)]
@@ -132,6 +142,7 @@ async def measure(model: str, tp: int, victim: int, num_streams: int, spares: in
         "gap_s": round(gap_s, 3),
         "prefill_again_s": round(prefill_s, 3),
         "gap_less_prefill_s": round(gap_s - prefill_s, 3),
+        "slowest_rank_s": _phases(log.read_text()),
         "survivors_keep_pid": all(kept),
         "survivors_read_bytes": most_read,
         "tokens_per_s": [round(value, 1) for value in rate],
@@ -153,7 +164,8 @@ def main() -> None:
     arguments = parser.parse_args()
     model = arguments.model if Path(arguments.model).is_dir() else str(model_dir(arguments.model))
     for spares in arguments.spares:
-        found = asyncio.run(measure(model, arguments.tp, arguments.victim, arguments.streams, spares))
+        with tempfile.TemporaryDirectory(prefix="remuda-recovery-") as directory:
+            found = asyncio.run(measure(model, arguments.tp, arguments.victim, arguments.streams, spares, directory))
         print(json.dumps(found), flush=True)
 
 

@@ -16,7 +16,7 @@ from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.calls import TimeLimits
 from cluster.frontend.fleet import Fleet
 from cluster.replica.client import ReplicaClient
-from cluster.replica.events import Failed, ReplicaEnded, ReplicaReady
+from cluster.replica.events import Failed, GangFormed, Repairing, ReplicaEnded, ReplicaReady
 from cluster.replica.heap import settle_heap
 from engine.errors import RemudaError
 from engine.kernels.native_library import is_built
@@ -161,6 +161,8 @@ class _Serving:
                     self._lose(event.message)
             elif isinstance(event, ReplicaReady):
                 await self._welcome(event, fleet)
+            elif isinstance(event, Repairing | GangFormed):
+                self._console.print(_describe(event), markup=False)
             elif isinstance(event, ReplicaEnded):
                 await fleet.remove(event.replica)
                 self._console.print(f"replica {event.replica} has ended")
@@ -184,3 +186,10 @@ class _Serving:
             self._status = 1
             self._reason = Unavailable(f"the server stops: {reason}")
             self._stop.set()
+
+
+def _describe(event: Repairing | GangFormed) -> str:
+    if isinstance(event, Repairing):
+        return f"replica {event.replica}: {event.message}; it forms anew, as epoch {event.epoch}"
+    phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in event.phase_seconds.items())
+    return f"replica {event.replica} serves as epoch {event.epoch}: {phases}"

@@ -177,7 +177,7 @@ class Leader:
         self._formed = epoch, executor
         engine.reset(epoch, executor=executor, cache_config=self._cache_config(gang))
         if self._server is not None:
-            self._server.set_ranks(self._info(gang).ranks)
+            self._server.set_ranks(self._info(gang).ranks, gang.phase_seconds)
 
     def _cache_config(self, gang: GangReady) -> CacheConfig:
         keeps_prefixes = gang.cache.keeps_prefixes and self._config.plan.enable_prefix_caching

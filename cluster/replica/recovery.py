@@ -84,6 +84,8 @@ class Recovery:
         self._loaded: set[int] = set()
         """Those that have their weights. They have nothing to do but to join."""
         self._told_at_s: float | None = None
+        self.reason = ""
+        """Why the last repair began."""
         self._repairs: deque[float] = deque()
         self._began_at_s = [now_s] * num_ranks
         """When each rank's present life began."""
@@ -159,6 +161,7 @@ class Recovery:
         return self._repair(missing, f"rank {names} did not join epoch {self._epoch} in {JOIN_TIMEOUT_S:g} s", now_s)
 
     def _repair(self, lost: set[int], reason: str, now_s: float, *, loses_leader: bool = False) -> list[Action]:
+        self.reason = reason
         if not self._is_same_fault(lost, now_s):
             while self._repairs and now_s - self._repairs[0] > REPAIR_WINDOW_S:
                 self._repairs.popleft()

@@ -123,9 +123,9 @@ class LeaderServer:
             adapters=self._engine_loop.adapters,
         )
 
-    def set_ranks(self, ranks: tuple[RankInfo, ...]) -> None:
+    def set_ranks(self, ranks: tuple[RankInfo, ...], phase_seconds: dict[str, float]) -> None:
         """The gang has formed anew. From any thread."""
-        self._info = replace(self._info, ranks=ranks)
+        self._info = replace(self._info, ranks=ranks, phase_seconds=phase_seconds)
 
     def dump(self) -> Iterator[bytes]:
         """The replica's flight record, in parts."""

@@ -9,19 +9,15 @@ import logging
 import queue
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.errors import StartFailed
-from cluster.replica.actor import RANK_LEASE_S, LeaderActor, RankActor
+from cluster.replica.actor_places import ActorPlaces, NotReserved, living_hosts
 from cluster.replica.events import (
     Event,
     Failed,
@@ -49,15 +45,11 @@ _log = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 60.0
-MOVE_TIMEOUT_S = 20.0
-"""How long Ray may take to find another host for a rank."""
 STOP_TIMEOUT_S = 15.0
 NEWS_WAIT_S = 10.0
 """So long a leader may wait for an event before it answers; well below its lease."""
 WATCH_INTERVAL_S = 0.5
 DRAIN_POLL_INTERVAL_S = 0.2
-_SMALL_SHARE = 0.001
-"""Of a node's own ``node:IP`` resource: pins a bundle to that host."""
 
 
 def check_checkpoint(plan: ReplicaPlan) -> None:
@@ -65,28 +57,6 @@ def check_checkpoint(plan: ReplicaPlan) -> None:
     if plan.load_format == LoadFormat.SAFETENSORS:
         directory = ModelSource(plan.model, plan.revision).directory()
         verify_checkpoint(directory, ModelConfig.from_directory(directory, plan.quantization))
-
-
-class NotReserved(StartFailed):
-    """The places that a gang was to have were not free."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a rank's process goes: a bundle of a placement group, on a host."""
-
-    group: PlacementGroup
-    bundle: int
-    host: str
-
-
-@dataclass
-class _Spare:
-    """A process that stands by. ``ready``: Ray's reference of its answer."""
-
-    actor: Any
-    ready: Any
-    asked_s: float
 
 
 class Supervisor:
@@ -115,16 +85,13 @@ class Supervisor:
         self._host = host
         self._secret = secret
         self._reserve_timeout_s = reserve_timeout_s
-        self._suffix = uuid.uuid4().hex[:12]
         self._rendezvous: Rendezvous | None = None
-        self._places: list[_Place] = []
+        self._places: ActorPlaces | None = None
         self._leader: Any = None
         self._leader_has_begun = False
         self._actors: dict[int, Any] = {}
         self._runs: dict[Any, tuple[int, int]] = {}
         """Ray's reference of each rank's life → the rank, and which of its lives it is."""
-        self._spares: dict[str, list[_Spare]] = {}
-        """By host."""
         self._num_blocks = 0
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._recovery = Recovery(len(ranks), time.monotonic())
@@ -143,14 +110,16 @@ class Supervisor:
             StartFailed: ``stop`` ends what was.
         """
         try:
-            device = "GPU" if self._plan.device == "cuda" else "CPU"
-            group = self._reserve(
-                [{device: 1.0, f"node:{placed.host}": _SMALL_SHARE} for placed in self._ranks], self._reserve_timeout_s
+            self._places = ActorPlaces(
+                self.replica_id,
+                self._ranks,
+                self._plan.device == "cuda",
+                self._plan.spare_ranks,
+                self._reserve_timeout_s,
             )
-            self._places = [_Place(group, placed.rank, placed.host) for placed in self._ranks]
-            self._start_leader(0)
+            self._start_leader()
             for placed in self._ranks:
-                self._start_rank(placed.rank, 0)
+                self._start_rank(placed.rank)
             self._form(0)
         except RayError as error:
             raise StartFailed(f"replica {self.replica_id}: {_reason(error)}") from error
@@ -187,7 +156,8 @@ class Supervisor:
         if self._recovery.phase is Phase.FORMING:
             self._look_for_hosts(now_s)
         elif self._recovery.phase is Phase.SERVING:
-            self._keep_spares(now_s)
+            assert self._places is not None
+            self._places.keep_spares(now_s)
 
     def _take_news(self) -> None:
         """The leader always has one question of ours to answer, and takes its time while there is nothing to tell:
@@ -198,7 +168,7 @@ class Supervisor:
         except RayError as error:
             ray.kill(self._leader, no_restart=True)  # it may be silent only
             reason = f"the leader is gone: {_reason(error)}"
-            self._carry_out(self._recovery.leader_ended(life, reason, time.monotonic()), reason)
+            self._carry_out(self._recovery.leader_ended(life, reason, time.monotonic()))
             return
         self._ask()
         for line in lines.splitlines():
@@ -221,7 +191,7 @@ class Supervisor:
             self._num_blocks = event.num_blocks
             recovery.formed(event.epoch)
         elif isinstance(event, GangBroke):
-            self._carry_out(recovery.gang_broke(event.epoch, event.culprit, event.message, now_s), event.message)
+            self._carry_out(recovery.gang_broke(event.epoch, event.culprit, event.message, now_s))
 
     def _note_end(self, run: Any) -> None:
         rank, life = self._runs.pop(run)
@@ -237,19 +207,20 @@ class Supervisor:
             reason = f"rank {rank} raised {_reason(error)}"
         except RayError as error:
             reason = f"rank {rank} died: {_reason(error)}"
-        self._carry_out(self._recovery.rank_ended(rank, life, reason, time.monotonic()), reason)
+        self._carry_out(self._recovery.rank_ended(rank, life, reason, time.monotonic()))
 
     def _look_for_hosts(self, now_s: float) -> None:
         """Ray waits for ever with an actor whose host is gone."""
         if now_s < self._looked_s + 2.0:
             return
         self._looked_s = now_s
-        living = _living_hosts()
-        for rank, place in enumerate(self._places):
-            if place.host not in living:
-                reason = f"rank {rank} is lost with its host {place.host}"
+        assert self._places is not None
+        living = living_hosts()
+        for rank, host in enumerate(self._places.hosts):
+            if host not in living:
+                reason = f"rank {rank} is lost with its host {host}"
                 life = self._recovery.life_of(rank)
-                self._carry_out(self._recovery.rank_ended(rank, life, reason, now_s), reason)
+                self._carry_out(self._recovery.rank_ended(rank, life, reason, now_s))
 
     def _fail(self, failed: Failed) -> None:
         self._recovery.impossible(failed.message)
@@ -257,11 +228,11 @@ class Supervisor:
 
     # ---- what recovery wants ---------------------------------------------------------------------------------------
 
-    def _carry_out(self, actions: Iterable[Action], message: str = "") -> None:
+    def _carry_out(self, actions: Iterable[Action]) -> None:
         """What fails on the way is news for recovery, which then wants something else instead."""
         due = deque(actions)
         if due:
-            self._announce(due, message)
+            self._announce(due)
         while due and not self._stopping.is_set():
             action = due.popleft()
             try:
@@ -272,54 +243,48 @@ class Supervisor:
                 reason = f"the leader is gone: {_reason(error)}"
                 due = deque(self._recovery.leader_ended(self._recovery.leader_life, reason, time.monotonic()))
 
-    def _announce(self, actions: Iterable[Action], message: str) -> None:
+    def _announce(self, actions: Iterable[Action]) -> None:
         ranks = [action.rank for action in actions if isinstance(action, StartRank)]
         leader = any(isinstance(action, StartLeader) for action in actions)
         if any(isinstance(action, Form) for action in actions):
-            _log.warning("replica %s: %s; forming epoch %d", self.replica_id, message, self._recovery.epoch)
-            self._events.put(Repairing(self.replica_id, self._recovery.epoch, ranks, leader, message))
+            epoch, reason = self._recovery.epoch, self._recovery.reason
+            self._events.put(Repairing(self.replica_id, epoch, ranks, leader, reason))
 
     def _do(self, action: Action) -> None:
         if isinstance(action, KillRank):
             if (actor := self._actors.pop(action.rank, None)) is not None:
                 ray.kill(actor, no_restart=True)
         elif isinstance(action, StartRank):
-            self._start_rank(action.rank, action.life)
+            self._start_rank(action.rank)
         elif isinstance(action, StartLeader):
-            self._start_leader(action.life)
+            self._start_leader()
             self._ask()
         elif isinstance(action, Form):
             self._form(action.epoch)
         elif isinstance(action, GiveUp):
             self._events.put(Failed("RankFailure", action.reason, self.replica_id))
 
-    def _start_leader(self, life: int) -> None:
-        self._find_place(0)
+    def _start_leader(self) -> None:
+        assert self._places is not None
+        self._places.find(0)
+        hosts = self._places.hosts
         config = LeaderConfig(
-            replica_id=self.replica_id,
-            plan=self._plan,
-            host=self._places[0].host,
-            rank_hosts=[place.host for place in self._places],
-            secret=self._secret,
+            replica_id=self.replica_id, plan=self._plan, host=hosts[0], rank_hosts=hosts, secret=self._secret
         )
-        name = f"remuda-leader-{self.replica_id}-{life}-{self._suffix}"
-        self._leader = LeaderActor.options(name=name, **self._options(0, 0.0)).remote(config.encode())
+        self._leader = self._places.new_leader(config.encode())
         self._leader_has_begun = False
 
-    def _start_rank(self, rank: int, life: int) -> None:
+    def _start_rank(self, rank: int) -> None:
         """An empty process in the rank's place; ``_form`` gives it something to do."""
-        self._find_place(rank)
-        actor = self._take_spare(self._places[rank].host)
-        if actor is None:
-            name = f"remuda-rank-{self.replica_id}-{rank}-{life}-{self._suffix}"
-            actor = RankActor.options(name=name, **self._options(rank, 1.0)).remote()
-        self._actors[rank] = actor
+        assert self._places is not None
+        self._actors[rank] = self._places.new_rank(rank)
 
     def _form(self, epoch: int) -> None:
         """Raises RayError where the leader is gone."""
         if self._rendezvous is not None:
             self._rendezvous.close()  # frees those that wait for a lost rank there
-        hosts = [place.host for place in self._places]
+        assert self._places is not None
+        hosts = self._places.hosts
         endpoints = GangEndpoints.decode(ray.get(self._leader.open.remote(epoch, hosts), timeout=CALL_TIMEOUT_S))
         rendezvous = self._rendezvous = Rendezvous(self._host)
         placed = [PlacedRank(rank, host) for rank, host in enumerate(hosts)]
@@ -338,71 +303,6 @@ class Supervisor:
             self._leader_has_begun = True
             ray.get(self._leader.start.remote(), timeout=CALL_TIMEOUT_S)
         self._recovery.told(epoch, time.monotonic())
-
-    def _reserve(self, bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
-        name = f"remuda-{self.replica_id}-{uuid.uuid4().hex[:12]}"
-        group = placement_group(bundles, strategy="PACK", name=name, lifetime="detached")
-        try:
-            ray.get(group.ready(), timeout=timeout_s)
-        except GetTimeoutError:
-            remove_placement_group(group)
-            device = "GPU" if self._plan.device == "cuda" else "CPU"
-            raise NotReserved(
-                f"Ray did not reserve {len(bundles)} × {device} for replica {self.replica_id} within "
-                f"{timeout_s:.0f} s; something else holds them, see ray status"
-            ) from None
-        return group
-
-    def _find_place(self, rank: int) -> None:
-        """Another host, where the rank's own is gone. Raises NotReserved."""
-        if self._places[rank].host in _living_hosts():
-            return
-        group = self._reserve([{"GPU" if self._plan.device == "cuda" else "CPU": 1.0}], MOVE_TIMEOUT_S)
-        node_id = placement_group_table(group)["bundles_to_node_id"][0]
-        host = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
-        _log.warning("replica %s: rank %d moves from %s to %s", self.replica_id, rank, self._places[rank].host, host)
-        self._places[rank] = _Place(group, 0, host)
-
-    def _options(self, rank: int, share: float) -> dict[str, Any]:
-        place = self._places[rank]
-        on_gpu = self._plan.device == "cuda"
-        return {
-            "lifetime": "detached",
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=place.group, placement_group_bundle_index=place.bundle
-            ),
-            "num_cpus": 0.0 if on_gpu else share,
-            "num_gpus": share if on_gpu else 0.0,
-        }
-
-    # ---- spares ----------------------------------------------------------------------------------------------------
-
-    def _keep_spares(self, now_s: float) -> None:
-        """As many as wanted on each host of the gang, each with its lease renewed. Ray shows no GPU to a process that
-        was not given one, so on GPUs there are none."""
-        if not self._plan.spare_ranks or self._plan.device == "cuda":
-            return
-        for rank, place in enumerate(self._places):
-            spares = self._spares.setdefault(place.host, [])
-            while len(spares) < self._plan.spare_ranks:
-                name = f"remuda-spare-{self.replica_id}-{uuid.uuid4().hex[:12]}"
-                actor = RankActor.options(name=name, **self._options(rank, 0.0)).remote()
-                spares.append(_Spare(actor, actor.stand_by.remote(), now_s))
-            for spare in [spare for spare in spares if now_s > spare.asked_s + RANK_LEASE_S / 3]:
-                if _has_answered(spare.ready):
-                    spare.ready, spare.asked_s = spare.actor.stand_by.remote(), now_s
-                elif now_s > spare.asked_s + RANK_LEASE_S:
-                    spares.remove(spare)
-                    ray.kill(spare.actor, no_restart=True)
-
-    def _take_spare(self, host: str) -> Any:
-        """None where none is ready there."""
-        spares = self._spares.get(host, [])
-        for spare in list(spares):
-            if _has_answered(spare.ready):
-                spares.remove(spare)
-                return spare.actor
-        return None
 
     # ---- from outside ----------------------------------------------------------------------------------------------
 
@@ -437,30 +337,14 @@ class Supervisor:
                 ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
             except (RayError, ValueError) as error:
                 _log.warning("replica %s: the leader did not stop: %s", self.replica_id, _reason(error))
-        spares = [spare.actor for spares in self._spares.values() for spare in spares]
-        for actor in [self._leader, *self._actors.values(), *spares]:
+        for actor in [self._leader, *self._actors.values()]:
             if actor is not None:
                 ray.kill(actor, no_restart=True)
-        for group in {place.group.id: place.group for place in self._places}.values():
-            remove_placement_group(group)
+        if self._places is not None:
+            self._places.release()
         if self._rendezvous is not None:
             self._rendezvous.close()
-        self._leader, self._actors, self._places, self._rendezvous = None, {}, [], None
-
-
-def _living_hosts() -> set[str]:
-    return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-
-
-def _has_answered(reference: Any) -> bool:
-    answered, _ = ray.wait([reference], timeout=0)
-    if not answered:
-        return False
-    try:
-        ray.get(reference)
-    except RayError:
-        return False
-    return True
+        self._leader, self._actors, self._places, self._rendezvous = None, {}, None, None
 
 
 def _reason(error: Exception) -> str:

@@ -145,9 +145,10 @@ class Rank:
     def device(self) -> torch.device:
         return self._device
 
-    @property
-    def import_seconds(self) -> float:
-        return self._import_seconds
+    def take_import_seconds(self) -> float:
+        """0 in all formations but the first."""
+        taken, self._import_seconds = self._import_seconds, 0.0
+        return taken
 
     @property
     def grammars(self) -> GrammarMasks:
@@ -161,7 +162,7 @@ class _Startup:
         self._channel = channel
         self._end = end
         self._device = rank.device
-        self._phase_seconds = {"import": rank.import_seconds}
+        self._phase_seconds = {"import": rank.take_import_seconds()}
         self._last_progress = 0.0
 
     def run(self) -> ReadyRank | None:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.served import Served
+from tests.support.served import Served, processes_with
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -69,6 +69,17 @@ REQUESTS: list[dict[str, Any]] = [
 ]
 
 
+def wait_until_served(server: Served) -> None:
+    """A request is answered: the gang, and its leader, serve."""
+    deadline_s = time.monotonic() + REPAIR_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        body = {"model": "remuda-tiny", "prompt": "Once", "max_tokens": 2}
+        if httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == httpx.codes.OK:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"not repaired within {REPAIR_TIMEOUT_S:g} s:\n{server.log.read_text()}")
+
+
 def streams_of(server: Served) -> list[Stream]:
     streams = [Stream(server, **options) for options in REQUESTS]
     for stream in streams:
@@ -90,9 +101,7 @@ def pids(server: Served) -> list[int]:
 
 
 @pytest.mark.parametrize("victim", [1, 0])
-def test_a_killed_rank_is_replaced_and_streams_go_on(
-    server: Served, unfaulted: list[list[int]], victim: int
-) -> None:
+def test_a_killed_rank_is_replaced_and_streams_go_on(server: Served, unfaulted: list[list[int]], victim: int) -> None:
     before = pids(server)
     streams = streams_of(server)
     for stream in streams:
@@ -106,3 +115,29 @@ def test_a_killed_rank_is_replaced_and_streams_go_on(
     after = pids(server)
     assert after[1 - victim] == before[1 - victim], "the survivor keeps its process"
     assert after[victim] != before[victim]
+
+
+def test_an_idle_gang_is_repaired_too(server: Served) -> None:
+    before = pids(server)
+    os.kill(before[0], signal.SIGKILL)
+    deadline_s = time.monotonic() + REPAIR_TIMEOUT_S
+    while pids(server)[0] == before[0]:
+        assert time.monotonic() < deadline_s, server.log.read_text()
+        time.sleep(0.2)
+    assert pids(server)[1] == before[1]
+    wait_until_served(server)
+
+
+def test_a_killed_leader_is_replaced_beside_living_ranks(server: Served, unfaulted: list[list[int]]) -> None:
+    before = pids(server)
+    (leader,) = [process for process in processes_with(server.mark) if process.name().startswith("remuda: leader")]
+    streams = streams_of(server)
+    for stream in streams:
+        assert stream.begun.wait(60)
+    leader.kill()
+    for stream in streams:
+        stream.join(REPAIR_TIMEOUT_S)
+        assert not stream.is_alive()
+    assert [stream.errors for stream in streams] == [[]] * len(streams)
+    assert [stream.token_ids for stream in streams] == unfaulted
+    assert pids(server) == before, "the ranks keep their processes"

@@ -1,0 +1,170 @@
+"""Where a replica's actors go, and the ones that stand by: all that the supervisor asks of Ray to have a process."""
+
+import logging
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.errors import StartFailed
+from cluster.replica.actor import RANK_LEASE_S, LeaderActor, RankActor
+from cluster.replica.placed_rank import PlacedRank
+
+_log = logging.getLogger(__name__)
+
+MOVE_TIMEOUT_S = 20.0
+"""How long Ray may take to find another host for a rank."""
+_SMALL_SHARE = 0.001
+"""Of a node's own ``node:IP`` resource: pins a bundle to that host."""
+
+
+class NotReserved(StartFailed):
+    """The places that a gang was to have were not free."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank's process goes: a bundle of a placement group, on a host."""
+
+    group: PlacementGroup
+    bundle: int
+    host: str
+
+
+@dataclass
+class _Spare:
+    """A process that stands by. ``ready``: Ray's reference of its answer."""
+
+    actor: Any
+    ready: Any
+    asked_s: float
+
+
+class ActorPlaces:
+    """The places of one replica's ranks; they are reserved at construction.
+
+    Args:
+        name: of the replica, for its actors' names.
+        on_gpu: a rank takes a GPU; otherwise a CPU slot.
+        num_spares: that stand by on each host.
+        timeout_s: how long Ray may take to reserve the places.
+
+    Raises NotReserved; nothing was created then.
+    """
+
+    def __init__(self, name: str, ranks: list[PlacedRank], on_gpu: bool, num_spares: int, timeout_s: float) -> None:
+        self._name = name
+        self._on_gpu = on_gpu
+        # Ray shows no GPU to a process that was not given one.
+        self._num_spares = 0 if on_gpu else num_spares
+        self._device = "GPU" if on_gpu else "CPU"
+        group = self._reserve([{self._device: 1.0, f"node:{placed.host}": _SMALL_SHARE} for placed in ranks], timeout_s)
+        self._places = [_Place(group, placed.rank, placed.host) for placed in ranks]
+        self._spares: dict[str, list[_Spare]] = {}
+        """By host."""
+
+    @property
+    def hosts(self) -> list[str]:
+        """Each rank's."""
+        return [place.host for place in self._places]
+
+    def new_leader(self, config: bytes) -> Any:
+        """Beside rank 0, whose place must be on a living host."""
+        return LeaderActor.options(name=self._actor_name("leader"), **self._options(0, 0.0)).remote(config)
+
+    def new_rank(self, rank: int) -> Any:
+        """A spare where one is ready on the rank's host. Raises NotReserved where there is no place."""
+        self.find(rank)
+        spare = self._take_spare(self._places[rank].host)
+        if spare is not None:
+            return spare
+        return RankActor.options(name=self._actor_name(f"rank-{rank}"), **self._options(rank, 1.0)).remote()
+
+    def _actor_name(self, role: str) -> str:
+        return f"remuda-{self._name}-{role}-{uuid.uuid4().hex[:12]}"
+
+    def _reserve(self, bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
+        name = f"remuda-{self._name}-{uuid.uuid4().hex[:12]}"
+        group = placement_group(bundles, strategy="PACK", name=name, lifetime="detached")
+        try:
+            ray.get(group.ready(), timeout=timeout_s)
+        except GetTimeoutError:
+            remove_placement_group(group)
+            raise NotReserved(
+                f"Ray did not reserve {len(bundles)} × {self._device} for replica {self._name} within "
+                f"{timeout_s:.0f} s; something else holds them, see ray status"
+            ) from None
+        return group
+
+    def find(self, rank: int) -> None:
+        """Another host, where the rank's own is gone. Raises NotReserved."""
+        if self._places[rank].host in living_hosts():
+            return
+        group = self._reserve([{self._device: 1.0}], MOVE_TIMEOUT_S)
+        node_id = placement_group_table(group)["bundles_to_node_id"][0]
+        host = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+        _log.warning("replica %s: rank %d moves from %s to %s", self._name, rank, self._places[rank].host, host)
+        self._places[rank] = _Place(group, 0, host)
+
+    def _options(self, rank: int, share: float) -> dict[str, Any]:
+        place = self._places[rank]
+        return {
+            "lifetime": "detached",
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=place.group, placement_group_bundle_index=place.bundle
+            ),
+            "num_cpus": 0.0 if self._on_gpu else share,
+            "num_gpus": share if self._on_gpu else 0.0,
+        }
+
+    def keep_spares(self, now_s: float) -> None:
+        """As many as wanted on each host of the gang, each with its lease renewed."""
+        for rank, place in enumerate(self._places):
+            spares = self._spares.setdefault(place.host, [])
+            while len(spares) < self._num_spares:
+                name = self._actor_name("spare")
+                actor = RankActor.options(name=name, **self._options(rank, 0.0)).remote()
+                spares.append(_Spare(actor, actor.stand_by.remote(), now_s))
+            for spare in [spare for spare in spares if now_s > spare.asked_s + RANK_LEASE_S / 3]:
+                if _has_answered(spare.ready):
+                    spare.ready, spare.asked_s = spare.actor.stand_by.remote(), now_s
+                elif now_s > spare.asked_s + RANK_LEASE_S:
+                    spares.remove(spare)
+                    ray.kill(spare.actor, no_restart=True)
+
+    def _take_spare(self, host: str) -> Any:
+        """None where none is ready there."""
+        spares = self._spares.get(host, [])
+        for spare in list(spares):
+            if _has_answered(spare.ready):
+                spares.remove(spare)
+                return spare.actor
+        return None
+
+    def release(self) -> None:
+        """End the spares and give the places back."""
+        for spares in self._spares.values():
+            for spare in spares:
+                ray.kill(spare.actor, no_restart=True)
+        for group in {place.group.id: place.group for place in self._places}.values():
+            remove_placement_group(group)
+
+
+def living_hosts() -> set[str]:
+    """Addresses."""
+    return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def _has_answered(reference: Any) -> bool:
+    answered, _ = ray.wait([reference], timeout=0)
+    if not answered:
+        return False
+    try:
+        ray.get(reference)
+    except RayError:
+        return False
+    return True
