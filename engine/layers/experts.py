@@ -222,7 +222,7 @@ class StackedExperts(Experts):
         shards = zip(
             inner.chunk(self._num_shards, 1), self.down_weights[expert].chunk(self._num_shards, 1), strict=True
         )
-        return tree_sum(torch.stack([self._multiply(part, weight.contiguous()) for part, weight in shards]))
+        return tree_sum(self._multiply(part, weight.contiguous()) for part, weight in shards)
 
 
 class QuantizedExperts(Experts):

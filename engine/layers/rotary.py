@@ -12,6 +12,9 @@ from engine.batch import ForwardBatch
 from engine.kernels.elementwise import rotate_halves, rotate_pairs
 from engine.rope_config import RopeConfig, RopeType
 
+_VECTOR = 32
+"""Numbers of float32, two vectors of them, which torch's kernels take together."""
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -139,7 +142,9 @@ def _dynamic_frequencies(config: RopeConfig, lengths: torch.Tensor) -> torch.Ten
     original = config.original_max_positions
     ratio = lengths.clamp(min=original) / original
     growth = config.factor * ratio - (config.factor - 1)
-    bases = config.theta * growth ** (config.head_dim / (config.head_dim - 2))
+    # A whole vector of each: torch's power of what is left over of vectors differs, and that depends on the batch.
+    powers = growth.repeat(1, _VECTOR) ** (config.head_dim / (config.head_dim - 2))
+    bases = config.theta * powers[:, :1]
     return 1.0 / (bases ** _exponents(config).to(lengths.device))
 
 

@@ -5,6 +5,8 @@ pairs and so on, in float32. A rank has 1/2ⁿ of the shards, neighbouring ones:
 on one number in place of its shards' and the sum comes out the same, bit for bit, on 1, 2 or 4 ranks.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from engine.config import Determinism
@@ -27,12 +29,14 @@ def sum_over_ranks(summand: torch.Tensor, mesh: Mesh, dtype: torch.dtype) -> tor
     return total.to(dtype)
 
 
-def tree_sum(summands: torch.Tensor) -> torch.Tensor:
-    """[S, ...], S a power of two, to [...] float32."""
-    summands = summands.float()
-    while len(summands) > 1:
-        summands = summands[0::2] + summands[1::2]
-    return summands[0]
+def tree_sum(summands: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Of S tensors of one shape, S a power of two, in float32."""
+    level = list(summands)
+    if len(level) == 1:
+        return level[0].float()
+    while len(level) > 1:
+        level = [torch.add(left, right.float()) for left, right in zip(level[0::2], level[1::2], strict=True)]
+    return level[0]
 
 
 def reduce_branches(branch: torch.Tensor, axis: Collectives) -> torch.Tensor:
@@ -41,4 +45,4 @@ def reduce_branches(branch: torch.Tensor, axis: Collectives) -> torch.Tensor:
     if axis.size == 1:
         return branch
     gathered = axis.all_gather_last_dim(branch)
-    return tree_sum(gathered.unflatten(1, (axis.size, -1)).transpose(0, 1))
+    return tree_sum(gathered.chunk(axis.size, dim=1))

@@ -38,7 +38,7 @@ class ShardedMatrix(WeightMatrix):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, in] to [T, out] float32: each shard's summand is rounded, their sum is not."""
         parts = hidden.chunk(len(self.shards), dim=-1)
-        return tree_sum(torch.stack([shard.forward(part) for shard, part in zip(self._each(), parts, strict=True)]))
+        return tree_sum(shard.forward(part) for shard, part in zip(self._each(), parts, strict=True))
 
     def _each(self) -> list[WeightMatrix]:
         return [shard for shard in self.shards if isinstance(shard, WeightMatrix)]

@@ -44,12 +44,17 @@ _LLAMA4: dict[str, Any] = _COMMON | {
     "pad_token_id": None,
 }
 _MIXTRAL = _COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 48}
+_DYNAMIC = {
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0},
+}
 _ODD = {"hidden_size": 72, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 18, "intermediate_size": 100}
 
 
 def _configs() -> dict[str, transformers.PretrainedConfig]:
     return {
         "Llama 3": transformers.LlamaConfig(**_COMMON | {"rope_parameters": _SCALED_ROPE}),
+        "Llama, dynamic rope": transformers.LlamaConfig(**_COMMON | _DYNAMIC),
         "Llama 4": transformers.Llama4TextConfig(**_LLAMA4),
         "Mixtral": transformers.MixtralConfig(**_MIXTRAL),
         "Llama 3, odd": transformers.LlamaConfig(**_COMMON | _ODD),

@@ -24,7 +24,9 @@ from tests.determinism.models import MODELS, save_model
 from tests.determinism.test_determinism import FORMATS, LAYOUTS
 from tests.determinism.ways import ALONE, PAIR, WAYS, Observed, Setting, Way, first_difference, observe_gang
 
-_BATCH, _CONTEXT, _PREFILL = 8, 128, 512
+_DECODES = ((8, 128), (4, 1000))
+"""Requests, and positions of each."""
+_PREFILL = 512
 _NUM_STEPS = 8
 
 
@@ -97,24 +99,35 @@ def _cost(console: Console, model: Path, tp: int) -> None:
     """In bfloat16, one mode after another."""
     seconds = {mode: _seconds(model, tp, mode) for mode in Determinism}
     table = Table(title=f"{model.name}, tp={tp}: tokens/s, and the ratio to the same without")
-    for column in ("mode", f"decode, {_BATCH} requests", "ratio", f"prefill of {_PREFILL}", "ratio"):
-        table.add_column(column)
-    for mode, (decode, prefill) in seconds.items():
-        plain_decode, plain_prefill = seconds[Determinism.OFF]
-        rates = f"{_BATCH / decode:.1f}", f"{plain_decode / decode:.2f}"
-        table.add_row(mode.value, *rates, f"{_PREFILL / prefill:.0f}", f"{plain_prefill / prefill:.2f}")
+    table.add_column("mode")
+    for batch, context in _DECODES:
+        table.add_column(f"{batch} decode at {context}")
+        table.add_column("ratio")
+    table.add_column(f"prefill of {_PREFILL}")
+    table.add_column("ratio")
+    numbers = [batch for batch, _ in _DECODES] + [_PREFILL]
+    for mode, found in seconds.items():
+        cells = [
+            cell
+            for number, ours, plain in zip(numbers, found, seconds[Determinism.OFF], strict=True)
+            for cell in (f"{number / ours:.1f}", f"{plain / ours:.2f}")
+        ]
+        table.add_row(mode.value, *cells)
     console.print(table)
 
 
-def _seconds(model: Path, tp: int, mode: Determinism) -> tuple[float, float]:
-    """Of a decoding step, and of a prefill."""
+def _seconds(model: Path, tp: int, mode: Determinism) -> list[float]:
+    """Of decoding steps, and of a prefill."""
     steps = GangSteps(model, tp, None, InProcessExecutor if tp == 1 else ProcessGang, mode)
     try:
         steps.admit(range(1), _PREFILL)
         prefill = median(steps.admit(range(1), _PREFILL) for _ in range(3))
-        steps.admit(range(_BATCH), _CONTEXT)
-        steps.decode()
-        return median(steps.decode() for _ in range(_NUM_STEPS)), prefill
+        decodes = []
+        for batch, context in _DECODES:
+            steps.admit(range(batch), context)
+            steps.decode()
+            decodes.append(median(steps.decode() for _ in range(_NUM_STEPS)))
+        return [*decodes, prefill]
     finally:
         steps.gang.close()
         gc.collect()

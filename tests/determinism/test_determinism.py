@@ -14,6 +14,7 @@ LAYOUTS = {
     "Llama 3": [(2, 1, 1), (4, 1, 1), (1, 1, 2), (2, 1, 2)],
     "Llama 4": [(2, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 4, 1), (2, 2, 2)],
     "Mixtral": [(2, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 4, 1), (2, 1, 2)],
+    "Llama, dynamic rope": [(2, 1, 1)],
     "Llama 3, odd": [(2, 1, 1), (4, 1, 1)],
     "Mixtral, odd": [(2, 2, 1), (4, 1, 1), (4, 2, 1)],
 }
@@ -40,6 +41,7 @@ def test_without_the_mode_the_ways_differ(checkpoints: Path) -> None:
     [
         ("Llama 3", torch.bfloat16, True),
         ("Llama 3", torch.float32, False),
+        ("Llama, dynamic rope", torch.float32, False),
         ("Llama 4", torch.bfloat16, True),
         ("Mixtral", torch.bfloat16, False),
         ("Mixtral, odd", torch.bfloat16, True),
@@ -78,6 +80,18 @@ def test_d1_in_all_ways(checkpoints: Path, name: str, dtype: torch.dtype, native
     for tp in (1, 2):
         found = observe_gang(setting(checkpoints, name, dtype, Determinism.D1, native=native, tp=tp), WAYS)
         assert first_difference(found, found[ALONE][-1]) is None
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("name", ["Llama 4", "Mixtral", "Mixtral, odd"])
+@pytest.mark.parametrize(("tp", "ep"), [(1, 2), (2, 2)])
+def test_d1_beside_another_attention_replica(
+    checkpoints: Path, name: str, dtype: torch.dtype, tp: int, ep: int
+) -> None:
+    """Whose tokens, always others, meet this one's at the experts."""
+    found = observe_gang(setting(checkpoints, name, dtype, Determinism.D1, tp=tp, ep=ep, dp=2), PAIR)
+    assert first_difference(found, found[ALONE][-1]) is None
 
 
 @pytest.mark.full

@@ -1,7 +1,7 @@
 """Ways to compute one and the same request, and what came out of each, for comparison bit by bit."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def observe(driver: ModelDriver, way: Way, prompt_length: int) -> list[Observed]
         if way.restarts and not done and len(target.token_ids) == prompt_length + NUM_NEW // 2:
             done.append(_observed(driver, target))
             driver.release(target)
-            target = driver.add(target.token_ids)
+            target = replace(driver.add(target.token_ids), num_prompt_tokens=prompt_length)
     driver.release(target)
     crowd.leave()
     return [*done, _observed(driver, target)]
@@ -98,7 +98,7 @@ class _Crowd:
 
     def __init__(self, driver: ModelDriver, size: int) -> None:
         self._driver, self._size = driver, size
-        self._random = random.Random(size)
+        self._random = random.Random(f"{size} {driver.mesh.dp_rank}")
         self._live: list[Stream] = []
 
     def step(self, target: tuple[Stream, int]) -> None:
@@ -130,18 +130,19 @@ class Setting:
     tp: int = 1
     ep: int = 1
     pp: int = 1
+    dp: int = 1
     prompt_length: int = PROMPT_LENGTH
     quantization: str | None = None
 
     @property
     def num_ranks(self) -> int:
-        return self.tp * self.pp
+        return self.tp * self.pp * self.dp
 
 
 def observe_gang(setting: Setting, ways: tuple[Way, ...], timeout_s: float = 120.0) -> dict[Way, list[Observed]]:
     """What the sampling rank of a gang of processes saw."""
     found = run_ranks(observe_on_rank, setting.num_ranks, setting, ways, timeout_s=timeout_s)
-    sampling: dict[Way, list[Observed]] = found[setting.tp * (setting.pp - 1)]
+    sampling: dict[Way, list[Observed]] = found[setting.tp * setting.dp * (setting.pp - 1)]
     return sampling
 
 
@@ -152,7 +153,7 @@ def observe_on_rank(context: RankContext, setting: Setting, ways: tuple[Way, ...
         native._PATH = Path("/nowhere")
     torch.set_num_threads(1)
     config = ModelConfig.from_directory(setting.directory, setting.quantization)
-    layout = ParallelConfig(tp=setting.tp, ep=setting.ep, pp=setting.pp)
+    layout = ParallelConfig(tp=setting.tp, ep=setting.ep, pp=setting.pp, dp=setting.dp)
     parallel = deterministic_layout(config, layout, setting.determinism)
     device = torch.device("cpu")
     mesh = Mesh(parallel)
