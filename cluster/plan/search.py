@@ -100,9 +100,18 @@ class LayoutSearch:
         tp, pp, dp = fixed.tp or 1, fixed.pp or 1, fixed.dp or 1
         if tp * pp * dp > machines.num_devices:
             return f"tp × pp × dp = {tp} × {pp} × {dp} needs {tp * pp * dp} devices; there are {machines.num_devices}"
-        layout = ParallelConfig(tp=tp, pp=pp, dp=dp, ep=(fixed.ep or 1) if fixed.tp else 1)
-        why = refusal(self._shapes.config, layout) or self._ep_refusal(fixed.ep) or f"{machines} cannot be divided so"
+        ep = (fixed.ep or 1) if fixed.tp else 1
+        why = refusal(self._shapes.config, ParallelConfig(tp=tp, pp=pp, dp=dp, ep=ep)) or self._ep_refusal(fixed.ep)
+        why = why or self._balancing_refusal(fixed) or f"{machines} cannot be divided so"
         return f"no layout has the degrees asked for: {why}"
+
+    def _balancing_refusal(self, fixed: Degrees) -> str | None:
+        if not fixed.balances_experts:
+            return None
+        return (
+            f"--enable-eplb needs ep above 1, and ep must divide num-redundant-experts={fixed.num_redundant_experts}; "
+            f"ep is {fixed.ep or 'free'}"
+        )
 
     def _ep_refusal(self, ep: int | None) -> str | None:
         """What stands against so many expert-parallel ranks, whatever the other degrees are."""
