@@ -54,6 +54,8 @@ class BalanceConfig:
 
 
 class _Phase(Enum):
+    PLANNED = auto()
+    """No plan has said it yet."""
     STAGING = auto()
     READY = auto()
     FAILED = auto()
@@ -67,10 +69,10 @@ class _Move:
     layer: int
     placement: ExpertPlacement
     num_experts: int
-    deadline_s: float
     awaited: set[int]
     """Ranks."""
-    phase: _Phase = _Phase.STAGING
+    deadline_s: float = 0.0
+    phase: _Phase = _Phase.PLANNED
     bytes_per_s: float = float("inf")
     """Of the slowest rank."""
 
@@ -130,32 +132,35 @@ class ExpertBalancer:
     @property
     def is_moving(self) -> bool:
         """Whether ranks read, or have read, what no plan has used yet."""
-        return self._move is not None and self._move.phase is not _Phase.USED
+        return self._move is not None and self._move.phase not in (_Phase.PLANNED, _Phase.USED)
 
     @property
     def has_changes(self) -> bool:
         """Whether the next plan may have to carry something."""
-        move = self._move
-        return bool(self._queue) if move is None else move.phase in (_Phase.READY, _Phase.FAILED)
+        return self._move is not None and self._move.phase not in (_Phase.STAGING, _Phase.USED)
 
     def take_changes(self, *, may_move: bool) -> list[ExpertChange]:
-        """For the plan that is being made. ``may_move``: nothing stands against a move now (no adapter is loaded)."""
+        """For the plan that is being made, where it ``has_changes``. ``may_move``: nothing stands against a move now (no
+        adapter is loaded)."""
         move = self._move
-        if not may_move:
-            self._queue.clear()
-        if move is None:
-            return self._next_move() if self._queue else []
+        assert move is not None and self.has_changes
+        if move.phase is _Phase.PLANNED and may_move:
+            move.phase, move.deadline_s = _Phase.STAGING, self._clock() + _MOVE_TIMEOUT_S
+            return [StageExperts(move.number, _message(move.layer, move.placement))]
         if move.phase is _Phase.READY and may_move:
             move.phase = _Phase.USED
             self.table += 1
             return [UseExperts(move.number)]
-        if move.phase in (_Phase.READY, _Phase.FAILED):
-            self._move = None
-            return [DropExperts(move.number)]
-        return []
+        self._move = None
+        if not may_move:
+            self._queue.clear()
+        return [] if move.phase is _Phase.PLANNED else [DropExperts(move.number)]
 
     def returned(self, plan: StepPlan, result: StepResult) -> None:
-        """``plan`` has returned; ``result`` has all ranks' news of experts."""
+        """``plan`` has returned; ``result`` has all ranks' news of experts.
+
+        May take some milliseconds, in which ranks compute the next plan: one layer is looked at in each call.
+        """
         for loads in result.expert_loads:
             self._count(loads)
         if result.expert_loads:
@@ -167,6 +172,8 @@ class ExpertBalancer:
             self._wait_for(move, result.expert_outcomes)
         if self._clock() >= self._look_at_s and self._move is None:
             self._look()
+        if self._queue and self._move is None:
+            self._move = self._next_move()
 
     def restart(self) -> None:
         """A new epoch begins with ``placements``; a move that was not done is forgotten."""
@@ -215,8 +222,8 @@ class ExpertBalancer:
         if self._layout.moves:
             self._queue.extend(sorted(self._layers, key=lambda number: -max(self._layers[number].ranks.values)))
 
-    def _next_move(self) -> list[ExpertChange]:
-        """One layer is looked at for each plan, for a look takes a while."""
+    def _next_move(self) -> _Move | None:
+        """For the next layer, if it is worth it."""
         number = self._queue.popleft()
         layer = self._layers[number]
         loads = layer.experts.values
@@ -226,18 +233,16 @@ class ExpertBalancer:
         per_s = [load / elapsed_s for load in loads]
         gain = imbalance(layer.placement, loads) - imbalance(placement, loads)
         if gain < self._config.least_gain or not is_worth_moving(layer.placement, placement, per_s, self._cost()):
-            return []
+            return None
         first = layer.stage * self._layout.ranks_per_stage
-        self._move = _Move(
+        self._num_begun += 1
+        return _Move(
             number=self._num_begun,
             layer=number,
             placement=placement,
             num_experts=len(moves(layer.placement, placement)),
-            deadline_s=self._clock() + _MOVE_TIMEOUT_S,
             awaited=set(range(first, first + self._layout.ranks_per_stage)),
         )
-        self._num_begun += 1
-        return [StageExperts(self._move.number, _message(number, placement))]
 
     def _cost(self) -> MoveCost:
         """A pair takes the experts' share of the steps' time, divided by what the most loaded ranks had to do."""
