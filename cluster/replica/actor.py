@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import ray
 
-from cluster.replica.config import choose_network
+from cluster.replica.config import choose_network, quiet_torch
 from cluster.replica.leader import Leader, LeaderConfig
 from cluster.replica.model_source import ModelSource
 from engine.executor.formations import Formations
@@ -25,6 +25,7 @@ class Rank:
     """A process with one shard, or one that stands by to become one."""
 
     def __init__(self) -> None:
+        quiet_torch()
         self._formations = Formations(RANK_LEASE_S)
         self._begun = threading.Event()
         self._last_call_s: float | None = None

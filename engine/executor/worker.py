@@ -40,8 +40,6 @@ def run_worker(formations: Formations) -> None:
     waits for the next one. Any other is this rank's own: it is raised, and the process should then exit with status 1.
     Where the leader is gone and the rank hangs, the process ends itself.
     """
-    # torch's store warns on the terminal whenever a formation's store ends before its ranks do.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     life, failure = _Life(), None
     while (config := formations.take()) is not None:
         setproctitle.setproctitle(f"remuda: rank {config.rank}")

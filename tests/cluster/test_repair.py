@@ -130,7 +130,8 @@ def test_an_idle_gang_is_repaired_too(server: Served) -> None:
 
 def test_a_killed_leader_is_replaced_beside_living_ranks(server: Served, unfaulted: list[list[int]]) -> None:
     before = pids(server)
-    (leader,) = [process for process in processes_with(server.mark) if process.name().startswith("remuda: leader")]
+    leaders = [process for process in processes_with(server.mark) if "remuda: leader" in " ".join(process.cmdline())]
+    (leader,) = leaders
     streams = streams_of(server)
     for stream in streams:
         assert stream.begun.wait(60)
