@@ -11,7 +11,7 @@ from engine.executor.watchdog import RankState
 from engine.progress import NO_LAYER, Axis, Operation
 from tests.parity.architectures import make_reference
 from tests.parity.reference import Reference
-from tests.support.gang_engine import GangEngine, gang_engine, make_request
+from tests.support.gang_engine import ForkedGangEngine, GangEngine, gang_engine, make_request
 
 pytestmark = pytest.mark.timeout(90)
 NAMED_WITHIN_S = 2.0
@@ -29,12 +29,25 @@ def step_until_it_fails(served: GangEngine) -> RankFailure:
     return failure.value
 
 
+def check_counters(served: ForkedGangEngine, prompt: list[int]) -> None:
+    """They follow the steps, are the same on all ranks, and rest between requests."""
+    assert served.run([make_request("first", prompt, max_tokens=5)])["first"]
+    samples = [report.sample for report in served.gang.reports()]
+    num_steps = served.engine.stats().num_steps
+    for sample in samples:
+        assert (sample.step, sample.operation, sample.layer) == (num_steps - 1, Operation.IDLE, NO_LAYER)
+        assert sample.axes[Axis.TP].entered == samples[0].axes[Axis.TP].entered > 5
+        assert not sample.waits
+    assert {report.state for report in served.gang.reports()} == {RankState.IDLE}
+
+
 @pytest.mark.parametrize("tp", [2, 4])
 def test_a_stopped_rank_is_named_within_two_seconds(
     dense: Reference, tp: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stopped = tp - 1
     with gang_engine(dense, tp=tp, kv_cache_memory_bytes=2**24) as served:
+        check_counters(served, dense.prompts[0])
         for name in ("a", "b"):
             served.engine.add(make_request(name, dense.prompts[0], max_tokens=40))
         for _ in range(20):
@@ -58,16 +71,3 @@ def test_a_stopped_rank_is_named_within_two_seconds(
             Operation.BROADCAST,
         )
         process.kill()
-
-
-def test_counters_follow_the_steps_and_rest_between_them(dense: Reference) -> None:
-    with gang_engine(dense, tp=2) as served:
-        outputs = served.run([make_request("a", dense.prompts[0], max_tokens=5)])
-        assert outputs["a"]
-        samples = [report.sample for report in served.gang.reports()]
-        num_steps = served.engine.stats().num_steps
-        for sample in samples:
-            assert (sample.step, sample.operation, sample.layer) == (num_steps - 1, Operation.IDLE, NO_LAYER)
-            assert sample.axes[Axis.TP].entered == samples[0].axes[Axis.TP].entered > 5
-            assert sample.axes[Axis.TP].waits_in == 0
-        assert {report.state for report in served.gang.reports()} == {RankState.IDLE}

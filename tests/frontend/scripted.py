@@ -61,6 +61,11 @@ class ScriptedBackend:
     def replicas(self) -> Sequence[ReplicaInfo]:
         return self.infos
 
+    async def dump(self, replica: str) -> AsyncGenerator[bytes, None]:
+        """The name of the replica, in two parts."""
+        for part in (replica[:1], replica[1:]):
+            yield part.encode()
+
     async def drain(self, replica: str) -> None:
         if replica not in {info.id for info in self.infos}:
             raise InvalidRequest(f"there is no replica {replica!r}", "replica")

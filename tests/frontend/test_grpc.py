@@ -198,6 +198,13 @@ async def test_a_deadline_that_has_passed_is_no_bad_field() -> None:
         call_of(chat(), -0.1)
 
 
+async def test_admin_passes_a_flight_record_on() -> None:
+    async with served(Gate(after=[])) as one:
+        admin = admin_pb2_grpc.AdminStub(one.channel)
+        parts = [part.data async for part in admin.DumpRecord(admin_pb2.DumpReplicaRecordRequest(replica="r0"))]
+        assert parts == [b"r", b"0"]
+
+
 async def test_admin_shows_and_drains() -> None:
     gate = Gate(after=[300])
     async with served(gate) as one:
