@@ -29,6 +29,7 @@ from cluster.replica.events import (
     PhaseStarted,
     RankLoaded,
     RankPlaced,
+    Repairing,
     ReplicaReady,
 )
 
@@ -105,7 +106,10 @@ class StartProgress:
             done, total = (sum(column) for column in zip(*self._loading.values(), strict=True))
             self._bar.update(self._task, completed=done, total=total or None)
         elif isinstance(event, RankPlaced):
+            self.ranks = [rank for rank in self.ranks if (rank.replica, rank.rank) != (event.replica, event.rank)]
             self.ranks.append(event)
+        elif isinstance(event, Repairing):
+            self._console.print(f"  {event.replica}: {event.message}; starting again what is lost", markup=False)
         elif isinstance(event, MemoryPlanned):
             self._planned = event
         elif isinstance(event, Notice):

@@ -142,3 +142,21 @@ def test_a_killed_leader_is_replaced_beside_living_ranks(server: Served, unfault
     assert [stream.errors for stream in streams] == [[]] * len(streams)
     assert [stream.token_ids for stream in streams] == unfaulted
     assert pids(server) == before, "the ranks keep their processes"
+
+
+@pytest.mark.full
+def test_a_rank_killed_while_it_starts_is_replaced_and_the_server_becomes_ready(tmp_path: Path) -> None:
+    server = Served(("remuda-tiny", "--tp", "2"), tmp_path / "serve.log")
+    server.start()
+    try:
+        deadline_s = time.monotonic() + REPAIR_TIMEOUT_S
+        while not (starting := [each for each in processes_with(server.mark) if "remuda: rank 1" in each.cmdline()[0]]):
+            assert time.monotonic() < deadline_s, server.log.read_text()
+            time.sleep(0.05)
+        starting[0].kill()
+        server.wait_ready()
+        assert starting[0].pid not in pids(server)
+        wait_until_served(server)
+    finally:
+        server.stop()
+    assert server.left_processes() == []
