@@ -28,6 +28,7 @@ ALLOWED_NAMES = {("random", "Random")}
 ENVIRONMENT_READERS = {
     "cluster/control/launch.py": "torch reads how much to say on the terminal from this process's environment",
     "cluster/control/ray_node.py": "passes this process's environment, cleaned, to the Ray node it starts",
+    "cluster/replica/record_file.py": "where a user's programs keep state is the system's convention, not an option",
     "cluster/control/ray_runtime.py": "Ray reads its settings from this process's environment",
 }
 
