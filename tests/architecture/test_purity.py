@@ -18,6 +18,8 @@ PURE = (
     "cluster/control/placement",
     "cluster/control/autoscal",
     "engine/parallel/expert_balance",
+    "engine/executor/watchdog",
+    "engine/executor/step_times",
 )
 IMPURE_MODULES = {"time", "random", "secrets", "uuid", "datetime"}
 IMPURE_ATTRIBUTES = {("asyncio", "sleep"), ("numpy", "random"), ("np", "random"), ("os", "urandom")}
