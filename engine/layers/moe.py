@@ -80,6 +80,12 @@ class MixtureOfExperts(nn.Module):
             return hidden  # no other rank of the dp group has anything to add up either
         if shared is None and self._is_replicated:
             return sum_over_ranks(routed, self._mesh, hidden.dtype)
+        if shared is not None and self._is_deterministic and not self._is_replicated:
+            # Which rank has a token's share depends on the batch: it is not to be added to that rank's summand.
+            both = torch.cat((shared, torch.zeros_like(hidden)), dim=1)
+            both[share, hidden.shape[1] :] = routed
+            whole, routed = sum_over_ranks(both, self._mesh, hidden.dtype).chunk(2, dim=1)
+            return whole + routed
         output = torch.zeros_like(hidden) if shared is None else shared
         output[share] += routed
         return sum_over_ranks(output, self._mesh, hidden.dtype)
