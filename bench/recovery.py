@@ -28,7 +28,7 @@ PROMPT_TOKENS = 128
 WINDOW_S = 6.0
 """Of the throughput before and after."""
 SETTLE_S = 8.0
-"""Before the kill: a spare imports meanwhile."""
+"""Before either window: a spare, at first or in place of the one that was taken, imports meanwhile."""
 REPAIR_TIMEOUT_S = 60.0
 
 
@@ -116,7 +116,7 @@ async def measure(model: str, tp: int, victim: int, num_streams: int, spares: in
                 raise RuntimeError("the streams did not go on")
             await asyncio.sleep(0.05)
         resumed_s = min(next(at for at in stream.times_s if at > killed_s + 0.2) for stream in streams)
-        await asyncio.sleep(WINDOW_S)
+        await asyncio.sleep(SETTLE_S + WINDOW_S)
         after = await _ranks(remuda, f"127.0.0.1:{grpc_port}")
         survivors = [rank for rank in range(tp) if rank != victim]
         kept = [before[rank]["pid"] == after[rank]["pid"] for rank in survivors]
@@ -135,7 +135,7 @@ async def measure(model: str, tp: int, victim: int, num_streams: int, spares: in
     gap_s = max(stream.gap_s(killed_s) for stream in streams)
     rate = [
         sum(stream.num_between(first, first + WINDOW_S) for stream in streams) / WINDOW_S
-        for first in (killed_s - WINDOW_S, resumed_s)
+        for first in (killed_s - WINDOW_S, resumed_s + SETTLE_S)
     ]
     return {
         "spare_ranks": spares,
