@@ -83,10 +83,10 @@ def _commit() -> str:
     return _git("rev-parse", "--short", "HEAD") + "-changed" * bool(_git("diff", "HEAD"))
 
 
-def _heading(commit: str, num_cases: int) -> str:
+def _heading(commit: str, num_done: int, num_cases: int) -> str:
     return f"""# Every layout against transformers
 
-`make layouts` writes this table: commit {commit}, {num_cases} cases, float32.
+`make layouts` writes this table: commit {commit}, {num_done} of {num_cases} cases, float32.
 
 A cell is the largest difference of any logit of the model, at every position of three texts in every dp group, and of
 any log-probability that the engine gave, from transformers' eager float32 on the same checkpoint; a cell is given only
@@ -111,9 +111,11 @@ def main() -> int:
     kept.parent.mkdir(exist_ok=True)
     results: Results = dict(map(json.loads, kept.read_text().splitlines())) if kept.exists() else {}
     cases = all_cases()
-    run_all(cases, results, kept)
-    text = "\n".join([_heading(commit, len(cases)), *table(cases, results), ""])
-    TABLE.write_text(text, encoding="utf-8")
+    try:
+        run_all(cases, results, kept)
+    finally:  # also of a run that was interrupted: what is left says so
+        text = "\n".join([_heading(commit, len(results), len(cases)), *table(cases, results), ""])
+        TABLE.write_text(text, encoding="utf-8")
     print(text)
     failed = [case for case in cases if _cell(results[str(case)]) == "FAILED"]
     for case in failed:

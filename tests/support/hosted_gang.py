@@ -1,5 +1,5 @@
-"""A gang as it is served, of processes that ``run_ranks`` has put on hosts: a leader's engine, the step channel with its
-relays, ranks. Each process is told its part through the store that all of them have."""
+"""A gang as it is served, of processes that ``run_ranks`` has put on hosts: a leader's engine, the step channel with
+its relays, ranks. Each process is told its part through the store that all of them have."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,11 +44,12 @@ def leading(
         at = {address.partition(":")[0]: address for address in hub.addresses}
         endpoints = GangEndpoints(own_address, at.get("unix", ""), at.get("tcp", ""), secret)
         placed = [PlacedRank(rank, host) for rank, host in enumerate(rank_hosts)]
-        for config in worker_configs(plan, placed, endpoints, own_address, store.port):
-            config = msgspec.structs.replace(config, block_size=block_size)
+        configs = worker_configs(plan, placed, endpoints, own_address, store.port)
+        configs = [msgspec.structs.replace(config, block_size=block_size) for config in configs]
+        for config in configs:
             context.store.set(f"config/{config.rank}", config.encode().decode())
         ready = channel.start(ModelConfig.from_directory(plan.model), block_size=block_size)
-        yield GangEngine(channel, ready, config)
+        yield GangEngine(channel, ready, configs[0])
     finally:
         channel.close()
 
