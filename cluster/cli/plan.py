@@ -15,6 +15,12 @@ EXAMPLES = (
 )
 
 
+_EnableEplb = Annotated[bool, typer.Option("--enable-eplb", help="With room for experts on their way.")]
+_NumRedundantExperts = Annotated[
+    int, typer.Option(min=0, help="Copies of experts in each layer, over all ranks; with --enable-eplb.")
+]
+
+
 def plan(
     model: Annotated[
         str,
@@ -36,10 +42,8 @@ def plan(
     expert_parallel_size: Annotated[
         int | None, typer.Option("--expert-parallel-size", "--ep", min=1, help="Fix it. [chosen]")
     ] = None,
-    enable_eplb: Annotated[bool, typer.Option("--enable-eplb", help="With room for experts on their way.")] = False,
-    num_redundant_experts: Annotated[
-        int, typer.Option(min=0, help="Copies of experts in each layer, over all ranks; with --enable-eplb.")
-    ] = 0,
+    enable_eplb: _EnableEplb = False,
+    num_redundant_experts: _NumRedundantExperts = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="int8, int4 or fp8, of a float checkpoint.")] = None,
     max_model_len: Annotated[
@@ -61,17 +65,11 @@ def plan(
     from cluster.cli.plan_text import print_answer
     from cluster.plan.make_report import plan_model
 
+    degrees = tensor_parallel_size, pipeline_parallel_size, data_parallel_size, expert_parallel_size
     report = plan_model(
         model,
         gpus,
-        Degrees(
-            tensor_parallel_size,
-            pipeline_parallel_size,
-            data_parallel_size,
-            expert_parallel_size,
-            num_redundant_experts if enable_eplb else 0,
-            enable_eplb,
-        ),
+        Degrees(*degrees, num_redundant_experts if enable_eplb else 0, enable_eplb),
         revision=revision,
         quantization=quantization,
         dtype=dtype,

@@ -140,8 +140,8 @@ class ExpertBalancer:
         return self._move is not None and self._move.phase not in (_Phase.STAGING, _Phase.USED)
 
     def take_changes(self, *, may_move: bool) -> list[ExpertChange]:
-        """For the plan that is being made, where it ``has_changes``. ``may_move``: nothing stands against a move now (no
-        adapter is loaded)."""
+        """For the plan that is being made, where it ``has_changes``. ``may_move``: nothing stands against a move now
+        (no adapter is loaded)."""
         move = self._move
         assert move is not None and self.has_changes
         if move.phase is _Phase.PLANNED and may_move:
