@@ -8,7 +8,7 @@ import torch
 import transformers
 
 NUM_EXPERTS = 16
-HIDDEN, WIDTH, NUM_LAYERS = 512, 3072, 1
+HIDDEN, WIDTH, NUM_LAYERS = 512, 5120, 1
 """Wide, so that a step is little but experts."""
 VOCAB_SIZE = 512
 _STRENGTH = 20.0
