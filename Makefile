@@ -8,7 +8,7 @@ ARGS ?=
 TEXT_CONFORMANCE := $(addprefix tests/frontend/test_,templates.py tool_parser.py meta_tokenizers.py infilling.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve hosts test determinism layouts conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-recovery bench-models clean
+.PHONY: help setup demo serve hosts simulate test determinism layouts conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-recovery bench-models clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -32,6 +32,13 @@ test: setup  ## the whole test run: linters, types, import contracts, unit, inte
 
 layouts: setup  ## every legal layout with at most 8 ranks, on one host and over three, against transformers; writes docs/layouts.md
 	$(PY) -m tests.layouts $(ARGS)
+
+# Deployments to simulate.
+SEEDS ?= 2000
+
+simulate: setup  ## SEEDS=2000 simulated deployments with faults, then every single fault of a small one; a failing seed can be repeated
+	$(PY) -m cluster.simulate --seeds $(SEEDS) $(ARGS)
+	$(PY) -m cluster.simulate --explore
 
 conformance: setup  ## every architecture, format and layout against independent implementations; prints the table
 	$(PY) -m pytest -m '' tests/parity tests/layouts tests/quantization tests/gguf tests/lora $(TEXT_CONFORMANCE) --conformance-table $(ARGS)

@@ -22,6 +22,8 @@ from engine.errors import RemudaError
 from engine.kernels.native_library import is_built
 
 CONTROL_PROCESS = "cluster.cli.control_process"
+JOIN_INTERVAL_S = 1.0
+"""Between attempts to reach a leader that says it is ready."""
 
 
 def run(config: ServeConfig) -> int:
@@ -47,6 +49,8 @@ class _Serving:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._is_ready = False
+        self._joining: dict[str, asyncio.Task[None]] = {}
+        """By replica: its newest leader, until it was reached."""
         self._status = 0
         self._reason: RemudaError | None = None
         """Why what still runs is ended."""
@@ -160,21 +164,33 @@ class _Serving:
                 if not self._checked.launch.is_managed:
                     self._lose(event.message)
             elif isinstance(event, ReplicaReady):
-                await self._welcome(event, fleet)
+                self._give_up_joining(event.replica)
+                self._joining[event.replica] = asyncio.create_task(self._welcome(event, fleet))
             elif isinstance(event, Repairing | GangFormed):
                 self._console.print(_describe(event), markup=False)
             elif isinstance(event, ReplicaEnded):
+                self._give_up_joining(event.replica)
                 await fleet.remove(event.replica)
                 self._console.print(f"replica {event.replica} has ended")
 
     async def _welcome(self, ready: ReplicaReady, fleet: Fleet) -> None:
-        """One that joins those that serve already. It may be gone again before it could be asked anything."""
-        try:
-            await fleet.add(ready.replica, self._client(ready))
-        except RemudaError as error:
-            self._console.print(f"replica {ready.replica} could not join: {error}", style="red")
-            return
-        self._console.print(f"replica {ready.replica} has joined")
+        """One that joins those that serve already; however long the way to it takes to be there."""
+        while True:
+            client = self._client(ready)
+            try:
+                await fleet.add(ready.replica, client)
+            except RemudaError as error:
+                await client.close()
+                self._console.print(f"replica {ready.replica} could not join yet: {error}", style="yellow")
+                await asyncio.sleep(JOIN_INTERVAL_S)
+            else:
+                self._console.print(f"replica {ready.replica} has joined")
+                return
+
+    def _give_up_joining(self, replica: str) -> None:
+        """It has ended, or has another leader."""
+        if (task := self._joining.pop(replica, None)) is not None:
+            task.cancel()
 
     def _lose_all(self) -> None:
         self._lose("no replica can be reached any more")

@@ -166,19 +166,16 @@ async def _serve_stream(method: Any, end: End, context: _Context) -> None:
             end.send(("end",))
 
     handler = asyncio.ensure_future(handle())
+    arrival = asyncio.ensure_future(end.receive())
     try:
         while not handler.done():
-            arrival = asyncio.ensure_future(end.receive())
             await asyncio.wait({arrival, handler}, return_when=asyncio.FIRST_COMPLETED)
-            if not arrival.done():
-                arrival.cancel()
-                break
-            requests.put_nowait(arrival.result()[1])
-    except Broken:
-        handler.cancel()
+            if arrival.done():
+                requests.put_nowait(arrival.result()[1])
+                arrival = asyncio.ensure_future(end.receive())
     finally:
-        if not handler.done():
-            handler.cancel()
-        await asyncio.gather(handler, return_exceptions=True)
+        for task in (handler, arrival):
+            task.cancel()
+        await asyncio.gather(handler, arrival, return_exceptions=True)
     if not handler.cancelled() and (error := handler.exception()) is not None:
         raise error

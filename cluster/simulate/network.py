@@ -5,6 +5,7 @@ back; both ends notice by their keepalive, or never, if it heals before. A proce
 """
 
 import asyncio
+import hashlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -73,14 +74,18 @@ class Connection:
 
     def carry(self, sender: End, message: Any) -> None:
         receiver = self.ends[1] if sender is self.ends[0] else self.ends[0]
-        if self._network.is_down(sender.host, receiver.host):
-            self._held.append((receiver, message))
-            return
-        self._deliver(receiver, message)
+        for each, late_s in self._network.on_carry(self, sender, message):
+            if self._network.is_down(sender.host, receiver.host):
+                self._held.append((receiver, each))
+            elif late_s:
+                asyncio.get_running_loop().call_later(late_s, receiver.arrive, each)
+            else:
+                self._deliver(receiver, each)
 
     def _deliver(self, receiver: End, message: Any) -> None:
         loop = asyncio.get_running_loop()
-        arrival_s = max(receiver._last_arrival_s, loop.time() + self._network.draw_delay_s())
+        # Later by something: timers of one moment come in no order.
+        arrival_s = max(receiver._last_arrival_s + 1e-7, loop.time() + self._network.draw_delay_s())
         receiver._last_arrival_s = arrival_s
         loop.call_at(arrival_s, receiver.arrive, message)
 
@@ -94,6 +99,11 @@ class Connection:
             end.break_off(reason)
 
 
+Meddle = Callable[[Connection, End, Any], list[tuple[Any, float]]]
+"""Sees each message as it leaves, may break things, and returns what is carried in its place: each with how many
+seconds it comes too late, behind others, which no connection would do by itself."""
+
+
 class Network:
     """Args:
     chance: draws delays.
@@ -103,12 +113,27 @@ class Network:
     def __init__(self, chance: random.Random, delay_s: float = 0.002) -> None:
         self._chance = chance
         self._delay_s = delay_s
+        self.slowness = 1.0
+        self.num_messages = 0
+        self._digest = hashlib.blake2b(digest_size=8)
+        self.meddle: Meddle | None = None
         self._down: set[frozenset[str]] = set()
         self._connections: list[Connection] = []
         self._listeners: dict[str, Callable[[End], None]] = {}
 
     def draw_delay_s(self) -> float:
-        return self._chance.uniform(0.1, 1.0) * self._delay_s
+        return self.slowness * self._chance.uniform(0.1, 1.0) * self._delay_s
+
+    @property
+    def digest(self) -> str:
+        """Of all that was sent so far, and when."""
+        return self._digest.hexdigest()
+
+    def on_carry(self, connection: Connection, sender: End, message: Any) -> list[tuple[Any, float]]:
+        """What is carried in place of this message."""
+        self.num_messages += 1
+        self._digest.update(f"{asyncio.get_running_loop().time()} {sender.host} {message}".encode())
+        return [(message, 0.0)] if self.meddle is None else self.meddle(connection, sender, message)
 
     def listen(self, address: str, accept: Callable[[End], None]) -> None:
         """``accept`` gets the far end of each connection. An address is "host:number"."""

@@ -26,6 +26,8 @@ class Process:
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """An error that nobody awaits is noted by the loop, as a defect."""
         task = asyncio.get_running_loop().create_task(work)
+        if self.is_dead:
+            task.cancel()
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

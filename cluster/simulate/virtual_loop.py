@@ -23,9 +23,9 @@ class _NoFiles(selectors.BaseSelector):
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """For asyncio's own wake-up pipe, which nobody writes to here."""
-        key = selectors.SelectorKey(fileobj, fileobj.fileno(), events, data)
-        self._keys[fileobj.fileno()] = key
-        return key
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        return self._keys[fd]
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
         return self._keys.pop(fileobj if isinstance(fileobj, int) else fileobj.fileno())
@@ -49,9 +49,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.unhandled: list[BaseException] = []
         super().__init__(_NoFiles(self._pass_time))
         self.set_exception_handler(self._note_unhandled)
+        self._scheduled: list[asyncio.TimerHandle]
 
     def _pass_time(self, seconds: float) -> None:
-        self._now_s += seconds
+        # Exactly the next timer's moment: asyncio would also let it ring a rounding error too early, and whoever then
+        # waits for the rest of the time would do so for ever.
+        self._now_s = max(self._now_s, self._scheduled[0].when()) if self._scheduled else self._now_s + seconds
 
     def _note_unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.unhandled.append(context.get("exception") or RuntimeError(context["message"]))

@@ -1,0 +1,90 @@
+"""``python -m cluster.simulate``: many simulated deployments, each with its own faults.
+
+--seeds 2000         as many seeds, from --first on (make simulate SEEDS=2000)
+--seed 71            this one, with its log: a seed that failed fails again, at the same message
+--explore            every single fault at every message of a small deployment
+"""
+
+import argparse
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.progress import track
+
+from cluster.simulate.explore import Case, cases, small_scenario
+from cluster.simulate.runs import Outcome, run_case, run_seed
+from cluster.simulate.virtual_loop import run
+from cluster.simulate.world import World
+
+_SHOWN = 5
+
+
+def main() -> int:
+    """Exit status 1 where a promise was broken."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--explore", action="store_true")
+    options = parser.parse_args()
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # The order of sets of names is part of a run.
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "cluster.simulate", *sys.argv[1:]],
+            {**os.environ, "PYTHONHASHSEED": "0"},
+        )
+    if options.seed is not None:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        outcome = run_seed(options.seed)
+        print(outcome.error or f"{outcome.name} holds: {outcome.num_messages} messages, digest {outcome.digest}")
+        return int(bool(outcome.error))
+    logging.disable(logging.CRITICAL)
+    if options.explore:
+        return _report("states", _all(run_case, _all_cases()))
+    return _report("seeds", _all(run_seed, range(options.first, options.first + options.seeds)))
+
+
+def _all_cases() -> list[Case]:
+    worlds: list[World] = []
+
+    async def play() -> None:
+        worlds.append(World(small_scenario()))
+        await worlds[0].run()
+
+    run(play)
+    return list(cases(worlds[0].network.num_messages, worlds[0].replicas[0].num_steps))
+
+
+def _all(function: Callable[[Any], Outcome], arguments: Sequence[Any]) -> tuple[list[Outcome], float]:
+    began_s = time.monotonic()
+    with multiprocessing.Pool() as pool:
+        found = pool.imap_unordered(function, arguments, chunksize=4)
+        outcomes = list(track(found, total=len(arguments), description="simulating", disable=not sys.stderr.isatty()))
+    return outcomes, time.monotonic() - began_s
+
+
+def _report(what: str, found: tuple[list[Outcome], float]) -> int:
+    outcomes, seconds = found
+    broken = sorted((outcome for outcome in outcomes if outcome.error), key=lambda outcome: outcome.name)
+    for outcome in broken[:_SHOWN]:
+        print(f"{outcome.name}\n{outcome.error}")
+    num_tokens = sum(outcome.num_tokens for outcome in outcomes)
+    hours = sum(outcome.virtual_s for outcome in outcomes) / 3600
+    num_messages = sum(outcome.num_messages for outcome in outcomes)
+    print(
+        f"{len(outcomes)} {what}: {len(outcomes) - len(broken)} held, {len(broken)} broke a promise; "
+        f"{num_messages:,} messages, {num_tokens:,} tokens, {hours:.1f} simulated hours in {seconds:.0f} s"
+    )
+    for outcome in broken[_SHOWN:]:
+        print(f"also: {outcome.name}")
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What goes wrong in a run, drawn from its seed."""
+
+import enum
+import random
+from dataclasses import dataclass
+
+
+class FaultKind(enum.StrEnum):
+    LEADER_DIES = "leader dies"
+    RANK_DIES = "rank dies"
+    RANK_STOPS = "rank stops"
+    HOST_DIES = "host dies"
+    FRONT_END_DIES = "front end dies"
+    LINK_CUT = "link cut"
+    CONNECTION_RESET = "connection reset"
+    SLOW_LINK = "slow link"
+    FRAME_TWICE = "frame twice"
+    FRAMES_SWAPPED = "frames swapped"
+    SLOW_DISK = "slow disk"
+    SLOW_STEPS = "slow steps"
+    DRAIN = "drain"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``replica`` and ``front_end`` are indices: whom it hits. ``duration_s``: of what heals by itself."""
+
+    at_s: float
+    kind: FaultKind
+    replica: int
+    front_end: int
+    duration_s: float
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``spread_s``: within it all clients arrive."""
+
+    seed: int
+    num_clients: int
+    max_tokens: int
+    spread_s: float
+    faults: tuple[Fault, ...]
+
+
+def draw_scenario(seed: int, num_replicas: int, num_front_ends: int) -> Scenario:
+    """None to four faults, in order of time, while up to a dozen clients come."""
+    chance = random.Random(f"{seed} scenario")
+    num_faults = chance.choice([0, 1, 1, 1, 2, 2, 3, 4])
+    faults = [
+        Fault(
+            at_s=chance.uniform(0.0, 4.0),
+            kind=chance.choice(list(FaultKind)),
+            replica=chance.randrange(num_replicas),
+            front_end=chance.randrange(num_front_ends),
+            duration_s=chance.choice([0.2, 1.0, 5.0, 25.0]),
+        )
+        for _ in range(num_faults)
+    ]
+    ordered = tuple(sorted(faults, key=lambda fault: fault.at_s))
+    return Scenario(seed, chance.randint(1, 12), max_tokens=50, spread_s=4.0, faults=ordered)

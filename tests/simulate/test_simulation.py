@@ -1,0 +1,87 @@
+"""The real scheduler, engine loop, leader's server, router, journal and recovery in a simulated deployment with faults.
+
+`make simulate SEEDS=2000` runs more of the same; a seed that fails there fails the same way every time.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cluster.frontend.journal import Journal
+from cluster.replica.recovery import Recovery
+from cluster.simulate.explore import Case, cases
+from cluster.simulate.faults import FaultKind, draw_scenario
+from cluster.simulate.runs import run_case, run_seed
+from engine.request import Request
+from engine.scheduler.block_pool import BlockPool
+
+NUM_SEEDS = 60
+
+
+@pytest.mark.parametrize("first", range(0, NUM_SEEDS, 20))
+def test_every_promise_holds_under_the_faults_of_many_seeds(first: int) -> None:
+    for seed in range(first, first + 20):
+        outcome = run_seed(seed)
+        assert not outcome.error, f"python -m cluster.simulate --seed {seed}\n{outcome.error}"
+        assert outcome.num_messages > 0
+
+
+def test_the_seeds_draw_every_kind_of_fault() -> None:
+    drawn = {fault.kind for seed in range(NUM_SEEDS) for fault in draw_scenario(seed, 2, 2).faults}
+    assert drawn == set(FaultKind)
+
+
+def test_a_seed_runs_the_same_in_another_process() -> None:
+    command = [sys.executable, "-m", "cluster.simulate", "--seed", "7"]
+    answers = {
+        subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment).stdout
+        for environment in (os.environ | {"PYTHONHASHSEED": "1"}, os.environ | {"PYTHONHASHSEED": "random"})
+    }
+    assert len(answers) == 1 and "digest" in answers.pop()
+
+
+def test_single_faults_at_some_messages_and_steps() -> None:
+    """Every seventh of what `python -m cluster.simulate --explore` runs."""
+    for case in list(cases(num_messages=119, num_steps=8))[::7]:
+        outcome = run_case(case)
+        assert not outcome.error, f"{case}\n{outcome.error}"
+
+
+def _fails_somewhere(seeds: range) -> bool:
+    return any(run_seed(seed).error for seed in seeds)
+
+
+def test_a_journal_that_forgets_tokens_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    resumed = Journal._resumed
+
+    def forgetful(self: Journal) -> Request:
+        request = resumed(self)
+        return Request(
+            request.request_id,
+            request.token_ids[: request.num_prompt_tokens],
+            request.num_prompt_tokens,
+            request.sampling,
+        )
+
+    monkeypatch.setattr(Journal, "_resumed", forgetful)
+    assert _fails_somewhere(range(20))
+
+
+def test_a_supervisor_that_replaces_nobody_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recovery, "rank_ended", lambda *arguments: [])
+    monkeypatch.setattr(Recovery, "gang_broke", lambda *arguments: [])
+    assert run_case(Case("step", 2, "rank 1 dies")).error
+
+
+def test_a_block_that_is_given_away_too_early_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = BlockPool.release
+
+    def twice(self: BlockPool, block_ids: list[int], last_step: int) -> None:
+        release(self, block_ids, last_step)
+        if len(block_ids) > 2:
+            self._free.append(block_ids[0])  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(BlockPool, "release", twice)
+    assert _fails_somewhere(range(5))
