@@ -81,7 +81,7 @@ def test_a_block_that_is_given_away_too_early_is_found_out(monkeypatch: pytest.M
     def twice(self: BlockPool, block_ids: list[int], last_step: int) -> None:
         release(self, block_ids, last_step)
         if len(block_ids) > 2:
-            self._free.append(block_ids[0])  # type: ignore[attr-defined]
+            self._free.append(block_ids[0])
 
     monkeypatch.setattr(BlockPool, "release", twice)
     assert _fails_somewhere(range(5))
