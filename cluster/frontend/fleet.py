@@ -108,10 +108,12 @@ class Fleet:
         answers = await asyncio.gather(*(self._clients[each].find(call_id) for each in ids), return_exceptions=True)
         holders: dict[int, Holder] = {}
         stored: StoredCall | None = None
+        num_silent = 0
         for replica_id, answer in zip(ids, answers, strict=True):
             if isinstance(answer, BaseException):
                 if not isinstance(answer, RemudaError):
                     raise answer
+                num_silent += not isinstance(answer, UnknownStream)
                 continue
             if answer.client_request:
                 stored = StoredCall.decode(answer.client_request)
@@ -120,6 +122,8 @@ class Fleet:
                 before = holders.get(index)
                 if before is None or attempt_of(request_id) >= attempt_of(before.request_id):
                     holders[index] = Holder(replica_id, answer.incarnation, request_id)
+        if stored is None and (num_silent or not ids):
+            raise Unavailable(f"not every replica could be asked for request {call_id!r}; try again")
         if stored is None:
             raise UnknownStream(f"nobody has request {call_id!r} (any more); ask anew")
         return FoundCall(stored, holders)

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.errors import Unavailable
 from cluster.frontend.calls import Delta, Event, Finished, TimeLimits
 from cluster.frontend.choice import Choice
 from cluster.frontend.clock import LoopClock
@@ -32,6 +33,9 @@ from engine.request import Request
 _TABLE = TokenBytes({token: chr(0x21 + token % 90) for token in range(VOCAB_SIZE)}, frozenset(), {"type": "ByteLevel"})
 
 
+MAX_TRIES = 20
+
+
 class Record:
     """What one client asked for, and what it got.
 
@@ -50,6 +54,7 @@ class Record:
         """Where its reading is."""
         self.num_cuts = 0
         """Times that its front end died."""
+        self.num_tries = 0
         self._given_name = name
         self.error: RemudaError | None = None
         self.had_no_replica = False
@@ -135,6 +140,9 @@ class SimulatedFrontEnd:
             holders = (await self.fleet.find(record.name)).holders if record.cursor.positions else {}
             await self._run(record, holders)
         except RemudaError as error:
+            if isinstance(error, Unavailable) and record.cursor.positions and record.num_tries < MAX_TRIES:
+                record.num_tries += 1
+                return  # it comes again, as it is told to
             record.error = error
             states = [info.state for info in self.fleet.replicas()]
             record.had_no_replica = ReplicaState.READY not in states

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from cluster.errors import Unavailable
+from cluster.errors import Unavailable, UnknownStream
 from cluster.frontend.fleet import Fleet
 from cluster.replica.client import ReplicaClient
 from engine.errors import EngineFailure, InvalidRequest, Overloaded, RankFailure
@@ -157,3 +157,15 @@ async def test_leaving_a_stream_ends_its_work() -> None:
         found = busy(beds)
         await stream.aclose()
         await until(lambda: found.engine.aborted == ["a"])
+
+
+async def test_a_request_is_unknown_only_where_everybody_could_be_asked() -> None:
+    """A client that comes back to a front end which has just started must try again, not begin anew."""
+    with pytest.raises(Unavailable, match="try again"):
+        await Fleet(policy=POLICY).find("c")
+    async with fleet_of(2) as (fleet, beds):
+        with pytest.raises(UnknownStream):
+            await fleet.find("c")
+        await cut(beds[0])
+        with pytest.raises(Unavailable, match="try again"):
+            await fleet.find("c")
