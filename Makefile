@@ -8,7 +8,7 @@ ARGS ?=
 TEXT_CONFORMANCE := $(addprefix tests/frontend/test_,templates.py tool_parser.py meta_tokenizers.py infilling.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve hosts simulate test determinism layouts conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-recovery bench-models clean
+.PHONY: help setup demo serve hosts simulate test determinism layouts chaos conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-recovery bench-models clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ SEEDS ?= 2000
 simulate: setup  ## SEEDS=2000 simulated deployments with faults, then every single fault of a small one; a failing seed can be repeated
 	$(PY) -m cluster.simulate --seeds $(SEEDS) $(ARGS)
 	$(PY) -m cluster.simulate --explore
+
+chaos: setup  ## kill, stop and cut off every part of real clusters while every kind of request runs; writes docs/chaos.md
+	$(PY) -m tests.chaos $(ARGS)
 
 conformance: setup  ## every architecture, format and layout against independent implementations; prints the table
 	$(PY) -m pytest -m '' tests/parity tests/layouts tests/quantization tests/gguf tests/lora $(TEXT_CONFORMANCE) --conformance-table $(ARGS)

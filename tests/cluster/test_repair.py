@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.served import Served, processes_with
+from tests.support.served import Served, leader_of, processes_with
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -130,8 +130,7 @@ def test_an_idle_gang_is_repaired_too(server: Served) -> None:
 
 def test_a_killed_leader_is_replaced_beside_living_ranks(server: Served, unfaulted: list[list[int]]) -> None:
     before = pids(server)
-    leaders = [process for process in processes_with(server.mark) if "remuda: leader" in " ".join(process.cmdline())]
-    (leader,) = leaders
+    leader = leader_of(processes_with(server.mark))
     streams = streams_of(server)
     for stream in streams:
         assert stream.begun.wait(60)

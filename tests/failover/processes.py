@@ -40,7 +40,7 @@ class Cluster:
 
 @contextmanager
 def cluster_of(num_leaders: int, num_front_ends: int, directory: Path) -> Iterator[Cluster]:
-    _copy_model(directory / "model")
+    copy_model(directory / "model")
     with ExitStack() as stack:
         leaders = [_leader(stack, f"r{index}", directory) for index in range(num_leaders)]
         addresses = []
@@ -55,7 +55,7 @@ def cluster_of(num_leaders: int, num_front_ends: int, directory: Path) -> Iterat
         yield Cluster(leaders, front_ends)
 
 
-def _copy_model(directory: Path) -> None:
+def copy_model(directory: Path) -> None:
     """remuda-tiny with a chat template that has a place for tools."""
     shutil.copytree(ROOT / "engine" / "assets" / "remuda-tiny", directory)
     file = directory / "tokenizer_config.json"

@@ -57,6 +57,17 @@ def processes_with(mark: str) -> list[psutil.Process]:
     return found
 
 
+def leader_of(processes: list[psutil.Process]) -> psutil.Process:
+    """The one leader among them. Ray names a process after the call that it is in: of a leader, nearly always one."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if any(title in process.cmdline()[0] for title in ("remuda: leader", "ray::LeaderProcess")):
+                found.append(process)
+    (leader,) = found
+    return leader
+
+
 def listening_addresses(mark: str) -> set[tuple[str, str]]:
     """(program, address) of every socket that takes connections or datagrams from anyone."""
     return {

@@ -1,0 +1,108 @@
+"""One cell of the table: a fault, the moment at which it strikes, and what must be true afterwards."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tests.chaos.clients import Client, run_all
+from tests.chaos.comparison import Outcome, judge
+from tests.chaos.mix import long_prompts, short_prompts
+from tests.chaos.site import POLL_S, Site, pids, settle
+from tests.failover.streams import Reading
+
+BEGIN_TIMEOUT_S = 60.0
+TOKENS_BEFORE = 20
+
+Expected = dict[str, dict[str, Reading]]
+"""Moment → request → its answer without a fault."""
+
+
+class Moment:
+    """When a fault strikes. ``has_come`` is asked again and again."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+
+    @staticmethod
+    def bodies(moment: str) -> dict[str, dict[str, Any]]:
+        return long_prompts() if moment == Moment.PREFILL else short_prompts()
+
+    @staticmethod
+    def has_come(moment: str, site: Site, clients: list[Client]) -> bool:
+        """Decode: every stream has had tokens. Prefill: all requests are in, and most have had none."""
+        if moment == Moment.PREFILL:
+            return site.num_live() >= len(clients)
+        return all(client.reading.num_tokens >= TOKENS_BEFORE for client in clients if client.is_streamed)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``strike``: carries the fault out, and ends it where it is one that ends. ``replaced``: exactly those processes
+    have to be others afterwards. ``urls``: the front ends of the clients; None: the cluster's own alone."""
+
+    fault: str
+    moment: str
+    strike: Callable[[Site], object]
+    replaced: frozenset[str] = frozenset()
+    urls: Callable[[Site], list[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a cell."""
+
+    site: str
+    fault: str
+    moment: str
+    outcome: Outcome
+    replaced: tuple[str, ...]
+    """Those whose process is another one."""
+    wrong: tuple[str, ...] = ()
+    """Everything that should not be."""
+
+
+def unfaulted(site: Site, moments: tuple[str, ...] = (Moment.DECODE, Moment.PREFILL)) -> tuple[Expected, list[Row]]:
+    """What the cluster answers when nothing happens, and the row that shows how long its pauses are then."""
+    expected: Expected = {}
+    rows = []
+    for moment in moments:
+        clients = run_all(Moment.bodies(moment), site.urls, site.network)
+        expected[moment] = {client.name: client.reading for client in clients}
+        wrong = [f"{c.name}: {c.failure or c.reading.errors}" for c in clients if c.failure or c.reading.errors]
+        outcome = judge(clients, expected[moment], 0.0)
+        rows.append(Row("", "none", moment, outcome, (), (*wrong, *outcome.notes)))
+    return expected, rows
+
+
+def run_cell(name: str, site: Site, cell: Cell, expected: Expected) -> Row:
+    """Strike while all requests run; wait for their ends, and until the cluster is whole again. Raises NotSettled."""
+    before = settle(site)
+    struck_s = 0.0
+    wrong = []
+
+    def strike(clients: list[Client]) -> None:
+        nonlocal struck_s
+        deadline_s = time.monotonic() + BEGIN_TIMEOUT_S
+        while not Moment.has_come(cell.moment, site, clients):
+            if time.monotonic() > deadline_s:
+                wrong.append("the moment did not come")
+                return
+            time.sleep(POLL_S / 5)
+        struck_s = time.monotonic()
+        begun = sum(bool(client.reading.num_tokens) for client in clients)
+        if cell.moment == Moment.PREFILL and begun > len(clients) / 2:
+            wrong.append(f"{begun} requests were prefilled already")
+        if all(not client.is_alive() for client in clients):
+            wrong.append("all requests had ended")
+        cell.strike(site)
+
+    urls = site.urls if cell.urls is None else cell.urls(site)
+    clients = run_all(Moment.bodies(cell.moment), urls, site.network, strike)
+    outcome = judge(clients, expected[cell.moment], struck_s)
+    settle(site)
+    after = pids(site)
+    replaced = tuple(sorted(name for name in before if after[name] != before[name]))
+    if set(replaced) != cell.replaced:
+        wrong.append(f"replaced: {', '.join(replaced) or 'nobody'}, not {', '.join(sorted(cell.replaced)) or 'nobody'}")
+    return Row(name, cell.fault, cell.moment, outcome, replaced, (*wrong, *outcome.notes))

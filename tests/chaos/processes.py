@@ -1,0 +1,76 @@
+"""Faults of processes on one host: ranks, leaders and front ends are killed or stopped."""
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.chaos.cell import Cell, Moment, Row, run_cell, unfaulted
+from tests.chaos.site import OneHost, Site, one_host, pids
+
+SHORT_STOP_S = 0.5
+OPTIONS = ("--tp", "2", "--spare-ranks", "1", "--max-num-batched-tokens", "64", "--deterministic")
+
+
+def kill(name: str) -> Callable[[Site], None]:
+    """``kill -9`` of a rank or of the leader."""
+    return lambda site: os.kill(pids(site)[name], signal.SIGKILL)
+
+
+def stop(name: str) -> Callable[[Site], None]:
+    return lambda site: os.kill(pids(site)[name], signal.SIGSTOP)
+
+
+def stop_shortly(name: str) -> Callable[[Site], None]:
+    def strike(site: Site) -> None:
+        pid = pids(site)[name]
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(SHORT_STOP_S)  # the fault itself
+        os.kill(pid, signal.SIGCONT)
+
+    return strike
+
+
+def only(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+KILLS = [
+    Cell("kill -9 rank 1", Moment.DECODE, kill("rank 1"), only("rank 1")),
+    Cell("kill -9 rank 0", Moment.PREFILL, kill("rank 0"), only("rank 0")),
+    Cell("kill -9 leader", Moment.DECODE, kill("leader"), only("leader")),
+    Cell("kill -9 leader", Moment.PREFILL, kill("leader"), only("leader")),
+]
+STOPS = [
+    Cell(f"SIGSTOP rank 1 for {SHORT_STOP_S:g} s", Moment.DECODE, stop_shortly("rank 1")),
+    Cell("SIGSTOP rank 1", Moment.DECODE, stop("rank 1"), only("rank 1")),
+    Cell("SIGSTOP rank 0", Moment.PREFILL, stop("rank 0"), only("rank 0")),
+]
+
+
+def ranks(directory: Path) -> Iterator[Row]:
+    with one_host(directory, *OPTIONS) as site:
+        yield from struck("tp2", site, KILLS)
+
+
+def experts(directory: Path) -> Iterator[Row]:
+    with one_host(directory, *OPTIONS, "--ep", "2") as site:
+        yield from struck("tp2 ep2", site, KILLS)
+
+
+def stops(directory: Path) -> Iterator[Row]:
+    with one_host(directory, *OPTIONS, "--ep", "2") as site:
+        yield from struck("tp2 ep2", site, STOPS)
+
+
+def struck(name: str, site: OneHost, cells: list[Cell]) -> Iterator[Row]:
+    """First without a fault."""
+    expected, rows = unfaulted(site)
+    yield from (dataclasses.replace(row, site=name) for row in rows)
+    for cell in cells:
+        yield run_cell(name, site, cell, expected)
+
+
+GROUPS: dict[str, Callable[[Path], Iterator[Row]]] = {"ranks": ranks, "experts": experts, "stops": stops}

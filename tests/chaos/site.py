@@ -1,0 +1,93 @@
+"""What is struck: a served cluster on this host, or one over hosts of a bed. Both look the same to a cell."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.failover.processes import FrontEndProcess, copy_model
+from tests.support.served import Served, leader_of, processes_with
+
+SETTLE_TIMEOUT_S = 90.0
+POLL_S = 0.05
+
+
+class NotSettled(AssertionError):
+    """The cluster did not serve again in time."""
+
+
+@dataclass
+class OneHost:
+    """A ``remuda serve`` of this machine. ``others``: further front ends beside its own."""
+
+    served: Served
+    others: list[FrontEndProcess] = field(default_factory=list)
+    network: Path | None = None
+
+    @property
+    def urls(self) -> list[str]:
+        return [self.served.url]
+
+    @property
+    def log(self) -> str:
+        return self.served.log.read_text()
+
+    def status(self) -> dict[str, Any]:
+        replica: dict[str, Any] = self.served.status()["replicas"][0]
+        return replica
+
+    def processes(self) -> list[psutil.Process]:
+        return processes_with(self.served.mark)
+
+    def num_live(self) -> int:
+        return live_requests(self.served.url)
+
+
+Site = OneHost
+
+
+def live_requests(url: str) -> int:
+    """Requests that the front end has taken and not ended."""
+    for line in httpx.get(f"{url}/metrics", timeout=10).text.splitlines():
+        if line.startswith("remuda_live_requests{"):
+            return round(float(line.rsplit(" ", 1)[1]))
+    return 0
+
+
+def pids(site: Site) -> dict[str, int]:
+    """Of each rank and of the leader."""
+    found = {f"rank {rank['rank']}": int(rank["pid"]) for rank in site.status()["ranks"]}
+    return found | {"leader": leader_of(site.processes()).pid}
+
+
+def settle(site: Site) -> dict[str, int]:
+    """Wait until all ranks are ready and nothing runs. Returns their processes. Raises NotSettled."""
+    deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+    reason = ""
+    while time.monotonic() < deadline_s:
+        try:
+            replica = site.status()
+            alive = {process.pid for process in site.processes()}
+            found = pids(site)
+            if replica["state"] == "ready" and not replica["num_running"] and set(found.values()) <= alive:
+                return found
+            reason = f"{replica['state']}, {replica['num_running']} running, {found}"
+        except (AssertionError, ValueError) as error:
+            reason = str(error)
+        time.sleep(POLL_S)
+    raise NotSettled(f"not settled within {SETTLE_TIMEOUT_S:g} s: {reason}\n{site.log}")
+
+
+@contextlib.contextmanager
+def one_host(directory: Path, *options: str) -> Iterator[OneHost]:
+    directory.mkdir(parents=True, exist_ok=True)
+    model = directory / "model"
+    copy_model(model)
+    arguments = (str(model), "--served-model-name", "m", "--dtype", "float32", *options)
+    with Served(arguments, directory / "serve.log") as served:
+        yield OneHost(served)
