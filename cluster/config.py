@@ -113,6 +113,7 @@ class ServeConfig(BaseSettings):
     lora_dir: Path | None = None
     max_loras: Annotated[int, Field(ge=1, le=1024)] = 8
     enable_prefix_caching: bool = True
+    guided_decoding_backend: Literal["llguidance", "xgrammar"] = "llguidance"
     async_scheduling: bool | None = None
     max_lora_rank: Annotated[int, Field(ge=1, le=4096)] = 64
     api_key_file: Path | None = None

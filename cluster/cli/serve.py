@@ -62,6 +62,7 @@ def serve(
     max_lora_rank: options.MaxLoraRank = None,
     enable_prefix_caching: options.EnablePrefixCaching = None,
     async_scheduling: options.AsyncScheduling = None,
+    guided_decoding_backend: options.GuidedDecodingBackend = None,
     api_key_file: options.ApiKeyFile = None,
     address: options.Address = None,
     cpu_slots: options.CpuSlots = None,

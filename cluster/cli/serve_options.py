@@ -68,6 +68,10 @@ Quantization = Annotated[
 ]
 ServedModelName = Annotated[str | None, typer.Option(help="Name for clients. [the model's last part]")]
 MaxLoras = Annotated[int | None, typer.Option(help="Adapters that may be loaded at once. [8]")]
+GuidedDecodingBackend = Annotated[
+    str | None,
+    typer.Option(help="What follows grammars: llguidance, or xgrammar where that extra is installed. [llguidance]"),
+]
 AsyncScheduling = Annotated[
     bool | None,
     typer.Option(

@@ -1,5 +1,6 @@
 """Everything that can be refused before any process is started."""
 
+import importlib.util
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ def preflight(config: ServeConfig) -> Preflight:
         balances_experts=config.enable_eplb,
     )
     _check_exposure(config)
+    _check_backend(config)
     _check_balancing(config)
     device = _device(config.device)
     num_ranks = parallel.num_ranks * config.replicas
@@ -85,6 +87,12 @@ def _check_adapters(config: ServeConfig) -> None:
         read_adapter_config(path, config.max_lora_rank)
     if config.lora_dir is not None and not config.lora_dir.is_dir():
         raise InvalidOption(f"--lora-dir {config.lora_dir}: there is no such directory")
+
+
+def _check_backend(config: ServeConfig) -> None:
+    name = config.guided_decoding_backend
+    if importlib.util.find_spec(name) is None:
+        raise InvalidOption(f"--guided-decoding-backend {name} is not installed; pip install 'remuda[{name}]'")
 
 
 def _check_exposure(config: ServeConfig) -> None:
@@ -134,6 +142,7 @@ def _launch_config(
         num_shards=parallel.num_shards,
         num_redundant_experts=parallel.num_redundant_experts,
         balances_experts=parallel.balances_experts,
+        guided_decoding_backend=config.guided_decoding_backend,
         dtype=model.dtype.value if config.dtype == "auto" else config.dtype,
         device=device.value,
         load_format=config.load_format,

@@ -36,6 +36,7 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     max_lora_rank: int = 64
     enable_prefix_caching: bool = True
     depth: int = 1
+    guided_decoding_backend: str = "llguidance"
     spare_ranks: int = 0
     """Processes per host that have imported what a rank needs, and stand by to take a lost one's place."""
 

@@ -81,6 +81,7 @@ def worker_configs(
                 dtype=Dtype(plan.dtype),
                 load_format=LoadFormat(plan.load_format),
                 quantization=plan.quantization,
+                guided_decoding_backend=plan.guided_decoding_backend,
                 device=plan.device,
                 relay=relay,
                 host_ranks=tuple(by_host[placed.host]),

@@ -72,7 +72,7 @@ class LeaderServer:
         self._streams = HeldStreams(grace_s)
         self._sweep_interval_s = min(1.0, grace_s / 4)
         self._sweeper: asyncio.Task[None] | None = None
-        self._attachments: set[Attachment] = set()
+        self._attachments: dict[Attachment, None] = {}
         self._server: grpc.aio.Server | None = None
         self._health: Health | None = None
         self._is_closing = False
@@ -219,12 +219,12 @@ class LeaderServer:
 
     def attach(self, front_end_id: str) -> Attachment:
         attachment = Attachment(front_end_id, self._info.incarnation)
-        self._attachments.add(attachment)
+        self._attachments[attachment] = None
         return attachment
 
     def detach(self, attachment: Attachment) -> None:
         """What is read over the stream goes on without a reader."""
-        self._attachments.discard(attachment)
+        self._attachments.pop(attachment, None)
         for stream in list(attachment.streams.values()):
             self._leave_unread(stream)
 

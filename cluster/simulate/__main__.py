@@ -8,7 +8,6 @@
 import argparse
 import logging
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,13 +31,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--explore", action="store_true")
     options = parser.parse_args()
-    if os.environ.get("PYTHONHASHSEED") != "0":
-        # The order of sets of names is part of a run.
-        os.execve(
-            sys.executable,
-            [sys.executable, "-m", "cluster.simulate", *sys.argv[1:]],
-            {**os.environ, "PYTHONHASHSEED": "0"},
-        )
     if options.seed is not None:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         outcome = run_seed(options.seed)

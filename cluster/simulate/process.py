@@ -19,7 +19,8 @@ class Process:
         self.host = host
         self.is_dead = False
         self._network = network
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], None] = {}
+        """In the order in which they began, so that a run can be repeated."""
         self._ends: list[End] = []
         self._addresses: list[str] = []
 
@@ -28,8 +29,8 @@ class Process:
         task = asyncio.get_running_loop().create_task(work)
         if self.is_dead:
             task.cancel()
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(lambda ended: self._tasks.pop(ended, None))
         return task
 
     def listen(self, address: str, serve: Any) -> None:

@@ -80,7 +80,7 @@ class Rank:
         self._device = _device(config)
         self._import_seconds = import_seconds
         self._model_config = ModelConfig.from_directory(config.model, config.quantization)
-        self._grammars = GrammarMasks(Path(config.model), self._model_config.vocab_size)
+        self._grammars = GrammarMasks(Path(config.model), self._model_config.vocab_size, config.guided_decoding_backend)
         self._mesh: Mesh | None = None
         self._model: Model | None = None
         self._cache: KvCacheView | None = None

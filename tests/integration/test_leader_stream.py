@@ -195,7 +195,7 @@ async def test_info_health_and_reflection(bed: Bed) -> None:
         with grpc.insecure_channel(bed.address) as channel:
             database = ProtoReflectionDescriptorDatabase(channel)
             service = DescriptorPool(database).FindServiceByName(SERVICE_NAME)
-            names = {"Attach", "FindRequest", "GetInfo", "Drain", "LoadAdapter", "UnloadAdapter"}
+            names = {"Attach", "DumpRecord", "FindRequest", "GetInfo", "Drain", "LoadAdapter", "UnloadAdapter"}
             assert {method.name for method in service.methods} == names
             return set(database.get_services())
 

@@ -34,10 +34,10 @@ def test_the_seeds_draw_every_kind_of_fault() -> None:
 
 
 def test_a_seed_runs_the_same_in_another_process() -> None:
-    command = [sys.executable, "-m", "cluster.simulate", "--seed", "7"]
+    command = [sys.executable, "-m", "cluster.simulate", "--seed", "440"]
     answers = {
         subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment).stdout
-        for environment in (os.environ | {"PYTHONHASHSEED": "1"}, os.environ | {"PYTHONHASHSEED": "random"})
+        for environment in (os.environ | {"PYTHONHASHSEED": seed} for seed in "123")
     }
     assert len(answers) == 1 and "digest" in answers.pop()
 
