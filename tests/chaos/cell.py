@@ -29,10 +29,15 @@ class Moment:
         return long_prompts() if moment == Moment.PREFILL else short_prompts()
 
     @staticmethod
-    def has_come(moment: str, site: Site, clients: list[Client]) -> bool:
+    def streams(moment: str) -> dict[str, dict[str, Any]]:
+        """Those of them that are streamed."""
+        return {name: body for name, body in Moment.bodies(moment).items() if body.get("stream", True)}
+
+    @staticmethod
+    def has_come(moment: str, num_live: Callable[[], int], clients: list[Client]) -> bool:
         """Decode: every stream has had tokens. Prefill: all requests are in, and most have had none."""
         if moment == Moment.PREFILL:
-            return site.num_live() >= len(clients)
+            return num_live() >= len(clients)
         return all(client.reading.num_tokens >= TOKENS_BEFORE for client in clients if client.is_streamed)
 
 
@@ -62,6 +67,37 @@ class Row:
     """Everything that should not be."""
 
 
+class Strike:
+    """Waits for the moment, then calls ``fault``.
+
+    Attributes:
+        struck_s: when that was.
+        wrong: whether the moment was missed.
+    """
+
+    def __init__(self, moment: str, num_live: Callable[[], int], fault: Callable[[], object]) -> None:
+        self.struck_s = 0.0
+        self.wrong: list[str] = []
+        self._moment = moment
+        self._num_live = num_live
+        self._fault = fault
+
+    def __call__(self, clients: list[Client]) -> None:
+        deadline_s = time.monotonic() + BEGIN_TIMEOUT_S
+        while not Moment.has_come(self._moment, self._num_live, clients):
+            if time.monotonic() > deadline_s:
+                self.wrong.append("the moment did not come")
+                return
+            time.sleep(POLL_S / 5)
+        self.struck_s = time.monotonic()
+        begun = sum(bool(client.reading.num_tokens) for client in clients)
+        if self._moment == Moment.PREFILL and begun > len(clients) / 2:
+            self.wrong.append(f"{begun} requests were prefilled already")
+        if all(not client.is_alive() for client in clients):
+            self.wrong.append("all requests had ended")
+        self._fault()
+
+
 def unfaulted(site: Site, moments: tuple[str, ...] = (Moment.DECODE, Moment.PREFILL)) -> tuple[Expected, list[Row]]:
     """What the cluster answers when nothing happens, and the row that shows how long its pauses are then."""
     expected: Expected = {}
@@ -78,28 +114,11 @@ def unfaulted(site: Site, moments: tuple[str, ...] = (Moment.DECODE, Moment.PREF
 def run_cell(name: str, site: Site, cell: Cell, expected: Expected) -> Row:
     """Strike while all requests run; wait for their ends, and until the cluster is whole again. Raises NotSettled."""
     before = settle(site)
-    struck_s = 0.0
-    wrong = []
-
-    def strike(clients: list[Client]) -> None:
-        nonlocal struck_s
-        deadline_s = time.monotonic() + BEGIN_TIMEOUT_S
-        while not Moment.has_come(cell.moment, site, clients):
-            if time.monotonic() > deadline_s:
-                wrong.append("the moment did not come")
-                return
-            time.sleep(POLL_S / 5)
-        struck_s = time.monotonic()
-        begun = sum(bool(client.reading.num_tokens) for client in clients)
-        if cell.moment == Moment.PREFILL and begun > len(clients) / 2:
-            wrong.append(f"{begun} requests were prefilled already")
-        if all(not client.is_alive() for client in clients):
-            wrong.append("all requests had ended")
-        cell.strike(site)
-
+    strike = Strike(cell.moment, site.num_live, lambda: cell.strike(site))
     urls = site.urls if cell.urls is None else cell.urls(site)
     clients = run_all(Moment.bodies(cell.moment), urls, site.network, strike)
-    outcome = judge(clients, expected[cell.moment], struck_s)
+    outcome = judge(clients, expected[cell.moment], strike.struck_s)
+    wrong = list(strike.wrong)
     settle(site)
     after = pids(site)
     replaced = tuple(sorted(name for name in before if after[name] != before[name]))

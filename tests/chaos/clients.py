@@ -5,8 +5,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -15,6 +16,7 @@ from tests.failover.streams import ChoiceText, Reading, read
 TIMEOUT_S = 120.0
 COME_BACK_INTERVAL_S = 0.2
 _CLONE_NEWNET = 0x40000000
+T = TypeVar("T")
 
 
 def enter_network(network: Path) -> None:
@@ -26,6 +28,14 @@ def enter_network(network: Path) -> None:
             raise OSError(ctypes.get_errno(), f"cannot enter {network}")
     finally:
         os.close(descriptor)
+
+
+def in_network(network: Path | None, call: Callable[[], T]) -> T:
+    """What the call gives when it is made from the namespace."""
+    with ThreadPoolExecutor(1) as pool:
+        if network is not None:
+            pool.submit(enter_network, network).result()
+        return pool.submit(call).result()
 
 
 class Client(threading.Thread):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.chaos.cell import Cell, Moment, Row, run_cell, unfaulted
-from tests.chaos.site import OneHost, Site, one_host, pids
+from tests.chaos.site import Site, one_host, pids
 
 SHORT_STOP_S = 0.5
 OPTIONS = ("--tp", "2", "--spare-ranks", "1", "--max-num-batched-tokens", "64", "--deterministic")
@@ -65,12 +65,9 @@ def stops(directory: Path) -> Iterator[Row]:
         yield from struck("tp2 ep2", site, STOPS)
 
 
-def struck(name: str, site: OneHost, cells: list[Cell]) -> Iterator[Row]:
+def struck(name: str, site: Site, cells: list[Cell]) -> Iterator[Row]:
     """First without a fault."""
     expected, rows = unfaulted(site)
     yield from (dataclasses.replace(row, site=name) for row in rows)
     for cell in cells:
         yield run_cell(name, site, cell, expected)
-
-
-GROUPS: dict[str, Callable[[Path], Iterator[Row]]] = {"ranks": ranks, "experts": experts, "stops": stops}

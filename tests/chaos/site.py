@@ -3,14 +3,14 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import psutil
 
-from tests.failover.processes import FrontEndProcess, copy_model
+from tests.failover.processes import copy_model
 from tests.support.served import Served, leader_of, processes_with
 
 SETTLE_TIMEOUT_S = 90.0
@@ -21,13 +21,39 @@ class NotSettled(AssertionError):
     """The cluster did not serve again in time."""
 
 
+class Site(Protocol):
+    """A served cluster."""
+
+    @property
+    def urls(self) -> list[str]:
+        """Its front ends, as clients reach them."""
+
+    @property
+    def network(self) -> Path | None:
+        """The network namespace of its clients; None: this process's."""
+
+    @property
+    def log(self) -> str:
+        """What the server has printed."""
+
+    def status(self) -> dict[str, Any]:
+        """The replica, as ``remuda status --json`` has it."""
+
+    def processes(self) -> list[psutil.Process]: ...
+
+    def num_live(self) -> int:
+        """Requests that the front end has taken and not ended."""
+
+
 @dataclass
 class OneHost:
-    """A ``remuda serve`` of this machine. ``others``: further front ends beside its own."""
+    """A ``remuda serve`` of this machine."""
 
     served: Served
-    others: list[FrontEndProcess] = field(default_factory=list)
-    network: Path | None = None
+
+    @property
+    def network(self) -> None:
+        return None
 
     @property
     def urls(self) -> list[str]:
@@ -48,15 +74,15 @@ class OneHost:
         return live_requests(self.served.url)
 
 
-Site = OneHost
+def metric(url: str, name: str) -> int:
+    """The sum of a metric's samples, by the front end's /metrics."""
+    lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
+    return round(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{")))
 
 
 def live_requests(url: str) -> int:
     """Requests that the front end has taken and not ended."""
-    for line in httpx.get(f"{url}/metrics", timeout=10).text.splitlines():
-        if line.startswith("remuda_live_requests{"):
-            return round(float(line.rsplit(" ", 1)[1]))
-    return 0
+    return metric(url, "remuda_live_requests")
 
 
 def pids(site: Site) -> dict[str, int]:
@@ -84,10 +110,10 @@ def settle(site: Site) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def one_host(directory: Path, *options: str) -> Iterator[OneHost]:
+def one_host(directory: Path, *options: str, temporary: Path = Path("/tmp")) -> Iterator[OneHost]:
     directory.mkdir(parents=True, exist_ok=True)
     model = directory / "model"
     copy_model(model)
     arguments = (str(model), "--served-model-name", "m", "--dtype", "float32", *options)
-    with Served(arguments, directory / "serve.log") as served:
+    with Served(arguments, directory / "serve.log", temporary) as served:
         yield OneHost(served)

@@ -5,12 +5,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.chaos import balancing, control_plane, disk, front_ends, hosts, processes, starting
 from tests.chaos.cell import Row
-from tests.chaos.processes import GROUPS
 
+GROUPS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "ranks": processes.ranks,
+    "experts": processes.experts,
+    "stops": processes.stops,
+    "balancing": balancing.balancing,
+    "links": hosts.links,
+    "disk": disk.disk_full,
+    "control-plane": control_plane.control_plane,
+    "starting": starting.starting,
+    "front-ends": front_ends.front_ends,
+}
 FILE = Path(__file__).parents[2] / "docs" / "chaos.md"
 COLUMNS = (
     "cluster",

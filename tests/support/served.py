@@ -62,7 +62,8 @@ def leader_of(processes: list[psutil.Process]) -> psutil.Process:
     found = []
     for process in processes:
         with contextlib.suppress(psutil.Error):
-            if any(title in process.cmdline()[0] for title in ("remuda: leader", "ray::LeaderProcess")):
+            command = " ".join(process.cmdline()[:1])
+            if any(title in command for title in ("remuda: leader", "ray::LeaderProcess")):
                 found.append(process)
     (leader,) = found
     return leader

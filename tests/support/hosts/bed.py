@@ -9,6 +9,7 @@ import atexit
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from cluster.control.ray_node import RayNode
 from cluster.control.ray_settings import NodeSpec
@@ -84,14 +85,15 @@ class Bed:
         head_node = RayNode.start(spec, command_prefix=head.prefix)
         self._ray_nodes.append(head_node)
 
-        def join(host: Host, slots: int) -> RayNode:
-            spec = NodeSpec(host.address, slots, head_address=head_node.address, several_hosts=True)
-            node = RayNode.start(spec, token_file=head_node.token_file, command_prefix=host.prefix)
-            self._ray_nodes.append(node)
-            return node
-
         with ThreadPoolExecutor(len(others) or 1) as pool:
-            return [head_node, *pool.map(join, others, each[1:])]
+            return [head_node, *pool.map(partial(self.join_ray, head_node), others, each[1:])]
+
+    def join_ray(self, head_node: RayNode, host: Host, cpu_slots: int) -> RayNode:
+        """One more node of the cluster."""
+        spec = NodeSpec(host.address, cpu_slots, head_address=head_node.address, several_hosts=True)
+        node = RayNode.start(spec, token_file=head_node.token_file, command_prefix=host.prefix)
+        self._ray_nodes.append(node)
+        return node
 
     def close(self) -> None:
         """Stop Ray, end every process in the hosts and remove the namespaces. May be called twice."""
