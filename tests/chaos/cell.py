@@ -8,7 +8,7 @@ from typing import Any
 from tests.chaos.clients import Client, run_all
 from tests.chaos.comparison import Outcome, judge
 from tests.chaos.mix import long_prompts, short_prompts
-from tests.chaos.site import POLL_S, Site, pids, settle
+from tests.chaos.site import POLL_S, NotSettled, Site, settle
 from tests.failover.streams import Reading
 
 BEGIN_TIMEOUT_S = 60.0
@@ -112,15 +112,18 @@ def unfaulted(site: Site, moments: tuple[str, ...] = (Moment.DECODE, Moment.PREF
 
 
 def run_cell(name: str, site: Site, cell: Cell, expected: Expected) -> Row:
-    """Strike while all requests run; wait for their ends, and until the cluster is whole again. Raises NotSettled."""
+    """Strike while all requests run; wait for their ends, and until the cluster is whole again. Raises NotSettled
+    where it was not whole before."""
     before = settle(site)
     strike = Strike(cell.moment, site.num_live, lambda: cell.strike(site))
     urls = site.urls if cell.urls is None else cell.urls(site)
     clients = run_all(Moment.bodies(cell.moment), urls, site.network, strike)
     outcome = judge(clients, expected[cell.moment], strike.struck_s)
     wrong = list(strike.wrong)
-    settle(site)
-    after = pids(site)
+    try:
+        after = settle(site)
+    except NotSettled as error:
+        return Row(name, cell.fault, cell.moment, outcome, (), (*wrong, *outcome.notes, str(error)))
     replaced = tuple(sorted(name for name in before if after[name] != before[name]))
     if set(replaced) != cell.replaced:
         wrong.append(f"replaced: {', '.join(replaced) or 'nobody'}, not {', '.join(sorted(cell.replaced)) or 'nobody'}")

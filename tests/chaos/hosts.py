@@ -182,13 +182,22 @@ HEAD = [Cell("kill -9 GCS, on a host without ranks", Moment.DECODE, _kill_gcs)]
 
 
 def links(directory: Path) -> Iterator[Row]:
-    """Afterwards a host that was given up joins again: it is the spare place of the next cell."""
+    """Faults that heal by themselves, and the head's at last."""
+    yield from _struck(directory, [*HEALING, *HEAD])
+
+
+def hosts(directory: Path) -> Iterator[Row]:
+    """Faults that cost a host. Afterwards it joins again: it is the spare place of the next cell."""
+    yield from _struck(directory, LASTING)
+
+
+def _struck(directory: Path, cells: list[Cell]) -> Iterator[Row]:
     name = "tp2 over two hosts"
     with several_hosts(directory) as site:
-        expected, rows = unfaulted(site)
+        expected, rows = unfaulted(site, tuple(dict.fromkeys(cell.moment for cell in cells)))
         yield from (dataclasses.replace(row, site=name) for row in rows)
-        for cell in (*HEALING, *LASTING, *HEAD):
+        for cell in cells:
             former = site.host_of(1)
             yield run_cell(name, site, cell, expected)
-            if cell in LASTING:
+            if cell.replaced and cell is not cells[-1]:
                 site.join_again(former)

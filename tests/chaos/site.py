@@ -13,7 +13,7 @@ import psutil
 from tests.failover.processes import copy_model
 from tests.support.served import Served, leader_of, processes_with
 
-SETTLE_TIMEOUT_S = 90.0
+SETTLE_TIMEOUT_S = 60.0
 POLL_S = 0.05
 
 

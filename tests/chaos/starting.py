@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,32 +15,33 @@ from tests.support.served import Served, processes_with, shared_memory_files
 
 TIMEOUT_S = 150.0
 FAULTS = {
-    "kill -9 rank 1": "remuda: rank 1",
-    "kill -9 leader": "remuda: leader",
-    "kill -9 raylet": "raylet/raylet",
-    "kill -9 GCS": "gcs_server",
-    "kill -9 control process": "remuda: control",
-    "kill -9 serve": "remuda serve",
+    "kill -9 a rank": ("remuda: rank", "ray::Rank"),
+    "kill -9 leader": ("remuda: leader", "ray::LeaderProcess"),
+    "kill -9 raylet": ("raylet/raylet",),
+    "kill -9 GCS": ("gcs_server",),
+    "kill -9 control process": ("remuda: control",),
+    "kill -9 serve": ("bin/remuda serve",),
 }
-SURVIVED = ("kill -9 rank 1", "kill -9 leader")
+"""What the victim's command line has in it. Ray names a process after the call that it is in."""
+SURVIVED = ("kill -9 a rank", "kill -9 leader", "kill -9 GCS")
 """The start succeeds all the same."""
 _BEGINS_TO_LOAD = "connecting ranks"
 
 
 def starting(directory: Path) -> Iterator[Row]:
     copy_model(directory / "model")
-    for fault, program in FAULTS.items():
-        yield _start(directory, fault, program)
+    for fault, titles in FAULTS.items():
+        yield _start(directory, fault, titles)
 
 
-def _start(directory: Path, fault: str, program: str) -> Row:
+def _start(directory: Path, fault: str, titles: Sequence[str]) -> Row:
     files = shared_memory_files()
     served = Served((str(directory / "model"), "--tp", "2", "--dtype", "float32"), directory / "serve.log")
     served.start()
     assert served.process is not None
     wrong = []
     try:
-        victim = _wait_for(served, program)
+        victim = _wait_for(served, titles)
         struck_s = time.monotonic()
         victim.kill()
         wrong += _after(served, fault)
@@ -59,21 +60,17 @@ def _start(directory: Path, fault: str, program: str) -> Row:
     return Row("tp2", fault, f"loading: {became}", outcome, (), tuple(wrong))
 
 
-def _wait_for(served: Served, program: str) -> psutil.Process:
+def _wait_for(served: Served, titles: Sequence[str]) -> psutil.Process:
     """The process, once ranks connect."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline_s:
         if _BEGINS_TO_LOAD in served.log.read_text():
             for process in processes_with(served.mark):
                 with contextlib.suppress(psutil.Error):
-                    if (
-                        program in " ".join(process.cmdline())
-                        or (program == "remuda: leader" and "ray::LeaderProcess" in " ".join(process.cmdline()[:1]))
-                        or (program == "remuda: rank 1" and "ray::Rank" in " ".join(process.cmdline()[:1]))
-                    ):
+                    if any(title in " ".join(process.cmdline()) for title in titles):
                         return process
         time.sleep(0.01)
-    raise AssertionError(f"{program} did not appear:\n{served.log.read_text()}")
+    raise AssertionError(f"{titles[0]} did not appear:\n{served.log.read_text()}")
 
 
 def _after(served: Served, fault: str) -> list[str]:

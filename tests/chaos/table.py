@@ -17,6 +17,7 @@ GROUPS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "stops": processes.stops,
     "balancing": balancing.balancing,
     "links": hosts.links,
+    "hosts": hosts.hosts,
     "disk": disk.disk_full,
     "control-plane": control_plane.control_plane,
     "starting": starting.starting,
