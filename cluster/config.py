@@ -120,6 +120,7 @@ class ServeConfig(BaseSettings):
     address: str | None = None
     cpu_slots: Degree = 8
     spare_ranks: Annotated[int, Field(ge=0, le=64)] = 0
+    secret_file: Path | None = None
     deterministic: Annotated[Determinism, BeforeValidator(_determinism_field)] = Determinism.OFF
     request_timeout: Seconds = 600.0
     queue_timeout: Seconds = 60.0

@@ -67,6 +67,7 @@ def serve(
     address: options.Address = None,
     cpu_slots: options.CpuSlots = None,
     spare_ranks: options.SpareRanks = None,
+    secret_file: options.SecretFile = None,
     deterministic: options.Deterministic = None,
     request_timeout: options.RequestTimeout = None,
     queue_timeout: options.QueueTimeout = None,

@@ -21,6 +21,10 @@ SpareRanks = Annotated[
     int | None,
     typer.Option(help="Processes per host that stand by to take a lost CPU rank's place within a second. [0]"),
 ]
+SecretFile = Annotated[
+    Path | None,
+    typer.Option(help="File with the secret that leaders ask of front ends, for remuda frontend. [a new secret]"),
+]
 TensorParallelSize = Annotated[
     int | None, typer.Option("--tensor-parallel-size", "--tp", help="Ranks that share each layer. [1]")
 ]

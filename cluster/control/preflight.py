@@ -95,6 +95,21 @@ def _check_backend(config: ServeConfig) -> None:
         raise InvalidOption(f"--guided-decoding-backend {name} is not installed; pip install 'remuda[{name}]'")
 
 
+def _secret(file: Path | None) -> str:
+    """What leaders ask of front ends. Raises InvalidOption."""
+    if file is None:
+        return secrets.token_hex(32)
+    try:
+        secret = file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise InvalidOption(f"--secret-file {file} cannot be read: {error.strerror}") from error
+    if not secret:
+        raise InvalidOption(
+            f"--secret-file {file} is empty; write a secret into it, for example of openssl rand -hex 32"
+        )
+    return secret
+
+
 def _check_exposure(config: ServeConfig) -> None:
     if not is_loopback(config.host) and config.api_key_file is None:
         raise InvalidOption(
@@ -164,7 +179,7 @@ def _launch_config(
         num_replicas=config.replicas,
         address=config.address,
         cpu_slots=config.cpu_slots,
-        secret=secrets.token_hex(32),
+        secret=_secret(config.secret_file),
         tp_across_hosts=config.tp_across_hosts,
         max_replicas=config.max_replicas or config.replicas,
         drain_timeout_s=config.drain_timeout,

@@ -49,15 +49,16 @@ def cluster_of(num_leaders: int, num_front_ends: int, directory: Path) -> Iterat
             addresses.append(leader.stdout.readline().strip())
         assert all(re.fullmatch(r"127\.0\.0\.1:\d+", address) for address in addresses), addresses
         named = ",".join(f"r{index}={address}" for index, address in enumerate(addresses))
-        front_ends = [_front_end(stack, named, directory / f"front-end-{i}.log") for i in range(num_front_ends)]
-        for front_end in front_ends:
-            _wait_ready(front_end, num_leaders)
+        front_ends = [front_end(stack, named, directory / f"front-end-{i}.log") for i in range(num_front_ends)]
+        for each in front_ends:
+            wait_ready(each, num_leaders)
         yield Cluster(leaders, front_ends)
 
 
 def copy_model(directory: Path) -> None:
-    """remuda-tiny with a chat template that has a place for tools."""
-    shutil.copytree(ROOT / "engine" / "assets" / "remuda-tiny", directory)
+    """remuda-tiny with a chat template that has a place for tools; what was recorded of the original stays there."""
+    original = ROOT / "engine" / "assets" / "remuda-tiny"
+    shutil.copytree(original, directory, ignore=shutil.ignore_patterns("remuda-golden.json"))
     file = directory / "tokenizer_config.json"
     values = json.loads(file.read_text())
     values["chat_template"] = (ROOT / "tests" / "data" / "templates" / "qwen3.jinja").read_text()
@@ -78,9 +79,10 @@ def _leader(stack: ExitStack, name: str, directory: Path) -> "subprocess.Popen[s
     return process
 
 
-def _front_end(stack: ExitStack, leaders: str, log: Path) -> FrontEndProcess:
+def front_end(stack: ExitStack, leaders: str, log: Path, *options: str) -> FrontEndProcess:
+    """One more. The model is beside its log."""
     port, grpc_port = free_port(), free_port()
-    command = [REMUDA, "frontend", str(log.parent / "model"), "--leaders", leaders, "--port", str(port)]
+    command = [REMUDA, "frontend", str(log.parent / "model"), "--leaders", leaders, "--port", str(port), *options]
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [*command, "--grpc-port", str(grpc_port), "--served-model-name", "m"], cwd=ROOT, stdout=sink, stderr=sink
@@ -89,7 +91,8 @@ def _front_end(stack: ExitStack, leaders: str, log: Path) -> FrontEndProcess:
     return FrontEndProcess(process, port, grpc_port)
 
 
-def _wait_ready(front_end: FrontEndProcess, num_leaders: int) -> None:
+def wait_ready(front_end: FrontEndProcess, num_leaders: int) -> None:
+    """It has joined all of them."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline_s:
         assert front_end.process.poll() is None, "the front end ended"
