@@ -7,14 +7,15 @@ from tests.failover.requests import REQUESTS
 
 WHOLE = ("greedy", "two choices", "tools")
 """Kinds that are also asked for without a stream."""
+NUM_TOKENS = 240
 LONG_PROMPT_WORDS = 400
 NUM_TOKENS_AFTER_LONG_PROMPT = 40
 
 
 def short_prompts() -> dict[str, dict[str, Any]]:
     """Name → body of each request. They decode for seconds. No prefix of theirs is cached from an earlier call."""
-    streamed = {name: dict(body) for name, body in REQUESTS.items()}
-    whole = {f"{name}, at once": {**REQUESTS[name], "stream": False} for name in WHOLE}
+    streamed = {name: {**body, "max_tokens": NUM_TOKENS} for name, body in REQUESTS.items()}
+    whole = {f"{name}, at once": {**streamed[name], "stream": False} for name in WHOLE}
     return _salted(streamed | whole)
 
 
