@@ -57,7 +57,8 @@ def _start(directory: Path, fault: str, titles: Sequence[str]) -> Row:
         wrong.append(f"left in shared memory: {new}")
     outcome = Outcome(0, 0, 0, 0, pause_s, ())
     became = "ready" if fault in SURVIVED else f"ended, status {served.process.returncode}"
-    return Row("tp2", fault, f"loading: {became}", outcome, (), tuple(wrong))
+    replaced = (fault.removeprefix("kill -9 "),) if fault in SURVIVED else ()
+    return Row("tp2", fault, f"loading: {became}", outcome, replaced, tuple(wrong))
 
 
 def _wait_for(served: Served, titles: Sequence[str]) -> psutil.Process:
