@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import typer
 
-from cluster.cli import adapters, bench, chat, doctor, drain, frontend, generate, plan, serve, status, verify
+from cluster.cli import adapters, bench, chat, doctor, drain, frontend, generate, plan, replay, serve, status, verify
 from cluster.config import quiet_libraries
 from cluster.errors import mapping_of
 from engine.errors import RemudaError
@@ -31,6 +31,7 @@ app.command(name="doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command(name="generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command(name="chat", epilog=chat.EXAMPLES)(chat.chat)
 app.command(name="status", epilog=status.EXAMPLES)(status.status)
+app.command(name="replay", epilog=replay.EXAMPLES)(replay.replay)
 app.command(name="drain", epilog=drain.EXAMPLES)(drain.drain)
 app.add_typer(adapters.app, name="adapters")
 app.command(name="bench", epilog=bench.EXAMPLES)(bench.bench)

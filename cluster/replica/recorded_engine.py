@@ -1,11 +1,32 @@
-"""An engine that notes in the flight record what it is asked for: with the plans and answers that the executor notes,
-everything that its scheduler saw."""
+"""An engine that notes in the flight record what it is asked for, and when: with the plans and answers that the
+executor notes, everything that its scheduler saw, so that ``remuda replay`` can do it again."""
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
+import msgspec
+
+from engine.config import CacheConfig, KvGroupConfig, LoraConfig, SchedulerConfig
 from engine.engine import Engine
+from engine.executor.executor import Executor
 from engine.executor.flight_record import FlightRecord
-from engine.request import Request
+from engine.request import AdapterInfo, Output, Request
+
+
+class EngineFacts(msgspec.Struct, frozen=True):
+    """Arguments of an Engine, as the head of a record has them. ``moves_experts``: by a clock of its own."""
+
+    kv_groups: tuple[KvGroupConfig, ...]
+    vocab_size: int
+    scheduler_config: SchedulerConfig
+    cache_config: CacheConfig
+    epoch: int
+    num_dp_groups: int
+    input_references: bool
+    lora_config: LoraConfig
+    model_identity: str
+    moves_experts: bool
 
 
 class RecordedEngine(Engine):
@@ -14,18 +35,64 @@ class RecordedEngine(Engine):
     def __init__(self, record: FlightRecord, **options: Any) -> None:
         super().__init__(**options)
         self._record = record
-        record.describe(is_live=self.is_live)
+        self._num_turns = 0
+        self._is_news = False
+        facts = EngineFacts(
+            kv_groups=self._kv_groups,
+            vocab_size=self._vocab_size,
+            scheduler_config=self._config,
+            cache_config=self._cache_config,
+            epoch=self._epoch,
+            num_dp_groups=self._num_dp_groups,
+            input_references=self._input_references,
+            lora_config=options.get("lora_config", LoraConfig()),
+            model_identity=self._model_identity,
+            moves_experts=self._experts is not None,
+        )
+        record.describe(is_live=self.is_live, engine=msgspec.to_builtins(facts))
 
     def is_live(self, request_id: str) -> bool:
         """From any thread."""
         return request_id in self._states
 
+    @property
+    def _when(self) -> dict[str, Any]:
+        """So many calls of ``step`` had begun, and whether the last of them was asking for news."""
+        return {"turn": self._num_turns, "is_news": self._is_news}
+
+    def step(self, news: Callable[[], None] = lambda: None) -> list[Output]:
+        self._num_turns += 1
+
+        def told() -> None:
+            self._is_news = True
+            try:
+                news()
+            finally:
+                self._is_news = False
+
+        return super().step(told)
+
     def add(self, request: Request) -> None:
         super().add(request)
-        self._record.request(request)
+        self._record.request(request, **self._when)
 
     def abort(self, request_id: str) -> bool:
         was_live = super().abort(request_id)
         if was_live:
-            self._record.event("abort", request_id=request_id)
+            self._record.event("abort", request_id=request_id, **self._when)
         return was_live
+
+    def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
+        future = super().load_adapter(name, path)
+        self._record.event("load adapter", name=name, path=path, **self._when)
+        return future
+
+    def unload_adapter(self, name: str) -> "Future[None]":
+        future = super().unload_adapter(name)
+        self._record.event("unload adapter", name=name, **self._when)
+        return future
+
+    def reset(self, epoch: int, *, executor: Executor | None = None, cache_config: CacheConfig | None = None) -> None:
+        super().reset(epoch, executor=executor, cache_config=cache_config)
+        cache = msgspec.to_builtins(self._cache_config)
+        self._record.event("reset", epoch=epoch, cache_config=cache, **self._when)

@@ -108,6 +108,7 @@ class ChannelExecutor:
         """
         start = GangStart(self._channel, self._num_ranks, self._epoch, self._stall_timeout_s, on_message)
         ready = start.run(model, self._num_stages, block_size, max_model_len, experts)
+        self._record.describe(num_ranks=self._num_ranks, sampling_ranks=self._sampling_ranks)
         self._record.event("epoch", epoch=self._epoch, num_blocks=ready.cache.num_blocks)
         self._watch_over.start([hello.device for hello in ready.ranks])
         self._watcher = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
@@ -216,7 +217,7 @@ class ChannelExecutor:
             self._pending.popleft()
         now = time.monotonic()
         self._watch_over.learn(due.plan, now, now - due.sent_s)
-        due.future.set_result(_by_dp_group(due.results, self._sampling_ranks))
+        due.future.set_result(by_dp_group(due.results, self._sampling_ranks))
 
     def _note_verdict(self, verdict: Verdict) -> None:
         self._record.event("verdict", rank=verdict.rank, reason=verdict.reason, is_final=verdict.is_final)
@@ -226,7 +227,8 @@ class ChannelExecutor:
         with self._lock:
             if self._failure is None and not self._closing:
                 self._is_untold = True
-                self._record.event("failure", epoch=self._epoch, error=str(error))
+                culprit = error.rank if isinstance(error, RankFailure) else None
+                self._record.event("failure", epoch=self._epoch, rank=culprit, error=str(error))
             self._failure = self._failure or error
             failed, self._pending = self._pending, deque()
         for pending in failed:
@@ -275,8 +277,9 @@ class ChannelExecutor:
             self._watcher.join()
 
 
-def _by_dp_group(results: dict[int, StepResult], sampling_ranks: list[int]) -> list[StepResult]:
-    """The sampling ranks' results, the first with all ranks' news of adapters and experts."""
+def by_dp_group(results: dict[int, StepResult], sampling_ranks: Sequence[int]) -> list[StepResult]:
+    """What the engine gets of all ranks' answers: the sampling ranks', the first with everybody's news of adapters and
+    experts."""
     groups = [results[rank] for rank in sampling_ranks]
     if any(result.adapters or result.expert_outcomes or result.expert_loads for result in results.values()):
         every = [results[rank] for rank in sorted(results)]

@@ -37,6 +37,7 @@ class FlightRecord:
         self._facts: dict[str, Any] = {}
         self._entries: deque[_Entry] = deque()
         self._num_bytes = 0
+        self._num_lost = 0
         self._old_requests: dict[str, _Entry] = {}
         """Those that came before the oldest entry and were live then."""
 
@@ -54,9 +55,9 @@ class FlightRecord:
         """What a rank sent, encoded, has arrived."""
         self._add((now_s, "answer", (rank, data), len(data) + _ENTRY_BYTES))
 
-    def request(self, request: Request) -> None:
-        """The engine has taken it."""
-        self._add((time.monotonic(), "request", request, 8 * len(request.token_ids) + 4 * _ENTRY_BYTES))
+    def request(self, request: Request, **fields: Any) -> None:
+        """The engine has taken it; ``fields`` say when."""
+        self._add((time.monotonic(), "request", (request, fields), 8 * len(request.token_ids) + 4 * _ENTRY_BYTES))
 
     def event(self, kind: str, **fields: Any) -> None:
         """Anything else; ``fields`` are JSON values."""
@@ -68,19 +69,21 @@ class FlightRecord:
         while self._num_bytes > self._max_bytes and len(self._entries) > 1:
             old = self._entries.popleft()
             self._num_bytes -= old[3]
-            if old[1] == "request" and self._is_live(old[2].request_id):
+            self._num_lost += 1
+            if old[1] == "request" and self._is_live(old[2][0].request_id):
                 self._keep(old)
 
     def _keep(self, entry: _Entry) -> None:
         """Some of those kept before have ended."""
-        self._old_requests[entry[2].request_id] = entry
+        self._old_requests[entry[2][0].request_id] = entry
         if len(self._old_requests) % 64 == 0:
             self._old_requests = {key: old for key, old in self._old_requests.items() if self._is_live(key)}
 
     def lines(self) -> Iterator[bytes]:
         """The file: JSON lines, the head first."""
         now_s, unix_s = time.monotonic(), time.time()
-        head = {"kind": "head", "format": FORMAT, "monotonic_s": now_s, "unix_s": unix_s, **self._facts}
+        head = {"kind": "head", "format": FORMAT, "monotonic_s": now_s, "unix_s": unix_s, "num_lost": self._num_lost}
+        head |= self._facts
         yield msgspec.json.encode(head) + b"\n"
         old = [entry for key, entry in list(self._old_requests.items()) if self._is_live(key)]
         for entry in [*old, *list(self._entries)]:
@@ -108,7 +111,8 @@ def _readable(entry: _Entry) -> dict[str, Any]:
         rank, data = payload
         line |= {"rank": rank, "message": msgspec.msgpack.decode(data)}
     elif kind == "request":
-        line["request"] = msgspec.to_builtins(payload)
+        request, fields = payload
+        line |= {"request": msgspec.to_builtins(request), **fields}
     else:
         line |= payload
     return line

@@ -53,6 +53,8 @@ def test_a_stopped_rank_is_named_replaced_and_recorded(
         assert kinds["head"] == kinds["request"] == kinds["epoch"] == 1 and kinds["answer"] == 2 * kinds["plan"]
         assert tokens[: len(expected)] == expected
         assert record.stat().st_mode & 0o777 == 0o600
+        replayed = run_remuda("replay", str(record))
+        assert replayed.returncode == 0 and "replay exactly" in replayed.stdout, replayed.stdout + replayed.stderr
 
         ranks = served.status()["replicas"][0]["ranks"]
         assert [rank["state"] for rank in ranks] == ["idle", "idle"]
@@ -72,3 +74,8 @@ def test_a_stopped_rank_is_named_replaced_and_recorded(
         assert [len(answer) for answer in answers] == [400], "the request went on"
         kept = list((tmp_path / "state" / "remuda").glob("r0-*.jsonl"))
         assert len(kept) == 1 and '"is_final":true' in kept[0].read_text()
+        assert run_remuda("status", "--target", served.target, "--dump", str(record)).returncode == 0
+    for file in (kept[0], record):
+        replayed = run_remuda("replay", str(file))
+        assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert "in 2 epochs" in replayed.stdout
