@@ -8,7 +8,7 @@ ARGS ?=
 TEXT_CONFORMANCE := $(addprefix tests/frontend/test_,templates.py tool_parser.py meta_tokenizers.py infilling.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve hosts simulate test determinism layouts chaos conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-recovery bench-models clean
+.PHONY: help setup demo serve hosts simulate test determinism layouts chaos mutants conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-recovery bench-models clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,6 +39,14 @@ SEEDS ?= 2000
 simulate: setup  ## SEEDS=2000 simulated deployments with faults, then every single fault of a small one; a failing seed can be repeated
 	$(PY) -m cluster.simulate --seeds $(SEEDS) $(ARGS)
 	$(PY) -m cluster.simulate --explore
+
+mutants: setup .venv-mutants/.stamp  ## small defects in journal, supervisor and block pool: which test or simulation sees each; writes docs/mutants.md
+	$(PY) -m tests.mutants $(ARGS)
+
+.venv-mutants/.stamp: tests/mutants/requirements.txt $(VENV)/.stamp-venv
+	$(PY) -m venv .venv-mutants
+	.venv-mutants/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
 
 chaos: setup  ## kill, stop and cut off every part of real clusters while every kind of request runs; writes docs/chaos.md
 	$(PY) -m tests.chaos $(ARGS)

@@ -1,0 +1,53 @@
+"""What is mutated, and what each mutant has to get past: cheapest first."""
+
+from dataclasses import dataclass
+
+SIMULATION = ("-m", "cluster.simulate", "--seeds", "100")
+EXPLORATION = ("-m", "cluster.simulate", "--explore")
+
+
+def tests(*paths: str) -> tuple[str, ...]:
+    """Arguments of Python that run them to the first failure, always with the same examples."""
+    return ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", *paths)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """``num_mutants`` are drawn of those that the tool makes of ``file``. ``hurdles``: see ``tests``."""
+
+    file: str
+    num_mutants: int
+    hurdles: tuple[tuple[str, ...], ...]
+
+
+_FAILOVER = (tests("tests/failover/test_fleet.py"), EXPLORATION, SIMULATION)
+
+SUBJECTS = (
+    Subject("cluster/frontend/journal.py", 26, (tests("tests/property/test_journal.py"), *_FAILOVER)),
+    Subject(
+        "cluster/replica/recovery.py",
+        26,
+        (tests("tests/property/test_recovery.py"), EXPLORATION, SIMULATION),
+    ),
+    Subject(
+        "engine/scheduler/block_pool.py",
+        26,
+        (
+            tests("tests/property/test_block_pool.py"),
+            tests("tests/unit/scheduler/test_prefix_cache.py", "tests/unit/scheduler/test_scheduler.py"),
+            tests("tests/property/test_scheduler.py"),
+            SIMULATION,
+        ),
+    ),
+    Subject("cluster/replica/stream_history.py", 10, _FAILOVER),
+    Subject("cluster/replica/held_streams.py", 8, _FAILOVER),
+)
+
+
+def name_of(hurdle: tuple[str, ...]) -> str:
+    """For the table."""
+    if hurdle == SIMULATION:
+        return "simulation, 100 seeds"
+    if hurdle == EXPLORATION:
+        return "simulation, every single fault"
+    return ", ".join(argument for argument in hurdle if argument.startswith("tests/"))
