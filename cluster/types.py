@@ -12,6 +12,12 @@ class ReplicaState(enum.StrEnum):
     READY = "ready"
     DRAINING = "draining"
     FAILED = "failed"
+    REPAIRING = "repairing"
+    """The gang forms anew. What runs goes on afterwards; new requests wait until then."""
+
+    @property
+    def takes_requests(self) -> bool:
+        return self in (ReplicaState.READY, ReplicaState.REPAIRING)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from engine.executor.executor import Executor
 from engine.messages import ExpertChange, LayerExperts, StepPlan, StepResult
 from engine.request import AdapterInfo, FinishReason, Output, Request
 from engine.scheduler.adapter_table import AdapterTable
+from engine.scheduler.break_trials import BreakTrials
 from engine.scheduler.dp_group import choose_group
 from engine.scheduler.expert_balancer import ExpertBalancer
 from engine.scheduler.expert_stats import ExpertStats
@@ -91,6 +92,7 @@ class Engine:
         self._adapters = AdapterTable(lora_config)
         self._experts = experts
         self._states: dict[str, RequestState] = {}
+        self._trials = BreakTrials()
         self._outputs: list[Output] = []
         self._num_arrivals = 0
         self._num_steps_before = 0  # of earlier epochs
@@ -127,6 +129,8 @@ class Engine:
         return outputs
 
     def _submit_plans(self) -> None:
+        for state in self._trials.released(self._states):
+            self._schedulers[state.dp_group].add(state)
         while len(self._in_flight) < self._config.depth and (plan := self._schedule()) is not None:
             self._in_flight.append((plan, self._executor.submit(plan)))
 
@@ -204,10 +208,8 @@ class Engine:
     def _end_without_adapter(self, slots: set[int]) -> None:
         """Only after a reset can requests have an adapter that cannot be loaded (again)."""
         for state in [state for state in self._states.values() if state.adapter in slots]:
-            del self._states[state.request_id]
-            self._schedulers[state.dp_group].abort(state)
-            message = "the request's adapter could not be loaded again"
-            self._outputs.append(Output(state.request_id, [], FinishReason.ERROR, error=message))
+            self._withdraw(state)
+            self._end_with_error(state, "the request's adapter could not be loaded again")
 
     @property
     def expert_placements(self) -> list[LayerExperts]:
@@ -250,12 +252,12 @@ class Engine:
                 f"than the {scheduler.num_blocks} KV blocks that there are; shorten one of them",
                 "max_tokens",
             )
-        num_waiting = sum(scheduler.num_waiting for scheduler in self._schedulers)
-        if num_waiting >= self._config.max_num_waiting:
+        if (num_waiting := self._num_waiting) >= self._config.max_num_waiting:
             raise Overloaded(f"{num_waiting} requests are waiting, at most {self._config.max_num_waiting} may")
         self._num_arrivals += 1
         self._states[request.request_id] = state
-        scheduler.add(state)
+        if not self._trials.holds(state):
+            scheduler.add(state)
 
     def _choose_group(self, state: RequestState) -> int:
         if self._num_dp_groups == 1:
@@ -291,32 +293,48 @@ class Engine:
         state = self._states.pop(request_id, None)
         if state is None:
             return False
-        self._schedulers[state.dp_group].abort(state)
+        self._withdraw(state)
         self._outputs.append(Output(request_id, [], FinishReason.ABORT))
         return True
 
+    def _withdraw(self, state: RequestState) -> None:
+        if not self._trials.drop(state):
+            self._schedulers[state.dp_group].abort(state)
+
     def reset(self, epoch: int, *, executor: Executor | None = None, cache_config: CacheConfig | None = None) -> None:
         """The gang has re-formed: plans in flight are forgotten, every request waits again with the tokens it has, and
-        adapters are loaded again. A request whose adapter cannot be ends with ERROR.
+        adapters are loaded again. A request whose adapter cannot be ends with ERROR, as does one that breaks the gang
+        whenever it is computed (engine.scheduler.break_trials).
 
         ``cache_config``: where the new gang's cache has another size. A request that no longer fits ends with ERROR.
         """
         assert epoch > self._epoch, f"epoch {epoch} does not follow {self._epoch}"
         self._num_steps_before += self._next_step
         self._num_preemptions_before += sum(scheduler.num_preemptions for scheduler in self._schedulers)
+        computed = [state for scheduler in self._schedulers for state in scheduler.in_flight()]
+        if self._in_flight and (culprit := self._trials.broke(computed)) is not None:
+            self._end_with_error(
+                culprit,
+                f"the gang broke {culprit.num_breaks} times in a row when it computed this request, which is ended so "
+                "that it does not break it again",
+            )
         self._begin_epoch(epoch, executor or self._executor, cache_config or self._cache_config)
         for state in list(self._states.values()):
-            scheduler = self._schedulers[state.dp_group]
             state.restart()
-            if scheduler.fits(state):
-                scheduler.add(state)
-            else:
-                del self._states[state.request_id]
-                message = f"the cache has shrunk to {scheduler.num_blocks} KV blocks, too few for this request"
-                self._outputs.append(Output(state.request_id, [], FinishReason.ERROR, error=message))
+            scheduler = self._schedulers[state.dp_group]
+            if not scheduler.fits(state):
+                self._end_with_error(
+                    state, f"the cache has shrunk to {scheduler.num_blocks} KV blocks, too few for this request"
+                )
+        for state in self._trials.begin(self._states.values()):
+            self._schedulers[state.dp_group].add(state)
         self._adapters.restart(self._used_adapters())
         if self._experts is not None:
             self._experts.restart()
+
+    def _end_with_error(self, state: RequestState, message: str) -> None:
+        del self._states[state.request_id]
+        self._outputs.append(Output(state.request_id, [], FinishReason.ERROR, error=message))
 
     def _begin_epoch(self, epoch: int, executor: Executor, cache_config: CacheConfig) -> None:
         self._epoch = epoch
@@ -342,11 +360,15 @@ class Engine:
         """Whether ``step`` has anything to do or to hand out."""
         return bool(self._states or self._in_flight or self._outputs or self._adapters.has_work)
 
+    @property
+    def _num_waiting(self) -> int:
+        return sum(scheduler.num_waiting for scheduler in self._schedulers) + self._trials.num_held
+
     def stats(self) -> EngineStats:
         schedulers = self._schedulers
         return EngineStats(
             num_running=sum(scheduler.num_running for scheduler in schedulers),
-            num_waiting=sum(scheduler.num_waiting for scheduler in schedulers),
+            num_waiting=self._num_waiting,
             num_in_flight=len(self._in_flight),
             num_blocks=sum(scheduler.num_blocks for scheduler in schedulers),
             num_blocks_used=sum(scheduler.num_blocks_used for scheduler in schedulers),
@@ -360,5 +382,5 @@ class Engine:
         self._adapters.check_integrity()
         for scheduler in self._schedulers:
             scheduler.check_integrity()
-        num_held = sum(scheduler.num_running + scheduler.num_waiting for scheduler in self._schedulers)
+        num_held = sum(scheduler.num_running for scheduler in self._schedulers) + self._num_waiting
         assert num_held == len(self._states), f"{num_held} requests are scheduled and {len(self._states)} are live"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from cluster.errors import ModelNotFound
 from cluster.frontend.backend import Backend
-from cluster.types import ReplicaState
 from engine.config import LoraConfig
 from engine.errors import AdapterError, InvalidRequest
 from engine.request import AdapterInfo
@@ -34,8 +33,8 @@ class Adapters:
         self._leaving: set[str] = set()
 
     def loaded(self) -> list[AdapterInfo]:
-        """Those that every ready replica has, with their bytes over all of these."""
-        ready = [info.adapters for info in self._backend.replicas() if info.state is ReplicaState.READY]
+        """Those that every replica that takes requests has, with their bytes over all of these."""
+        ready = [info.adapters for info in self._backend.replicas() if info.state.takes_requests]
         if not ready:
             return []
         found = []

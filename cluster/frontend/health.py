@@ -72,6 +72,8 @@ class Health:
             return Progress.DOWN
         if not has_work:
             return Progress.IDLE
+        if info.state is ReplicaState.REPAIRING:
+            return Progress.BUSY  # the repair has limits of its own, after which the replica has failed
         if info.progress_limit_s:
             # The leader's bound follows what its steps take; it acts on it itself, and is given the time. Its clock
             # stands still while the gang is repaired.

@@ -171,7 +171,7 @@ class Journal:
         self._leave()
         if self._num_replays > self._policy.max_replays:
             raise self._given_up(f"it was begun {self._num_replays} times")
-        ready = {replica.id for replica in replicas if replica.is_ready}
+        ready = {replica.id for replica in replicas if replica.takes_requests}
         if ready - self._tried:
             return Submit(self._resumed(), self._tried)
         if not self._has_begun and (self._tried or not ready):

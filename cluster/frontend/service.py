@@ -26,7 +26,6 @@ from cluster.frontend.stop_strings import StopStrings
 from cluster.frontend.stored_call import FoundCall, StoredCall
 from cluster.frontend.tools.grammar import TOKENS as TOOL_TOKENS
 from cluster.frontend.tools.parser import ToolCallParser
-from cluster.types import ReplicaState
 from engine.errors import RemudaError
 from engine.grammar import check_grammar
 from engine.request import Request
@@ -91,8 +90,8 @@ class Service:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of one request that every ready replica can hold. Raises Unavailable while none is ready."""
-        lengths = [info.max_model_len for info in self.backend.replicas() if info.state is ReplicaState.READY]
+        """Tokens of one request that every replica can hold. Raises Unavailable while none takes requests."""
+        lengths = [info.max_model_len for info in self.backend.replicas() if info.state.takes_requests]
         if not lengths:
             raise Unavailable("no replica is ready; try again shortly")
         return min(lengths)

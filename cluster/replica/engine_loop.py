@@ -205,7 +205,7 @@ class EngineLoop:
     def drain(self) -> None:
         """Refuses new requests from now on; what runs may finish."""
         with self._wake:
-            if self._state is ReplicaState.READY:
+            if self._state.takes_requests:
                 self._state = ReplicaState.DRAINING
 
     def fail(self, error: RemudaError, still_holds: Callable[[], bool] = lambda: True) -> None:
@@ -254,9 +254,21 @@ class EngineLoop:
                 raise
             _log.warning("the engine broke and is to be repaired: %s", error)
             broken = error
-        self._is_busy = False  # what is live waits for the repair, not for a step
+        self._begin_repair()
         self._repair(broken)
+        self._end_repair()
         return True
+
+    def _begin_repair(self) -> None:
+        with self._wake:
+            self._is_busy = False  # what is live waits for the repair, not for a step
+            if self._state is ReplicaState.READY:
+                self._state = ReplicaState.REPAIRING
+
+    def _end_repair(self) -> None:
+        with self._wake:
+            if self._state is ReplicaState.REPAIRING:  # and not draining meanwhile
+                self._state = ReplicaState.READY
 
     def _turn(self) -> bool:
         """Waits for work, takes in what came, runs one step. False: time to stop."""

@@ -14,10 +14,11 @@ class Filter(Protocol):
 
 
 class ReadyFilter:
-    """Connected, and neither starting, draining nor failed."""
+    """Connected and ready; where none is, those under repair, at which requests wait."""
 
     def keep(self, query: RoutingQuery, replicas: Sequence[ReplicaView]) -> Sequence[ReplicaView]:
-        return [replica for replica in replicas if replica.is_ready]
+        ready = [replica for replica in replicas if replica.is_ready]
+        return ready or [replica for replica in replicas if replica.takes_requests]
 
 
 class UntriedFilter:

@@ -26,6 +26,11 @@ class ReplicaView:
         return self.is_connected and self.info.state is ReplicaState.READY
 
     @property
+    def takes_requests(self) -> bool:
+        """At once, or when it has been repaired."""
+        return self.is_connected and self.info.state.takes_requests
+
+    @property
     def load(self) -> int:
         """Requests running and waiting, as well as this front end can know."""
         return self.info.num_running + self.info.num_waiting + self.num_sent

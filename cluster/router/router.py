@@ -70,7 +70,7 @@ def default_router(table: ReplicaTable) -> Router:
     cache; equals in turn."""
     prefixes = PrefixIndex()
     scorers: list[tuple[Scorer, float]] = [(LeastLoadScorer(), 1.0), (PrefixScorer(prefixes), PREFIX_WEIGHT)]
-    return Router(table, [ReadyFilter(), UntriedFilter()], scorers, BestInTurnPicker(), prefixes)
+    return Router(table, [UntriedFilter(), ReadyFilter()], scorers, BestInTurnPicker(), prefixes)
 
 
 def _why_none(replicas: Sequence[ReplicaView], query: RoutingQuery) -> str:
@@ -85,6 +85,6 @@ def _why_none(replicas: Sequence[ReplicaView], query: RoutingQuery) -> str:
 def _condition(replica: ReplicaView, query: RoutingQuery) -> str:
     if not replica.is_connected:
         return "is not connected"
-    if not replica.is_ready:
+    if not replica.takes_requests:
         return f"is {replica.info.state}"
     return "failed this request" if replica.id in query.tried else "was filtered out"

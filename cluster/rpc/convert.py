@@ -34,6 +34,7 @@ _STATE_TO_PROTO: dict[ReplicaState, replica_pb2.ReplicaState.ValueType] = {
     ReplicaState.READY: replica_pb2.REPLICA_STATE_READY,
     ReplicaState.DRAINING: replica_pb2.REPLICA_STATE_DRAINING,
     ReplicaState.FAILED: replica_pb2.REPLICA_STATE_FAILED,
+    ReplicaState.REPAIRING: replica_pb2.REPLICA_STATE_REPAIRING,
 }
 _STATE_FROM_PROTO = {value: state for state, value in _STATE_TO_PROTO.items()}
 

@@ -26,7 +26,6 @@ from cluster.simulate.leader import VOCAB_SIZE
 from cluster.simulate.network import Network
 from cluster.simulate.process import Process
 from cluster.simulate.replica import SimulatedReplica
-from cluster.types import ReplicaState
 from engine.errors import RemudaError
 from engine.request import Request
 
@@ -145,7 +144,7 @@ class SimulatedFrontEnd:
                 return  # it comes again, as it is told to
             record.error = error
             states = [info.state for info in self.fleet.replicas()]
-            record.had_no_replica = ReplicaState.READY not in states
+            record.had_no_replica = not any(state.takes_requests for state in states)
         record.has_ended = True
 
     async def _run(self, record: Record, holders: dict[int, Holder]) -> None:

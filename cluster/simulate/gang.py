@@ -69,8 +69,9 @@ class SimulatedRank:
     """One rank: its slots, its memory, and what its plans in flight read from there.
 
     ``records_samples``: whether it learns the tokens that are sampled (all ranks do where plans may refer to them, the
-    sampling rank always); ``fails_at`` positions of a request (by seed) answer with a SlotError. ``adapter_of``: path
-    of the adapter that a request (by seed) must have; ``broken_adapters``: paths that cannot be loaded.
+    sampling rank always); ``fails_at`` positions of a request (by seed) answer with a SlotError, ``dies_at`` positions
+    kill the rank. ``adapter_of``: path of the adapter that a request (by seed) must have; ``broken_adapters``: paths
+    that cannot be loaded.
     """
 
     table: SlotTable
@@ -79,6 +80,8 @@ class SimulatedRank:
     vocab_size: int
     records_samples: bool
     fails_at: set[tuple[int, int]] = field(default_factory=set)
+    dies_at: set[tuple[int, int]] = field(default_factory=set)
+    has_died: bool = False
     memory: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     """(block, offset) to (KV group, value): blocks of all groups are of one pool."""
     adapter_of: dict[int, str] = field(default_factory=dict)
@@ -150,6 +153,8 @@ class SimulatedRank:
             positions = range(share.start + 1, min(end + 1, state.num_prompt_tokens))
             entries = [TopLogprobs(-float(p), 1, [state.token_ids[p]], [-float(p)]) for p in positions]
             result.prompt_logprobs.append(PromptLogprobs(share.slot, share.start + 1, entries))
+        if any((state.sampling.seed, p) in self.dies_at for p in range(share.start, end)):
+            self.has_died = True
         failed = any((state.sampling.seed, p) in self.fails_at for p in range(share.start, end))
         if failed:
             result.errors.append(SlotError(share.slot, f"position {end - 1} is not a number"))
@@ -189,6 +194,7 @@ class SimulatedGang:
 
     Args:
         fails_at: (seed, position) pairs whose computation answers with a SlotError.
+        dies_at: (seed, position) pairs whose computation kills a rank.
         adapter_of: path of the adapter that each request, by seed, must be computed with.
         broken_adapters: paths that the last rank cannot load.
         depth: plans that may be in flight.
@@ -209,6 +215,7 @@ class SimulatedGang:
         ranks_per_group: int = 2,
         input_references: bool = True,
         fails_at: set[tuple[int, int]] | None = None,
+        dies_at: set[tuple[int, int]] | None = None,
         adapter_of: dict[int, str] | None = None,
         broken_adapters: set[str] | None = None,
     ) -> None:
@@ -233,6 +240,7 @@ class SimulatedGang:
                     vocab_size=vocab_size,
                     records_samples=input_references or index == 0,
                     fails_at=fails_at if fails_at is not None else set(),
+                    dies_at=dies_at if dies_at is not None else set(),
                     adapter_of=adapter_of if adapter_of is not None else {},
                 )
                 for index in range(ranks_per_group)
@@ -259,6 +267,7 @@ class SimulatedGang:
         outcomes: list[AdapterOutcome] = []
         for ranks in self._groups:
             answers = [rank.compute(plan) for rank in ranks]
+            self.dead |= any(rank.has_died for rank in ranks)
             assert all(cells == answers[0][1] for _, cells in answers), "ranks disagree about what they read"
             outcomes += [outcome for result, _ in answers for outcome in result.adapters]
             results.append(msgspec.structs.replace(answers[0][0], adapters=[]))

@@ -91,10 +91,12 @@ class _Loop(EngineLoop):
         self._end(failure)
 
     async def _repaired(self, error: EngineFailure) -> EngineFailure | None:
+        self._begin_repair()
         try:
             await self._mend(error)
         except EngineFailure as final:
             return final
+        self._end_repair()
         return None
 
 

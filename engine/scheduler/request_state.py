@@ -65,6 +65,10 @@ class RequestState:
     has_begun: bool = False
     """An output, maybe an empty one, went out."""
     finished: bool = False
+    num_breaks: int = 0
+    """How often the gang broke while it computed this, with no new token in between (engine.scheduler.break_trials)."""
+    num_tokens_at_break: int = 0
+    """Of ``token_ids``, at the last of these."""
     lockstep_end: int = NO_STEP
     """While it is in lockstep (engine.scheduler.lockstep): after how many plans it leaves."""
 

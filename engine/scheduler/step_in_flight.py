@@ -1,5 +1,6 @@
 """What the leader remembers of a plan until its result returns, and what it demands of that result."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.errors import ProtocolViolation
@@ -102,3 +103,10 @@ class Draft:
     budget: TokenBudget
     short_of_blocks: bool
     """Some running request had to go without: nobody is admitted."""
+
+
+def live_requests(flights: Iterable[StepInFlight]) -> list[RequestState]:
+    """Those that these plans compute and that have not ended, each once."""
+    shares = [share for flight in flights for share in (flight.sampling, flight.prefilling)]
+    states = {id(state): state for share in shares for state in share.values()}
+    return [state for state in states.values() if not state.finished]

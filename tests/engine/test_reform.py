@@ -103,6 +103,7 @@ def test_a_survivor_reads_its_weights_no_second_time(dense: Reference) -> None:
             for output in served.engine.step():
                 outputs[output.request_id].append(output)
         served.gang.processes[1].kill()
+        served.gang.processes[1].wait()  # what is told to form anew must not be dying still
         survivor = psutil.Process(served.gang.processes[0].pid)
         read_before = survivor.io_counters().read_chars
         served.reform()

@@ -93,10 +93,20 @@ def test_a_replica_with_a_hanging_rank_is_alive_but_not_ready() -> None:
     assert one.health.live()[0] is True
 
 
+def test_a_repair_is_no_stall() -> None:
+    """It has bounds of its own; a restart would throw away what it saves."""
+    one = Watched()
+    one.infos = [replica_info(ReplicaState.REPAIRING, num_running=1)]
+    assert one.health.live()[0] is True
+    one.clock.advance(300)
+    assert one.health.live()[0] is True
+    assert one.health.ready() == (False, "no replica is ready: r0 is repairing")
+
+
 def test_ready_needs_a_ready_replica_and_no_drain() -> None:
     one = Watched()
     assert one.health.ready() == (False, "no replica is ready: there is none")
-    for state in (ReplicaState.STARTING, ReplicaState.DRAINING, ReplicaState.FAILED):
+    for state in (ReplicaState.STARTING, ReplicaState.DRAINING, ReplicaState.FAILED, ReplicaState.REPAIRING):
         one.infos = [replica_info(state)]
         assert one.health.ready() == (False, f"no replica is ready: r0 is {state}")
         assert one.health.live()[0] is True

@@ -227,3 +227,45 @@ def test_progress_ages_only_while_there_is_work(harness: Harness) -> None:
         time.sleep(0.001)
     harness.now_s += 7
     assert harness.loop.load().progress_age_s == 0.0
+
+
+def test_what_comes_during_a_repair_waits_for_its_end() -> None:
+    harness = Harness()
+    mended, is_broken = threading.Event(), threading.Event()
+
+    def repair(failure: EngineFailure) -> None:
+        is_broken.set()
+        assert mended.wait(WAIT_S)
+
+    harness.loop = EngineLoop(harness.engine, clock=lambda: harness.now_s, repair=repair)
+    harness.loop.start(harness.publish)
+    harness.loop.fail(RankFailure("rank 1 died", rank=1))
+    assert is_broken.wait(WAIT_S)
+    assert harness.loop.state.value == "repairing"
+    harness.loop.submit(request("a"))
+    mended.set()
+    harness.wait_for_ends("a")
+    assert harness.tokens("a") == answer(request("a"))
+    assert harness.loop.state.value == "ready"
+    assert harness.loop.stop(WAIT_S)
+
+
+def test_a_replica_that_drains_while_it_is_repaired_goes_on_draining() -> None:
+    harness = Harness()
+    mended, is_broken = threading.Event(), threading.Event()
+
+    def repair(failure: EngineFailure) -> None:
+        is_broken.set()
+        assert mended.wait(WAIT_S)
+
+    harness.loop = EngineLoop(harness.engine, clock=lambda: harness.now_s, repair=repair)
+    harness.loop.start(harness.publish)
+    harness.loop.submit(request("a"))
+    harness.wait_for_ends("a")
+    harness.loop.fail(RankFailure("rank 1 died", rank=1))
+    assert is_broken.wait(WAIT_S)
+    harness.loop.drain()
+    assert harness.loop.state.value == "draining"
+    mended.set()
+    assert harness.loop.stop(WAIT_S)
+    assert harness.loop.state.value == "draining"

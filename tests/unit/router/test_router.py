@@ -69,9 +69,11 @@ def routes(table: ReplicaTable, query: RoutingQuery, count: int) -> list[str | N
 def test_only_ready_connected_untried_replicas_are_picked(
     infos: list[ReplicaInfo], disconnected: set[str], tried: set[str]
 ) -> None:
-    allowed = {info.id for info in infos if info.state is ReplicaState.READY} - disconnected - tried
+    untried = [info for info in infos if info.id not in disconnected | tried]
+    allowed = {info.id for info in untried if info.state is ReplicaState.READY}
+    allowed = allowed or {info.id for info in untried if info.state is ReplicaState.REPAIRING}
     found = routes(table_of(infos, disconnected), RoutingQuery(tried=frozenset(tried)), 5)
-    assert set(found) <= (allowed or {None})
+    assert all(each in allowed for each in found) if allowed else set(found) == {None}
 
 
 @given(infos=replicas, data=st.data())
@@ -83,6 +85,7 @@ def test_the_order_of_the_table_does_not_matter(infos: list[ReplicaInfo], data: 
 @given(infos=replicas)
 def test_the_least_loaded_is_picked(infos: list[ReplicaInfo]) -> None:
     ready = [info for info in infos if info.state is ReplicaState.READY]
+    ready = ready or [info for info in infos if info.state is ReplicaState.REPAIRING]
     (found,) = routes(table_of(infos), RoutingQuery(), 1)
     loads = {info.id: info.num_running + info.num_waiting for info in ready}
     assert found is None if not loads else loads[found or ""] == min(loads.values())
@@ -131,6 +134,13 @@ def test_a_replica_comes_back_only_by_an_update() -> None:
     table.remove("a")
     with pytest.raises(Unavailable, match="no replica has started"):
         router.route(RoutingQuery())
+
+
+def test_a_replica_under_repair_is_a_last_resort() -> None:
+    table = table_of([replica("a", ReplicaState.REPAIRING), replica("b", running=99)])
+    assert routes(table, RoutingQuery(), 4) == ["b"] * 4
+    table.disconnect("b")
+    assert routes(table, RoutingQuery(), 2) == ["a"] * 2
 
 
 def test_the_error_says_what_keeps_each_one_out() -> None:

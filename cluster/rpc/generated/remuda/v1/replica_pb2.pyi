@@ -31,6 +31,8 @@ class _ReplicaStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplicaS
     REPLICA_STATE_READY: _ReplicaState.ValueType  # 2
     REPLICA_STATE_DRAINING: _ReplicaState.ValueType  # 3
     REPLICA_STATE_FAILED: _ReplicaState.ValueType  # 4
+    REPLICA_STATE_REPAIRING: _ReplicaState.ValueType  # 5
+    """Its gang forms anew. What runs goes on afterwards; new requests wait until then."""
 
 class ReplicaState(_ReplicaState, metaclass=_ReplicaStateEnumTypeWrapper): ...
 
@@ -39,6 +41,8 @@ REPLICA_STATE_STARTING: ReplicaState.ValueType  # 1
 REPLICA_STATE_READY: ReplicaState.ValueType  # 2
 REPLICA_STATE_DRAINING: ReplicaState.ValueType  # 3
 REPLICA_STATE_FAILED: ReplicaState.ValueType  # 4
+REPLICA_STATE_REPAIRING: ReplicaState.ValueType  # 5
+"""Its gang forms anew. What runs goes on afterwards; new requests wait until then."""
 Global___ReplicaState: _TypeAlias = ReplicaState  # noqa: Y015
 
 @_typing.final

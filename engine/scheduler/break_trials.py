@@ -1,0 +1,79 @@
+"""Finds the request that breaks the gang whenever it is computed, and ends no other. Pure.
+
+A request that was being computed at a break, and has no new token since the last break at which it was, is suspect.
+Suspects are tried one at a time: one runs until it has a token, beside nothing but those that were tried before it; all
+others wait so long. One that breaks the gang again, alone or on trial, is ended, for it would use up all repairs. So a
+culprit costs two repairs where it runs alone and three among others, and what merely ran beside it goes on.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+
+from engine.scheduler.request_state import RequestState
+
+SUSPECT_AFTER = 2
+"""Breaks without a token in between."""
+
+
+class BreakTrials:
+    """One object for an engine's whole life."""
+
+    def __init__(self) -> None:
+        self._suspects: deque[RequestState] = deque()
+        """The first one is on trial."""
+        self._held: list[RequestState] = []
+        """Those that are not suspect and wait until nobody is."""
+
+    def broke(self, computed: Sequence[RequestState]) -> RequestState | None:
+        """The gang broke while it computed these. Returns the one that is to be ended."""
+        for state in computed:
+            has_moved = len(state.token_ids) > state.num_tokens_at_break
+            state.num_breaks = 1 if has_moved else state.num_breaks + 1
+            state.num_tokens_at_break = len(state.token_ids)
+        suspects = [state for state in computed if state.num_breaks >= SUSPECT_AFTER]
+        is_trial = bool(self._suspects) and self._suspects[0] in suspects
+        return suspects[0] if len(suspects) == 1 and (is_trial or len(computed) == 1) else None
+
+    def begin(self, states: Iterable[RequestState]) -> list[RequestState]:
+        """A new epoch with these requests, in their order. Returns those that may run at once."""
+        states = list(states)
+        self._suspects = deque(state for state in states if state.num_breaks >= SUSPECT_AFTER)
+        self._held = [state for state in states if state.num_breaks < SUSPECT_AFTER]
+        return self._next()
+
+    def _next(self) -> list[RequestState]:
+        if self._suspects:
+            return [self._suspects[0]]
+        free, self._held = self._held, []
+        return free
+
+    def holds(self, new: RequestState) -> bool:
+        """Whether a request that comes now has to wait; ``released`` gives it later."""
+        if self._suspects:
+            self._held.append(new)
+        return bool(self._suspects)
+
+    def drop(self, state: RequestState) -> bool:
+        """The request has ended. Whether it was waiting here."""
+        if state in self._held:
+            self._held.remove(state)
+            return True
+        if state in self._suspects and state is not self._suspects[0]:
+            self._suspects.remove(state)
+            return True
+        return False
+
+    def released(self, live: Mapping[str, RequestState]) -> list[RequestState]:
+        """Those that may run from now on, since the one on trial has a token or has ended. ``live``: by id."""
+        if not self._suspects:
+            return []
+        trial = self._suspects[0]
+        if live.get(trial.request_id) is trial and len(trial.token_ids) == trial.num_tokens_at_break:
+            return []
+        trial.num_breaks = 0
+        self._suspects.popleft()
+        return self._next()
+
+    @property
+    def num_held(self) -> int:
+        return len(self._held) + max(0, len(self._suspects) - 1)

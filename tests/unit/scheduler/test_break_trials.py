@@ -1,0 +1,159 @@
+"""A request that kills a rank whenever it is computed is ended; what ran beside it is not."""
+
+import pytest
+
+from cluster.simulate.gang import SimulatedGang, sequential_tokens
+from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
+from engine.engine import Engine
+from engine.errors import RankFailure
+from engine.request import FinishReason, Output, Request, SamplingParams
+
+VOCAB_SIZE = 50
+GROUPS = (KvGroupConfig((0,)), KvGroupConfig((1,), chunk_size=8))
+NUM_PROMPT_TOKENS = 10
+MAX_TOKENS = 8
+
+
+def prompt(seed: int) -> list[int]:
+    """No two share a block."""
+    return list(range(seed, seed + NUM_PROMPT_TOKENS))
+
+
+class Bed:
+    """An engine whose gang is formed anew after each break.
+
+    Args:
+        dies_at: (seed, position) pairs that kill a rank.
+    """
+
+    def __init__(self, dies_at: set[tuple[int, int]], depth: int = 1, num_dp_groups: int = 1) -> None:
+        self._dies_at = dies_at
+        self._depth = depth
+        self._num_dp_groups = num_dp_groups
+        self.num_breaks = 0
+        self.gang = self._new_gang()
+        self.engine = Engine(
+            executor=self.gang,
+            kv_groups=GROUPS,
+            vocab_size=VOCAB_SIZE,
+            scheduler_config=SchedulerConfig(4, 8, 64, 32, depth),
+            cache_config=CacheConfig(block_size=4, num_blocks=100),
+            num_dp_groups=num_dp_groups,
+        )
+        self.outputs: dict[str, list[Output]] = {}
+
+    def _new_gang(self) -> SimulatedGang:
+        return SimulatedGang(
+            num_slots=4,
+            kv_groups=GROUPS,
+            block_size=4,
+            num_blocks=100,
+            vocab_size=VOCAB_SIZE,
+            depth=self._depth,
+            epoch=self.num_breaks,
+            num_dp_groups=self._num_dp_groups,
+            dies_at=self._dies_at,
+        )
+
+    def add(self, *seeds: int) -> None:
+        for seed in seeds:
+            self.outputs[f"r{seed}"] = []
+            self.engine.add(Request(f"r{seed}", prompt(seed), NUM_PROMPT_TOKENS, SamplingParams(MAX_TOKENS, seed=seed)))
+
+    def step(self) -> None:
+        try:
+            outputs = self.engine.step()
+        except RankFailure:
+            self.num_breaks += 1
+            self.gang = self._new_gang()
+            self.engine.reset(self.num_breaks, executor=self.gang)
+            return
+        self.engine.check_integrity()
+        for output in outputs:
+            self.outputs[output.request_id].append(output)
+
+    def run(self) -> None:
+        for _ in range(500):
+            if not self.engine.has_work:
+                return
+            self.step()
+        raise AssertionError("it does not end")
+
+    def num_tokens(self) -> list[int]:
+        return [sum(len(output.token_ids) for output in outputs) for outputs in self.outputs.values()]
+
+    def has_its_tokens(self, seed: int) -> bool:
+        outputs = self.outputs[f"r{seed}"]
+        found = [token_id for output in outputs for token_id in output.token_ids]
+        sampling = SamplingParams(MAX_TOKENS, seed=seed)
+        expected = sequential_tokens(sampling, prompt(seed), NUM_PROMPT_TOKENS, VOCAB_SIZE)
+        return found == expected and outputs[-1].finish_reason is FinishReason.LENGTH
+
+    def error(self, seed: int) -> str:
+        (last,) = [output for output in self.outputs[f"r{seed}"] if output.finish_reason is not None]
+        assert last.finish_reason is FinishReason.ERROR and last.error is not None
+        return last.error
+
+
+POSITIONS = [pytest.param(0, id="prompt"), pytest.param(9, id="end of the prompt"), pytest.param(13, id="fourth token")]
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_alone_it_costs_two_repairs(position: int, depth: int) -> None:
+    bed = Bed({(0, position)}, depth)
+    bed.add(0)
+    bed.run()
+    assert "broke 2 times in a row when it computed this request" in bed.error(0)
+    assert bed.num_breaks == 2
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize(("depth", "num_dp_groups"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("culprit", [0, 3, 5])
+def test_among_others_it_costs_three_and_they_go_on(
+    position: int, depth: int, num_dp_groups: int, culprit: int
+) -> None:
+    bed = Bed({(culprit, position)}, depth, num_dp_groups)
+    bed.add(*range(6))
+    bed.run()
+    assert "times in a row" in bed.error(culprit)
+    assert all(bed.has_its_tokens(seed) for seed in range(6) if seed != culprit)
+    assert bed.num_breaks <= 3
+
+
+def test_two_of_them() -> None:
+    bed = Bed({(1, 0), (2, 12)})
+    bed.add(*range(4))
+    bed.run()
+    assert bed.error(1) and bed.error(2)
+    assert bed.has_its_tokens(0) and bed.has_its_tokens(3)
+    assert bed.num_breaks <= 6
+
+
+def test_accidents_end_nothing() -> None:
+    """However often the gang breaks, as long as each request has a token in between."""
+    bed = Bed(set())
+    bed.add(*range(4))
+    while bed.engine.has_work:
+        before = bed.num_tokens()
+        while any(now == then < MAX_TOKENS for now, then in zip(bed.num_tokens(), before, strict=True)):
+            bed.step()
+        bed.gang.close()
+    assert bed.num_breaks > 3
+    assert all(bed.has_its_tokens(seed) for seed in range(4))
+
+
+def test_who_waits_for_a_trial_may_be_aborted_and_who_comes_meanwhile_waits() -> None:
+    bed = Bed({(1, 9)})
+    bed.add(0, 1, 2)
+    while bed.num_breaks < 2:
+        bed.step()
+    bed.add(3)
+    num_waiting = bed.engine.stats().num_waiting
+    assert bed.engine.abort("r2") and bed.engine.stats().num_waiting == num_waiting - 1
+    bed.engine.check_integrity()
+    bed.run()
+    assert bed.outputs["r2"][-1].finish_reason is FinishReason.ABORT
+    assert "times in a row" in bed.error(1)
+    assert bed.has_its_tokens(0) and bed.has_its_tokens(3)
