@@ -17,6 +17,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.timeout(240)
 def test_nothing_is_lost_and_nothing_comes_twice(tmp_path: Path) -> None:
     with one_host(tmp_path, *OPTIONS, "--ep", "2") as site:
