@@ -11,7 +11,7 @@ from cluster.plan.layouts import Degrees
 EXAMPLES = (
     "Examples: remuda plan config.json --gpus 16xH100-80 | remuda plan /models/Llama-4-Scout --gpus 2x4xA100-80 --tp 4 "
     "| remuda plan remuda-tiny --gpus 2xcpu-4 --json | remuda plan Llama-3.1-70B.json --gpus 2xNewGPU-100 "
-    "--quantization int4"
+    "--quantization int4 | remuda plan config.json --gpus 2x4xcpu-32 --tp 8 --link 5ms,1Gbit"
 )
 
 
@@ -52,6 +52,10 @@ def plan(
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests that run at once. [by device]")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in one step. [by device]")] = None,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of each GPU's memory.")] = 0.9,
+    link: Annotated[
+        str | None,
+        typer.Option(help="Between two hosts, one way, as in 0.1ms,10Gbit: predicts what the layout loses to it."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model in the cache. [main]")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -72,6 +76,7 @@ def plan(
         Degrees(*degrees, num_redundant_experts if enable_eplb else 0, enable_eplb),
         revision=revision,
         quantization=quantization,
+        link=link,
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,

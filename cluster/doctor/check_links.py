@@ -1,11 +1,11 @@
-"""Checks of the links between ranks, and what a tensor-parallel group would pay for the slowest of its own. Pure."""
+"""Checks of the links between ranks, and what a gang's groups and stages would pay for the slowest of theirs. Pure."""
 
 import statistics
 from collections.abc import Iterator, Sequence
 
 from cluster.doctor.facts import LinkFacts
 from cluster.doctor.finding import Finding, Level, least, most
-from cluster.plan.link_cost import Link, StepTraffic, predicted_loss
+from cluster.plan.link_cost import Link, StepTraffic, pipeline_loss, predicted_loss
 
 LATENCY_WARN_S, LATENCY_FAIL_S = 2e-3, 50e-3
 RATE_WARN_BYTES_PER_S, RATE_FAIL_BYTES_PER_S = 1e9 / 8, 100e6 / 8
@@ -80,26 +80,91 @@ def check_tensor_parallel_link(
         traffic: of a decode step (cluster.plan.link_cost).
         step_s: of the same step without a link: a rank's weights, read once.
     """
+    remedy = "keep tensor parallelism inside a host, and use --pp across hosts"
     for group in groups:
-        crossing = [
-            (traffic.seconds(Link(link.collective_s, link.channel_bytes_per_s)), link)
-            for link in links
-            if link.first in group and link.second in group and hosts[link.first] != hosts[link.second]
-            and link.collective_s is not None and link.channel_bytes_per_s is not None
-        ]  # fmt: skip
-        if not crossing:
+        yield from _group(("tensor parallelism over", "collectives", remedy), group, links, hosts, traffic, step_s)
+
+
+def check_exchange_link(
+    groups: Sequence[Sequence[int]],
+    links: Sequence[LinkFacts],
+    hosts: Sequence[str],
+    traffic: StepTraffic,
+    step_s: float,
+) -> Iterator[Finding]:
+    """The same for stages whose ranks exchange tokens; ``groups``: the ranks of each stage."""
+    remedy = "keep the ranks that exchange tokens on one host: lower --dp, or use --replicas"
+    for group in groups:
+        yield from _group(("exchange of tokens over", "exchanges", remedy), group, links, hosts, traffic, step_s)
+
+
+def check_pipeline_links(
+    stage_size: int,
+    num_in_flight: int,
+    links: Sequence[LinkFacts],
+    hosts: Sequence[str],
+    row_bytes: int,
+    stage_s: float,
+) -> Iterator[Finding]:
+    """What a pipeline would lose to the links between its stages, of which the slowest is named.
+
+    Args:
+        stage_size: ranks of a stage.
+        num_in_flight: micro-batches.
+        row_bytes: of one micro-batch, from a rank to its neighbour.
+        stage_s: of a stage without links: a rank's weights, read once.
+    """
+    by_boundary: dict[int, tuple[float, LinkFacts]] = {}
+    for link in links:
+        if link.second - link.first != stage_size or link.channel_s is None or link.channel_bytes_per_s is None:
             continue
-        link_s, slowest = max(crossing, key=lambda item: item[0])
-        loss = predicted_loss(step_s, link_s)
-        level = most(loss, TENSOR_PARALLEL_LOSS, 1.0)
-        value = (
-            f"{loss:.0%} of a decode step would be lost: {traffic.num_collectives} collectives of "
-            f"{_time(slowest.collective_s or 0.0)} and {traffic.num_bytes / 1e3:,.0f} kB take {_time(link_s)}, "
-            f"the rest {_time(step_s)}"
-        )
-        remedy = "" if level is Level.OK else "keep tensor parallelism inside a host, and use --pp across hosts"
-        limit = f"at most {TENSOR_PARALLEL_LOSS:.0%}"
-        yield Finding("tensor parallelism over", place(slowest, hosts), level, value, limit, remedy)
+        # Half of a round trip.
+        one_way_s = StepTraffic(1, row_bytes).seconds(Link(link.channel_s / 2, link.channel_bytes_per_s))
+        boundary = link.first // stage_size
+        by_boundary[boundary] = max(by_boundary.get(boundary, (0.0, link)), (one_way_s, link), key=lambda item: item[0])
+    if not by_boundary:
+        return
+    slowest_s, slowest = max(by_boundary.values(), key=lambda item: item[0])
+    # What was sampled goes back to the leader, over one more of them.
+    link_s = sum(one_way_s for one_way_s, _ in by_boundary.values()) + slowest_s
+    loss = pipeline_loss(stage_s, len(hosts) // stage_size, num_in_flight, link_s)
+    level = most(loss, TENSOR_PARALLEL_LOSS, 1.0)
+    value = (
+        f"{loss:.0%} of the throughput of {num_in_flight} micro-batches would be lost: a token takes {_time(link_s)} "
+        f"more beside {_time(stage_s)} in each stage"
+    )
+    remedy = "" if level is Level.OK else "put neighbouring stages on nearer hosts, or use fewer hosts"
+    yield Finding("pipeline over", place(slowest, hosts), level, value, f"at most {TENSOR_PARALLEL_LOSS:.0%}", remedy)
+
+
+def _group(
+    words: tuple[str, str, str],
+    group: Sequence[int],
+    links: Sequence[LinkFacts],
+    hosts: Sequence[str],
+    traffic: StepTraffic,
+    step_s: float,
+) -> Iterator[Finding]:
+    """``words``: what the group is for, what it waits for, and what to do where that is too slow."""
+    crossing = [
+        (traffic.seconds(Link(link.collective_s, link.channel_bytes_per_s)), link)
+        for link in links
+        if link.first in group and link.second in group and hosts[link.first] != hosts[link.second]
+        and link.collective_s is not None and link.channel_bytes_per_s is not None
+    ]  # fmt: skip
+    if not crossing:
+        return
+    name, waits, remedy = words
+    link_s, slowest = max(crossing, key=lambda item: item[0])
+    loss = predicted_loss(step_s, link_s)
+    level = most(loss, TENSOR_PARALLEL_LOSS, 1.0)
+    value = (
+        f"{loss:.0%} of a decode step would be lost: {traffic.num_collectives} {waits} of "
+        f"{_time(slowest.collective_s or 0.0)} and {traffic.num_bytes / 1e3:,.0f} kB take {_time(link_s)}, "
+        f"the rest {_time(step_s)}"
+    )
+    limit = f"at most {TENSOR_PARALLEL_LOSS:.0%}"
+    yield Finding(name, place(slowest, hosts), level, value, limit, "" if level is Level.OK else remedy)
 
 
 def _time(seconds: float) -> str:

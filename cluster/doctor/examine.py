@@ -13,13 +13,12 @@ from cluster.doctor.ask_ranks import ask_ranks
 from cluster.doctor.facts import HostFacts, LinkFacts, RankFacts
 from cluster.doctor.finding import Finding, Level
 from cluster.doctor.quick import bytes_needed, check_facts
-from cluster.plan.link_cost import tensor_parallel_traffic
+from cluster.plan.link_cost import expert_exchange_traffic, tensor_parallel_traffic
+from cluster.plan.link_notices import DECODING_REQUESTS
 from cluster.replica.events import LaunchConfig, ReplicaPlan
 from engine.config import Dtype
+from engine.executor.defaults import plans_in_flight
 from engine.model_config import ModelConfig
-
-DECODING_REQUESTS = 8
-"""Of the step whose loss to a slow link is predicted."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,10 @@ def examine(calls: HostCalls, launch: LaunchConfig, model: ModelConfig | None) -
         findings += check_network.check_equal_speed(ranks, addresses)
     findings += check_links.check_links(links, addresses)
     if model is not None and ranks:
-        findings += _tensor_parallel(plan, model, addresses, ranks, links, weights)
+        step_s = max(weights) / min(rank.bytes_per_s for rank in ranks)
+        findings += _tensor_parallel(plan, model, addresses, step_s, links)
+        findings += _exchanges(plan, model, addresses, step_s, links)
+        findings += _stages(plan, model, addresses, step_s, links)
     return Examination(facts, addresses, ranks, links, findings)
 
 
@@ -89,17 +91,50 @@ def _tensor_parallel(
     plan: ReplicaPlan,
     model: ModelConfig,
     addresses: Sequence[str],
-    ranks: Sequence[RankFacts],
+    step_s: float,
     links: Sequence[LinkFacts],
-    weights: Sequence[int],
 ) -> list[Finding]:
     tp = plan.tensor_parallel_size
     groups = [range(first, first + tp) for first in range(0, len(addresses), tp)]
-    crossing = [group for group in groups if len({addresses[rank] for rank in group}) > 1]
+    crossing = _crossing(groups, addresses)
     if not crossing:
         return []
-    most_on_a_host = max(max(Counter(addresses[rank] for rank in group).values()) for group in crossing)
     number_bytes = Dtype(plan.dtype).num_bytes
-    traffic = tensor_parallel_traffic(model, tp, most_on_a_host, DECODING_REQUESTS, number_bytes)
-    step_s = max(weights) / min(rank.bytes_per_s for rank in ranks)
+    traffic = tensor_parallel_traffic(model, tp, _most_on_a_host(crossing, addresses), DECODING_REQUESTS, number_bytes)
     return list(check_links.check_tensor_parallel_link(crossing, links, addresses, traffic, step_s))
+
+
+def _exchanges(
+    plan: ReplicaPlan, model: ModelConfig, addresses: Sequence[str], step_s: float, links: Sequence[LinkFacts]
+) -> list[Finding]:
+    parallel = plan.parallel
+    if not model.num_experts or not parallel.exchanges_tokens:
+        return []
+    size = parallel.dp * parallel.tp
+    crossing = _crossing([range(first, first + size) for first in range(0, len(addresses), size)], addresses)
+    if not crossing:
+        return []
+    number_bytes = Dtype(plan.dtype).num_bytes
+    on_a_host = _most_on_a_host(crossing, addresses)
+    traffic = expert_exchange_traffic(model, size, on_a_host, DECODING_REQUESTS, number_bytes)
+    return list(check_links.check_exchange_link(crossing, links, addresses, traffic, step_s))
+
+
+def _stages(
+    plan: ReplicaPlan, model: ModelConfig, addresses: Sequence[str], step_s: float, links: Sequence[LinkFacts]
+) -> list[Finding]:
+    parallel = plan.parallel
+    if parallel.pp == 1:
+        return []
+    in_flight = plans_in_flight(plan.device, parallel.pp)
+    row_bytes = -(-DECODING_REQUESTS // in_flight) * model.hidden_size * Dtype(plan.dtype).num_bytes
+    size = parallel.dp * parallel.tp
+    return list(check_links.check_pipeline_links(size, in_flight, links, addresses, row_bytes, step_s))
+
+
+def _crossing(groups: Sequence[range], addresses: Sequence[str]) -> list[range]:
+    return [group for group in groups if len({addresses[rank] for rank in group}) > 1]
+
+
+def _most_on_a_host(groups: Sequence[range], addresses: Sequence[str]) -> int:
+    return max(max(Counter(addresses[rank] for rank in group).values()) for group in groups)

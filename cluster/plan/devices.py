@@ -12,38 +12,48 @@ _MAX_DEVICES = 4096
 
 @dataclass(frozen=True)
 class Device:
-    """``usable_bytes``: what the driver hands out, which is less than the number in the name."""
+    """``usable_bytes``: what the driver hands out, which is less than the number in the name. ``bytes_per_s``: at which
+    it reads its memory, as published; of a device that is not known a usual figure."""
 
     name: str
     usable_bytes: int
     is_gpu: bool = True
+    bytes_per_s: float = 1e12
 
 
-def _gpu(name: str, usable_gib: float) -> Device:
-    return Device(name, int(usable_gib * GIB))
+_CPU_BYTES_PER_S = 10e9
+"""Of one rank, which has one thread."""
+
+
+def _gpu(name: str, usable_gib: float, gb_per_s: float) -> Device:
+    return Device(name, int(usable_gib * GIB), bytes_per_s=gb_per_s * 1e9)
+
+
+def cpu(name: str, usable_bytes: int) -> Device:
+    return Device(name, usable_bytes, is_gpu=False, bytes_per_s=_CPU_BYTES_PER_S)
 
 
 _KNOWN = {
     device.name.lower(): device
     for device in (
         # The total that the driver reports to a program, the least of what has been seen where versions differ.
-        _gpu("A10-24", 22.0),
-        _gpu("A100-40", 39.38),
-        _gpu("A100-80", 79.14),
-        _gpu("A40-48", 44.34),
-        _gpu("A6000-48", 47.43),
-        _gpu("B200-192", 178.35),
-        _gpu("H100-80", 79.1),
-        _gpu("H100-94", 93.02),
-        _gpu("H20-96", 95.0),
-        _gpu("H200-141", 139.7),
-        _gpu("L4-24", 21.95),
-        _gpu("L40S-48", 44.32),
-        _gpu("MI300X-192", 191.45),
-        _gpu("RTX4090-24", 23.5),
-        _gpu("T4-16", 14.56),
-        _gpu("V100-16", 15.77),
-        _gpu("V100-32", 31.73),
+        _gpu("A10-24", 22.0, 600),
+        _gpu("A100-40", 39.38, 1555),
+        _gpu("A100-80", 79.14, 2039),
+        _gpu("A40-48", 44.34, 696),
+        _gpu("A6000-48", 47.43, 768),
+        _gpu("B200-192", 178.35, 8000),
+        _gpu("H100-80", 79.1, 3350),
+        _gpu("H100-94", 93.02, 3938),
+        _gpu("H20-96", 95.0, 4000),
+        _gpu("H200-141", 139.7, 4800),
+        _gpu("L4-24", 21.95, 300),
+        _gpu("L40S-48", 44.32, 864),
+        _gpu("MI300X-192", 191.45, 5300),
+        _gpu("RTX4090-24", 23.5, 1008),
+        _gpu("T4-16", 14.56, 320),
+        _gpu("V100-16", 15.77, 900),
+        _gpu("V100-32", 31.73, 900),
     )
 }
 
@@ -96,7 +106,7 @@ def parse_machines(text: str) -> Machines:
 def _device(name: str) -> Device:
     kind, _, size = name.partition("-")
     if kind.lower() == "cpu" and size:
-        return Device(f"cpu-{size}", int(size) * GIB, is_gpu=False)
+        return cpu(f"cpu-{size}", int(size) * GIB)
     if (known := _KNOWN.get(name.lower())) is not None:
         return known
     sizes = [device.name for key, device in _KNOWN.items() if key.partition("-")[0] == kind.lower()]

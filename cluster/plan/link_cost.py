@@ -49,3 +49,33 @@ def tensor_parallel_traffic(
 def predicted_loss(step_s: float, link_s: float) -> float:
     """The share of a step that is lost to the link: 0.5 means that the gang is half as fast as without."""
     return link_s / (step_s + link_s)
+
+
+def expert_exchange_traffic(
+    model: ModelConfig, ranks: int, ranks_per_host: int, num_tokens: int, bytes_per_number: int
+) -> StepTraffic:
+    """What a step sends out of a host whose ``ranks_per_host`` of a stage's ``ranks`` ranks exchange tokens.
+
+    Each layer with experts sends tokens to them and takes the outputs back. ``num_tokens``: of all ranks; each goes to
+    ``num_experts_per_token`` experts, which are taken to lie anywhere.
+    """
+    layers = [layer.moe for layer in model.layers if layer.moe is not None]
+    copies = num_tokens * sum(moe.num_experts_per_token for moe in layers)
+    there = copies * ranks_per_host * (ranks - ranks_per_host) // ranks**2
+    return StepTraffic(2 * len(layers), 2 * there * model.hidden_size * bytes_per_number)
+
+
+def pipeline_traffic(model: ModelConfig, num_crossings: int, num_tokens: int, bytes_per_number: int) -> StepTraffic:
+    """Of a micro-batch of ``num_tokens`` whose way leads from host to host ``num_crossings`` times; what was sampled
+    goes back to the leader, one number for each token."""
+    row_bytes = model.hidden_size * bytes_per_number
+    return StepTraffic(num_crossings + 1, num_crossings * num_tokens * row_bytes)
+
+
+def pipeline_loss(stage_s: float, pp: int, num_in_flight: int, link_s: float) -> float:
+    """The share of throughput that ``pp`` stages lose to their links, ``num_in_flight`` micro-batches being under way.
+
+    A micro-batch comes round in pp · stage_s + link_s, or when the others have had each stage, whichever is later.
+    """
+    least_s = num_in_flight * stage_s
+    return 1 - max(least_s, pp * stage_s) / max(least_s, pp * stage_s + link_s)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.plan.devices import Device, Machines
+from cluster.plan.devices import Device, Machines, cpu
 
 _QUERY = "--query-gpu=name,memory.total,memory.reserved"
 _TIMEOUT_S = 30.0
@@ -25,7 +25,7 @@ def local_gpus() -> Machines | None:
 
 def cpu_ranks(count: int) -> Machines:
     """That share the memory which this host has available now."""
-    return Machines(Device("cpu", available_host_bytes() // count, is_gpu=False), 1, count)
+    return Machines(cpu("cpu", available_host_bytes() // count), 1, count)
 
 
 def parse_gpus(lines: Iterable[str]) -> Machines | None:

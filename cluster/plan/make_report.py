@@ -1,10 +1,12 @@
 """From what the user asks to the whole answer."""
 
+from dataclasses import replace
 from typing import Any
 
 from cluster.plan.devices import Machines, parse_machines
 from cluster.plan.layout_plan import LayoutPlan
 from cluster.plan.layouts import Degrees
+from cluster.plan.link_notices import parse_link
 from cluster.plan.local import this_machine
 from cluster.plan.rank_memory import PlanOptions
 from cluster.plan.report import PlanReport
@@ -23,15 +25,18 @@ def plan_model(
     *,
     revision: str | None = None,
     quantization: str | None = None,
+    link: str | None = None,
     **wanted: Any,
 ) -> PlanReport:
-    """``gpus``: as ``parse_machines`` reads it, None for this machine; ``wanted``: see ``plan_options``.
+    """``gpus``: as ``parse_machines`` reads it, None for this machine; ``link``: as ``parse_link``; ``wanted``: see
+    ``plan_options``.
 
     Raises CheckpointError, InvalidOption, and LayoutError where the fixed degrees are impossible.
     """
     found = find_model(model, revision, quantization)
     machines = this_machine() if gpus is None else parse_machines(gpus)
-    return make_report(found, machines, fixed, plan_options(found, machines, **wanted))
+    report = make_report(found, machines, fixed, plan_options(found, machines, **wanted))
+    return report if link is None else replace(report, link=parse_link(link))
 
 
 def plan_options(

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.plan.layout_plan import LayoutPlan
-from cluster.plan.link_cost import tensor_parallel_traffic
+from cluster.plan.link_cost import Link
+from cluster.plan.link_notices import link_notices
 from cluster.plan.rank_memory import PlanOptions, RankMemory
 from cluster.plan.source import FoundModel
 from engine.config import ParallelConfig
@@ -17,7 +18,7 @@ from engine.weights.ledger import ParameterCounts, kv_token_bytes, stage_kv
 class PlanReport:
     """Everything that ``remuda plan`` tells. ``nearest``: the nearest layout that fits, where the plan does not;
     ``quantized``: the ``--quantization`` with which a float model fits on the same machines after all, and that
-    plan."""
+    plan; ``link``: of every two hosts, where it is known."""
 
     model: FoundModel
     options: PlanOptions
@@ -25,6 +26,7 @@ class PlanReport:
     plan: LayoutPlan
     nearest: LayoutPlan | None = None
     quantized: tuple[str, LayoutPlan] | None = None
+    link: Link | None = None
 
     @property
     def kv_token_bytes(self) -> int:
@@ -36,8 +38,7 @@ class PlanReport:
         found = []
         if not shapes.is_served:
             found.append(f"{shapes.config.architecture} is not served by this version; only its shapes are known")
-        if plan.layout.tp > plan.machines.per_host:
-            found.append(self._link_notice())
+        found += link_notices(shapes.config, plan, self.options.dtype, self.link)
         if shapes.vision and shapes.is_served:
             found.append("the vision part is not loaded: only text is served")
         elif shapes.vision:
@@ -47,18 +48,6 @@ class PlanReport:
             bytes_more = per_token * len(shapes.cross_attention_layers)
             found.append(f"cross attention keeps {bytes_more:,} bytes for each token of an image besides")
         return found
-
-    def _link_notice(self) -> str:
-        """The link's speed is not known here; what it costs for each millisecond is."""
-        layout, per_host = self.plan.layout, self.plan.machines.per_host
-        number_bytes = self.options.dtype.num_bytes
-        traffic = tensor_parallel_traffic(self.model.shapes.config, layout.tp, per_host, 1, number_bytes)
-        return (
-            f"--tp {layout.tp} crosses hosts of {per_host}: every step waits for {traffic.num_collectives} collectives "
-            f"between hosts, so {traffic.num_collectives} ms for each millisecond that one takes, and sends "
-            f"{traffic.num_bytes:,} bytes out of a host for each token; remuda doctor measures the link and predicts "
-            f"the loss; --pp across hosts needs neither"
-        )
 
     def windowed(self) -> tuple[int, int] | None:
         """(positions, bytes): what a token keeps once so many have come after it; None where it keeps all."""

@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.doctor.check_links import check_links, check_tensor_parallel_link
+from cluster.doctor.check_links import (
+    check_exchange_link,
+    check_links,
+    check_pipeline_links,
+    check_tensor_parallel_link,
+)
 from cluster.doctor.facts import LinkFacts
 from cluster.doctor.finding import Level
 from cluster.doctor.rounds import measuring_rounds
@@ -68,6 +73,31 @@ def test_a_slow_link_costs_a_tensor_parallel_group_what_the_formula_says() -> No
     assert bad.value.startswith("98% of a decode step would be lost: 65 collectives of 10.00 ms")
     (fine,) = check_tensor_parallel_link([range(2)], links[:1], hosts, traffic, step_s=1.0)
     assert fine.level is Level.OK
+
+
+def test_stages_are_priced_by_the_slowest_link_of_each_boundary() -> None:
+    links = [good(*pair) for pair in PAIRS]
+    # Ranks 0, 1 are a stage, 2, 3 the next: 0 → 2 and 1 → 3 are neighbours; the way of 0 → 3 is nobody's.
+    slow = {(1, 3): 10e-3, (0, 3): 1.0}
+    links = [msgspec.structs.replace(link, channel_s=slow.get((link.first, link.second), 50e-6)) for link in links]
+    (bad,) = check_pipeline_links(2, 2, links, HOSTS, row_bytes=0, stage_s=10e-3)
+    # 5 ms over and back beside twice 10 ms: a third is lost.
+    assert (bad.level, bad.where) == (Level.WARN, "rank 1 → rank 3 (10.0.0.2 → 10.0.0.4)")
+    assert bad.value.startswith("33% of the throughput of 2 micro-batches would be lost: a token takes 10.00 ms more")
+    (hidden,) = check_pipeline_links(2, 3, links, HOSTS, row_bytes=0, stage_s=10e-3)
+    assert hidden.level is Level.OK and hidden.value.startswith("0% ")
+    inside = [msgspec.structs.replace(link, channel_s=None, channel_bytes_per_s=None) for link in links]
+    assert list(check_pipeline_links(2, 2, inside, HOSTS, row_bytes=0, stage_s=10e-3)) == []
+
+
+def test_ranks_that_exchange_tokens_are_priced_over_the_whole_stage() -> None:
+    links = [good(0, 1), msgspec.structs.replace(good(0, 2), collective_s=10e-3)]
+    traffic = StepTraffic(num_collectives=16, num_bytes=0)
+    (bad,) = check_exchange_link([range(3)], links, HOSTS, traffic, step_s=0.04)
+    assert (bad.level, bad.check, bad.where.partition(" (")[0]) == (
+        Level.WARN, "exchange of tokens over", "rank 0 → rank 2"
+    )  # fmt: skip
+    assert bad.value.startswith("80% of a decode step would be lost: 16 exchanges of 10.00 ms")
 
 
 def test_traffic_of_a_step_from_shapes() -> None:

@@ -15,6 +15,8 @@ from cluster.cli.main import app
 from cluster.cli.plan_text import WIDTH, print_plan
 from cluster.plan.devices import parse_machines
 from cluster.plan.layouts import Degrees
+from cluster.plan.link_cost import pipeline_loss
+from cluster.plan.link_notices import parse_link
 from cluster.plan.make_report import make_report, plan_options
 from cluster.plan.source import find_model
 from engine.errors import CheckpointError, InvalidOption
@@ -125,3 +127,33 @@ def test_a_tensor_parallel_group_across_hosts_is_warned_about_with_what_it_waits
     (crossing,) = notices("2x2xcpu-4")
     # Two all-reduces in each of eight layers, and the embedding's.
     assert "--tp 4 crosses hosts of 2: every step waits for 17 collectives" in crossing
+
+
+def test_what_a_link_costs_a_layout_is_predicted() -> None:
+    def notices(gpus: str, *arguments: str) -> list[str]:
+        result = CliRunner().invoke(app, ["plan", "remuda-tiny", "--gpus", gpus, "--json", *arguments])
+        told: list[str] = json.loads(result.stdout)["notices"]
+        return told
+
+    (slow,) = notices("2x2xcpu-4", "--tp", "4", "--link", "5ms,1Gbit")
+    assert "17 collectives" in slow and "100% is lost" in slow, "85 ms of waiting beside a tiny model's weights"
+    (fast,) = notices("2x2xcpu-4", "--tp", "4", "--link", "0us,1000000Gbit")
+    assert ": 0% is lost" in fast
+    assert notices("1x4xcpu-4", "--tp", "4", "--link", "5ms,1Gbit") == []
+    (stages,) = notices("2x1xcpu-4", "--pp", "2", "--tp", "1", "--link", "5ms,1Gbit")
+    # Over and back, and the rows of four tokens.
+    assert stages.startswith("--pp 2 crosses hosts 1 times: a token takes 10.0")
+    exchanges = notices("2x1xcpu-4", "--dp", "2", "--tp", "1", "--pp", "1", "--ep", "2", "--link", "5ms,1Gbit")
+    assert len(exchanges) == 1 and "exchanges, which take" in exchanges[0]
+
+
+@pytest.mark.parametrize("link", ["5", "5ms", "5ms,0Gbit", "-1ms,1Gbit", "5ms,1"])
+def test_a_link_that_cannot_be_read_is_refused(link: str) -> None:
+    with pytest.raises(InvalidOption, match="--link"):
+        parse_link(link)
+
+
+def test_micro_batches_in_flight_hide_a_link() -> None:
+    assert pipeline_loss(stage_s=0.02, pp=2, num_in_flight=2, link_s=0.01) == pytest.approx(0.2)
+    assert pipeline_loss(stage_s=0.02, pp=2, num_in_flight=3, link_s=0.01) == 0
+    assert pipeline_loss(stage_s=0.02, pp=2, num_in_flight=1, link_s=0.04) == pytest.approx(0.5)
