@@ -79,7 +79,7 @@ def test_what_the_kernel_does_not_take_is_torchs() -> None:
 
 
 @needs_tiles
-@pytest.mark.parametrize("num_tokens", [1, 5, 16, 33, 200, 601])
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 17, 32, 33, 200, 601])
 @pytest.mark.parametrize(("num_inputs", "num_outputs"), [(64, 32), (192, 96), (2048, 64)])
 def test_int8_sums_are_exact(num_tokens: int, num_inputs: int, num_outputs: int) -> None:
     """Tokens are rounded to int8 by their largest magnitude; after that only the result is rounded."""

@@ -2,14 +2,16 @@
 //
 // W stays as it lies in the checkpoint: rows of W are the left operand, 32 at a time (a panel). Tokens are packed in
 // blocks that the second-level cache holds. Each weight is read from memory once for a block; many tokens then take it
-// from a copy in the order of tiles. int8 weights meet tokens that are rounded to int8 with a scale for each token. Every
-// sum is made in the order of the inputs, so that a token's result does not depend on the tokens beside it.
+// from a copy in the order of tiles, and up to 32 have a loop of their own (few_tokens.cpp). int8 weights meet tokens
+// that are rounded to int8 with a scale for each token. Every sum is made in the order of the inputs, so that a token's
+// result does not depend on the tokens beside it.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "few_tokens.h"
 #include "scratch.h"
 #include "tile_kinds.h"
 #include "token_tiles.h"
@@ -237,6 +239,10 @@ REMUDA_AMX void remuda_linear_bf16(const uint8_t *weights, const uint16_t *token
     for (int64_t done = 0; done < num_tokens; done += size) {
         const int n = static_cast<int>(std::min(size, num_tokens - done));
         pack_bf16(tokens + done * num_inputs, n, num_inputs, packed);
+        if (n <= kFewTokens) {
+            multiply_few_bf16({weights, packed, output + done * num_outputs, num_outputs, n, nullptr, nullptr});
+            continue;
+        }
         const Work work{weights, packed, output + done * num_outputs, num_outputs, n, nullptr, nullptr};
         multiply_block<Bf16Tiles>(work, copy);
     }
@@ -255,6 +261,10 @@ REMUDA_AMX void remuda_linear_int8(const uint8_t *weights, const float *row_scal
         for (int token = 0; token < n; token += kTileRows) {
             pack_int8(tokens + (done + token) * num_inputs, std::min(n - token, kTileRows), num_inputs,
                       packed.block(token), scales + token);
+        }
+        if (n <= kFewTokens) {
+            multiply_few_int8({weights, packed, output + done * num_outputs, num_outputs, n, row_scales, scales});
+            continue;
         }
         const Work work{weights, packed, output + done * num_outputs, num_outputs, n, row_scales, scales};
         multiply_block<Int8Tiles>(work, copy);
