@@ -19,6 +19,7 @@ class FaultKind(enum.StrEnum):
     SLOW_DISK = "slow disk"
     SLOW_STEPS = "slow steps"
     DRAIN = "drain"
+    CLOCK_JUMP = "clock jump"
 
 
 @dataclass(frozen=True)

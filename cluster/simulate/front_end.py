@@ -2,17 +2,19 @@
 
 import asyncio
 import random
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from cluster.errors import Unavailable
-from cluster.frontend.calls import Delta, Event, Finished, TimeLimits
-from cluster.frontend.choice import Choice
-from cluster.frontend.clock import LoopClock
+from cluster.frontend.calls import Delta, Echo, Event, Finished, TimeLimits, Usage
+from cluster.frontend.choice import Choice, EchoedPrompt
+from cluster.frontend.clock import LoopClock, Timer
 from cluster.frontend.cursor import Cursor, Remainder
 from cluster.frontend.detokenizer import Detokenizer
 from cluster.frontend.fleet import Fleet
+from cluster.frontend.journal import Attach, Journal, Submit
 from cluster.frontend.live_request import LiveRequest
 from cluster.frontend.metrics import Metrics
 from cluster.frontend.run import Run
@@ -27,9 +29,15 @@ from cluster.simulate.network import Network
 from cluster.simulate.process import Process
 from cluster.simulate.replica import SimulatedReplica
 from engine.errors import RemudaError
-from engine.request import Request
+from engine.request import Output, Request, TopLogprobs
 
-_TABLE = TokenBytes({token: chr(0x21 + token % 90) for token in range(VOCAB_SIZE)}, frozenset(), {"type": "ByteLevel"})
+_TEXT = {token: chr(0x21 + token % 90) for token in range(VOCAB_SIZE)}
+_TABLE = TokenBytes(_TEXT, frozenset(), {"type": "ByteLevel"})
+
+
+def text_of(token_ids: Sequence[int]) -> str:
+    """Each token is one character."""
+    return "".join(map(_TEXT.__getitem__, token_ids))
 
 
 MAX_TRIES = 20
@@ -41,11 +49,17 @@ class Record:
     Args:
         name: the request's.
         requests: one per choice.
+    stops: strings that end it.
     """
 
-    def __init__(self, name: str, requests: list[Request]) -> None:
+    def __init__(self, name: str, requests: list[Request], stops: tuple[str, ...] = ()) -> None:
         self.name = name
         self.requests = requests
+        self.stops = stops
+        self.logprobs: list[list[TopLogprobs]] = [[] for _ in requests]
+        self.echoes: dict[int, Echo] = {}
+        """The prompt with its log-probabilities, by choice."""
+        self.usages: list[Usage] = []
         self.token_ids: list[list[int]] = [[] for _ in requests]
         self.text = ["" for _ in requests]
         self.finished: list[Finished] = []
@@ -81,9 +95,22 @@ class Record:
             )
             tokens += event.token_ids
             self.text[event.choice] += event.text
+            self.logprobs[event.choice] += event.logprobs or ()
         elif isinstance(event, Finished):
             assert event.choice not in [end.choice for end in self.finished], f"{self.name} ended twice"
             self.finished.append(event)
+        elif isinstance(event, Echo):
+            assert event.choice not in self.echoes, f"{self.name}: the prompt came twice"
+            self.echoes[event.choice] = event
+        elif isinstance(event, Usage):
+            self.usages.append(event)
+
+
+def _echo(request: Request) -> EchoedPrompt | None:
+    """Where its log-probabilities were asked for."""
+    if request.sampling.prompt_logprobs is None:
+        return None
+    return EchoedPrompt(text_of(request.token_ids), request.token_ids, range(len(request.token_ids)), True)
 
 
 class _Channel:
@@ -104,6 +131,34 @@ class _Client(ReplicaClient):
         return _Channel(), SimulatedStub(self._process, self.address)
 
 
+class _JumpingClock(LoopClock):
+    """A front end's own, which may go forward at once: its machine was suspended."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
+
+    def jump(self, seconds: float) -> None:
+        self._ahead_s += seconds
+
+    def now_s(self) -> float:
+        return super().now_s() + self._ahead_s
+
+    def call_at(self, when_s: float, callback: Callable[[], None]) -> Timer:
+        return super().call_at(when_s - self._ahead_s, callback)
+
+
+class _Fleet(Fleet):
+    """The real one, watched over."""
+
+    def _open(self, action: Submit | Attach, journal: Journal, keep: Keep | None) -> AsyncGenerator[Output, None]:
+        stream = super()._open(action, journal, keep)
+        if isinstance(action, Submit):
+            assert journal._place is not None
+            chosen = {view.id: view for view in self._table.views()}[journal._place.replica]
+            assert chosen.is_ready, f"{journal.request_id} goes to {chosen.id}, which is known not to be ready"
+        return stream
+
+
 class SimulatedFrontEnd:
     """Args:
     name: names it in the leaders' logs.
@@ -115,7 +170,8 @@ class SimulatedFrontEnd:
     def __init__(self, name: str, host: str, network: Network, seed: str) -> None:
         self.host = host
         self.process = Process(name, host, network)
-        self.fleet = Fleet()
+        self.clock = _JumpingClock()
+        self.fleet = _Fleet(clock=self.clock)
         self.metrics = Metrics("m", self.fleet.replicas)
         self._chance = random.Random(f"{seed} {name}")
 
@@ -149,13 +205,19 @@ class SimulatedFrontEnd:
 
     async def _run(self, record: Record, holders: dict[int, Holder]) -> None:
         choices = [
-            Choice(index, Detokenizer(_TABLE, request.token_ids), StopStrings(()))
+            Choice(
+                index,
+                Detokenizer(_TABLE, request.token_ids),
+                StopStrings(record.stops),
+                wants_logprobs=request.sampling.logprobs is not None,
+                echo=_echo(request),
+            )
             for index, request in enumerate(record.requests)
         ]
         stored = StoredCall("simulated", record.name, b"", 0.0)
         keeps = [Keep(stored.encode() if index == 0 else b"") for index in range(len(choices))]
         open_stream = Run(stored=stored, holders=holders).opener(self.fleet, record.requests, keeps)
-        clock = LoopClock()
+        clock = self.clock
         limits = TimeLimits()
         live = LiveRequest(
             record.requests, choices, open_stream, limits, clock, clock.now_s(), self.metrics, keeps=keeps
@@ -164,6 +226,13 @@ class SimulatedFrontEnd:
         async for event in live.events():
             if (news := remainder.of(event)) is not None:
                 record.take(news)
+        # As cluster.frontend.service has it.
+        usage = Usage(
+            num_prompt_tokens=record.requests[0].num_prompt_tokens,
+            num_completion_tokens=sum(choice.num_tokens for choice in choices),
+            num_cached_tokens=max(choice.num_cached_tokens for choice in choices),
+        )
+        record.take(usage)
 
     async def kill(self) -> None:
         """kill -9."""

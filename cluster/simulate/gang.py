@@ -55,6 +55,12 @@ def sequential_tokens(
     return history[len(token_ids) :]
 
 
+def logprobs_at(token_ids: Sequence[int], position: int) -> TopLogprobs:
+    """What is pretended of the token there: it depends on the position and the token."""
+    logprob = -float(position) - token_ids[position] / 1024
+    return TopLogprobs(logprob, 1, [token_ids[position]], [logprob])
+
+
 Cell = tuple[int, int, int, int]
 """KV group, block, offset within the block, and what must be there: a number made of the tokens so far."""
 
@@ -151,7 +157,7 @@ class SimulatedRank:
         end = share.start + share.num_tokens
         if state.sampling.prompt_logprobs is not None and share.start + 1 < state.num_prompt_tokens:
             positions = range(share.start + 1, min(end + 1, state.num_prompt_tokens))
-            entries = [TopLogprobs(-float(p), 1, [state.token_ids[p]], [-float(p)]) for p in positions]
+            entries = [logprobs_at(state.token_ids, p) for p in positions]
             result.prompt_logprobs.append(PromptLogprobs(share.slot, share.start + 1, entries))
         if any((state.sampling.seed, p) in self.dies_at for p in range(share.start, end)):
             self.has_died = True
@@ -163,7 +169,9 @@ class SimulatedRank:
             if self.records_samples:
                 self.table.record_sample(step, share.slot, token_id)
             if not failed:
-                result.sampled.append(SampledToken(share.slot, token_id))
+                history = [*state.token_ids[:end], token_id]
+                logprobs = None if state.sampling.logprobs is None else logprobs_at(history, end)
+                result.sampled.append(SampledToken(share.slot, token_id, logprobs))
 
 
 class LateFuture(Future[list[StepResult]]):

@@ -6,8 +6,8 @@ from typing import Any
 
 from cluster.errors import Draining, Unavailable, UnknownStream
 from cluster.simulate.faults import Fault, FaultKind, Scenario
-from cluster.simulate.front_end import Record, SimulatedFrontEnd
-from cluster.simulate.gang import sequential_tokens
+from cluster.simulate.front_end import Record, SimulatedFrontEnd, text_of
+from cluster.simulate.gang import logprobs_at, sequential_tokens
 from cluster.simulate.leader import VOCAB_SIZE
 from cluster.simulate.network import Connection, End, Network
 from cluster.simulate.process import Process
@@ -116,6 +116,8 @@ class World:
                 self._change_next_message(replica, [0.0, 0.0])
             case FaultKind.FRAMES_SWAPPED:
                 self._change_next_message(replica, [0.1])
+            case FaultKind.CLOCK_JUMP:
+                front_end.clock.jump(fault.duration_s)
             case FaultKind.DRAIN:
                 await replica.leader.drain()
             case FaultKind.FRONT_END_DIES:
@@ -165,6 +167,7 @@ class World:
                 Request(f"c{number}.{choice}", prompt, length, self._sampling(chance, number, choice))
                 for choice in range(chance.choice([1, 1, 2]))
             ],
+            (text_of([chance.randrange(VOCAB_SIZE)]),) if chance.random() < 0.3 else (),
         )
         self.records.append(record)
         while not record.has_ended:
@@ -189,14 +192,37 @@ class World:
 
     def _check_record(self, record: Record) -> None:
         assert record.has_ended, f"{record.name} has no end"
-        for request, token_ids in zip(record.requests, record.token_ids, strict=True):
-            expected = sequential_tokens(request.sampling, request.token_ids, request.num_prompt_tokens, VOCAB_SIZE)
-            assert token_ids == expected[: len(token_ids)], f"{request.request_id}: other tokens than without faults"
-            assert record.error is not None or token_ids == expected, f"{request.request_id}: its end is missing"
+        for index, request in enumerate(record.requests):
+            self._check_choice(record, index, request)
         if record.error is None:
             assert sorted(end.choice for end in record.finished) == list(range(len(record.requests)))
+            assert [usage.num_prompt_tokens for usage in record.usages] == [record.requests[0].num_prompt_tokens]
+            num_tokens = sum(map(len, record.token_ids))
+            assert record.usages[0].num_completion_tokens == num_tokens, f"{record.name}: {record.usages[0]}"
         else:
             assert self._may_be_lost(record, record.error), f"{record.name} was lost: {record.error!r}"
+
+    def _check_choice(self, record: Record, index: int, request: Request) -> None:
+        name, token_ids, prompt = request.request_id, record.token_ids[index], request.token_ids
+        expected = sequential_tokens(request.sampling, prompt, request.num_prompt_tokens, VOCAB_SIZE)
+        stop = next((place for place, char in enumerate(text_of(expected)) if char in record.stops), None)
+        if stop is not None:
+            expected = expected[: stop + 1]
+        assert token_ids == expected[: len(token_ids)], f"{name}: other tokens than without faults"
+        history = [*prompt, *token_ids]
+        if request.sampling.logprobs is not None:
+            due = [logprobs_at(history, position) for position in range(len(prompt), len(history))]
+            assert record.logprobs[index] == due, f"{name}: log-probabilities are missing or came twice"
+        if record.error is not None:
+            return
+        assert token_ids == expected, f"{name}: its end is missing"
+        shown = expected if stop is None else expected[:stop]
+        if stop is None and shown and shown[-1] in request.sampling.stop_token_ids:
+            shown = shown[:-1]  # an end token is not text
+        assert record.text[index] == text_of(shown), f"{name}: another text"
+        if request.sampling.prompt_logprobs is not None:
+            due_of_prompt = [None, *(logprobs_at(prompt, position) for position in range(1, len(prompt)))]
+            assert list(record.echoes[index].logprobs or ()) == due_of_prompt, f"{name}: its prompt's are others"
 
     def _may_be_lost(self, record: Record, error: RemudaError) -> bool:
         """What arrives where nobody serves is refused at once. And whoever lost front end and leader together has
@@ -209,4 +235,12 @@ class World:
     def _sampling(self, chance: random.Random, number: int, choice: int) -> SamplingParams:
         ends = tuple(chance.sample(range(VOCAB_SIZE), 2))
         max_tokens = chance.randint(1, self.scenario.max_tokens)
-        return SamplingParams(max_tokens, seed=number, choice=choice, stop_token_ids=ends)
+        asks = random.Random(f"{self.scenario.seed} logprobs {number}")
+        return SamplingParams(
+            max_tokens,
+            seed=number,
+            choice=choice,
+            stop_token_ids=ends,
+            logprobs=asks.choice([None, 0]),
+            prompt_logprobs=asks.choice([None, None, 0]),
+        )
