@@ -43,8 +43,10 @@ def _row(verdict: Verdict) -> str:
     return f"| {Path(mutant['file']).name}:{mutant['line']} | {change} | {_cell(fate)} | {verdict.seconds:.1f} |"
 
 
-def write_table(path: Path, verdicts: list[Verdict], num_generated: dict[str, int], commit: str, seed: int) -> int:
-    """Returns 1 where a mutant lives on without a reason."""
+def write_table(
+    path: Path, verdicts: list[Verdict], num_generated: dict[str, int], num_left: int, commit: str, seed: int
+) -> int:
+    """``num_left``: drawn, and not tried out yet. Returns 1 where a mutant lives on without a reason."""
     num_killed = sum(bool(verdict.killed_by) for verdict in verdicts)
     num_explained = sum(not verdict.killed_by and bool(verdict.reason) for verdict in verdicts)
     summary = (
@@ -52,6 +54,9 @@ def write_table(path: Path, verdicts: list[Verdict], num_generated: dict[str, in
         f"({num_killed / len(verdicts):.0%}), {num_explained} live on for a reason, "
         f"{len(verdicts) - num_killed - num_explained} without one."
     )
+    if num_left:
+        summary += f" {num_left} more are drawn and have not been tried out yet."
+    verdicts = sorted(verdicts, key=lambda verdict: (verdict.mutant["file"], verdict.mutant["line"]))
     drawn = Counter(verdict.mutant["file"] for verdict in verdicts)
     killed = Counter(verdict.mutant["file"] for verdict in verdicts if verdict.killed_by)
     lines = [
@@ -64,7 +69,7 @@ def write_table(path: Path, verdicts: list[Verdict], num_generated: dict[str, in
         "",
         f"Commit {commit}, seed {seed}. {summary}",
         "",
-        "| file | generated | drawn | killed |",
+        "| file | generated | tried | killed |",
         "|---|---|---|---|",
         *(f"| {file} | {num} | {drawn[file]} | {killed[file]} |" for file, num in num_generated.items()),
         "",

@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.mutants.subjects import Subject, name_of
+from tests.mutants.subjects import name_of
 
 _SLOWER = 4.0
 _LEAST_S = 60.0
@@ -42,15 +43,15 @@ class Copy:
         if known.exists():
             self._taken_s = json.loads(known.read_text()).get(self.commit, {})
 
-    def try_out(self, subject: Subject, source: str) -> tuple[str, float]:
+    def try_out(self, path: str, hurdles: Sequence[tuple[str, ...]], source: str) -> tuple[str, float]:
         """The first hurdle that the mutant falls at ("" where it falls at none), and the seconds to there.
 
         Raises RuntimeError where the original falls.
         """
-        file = self.path / subject.file
+        file = self.path / path
         original = file.read_text()
         seconds = 0.0
-        for hurdle in subject.hurdles:
+        for hurdle in hurdles:
             limit_s = max(_LEAST_S, _SLOWER * self._original_s(hurdle))
             began_s = time.monotonic()
             try:
