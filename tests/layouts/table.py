@@ -1,11 +1,13 @@
 """Every legal layout of powers of two with at most eight ranks, on one host and over three, against transformers:
 ``python -m tests.layouts`` (``make layouts``) prints the table and writes docs/layouts.md.
 
-What is done is kept in out/ by commit, so that a run that was interrupted goes on where it was. Hosts are network
+What is done is kept in out/ by the state of the code that a case runs, so that a run that was interrupted goes on where
+it was, also under a later commit that changed only documents, commands or other tests. Hosts are network
 namespaces; needs root, iproute2 and nftables.
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -23,6 +25,8 @@ from tests.support.hosts.namespaces import why_not
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs/layouts.md"
+_RUN = ("engine", "cluster/replica", "tests/layouts", "tests/parity", "tests/support")
+"""What a case's processes are made of. New files that git does not know yet are not seen."""
 Results = dict[str, float | str]
 """By case: the largest difference, or why there is none."""
 
@@ -79,8 +83,14 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def _state() -> str:
+    """Of everything that decides a case's result, uncommitted changes included."""
+    parts = [_git("rev-parse", f"HEAD:{path}") for path in _RUN] + [_git("diff", "HEAD", "--", *_RUN)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
 def _commit() -> str:
-    return _git("rev-parse", "--short", "HEAD") + "-changed" * bool(_git("diff", "HEAD"))
+    return _git("rev-parse", "--short", "HEAD") + "-changed" * bool(_git("diff", "HEAD", "--", *_RUN))
 
 
 def _heading(commit: str, num_done: int, num_cases: int) -> str:
@@ -103,11 +113,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Example: make layouts"
     )
-    parser.add_argument("--commit", help="of the tree that is run, where it is no git work tree")
-    commit = parser.parse_args().commit or _git("rev-parse", "--short", "HEAD") + "-changed" * bool(
-        _git("diff", "HEAD")
-    )
-    kept = ROOT / "out" / f"layouts-{commit}.jsonl"
+    parser.parse_args()
+    commit = _commit()
+    kept = ROOT / "out" / f"layouts-{_state()}.jsonl"
     kept.parent.mkdir(exist_ok=True)
     results: Results = dict(map(json.loads, kept.read_text().splitlines())) if kept.exists() else {}
     cases = all_cases()
