@@ -101,7 +101,10 @@ def _matches(target: str, module: str) -> bool:
 
 
 def online_quantization(name: str) -> QuantizationConfig:
-    """``--quantization``: a float checkpoint, quantized while it is loaded. Raises InvalidOption."""
+    """``--quantization``: a float checkpoint, quantized while it is loaded. Raises InvalidOption.
+
+    int8 takes an output head that is a matrix of its own too; one that is also the embedding stays as it is.
+    """
     kinds = {
         "fp8": MatrixFormat(WeightFormat.ONLINE_FP8),
         "int8": MatrixFormat(WeightFormat.ONLINE_INT8, rounds_inputs=True),
@@ -109,7 +112,8 @@ def online_quantization(name: str) -> QuantizationConfig:
     }
     if name not in kinds:
         raise InvalidOption(f"--quantization {name} is not known; use {', '.join(sorted(kinds))}, or leave it out")
-    return QuantizationConfig(f"{name} (quantized while loading)", ((("Linear",), kinds[name]),), ("lm_head",))
+    ignored = ("*embed_tokens",) if name == "int8" else ("*embed_tokens", "lm_head")
+    return QuantizationConfig(f"{name} (quantized while loading)", ((("Linear",), kinds[name]),), ignored)
 
 
 def parse_quantization(config: Mapping[str, Any]) -> QuantizationConfig:

@@ -2,17 +2,20 @@
 
 `chat` counts the assistant's tokens, `verse` all tokens. Without an option transformers computes it in float32 whatever
 the type on disk. With `--quantization`, or where the directory is quantized already, it is the engine that serves the
-model, in the directory's own type. `--table` compares bf16, int8, int4, fp8 and NF4 (made by bitsandbytes) so.
+model, in the directory's own type. `--table` compares bf16, int8, int4, fp8 and NF4 (made by bitsandbytes) so, and int8
+once more where the head is a matrix of its own, and is quantized too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from served_score import served_perplexity
 from tiny_data import Document, Encoder
 from tiny_eval import read_held_out, score
@@ -65,10 +68,23 @@ def print_table(directory: Path, held_out: dict[str, list[Document]]) -> None:
     for name in FORMATS:
         print_row(name, served_perplexity(directory, name, held_out), before)
     with tempfile.TemporaryDirectory() as scratch:
+        write_untied(directory, Path(scratch))
+        print_row("int8, the head too", served_perplexity(Path(scratch), "int8", held_out), before)
+    with tempfile.TemporaryDirectory() as scratch:
         from nf4 import write_nf4
 
         write_nf4(directory, Path(scratch))
         print_row("NF4", served_perplexity(Path(scratch), None, held_out), before)
+
+
+def write_untied(directory: Path, target: Path) -> None:
+    """The same model with its embedding once more as the output head."""
+    shutil.copytree(directory, target, dirs_exist_ok=True)
+    config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (target / "config.json").write_text(json.dumps(config))
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, target / "model.safetensors")
 
 
 def print_row(name: str, found: dict[str, float], before: dict[str, float] | None) -> dict[str, float]:

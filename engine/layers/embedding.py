@@ -1,7 +1,8 @@
 """Token embedding and output head, with the vocabulary divided over the tensor-parallel ranks.
 
 The vocabulary is padded to a multiple of the number of ranks; rows beyond it are zero and their logits are cut off.
-GGUF files hold embeddings and heads quantized; then a rank holds no rows beyond the vocabulary's.
+GGUF files hold embeddings and heads quantized, and ``--quantization int8`` makes such a head of one that is not the
+embedding too; then a rank holds no rows beyond the vocabulary's.
 """
 
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class VocabEmbedding(nn.Module):
         self._num_real = min(self._num_rows, vocab_size - self._first_row)
         form = build.format_of(name)
         # In every other quantized form they are plain.
-        self._is_quantized = form is not None and form.kind is WeightFormat.GGUF
+        self._is_quantized = form is not None and form.kind in (WeightFormat.GGUF, WeightFormat.ONLINE_INT8)
         if self._is_quantized:
             part = _VocabPart(name, vocab_size, hidden_size, first_row=self._first_row, num_rows=self._num_real)
             self.matrix = make_matrix(build, [part])
@@ -83,4 +84,6 @@ class VocabEmbedding(nn.Module):
         """[R, hidden_size] to [R, num_rows]."""
         if not self._is_quantized:
             return (fixed_linear if self._is_deterministic else linear)(hidden_rows, self.weight)
-        return functional.pad(self.matrix.forward(hidden_rows), (0, self._num_rows - self._num_real))
+        products = self.matrix.forward(hidden_rows)
+        num_missing = self._num_rows - self._num_real
+        return functional.pad(products, (0, num_missing)) if num_missing else products

@@ -99,14 +99,23 @@ def worker_config(plan: ReplicaPlan) -> WorkerConfig:
 def odd_vocabulary(tmp_path: Path) -> str:
     """A dense float model whose vocabulary is padded where it is divided."""
     config = config_of("Llama-3.2-1B") | {"num_hidden_layers": 1, "hidden_size": 128, "num_attention_heads": 4}
-    config |= {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256, "vocab_size": 1001}
+    config |= {
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 256,
+        "vocab_size": 1001,
+        "tie_word_embeddings": False,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     return str(tmp_path)
 
 
-def test_a_gang_holds_what_was_planned(odd_vocabulary: str) -> None:
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_gang_holds_what_was_planned(odd_vocabulary: str, quantization: str | None) -> None:
     """Weights and cache of two ranks, to the byte: a float model with padding."""
-    plan = replica_plan(odd_vocabulary, tensor_parallel_size=2, load_format="dummy", dtype="float32")
+    plan = replica_plan(
+        odd_vocabulary, tensor_parallel_size=2, load_format="dummy", dtype="float32", quantization=quantization
+    )
     _compare(plan, 2)
 
 

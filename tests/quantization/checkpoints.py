@@ -116,7 +116,8 @@ def write_quantized(float_dir: Path, out_dir: Path, tensors: Tensors, scheme: Ma
 
 
 def write_float(float_dir: Path, out_dir: Path, values: Tensors) -> None:
-    """The float checkpoint with other ``values`` of its matrices, named as ``matrices`` does; experts fused again."""
+    """The float checkpoint with other ``values`` of its matrices, named as ``matrices`` does, and of ``lm_head``
+    where it is among them; experts fused again."""
     out_dir.mkdir(parents=True, exist_ok=True)
     tensors = load_file(float_dir / "model.safetensors")
     for name, tensor in tensors.items():
@@ -126,6 +127,8 @@ def write_float(float_dir: Path, out_dir: Path, values: Tensors) -> None:
             tensors[name] = torch.stack(experts).contiguous()
         elif match := _MATRIX.fullmatch(name):
             tensors[name] = values[match[1]].contiguous()
+        elif name == "lm_head.weight" and "lm_head" in values:
+            tensors[name] = values["lm_head"]
     save_file(tensors, out_dir / "model.safetensors", {"format": "pt"})
     shutil.copy(float_dir / "config.json", out_dir)
 

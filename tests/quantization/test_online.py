@@ -24,7 +24,7 @@ from engine.quantization.matrix import TILE_BYTES, FloatSource, MatrixPart
 from engine.quantization.row_scaled import RowScaledMatrix
 from engine.weights.ledger import shard_bytes
 from engine.weights.loader import load_weights
-from tests.quantization.checkpoints import FORMATS, matrices, write_float
+from tests.quantization.checkpoints import FORMATS, matrices, others, write_float
 from tests.quantization.comparison import assert_same_answers, cut, load_matrix, part_of, run_gang
 from tests.quantization.conftest import Quantized
 from tests.support.conformance import Conforms
@@ -100,7 +100,10 @@ def test_models(
         oracle={"int8": "bitsandbytes", "fp8": "compressed-tensors"}[name],
     )
     rounded = {}
-    for module, value in matrices(float_dir(kind)).items():
+    values = matrices(float_dir(kind))
+    if name == "int8":
+        values["lm_head"] = others(float_dir(kind))["lm_head.weight"]
+    for module, value in values.items():
         num_slices = tp if module.endswith(("o_proj", "down_proj")) else 1
         slices = [quantize_like_a_library(name, part) for part in value.chunk(num_slices, dim=1)]
         rounded[module] = torch.cat([codes.float() * scales for codes, scales in slices], dim=1)

@@ -179,6 +179,7 @@ def test_online() -> None:
         config = online_quantization(name)
         assert config.name == f"{name} (quantized while loading)"
         assert config.format_of("model.layers.0.mlp.up_proj") is not None
-        assert config.format_of("lm_head") is None
+        assert (config.format_of("lm_head") is not None) == (name == "int8")
+        assert config.format_of("model.embed_tokens") is None
     with pytest.raises(InvalidOption, match="--quantization w8a8 is not known; use fp8, int4, int8"):
         online_quantization("w8a8")
