@@ -13,7 +13,8 @@ maps every class to an exit code, an HTTP status, an OpenAI error type and code,
         ├── Unavailable           nobody can serve now: starting, draining, or all replicas lost
         │   ├── Draining
         │   └── ConnectionLost    between front end and leader; what ran over it may still run
-        └── StartFailed           the cluster could not be started
+        ├── StartFailed           the cluster could not be started
+        └── SelfTestFailed        a replica does not compute what it should
 """
 
 from dataclasses import dataclass
@@ -77,6 +78,10 @@ class StartFailed(ServingError):
     """The cluster could not be started."""
 
 
+class SelfTestFailed(ServingError):
+    """A replica does not compute what it should, so it must not serve."""
+
+
 @dataclass(frozen=True)
 class ErrorMapping:
     """How one error class appears in each world. ``code`` is the OpenAI error code, ``type`` its error type."""
@@ -123,6 +128,7 @@ ERROR_TABLE: dict[type[RemudaError], ErrorMapping] = {
     UnknownStream: ErrorMapping(1, 404, _BAD_INPUT, "request_not_found", grpc.StatusCode.NOT_FOUND),
     Unavailable: ErrorMapping(1, 503, _SERVER, "unavailable", grpc.StatusCode.UNAVAILABLE),
     StartFailed: ErrorMapping(1, 500, _SERVER, "start_failed", grpc.StatusCode.INTERNAL),
+    SelfTestFailed: ErrorMapping(1, 500, _SERVER, "self_test_failed", grpc.StatusCode.INTERNAL),
     ServingError: ErrorMapping(1, 500, _SERVER, "internal_error", grpc.StatusCode.INTERNAL),
     RemudaError: ErrorMapping(1, 500, _SERVER, "internal_error", grpc.StatusCode.INTERNAL),
 }

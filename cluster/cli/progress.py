@@ -43,6 +43,7 @@ PHASE_TEXT = {
     "profile": "profiling a step",
     "warm_up": "warming up",
     "adapters": "loading adapters",
+    "self_test": "self-test",
 }
 
 

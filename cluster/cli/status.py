@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.cli import options
+from cluster.cli.progress import PHASE_TEXT
 from cluster.rpc.inference_client import InferenceClient, ServerStatus
 from cluster.types import RankInfo
 from engine.executor.watchdog import RankState
@@ -70,6 +71,7 @@ def as_object(answer: ServerStatus) -> dict[str, Any]:
                 "progress_age_s": replica.progress_age_s,
                 "progress_limit_s": replica.progress_limit_s,
                 "experts": None if replica.experts is None else asdict(replica.experts),
+                "phase_seconds": replica.phase_seconds,
                 "error": replica.error,
                 "ranks": [asdict(rank) for rank in replica.ranks],
             }
@@ -86,6 +88,9 @@ def _print_text(answer: ServerStatus) -> None:
             f"replica {replica.id}: {replica.state.value}, {replica.num_running} running, "
             f"{replica.num_waiting} waiting, {replica.kv_cache_usage:.0%} of the KV cache in use, {replica.address}"
         )
+        if replica.phase_seconds:
+            phases = ", ".join(f"{PHASE_TEXT.get(name, name)} {s:.1f} s" for name, s in replica.phase_seconds.items())
+            print(f"  start: {phases}")
         if replica.experts is not None:
             experts = replica.experts
             print(

@@ -35,6 +35,7 @@ from cluster.replica.model_source import ModelSource
 from cluster.replica.rank_plan import GangEndpoints
 from cluster.replica.record_file import leave_record
 from cluster.replica.recorded_engine import RecordedEngine
+from cluster.replica.self_test import SelfTest
 from cluster.replica.server import LeaderServer
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from engine.config import CacheConfig, Dtype, LoraConfig, SchedulerConfig
@@ -46,6 +47,7 @@ from engine.messages import FromRank, Hello, Loaded, LoadProgress
 from engine.model_config import ModelConfig, kv_groups
 from engine.scheduler.expert_balancer import ExpertBalancer
 from engine.scheduler.expert_layout import expert_layout
+from engine.weights.golden import read_golden
 from engine.weights.identity import checkpoint_identity
 
 _log = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ class Leader:
         self._rank_hosts = config.rank_hosts
         self._formed: tuple[int, ChannelExecutor] | None = None
         """The formation that serves: its epoch, and what computes in it."""
+        self._ready: GangReady
         self._server: LeaderServer | None = None
         self._experts: ExpertBalancer | None = None
         self._loop: EngineLoop | None = None
@@ -145,7 +148,9 @@ class Leader:
             epoch, executor, gang = self._gang.form(self._start_gang)
             self._formed = epoch, executor
             engine = self._make_engine(directory, epoch, executor, gang)
-            asyncio.run(self._serve(engine, self._info(gang)))
+            self._ready = gang
+            seconds = self._self_test(engine, directory)
+            asyncio.run(self._serve(engine, self._info(self._ready, {"self_test": seconds})))
         except Exception as error:  # noqa: BLE001  (whatever it was, it is reported)
             if not self._stopping.is_set():
                 self._report(error)
@@ -174,10 +179,29 @@ class Leader:
         leave_record(self._gang.record, self._config.replica_id)
         self._gang.end(*self._formed, failure)
         epoch, executor, gang = self._gang.form(self._start_gang)
-        self._formed = epoch, executor
+        self._formed, self._ready = (epoch, executor), gang
         engine.reset(epoch, executor=executor, cache_config=self._cache_config(gang))
         if self._server is not None:
             self._server.set_ranks(self._info(gang).ranks, gang.phase_seconds)
+
+    def _self_test(self, engine: Engine, directory: Path) -> float:
+        """Returns how many seconds it took. A rank that is lost meanwhile is replaced, and the test begins anew.
+        Raises SelfTestFailed, and CheckpointError where the golden file is none."""
+        self._events.put(PhaseStarted("self_test", self._config.replica_id))
+        golden = read_golden(directory)
+        begun_s = time.monotonic()
+        while True:
+            test = SelfTest(self._config.plan, directory, self._model.vocab_size, self._ready.max_model_len)
+            try:
+                done = test.run(engine, golden)
+            except EngineFailure as error:
+                if self._stopping.is_set():
+                    raise
+                self._repair(engine, error)
+            else:
+                seconds = time.monotonic() - begun_s
+                _log.info("replica %s: %s in %.2f s", self._config.replica_id, done, seconds)
+                return seconds
 
     def _cache_config(self, gang: GangReady) -> CacheConfig:
         keeps_prefixes = gang.cache.keeps_prefixes and self._config.plan.enable_prefix_caching
@@ -227,7 +251,7 @@ class Leader:
                 engine.step()
             loaded.result()
 
-    def _info(self, gang: GangReady) -> ReplicaInfo:
+    def _info(self, gang: GangReady, further_seconds: dict[str, float] | None = None) -> ReplicaInfo:
         return ReplicaInfo(
             id=self._config.replica_id,
             model=self._config.plan.served_name,
@@ -241,7 +265,7 @@ class Leader:
             ranks=tuple(
                 RankInfo(hello.rank, hello.pid, self._host_of(hello), hello.device, "ready") for hello in gang.ranks
             ),
-            phase_seconds=gang.phase_seconds,
+            phase_seconds=gang.phase_seconds | (further_seconds or {}),
         )
 
     def _host_of(self, hello: Hello) -> str:

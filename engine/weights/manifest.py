@@ -15,6 +15,8 @@ import msgspec
 from engine.errors import CheckpointError
 
 MANIFEST_FILE = "remuda-manifest.json"
+GOLDEN_FILE = "remuda-golden.json"
+"""See engine.weights.golden. Ours, as the manifest is, and so in no manifest."""
 DEFAULT_CHUNK_BYTES = 16 * 2**20
 _COVERED_SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".model")
 """Weights, their index, configurations, tokenizer and template: what is read to serve a model."""
@@ -53,7 +55,7 @@ def covered_files(checkpoint: Path) -> list[Path]:
     return sorted(
         path
         for path in checkpoint.iterdir()
-        if path.suffix in _COVERED_SUFFIXES and not path.name.endswith(MANIFEST_FILE) and path.is_file()
+        if path.suffix in _COVERED_SUFFIXES and not path.name.endswith((MANIFEST_FILE, GOLDEN_FILE)) and path.is_file()
     )
 
 
@@ -72,23 +74,27 @@ def read_manifest(path: Path) -> Manifest:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """All or nothing. Raises CheckpointError, naming the remedy, where ``path`` cannot be written."""
-    content = msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".remuda-", delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                temporary.chmod(0o644)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        write_whole(path, msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written ({error.strerror}); name a place for the manifest with --manifest FILE"
         ) from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """All or nothing. Raises OSError."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".remuda-", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _is_sound(manifest: Manifest) -> bool:
