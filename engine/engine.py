@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from engine.block_hash import root_hash
 from engine.config import CacheConfig, KvGroupConfig, LoraConfig, SchedulerConfig
 from engine.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, Overloaded, ProtocolViolation
-from engine.executor.executor import Executor
+from engine.executor.executor import Executor, PendingResults
 from engine.messages import ExpertChange, LayerExperts, StepPlan, StepResult
 from engine.request import AdapterInfo, FinishReason, Output, Request
 from engine.scheduler.adapter_table import AdapterTable
@@ -117,8 +117,9 @@ class Engine:
             results = future.result()
             news()
             self._in_flight.popleft()
-            if self._draft_is_final(results):
-                self._submit_plans()
+            draft = self._draft
+            if draft is not None and self._is_final(results):
+                self._submit_draft(draft)
             self._update(plan, results)
             self._submit_plans()
         else:
@@ -144,14 +145,21 @@ class Engine:
                 self._draft = StepPlan(self._epoch, self._next_step, drafted, expert_table=self._expert_table)
                 self._executor.prepare(self._draft)
 
-    def _draft_is_final(self, results: list[StepResult]) -> bool:
-        return (
-            self._draft is not None
-            and len(results) == self._num_dp_groups
-            and all(scheduler.is_final(each) for scheduler, each in zip(self._schedulers, results, strict=True))
-            and not self._adapters.has_work
-            and not (self._experts is not None and self._experts.has_changes)
-        )
+    def _is_final(self, results: list[StepResult]) -> bool:
+        """Whether the draft is the next plan, whatever else these results bring."""
+        if len(results) != self._num_dp_groups or self._adapters.has_work:
+            return False
+        if self._experts is not None and self._experts.has_changes:
+            return False
+        return all(scheduler.is_final(result) for scheduler, result in zip(self._schedulers, results, strict=True))
+
+    def _submit_draft(self, draft: StepPlan) -> None:
+        """As it is: the schedulers have nothing to add to it."""
+        for scheduler in self._schedulers:
+            scheduler.schedule(self._next_step)
+        self._draft = None
+        self._next_step += 1
+        self._in_flight.append((draft, self._executor.submit(draft)))
 
     def _schedule(self) -> StepPlan | None:
         step, draft = self._next_step, self._draft
@@ -343,7 +351,7 @@ class Engine:
         self._next_step = 0
         self._draft = None
         self._broken = False
-        self._in_flight: deque[tuple[StepPlan, Future[list[StepResult]]]] = deque()
+        self._in_flight: deque[tuple[StepPlan, PendingResults]] = deque()
         self._schedulers = [
             Scheduler(
                 self._config,

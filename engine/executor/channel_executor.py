@@ -5,7 +5,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import msgspec
@@ -23,26 +22,46 @@ from engine.messages import LayerExperts, RankError, Shutdown, StepPlan, StepRes
 from engine.model_config import ModelConfig
 
 
-class _StepFuture(Future[list[StepResult]]):
-    """Whoever waits for it receives what the ranks send: no other thread stands between a result and the engine."""
+class StepFuture:
+    """Whoever waits for it receives what the ranks send: no other thread stands between a result and the engine.
 
-    def __init__(self, receive_until: Callable[["_StepFuture", float | None], None]) -> None:
-        super().__init__()
+    So it needs no lock and wakes nobody, which an ordinary future spends more time on than on anything else here.
+    """
+
+    __slots__ = ("_error", "_receive_until", "_results")
+
+    def __init__(self, receive_until: Callable[["StepFuture", float | None], None]) -> None:
         self._receive_until = receive_until
+        self._results: list[StepResult] | None = None
+        self._error: RemudaError | None = None
+
+    def done(self) -> bool:
+        return self._results is not None or self._error is not None
 
     def result(self, timeout: float | None = None) -> list[StepResult]:
-        if not self.done():
+        """See Executor. Raises TimeoutError where the ranks have not answered within ``timeout`` seconds."""
+        if self._results is None and self._error is None:
             self._receive_until(self, timeout)
-        return super().result(0)
+        if self._error is not None:
+            raise self._error
+        if self._results is None:
+            raise TimeoutError(f"the step was not answered within {timeout} s")
+        return self._results
+
+    def set_result(self, results: list[StepResult]) -> None:
+        self._results = results
+
+    def set_exception(self, error: RemudaError) -> None:
+        self._error = error
 
 
-@dataclass
+@dataclass(slots=True)
 class _PendingStep:
     """A plan on its way, and the ranks' answers so far."""
 
     plan: StepPlan
     sent_s: float
-    future: _StepFuture
+    future: StepFuture
     results: dict[int, StepResult] = field(default_factory=dict)
 
 
@@ -82,6 +101,8 @@ class ChannelExecutor:
         self._lock = threading.Lock()
         self._pending: deque[_PendingStep] = deque()
         self._prepared: tuple[StepPlan, bytes] | None = None
+        self._lesson: tuple[StepPlan, float, float] | None = None
+        """A plan that was answered, when, and after how long; it is learnt from when the next plan has left."""
         self._failure: RemudaError | None = None
         self._closing = False
         self._is_untold = False
@@ -119,16 +140,17 @@ class ChannelExecutor:
         """See Executor."""
         self._prepared = (plan, encode(plan))
 
-    def submit(self, plan: StepPlan) -> "Future[list[StepResult]]":
+    def submit(self, plan: StepPlan) -> StepFuture:
         """See Executor. Calls come one at a time."""
         assert self._watcher is not None, "start comes first"
-        is_prepared = self._prepared is not None and self._prepared[0] is plan
-        data = self._prepared[1] if self._prepared is not None and is_prepared else encode(plan)
+        prepared, self._prepared = self._prepared, None
+        is_prepared = prepared is not None and prepared[0] is plan
+        data = prepared[1] if prepared is not None and is_prepared else encode(plan)
         if not self._pending and not is_prepared:  # a prepared one follows a result at once
             with self._receiving:
                 self._receive(0.0)  # an answer that nobody has asked for yet
             self._tell_failure()
-        future = _StepFuture(self._receive_until)
+        future = StepFuture(self._receive_until)
         pending = _PendingStep(plan, time.monotonic(), future)
         with self._lock:
             if not self._pending:
@@ -137,7 +159,6 @@ class ChannelExecutor:
                 pending.future.set_exception(self._failure)
                 return pending.future
             self._pending.append(pending)
-        self._record.plan(pending.sent_s, data)
         try:
             self._channel.send(data)
         except RankFailure:
@@ -145,16 +166,22 @@ class ChannelExecutor:
         except (ProtocolViolation, ChannelClosed) as error:
             self._fail(error)
             self._tell_failure()
+        # Nothing of this may keep a plan from leaving.
+        self._record.plan(pending.sent_s, data)
+        lesson, self._lesson = self._lesson, None
+        if lesson is not None:
+            self._watch_over.learn(*lesson)
         return pending.future
 
     # ---- receiving, in the thread that waits for a future, or the watcher's ---------------------------------------
 
-    def _receive_until(self, future: _StepFuture, timeout_s: float | None) -> None:
+    def _receive_until(self, future: StepFuture, timeout_s: float | None) -> None:
         end = None if timeout_s is None else time.monotonic() + timeout_s
         with self._receiving:
             while not future.done() and (end is None or end > time.monotonic()):
                 self._receive(None if end is None else end - time.monotonic())
-        self._tell_failure()
+        if self._is_untold:
+            self._tell_failure()
 
     def _watch(self) -> None:
         """Nobody waits for a future while no plan is on its way, and ranks can be lost then too."""
@@ -205,8 +232,12 @@ class ChannelExecutor:
     def _accept(self, rank: int, result: StepResult) -> None:
         """Ranks answer in order, so what all have answered is always the oldest."""
         with self._lock:
-            due = next((pending for pending in self._pending if rank not in pending.results), None)
-            if due is None or (result.epoch, result.step) != (self._epoch, due.plan.step):
+            due = None
+            for pending in self._pending:
+                if rank not in pending.results:
+                    due = pending
+                    break
+            if due is None or result.step != due.plan.step or result.epoch != self._epoch:
                 raise ProtocolViolation(
                     f"rank {rank} answers step {result.step} of epoch {result.epoch}; due is "
                     f"{'none' if due is None else due.plan.step} of epoch {self._epoch}"
@@ -216,7 +247,7 @@ class ChannelExecutor:
                 return
             self._pending.popleft()
         now = time.monotonic()
-        self._watch_over.learn(due.plan, now, now - due.sent_s)
+        self._lesson = due.plan, now, now - due.sent_s
         due.future.set_result(by_dp_group(due.results, self._sampling_ranks))
 
     def _note_verdict(self, verdict: Verdict) -> None:
@@ -281,15 +312,20 @@ def by_dp_group(results: dict[int, StepResult], sampling_ranks: Sequence[int]) -
     """What the engine gets of all ranks' answers: the sampling ranks', the first with everybody's news of adapters and
     experts."""
     groups = [results[rank] for rank in sampling_ranks]
-    if any(result.adapters or result.expert_outcomes or result.expert_loads for result in results.values()):
-        every = [results[rank] for rank in sorted(results)]
-        groups = [
-            msgspec.structs.replace(result, adapters=[], expert_outcomes=[], expert_loads=[]) for result in groups
-        ]
-        groups[0] = msgspec.structs.replace(
-            groups[0],
-            adapters=[outcome for result in every for outcome in result.adapters],
-            expert_outcomes=[outcome for result in every for outcome in result.expert_outcomes],
-            expert_loads=[loads for result in every for loads in result.expert_loads],
-        )
+    if len(results) == 1:
+        return groups
+    for result in results.values():
+        if result.adapters or result.expert_outcomes or result.expert_loads:
+            return _with_news(groups, [results[rank] for rank in sorted(results)])
+    return groups
+
+
+def _with_news(groups: list[StepResult], every: list[StepResult]) -> list[StepResult]:
+    groups = [msgspec.structs.replace(result, adapters=[], expert_outcomes=[], expert_loads=[]) for result in groups]
+    groups[0] = msgspec.structs.replace(
+        groups[0],
+        adapters=[outcome for result in every for outcome in result.adapters],
+        expert_outcomes=[outcome for result in every for outcome in result.expert_outcomes],
+        expert_loads=[loads for result in every for loads in result.expert_loads],
+    )
     return groups

@@ -1,9 +1,16 @@
 """The seam between deciding a step and computing it."""
 
-from concurrent.futures import Future
 from typing import Protocol
 
 from engine.messages import StepPlan, StepResult
+
+
+class PendingResults(Protocol):
+    """What will come of a plan; an ordinary future is one."""
+
+    def result(self, timeout: float | None = None) -> list[StepResult]:
+        """Waits; for one thread to call. Raises as Executor.submit says, or TimeoutError after ``timeout`` seconds."""
+        ...
 
 
 class Executor(Protocol):
@@ -13,7 +20,7 @@ class Executor(Protocol):
         """``plan`` is likely to be submitted next, as this very object: whatever saves time then can be done now."""
         ...
 
-    def submit(self, plan: StepPlan) -> "Future[list[StepResult]]":
+    def submit(self, plan: StepPlan) -> PendingResults:
         """Sends a plan on its way and returns at once.
 
         Plans are computed in the order in which they were submitted, and their futures end in that order too. A future

@@ -53,7 +53,10 @@ class FlightRecord:
 
     def answer(self, now_s: float, rank: int, data: bytes) -> None:
         """What a rank sent, encoded, has arrived."""
-        self._add((now_s, "answer", (rank, data), len(data) + _ENTRY_BYTES))
+        # What is too old goes when the next plan, which waits for this call, has left.
+        num_bytes = len(data) + _ENTRY_BYTES
+        self._entries.append((now_s, "answer", (rank, data), num_bytes))
+        self._num_bytes += num_bytes
 
     def request(self, request: Request, **fields: Any) -> None:
         """The engine has taken it; ``fields`` say when."""

@@ -49,7 +49,7 @@ class FrameReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[Frame]:
+    def feed(self, data: bytes | memoryview) -> Iterator[Frame]:
         """The frames that ``data`` completes. Raises ProtocolViolation at the first malformed head."""
         buffer = self._buffer
         buffer += data

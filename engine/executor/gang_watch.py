@@ -57,6 +57,7 @@ class GangWatch:
         self._times = StepTimes()
         self._next_look_s = 0.0
         self._next_lesson_s = 0.0
+        self._has_rested = False
         self._lock = threading.Lock()
         self._watchdog = Watchdog(parallel, plan_timeout_s)
         self.limit_s = plan_timeout_s
@@ -71,8 +72,7 @@ class GangWatch:
         """A plan leaves while none is on its way."""
         self._next_look_s = now_s + LOOK_INTERVAL_S
         self.limit_s = self._plan_timeout_s
-        with self._lock:
-            self._watchdog.rest()
+        self._has_rested = True
 
     def learn(self, plan: StepPlan, now_s: float, seconds: float) -> None:
         """``plan`` was answered by all, after so long."""
@@ -91,6 +91,9 @@ class GangWatch:
         pending = PendingPlan(plan.step, unanswered, self._times.predict(plan))
         self.limit_s = self._watchdog.bound_s(pending)
         with self._lock:
+            if self._has_rested:
+                self._has_rested = False
+                self._watchdog.rest()
             verdicts = self._watchdog.observe(now_s, self._channel.progress(), pending)
         for verdict in verdicts:
             _log.log(logging.ERROR if verdict.is_final else logging.WARNING, "%s", verdict.reason)

@@ -55,7 +55,10 @@ class SocketHub:
         self._awaited = set(ranks)
         self._connections: dict[int, _Connection] = {}
         """By file descriptor."""
+        self._receivers: tuple[_Connection, ...] = ()
+        """The same, for whoever sends; replaced as a whole."""
         self._arrived: deque[tuple[int, bytes | RankFailure]] = deque()
+        self._input = memoryview(bytearray(_RECEIVE_BYTES))
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
         self._receive_lock = threading.Lock()
@@ -84,6 +87,7 @@ class SocketHub:
                 link.sendall(answer)
             self._awaited.difference_update(ranks)
             self._connections[link.fileno()] = _Connection(link, ranks)
+            self._receivers = tuple(self._connections.values())
             self._epoll.register(link.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
             # A relay says in a frame which rank was lost; a rank's own connection just ends.
             news = select.EPOLLIN | select.EPOLLET if len(ranks) > 1 else 0
@@ -99,13 +103,14 @@ class SocketHub:
     def _send(self, data: bytes) -> None:
         if self._closed.is_set():
             raise ChannelClosed("the channel was closed")
-        with self._lock:
-            if self._awaited:
-                rank = min(self._awaited)
+        if self._awaited:
+            with self._lock:  # the last may have its answer already, and not be noted yet
+                rank = min(self._awaited, default=None)
+            if rank is not None:
                 raise RankFailure(f"rank {rank} is not connected", rank)
-            connections = list(self._connections.values())
+        connections = self._receivers
         inline: bytes | None = None
-        ringed = self._write_to_ring(connections, data)
+        ringed = self._write_to_ring(connections, data) if len(data) >= RING_MIN_BYTES else None
         for connection in connections:
             if ringed is not None and connection.reads_ring:
                 frame = ringed
@@ -120,10 +125,10 @@ class SocketHub:
                 rank = connection.ranks[0]
                 raise RankFailure(f"rank {rank} is lost: {error}", rank) from error
 
-    def _write_to_ring(self, connections: list[_Connection], data: bytes) -> bytes | None:
+    def _write_to_ring(self, connections: Sequence[_Connection], data: bytes) -> bytes | None:
         """The frame that names the place in the ring; None where the message has to go through the sockets."""
         readers = [connection.consumed for connection in connections if connection.reads_ring]
-        if len(data) < RING_MIN_BYTES or not readers:
+        if not readers:
             return None
         position = self._ring.write(data, min(readers))
         if position is None:
@@ -160,10 +165,10 @@ class SocketHub:
     def _read(self, connection: _Connection) -> list[tuple[int, bytes | RankFailure]]:
         messages: list[tuple[int, bytes | RankFailure]] = []
         try:
-            data = connection.link.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
-            if not data:
+            num_bytes = connection.link.recv_into(self._input, 0, socket.MSG_DONTWAIT)
+            if not num_bytes:
                 raise ConnectionError(connection.reason)
-            for frame in connection.reader.feed(data):
+            for frame in connection.reader.feed(self._input[:num_bytes]):
                 if frame.kind == FrameKind.PROGRESS:
                     self._take_report(connection, frame)
                 else:
@@ -191,6 +196,7 @@ class SocketHub:
         """Its ranks stay missing: a rank that comes back belongs to another epoch, and so to another hub."""
         with self._lock:
             del self._connections[connection.link.fileno()]
+            self._receivers = tuple(self._connections.values())
             self._epoll.unregister(connection.link.fileno())
             self._watch.unregister(connection.link.fileno())
             self._awaited.update(connection.ranks)
