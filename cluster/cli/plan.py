@@ -15,6 +15,10 @@ EXAMPLES = (
 )
 
 
+_Link = Annotated[
+    str | None,
+    typer.Option(help="Between two hosts, one way, as in 0.1ms,10Gbit: predicts what the layout loses to it."),
+]
 _EnableEplb = Annotated[bool, typer.Option("--enable-eplb", help="With room for experts on their way.")]
 _NumRedundantExperts = Annotated[
     int, typer.Option(min=0, help="Copies of experts in each layer, over all ranks; with --enable-eplb.")
@@ -52,10 +56,7 @@ def plan(
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests that run at once. [by device]")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in one step. [by device]")] = None,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of each GPU's memory.")] = 0.9,
-    link: Annotated[
-        str | None,
-        typer.Option(help="Between two hosts, one way, as in 0.1ms,10Gbit: predicts what the layout loses to it."),
-    ] = None,
+    link: _Link = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model in the cache. [main]")] = None,
     as_json: options.Json = False,
 ) -> None:
