@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from cluster.simulate.gang import SimulatedGang, sequential_tokens
+from cluster.simulate.gang import SimulatedGang, logprobs_at, sequential_tokens
 from engine.config import CacheConfig, KvGroupConfig, LoraConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import AdapterError, ContextLengthExceeded, EngineFailure, Overloaded, RankFailure
@@ -21,6 +21,7 @@ from engine.kv_groups import num_blocks_needed
 from engine.messages import NO_STEP
 from engine.packed import unpack
 from engine.request import AdapterInfo, FinishReason, Output, Request, SamplingParams, TopLogprobs
+from engine.scheduler.break_trials import SUSPECT_AFTER
 
 VOCAB_SIZE = 23
 MAX_MODEL_LEN = 28
@@ -71,6 +72,8 @@ class Record:
     finish: Output | None = None
     aborted: bool = False
     adapter_path: str = ""
+    num_deaths: int = 0
+    """Times that the gang died while it was live."""
 
 
 class StepProtocolMachine(RuleBasedStateMachine):
@@ -211,6 +214,9 @@ class StepProtocolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(self.live()))
+        if request_id not in self.engine._states and not self.records[request_id].aborted:
+            assert not self.engine.abort(request_id), "it has ended; the next step says so"
+            return
         if self.records[request_id].aborted:
             assert not self.engine.abort(request_id)
         assert self.engine.abort(request_id) != self.records[request_id].aborted
@@ -227,6 +233,8 @@ class StepProtocolMachine(RuleBasedStateMachine):
         except RankFailure:
             died = True
         if died:
+            for request_id in self.live():
+                self.records[request_id].num_deaths += 1
             with pytest.raises(EngineFailure, match="reset"):
                 self.engine.step()
         self.epoch += 1
@@ -265,6 +273,8 @@ class StepProtocolMachine(RuleBasedStateMachine):
             assert finish.finish_reason == FinishReason.ABORT and not finish.token_ids
         elif finish.error == "the request's adapter could not be loaded again":
             assert record.adapter_path in self.broken_adapters
+        elif (finish.error or "").startswith("the gang broke"):
+            assert record.num_deaths >= SUSPECT_AFTER and not finish.token_ids
         elif finish.finish_reason == FinishReason.ERROR:
             assert sampling.seed in {seed for seed, _ in self.fails_at}
             assert finish.error == f"position {len(request.token_ids)} is not a number"
@@ -278,8 +288,8 @@ class StepProtocolMachine(RuleBasedStateMachine):
             )
             assert finish.stop_token_id == (expected[-1] if stopped else None)
             if sampling.prompt_logprobs is not None:
-                entries = [entry and entry.logprob for entry in record.prompt_logprobs]
-                assert entries == [None] + [-float(p) for p in range(1, request.num_prompt_tokens)]
+                positions = range(1, request.num_prompt_tokens)
+                assert record.prompt_logprobs == [None, *(logprobs_at(request.token_ids, p) for p in positions)]
         if sampling.prompt_logprobs is None:
             assert not record.prompt_logprobs
 
