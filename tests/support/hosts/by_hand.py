@@ -3,6 +3,7 @@
 Says how to enter each; takes a line for each fault; Ctrl-C (or the end of input) removes everything.
 """
 
+import signal
 import sys
 
 from tests.support.hosts.bed import Bed
@@ -54,6 +55,8 @@ def main(num_hosts: int) -> int:
     if (reason := why_not()) is not None:
         print(f"no hosts can be made: {reason}", file=sys.stderr)
         return 1
+    # Background jobs of a shell are started with Ctrl-C ignored, and so would be what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Bed(num_hosts) as bed:
         for host in bed.hosts:
             print(f"host {host.number}  {host.address}  enter: ip netns exec {host.name} bash")
