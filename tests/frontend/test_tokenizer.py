@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -44,6 +44,9 @@ def test_chat_prompt_equals_transformers(
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.text(max_size=40))
 def test_plain_text_equals_transformers(kind: str, loaded: Any, oracles: Any, text: str) -> None:
+    # To us the name of a control token is text (below), to transformers the token. hypothesis knows the names: it
+    # draws strings that it finds in the code.
+    assume(not any(name in text for name in loaded[kind]._special))
     assert loaded[kind].encode(text) == oracles[kind](text)["input_ids"]
     assert (
         loaded[kind].encode(text, add_special_tokens=False) == oracles[kind](text, add_special_tokens=False).input_ids
