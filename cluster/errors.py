@@ -6,6 +6,7 @@ maps every class to an exit code, an HTTP status, an OpenAI error type and code,
     └── ServingError
         ├── ModelNotFound         the request names a model that is not served here
         ├── Unauthenticated       no credentials, or wrong ones
+        ├── PermissionDenied      good credentials that do not reach so far
         ├── PayloadTooLarge       a request body over the bound
         ├── DeadlineExceeded      a per-request, queue or first-token deadline passed
         ├── Cancelled             the client went away
@@ -35,6 +36,10 @@ class ModelNotFound(ServingError):
 
 class Unauthenticated(ServingError):
     """No credentials, or wrong ones."""
+
+
+class PermissionDenied(ServingError):
+    """Good credentials that do not reach so far."""
 
 
 class PayloadTooLarge(ServingError):
@@ -120,6 +125,7 @@ ERROR_TABLE: dict[type[RemudaError], ErrorMapping] = {
     engine_errors.EngineFailure: ErrorMapping(1, 500, _SERVER, "engine_failure", grpc.StatusCode.INTERNAL),
     ModelNotFound: ErrorMapping(2, 404, _BAD_INPUT, "model_not_found", grpc.StatusCode.NOT_FOUND),
     Unauthenticated: ErrorMapping(1, 401, "authentication_error", "invalid_api_key", grpc.StatusCode.UNAUTHENTICATED),
+    PermissionDenied: ErrorMapping(1, 403, "permission_error", "permission_denied", grpc.StatusCode.PERMISSION_DENIED),
     PayloadTooLarge: ErrorMapping(2, 413, _BAD_INPUT, "payload_too_large", grpc.StatusCode.RESOURCE_EXHAUSTED),
     DeadlineExceeded: ErrorMapping(1, 504, "timeout_error", "deadline_exceeded", grpc.StatusCode.DEADLINE_EXCEEDED),
     Cancelled: ErrorMapping(1, 499, _BAD_INPUT, "cancelled", grpc.StatusCode.CANCELLED),
