@@ -10,6 +10,7 @@ from cluster.config import is_loopback
 from cluster.errors import Draining
 from cluster.frontend.adapters import Adapters
 from cluster.frontend.admission import Admission
+from cluster.frontend.answers import HttpSettings
 from cluster.frontend.auth import ApiKeys, read_api_keys
 from cluster.frontend.backend import Backend
 from cluster.frontend.calls import TimeLimits
@@ -18,7 +19,7 @@ from cluster.frontend.encoding import PromptEncoder
 from cluster.frontend.grpc_admin import AdminServicer
 from cluster.frontend.grpc_service import InferenceServicer
 from cluster.frontend.health import Health
-from cluster.frontend.http import HttpSettings, build_http_app
+from cluster.frontend.http import build_http_app
 from cluster.frontend.http_protocol import HttpLimits
 from cluster.frontend.listeners import GrpcListener, HttpListener
 from cluster.frontend.metrics import Metrics

@@ -1,10 +1,8 @@
-"""The HTTP API: OpenAI's endpoints, tokenizer, health and metrics."""
+"""The HTTP API: OpenAI's endpoints, tokenizer, health and metrics, and the other APIs beside them."""
 
-import asyncio
 import re
 import time
 import uuid
-from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,13 +14,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import Cancelled, Unavailable, UnknownStream, mapping_of
+from cluster.frontend.answers import Answers, HttpSettings
 from cluster.frontend.auth import ApiKeys
-from cluster.frontend.calls import Call, Event
+from cluster.frontend.calls import Call
 from cluster.frontend.chat import ChatForm, chat_call
 from cluster.frontend.completions import CompletionForm, completion_call
 from cluster.frontend.cursor import Cursor
 from cluster.frontend.health import Health
-from cluster.frontend.http_body import parse_body, read_body, while_connected
+from cluster.frontend.http_body import parse_body
 from cluster.frontend.http_errors import JsonResponse, error_response, log_defect, plain_error
 from cluster.frontend.metrics import CONTENT_TYPE, Metrics
 from cluster.frontend.moderations import ModerationForm, guard_categories, moderation_call
@@ -36,29 +35,22 @@ from cluster.frontend.openai_schema import (
     UnloadAdapterBody,
 )
 from cluster.frontend.service import Service
-from cluster.frontend.sse import EventStream
+from cluster.frontend.sse import OpenAiFraming
 from cluster.frontend.stored_call import StoredCall
 
 _OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/v2/health/live", "/v2/health/ready"})
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-@dataclass(frozen=True)
-class HttpSettings:
-    """``max_body_bytes`` bounds each request's body; ``ping_interval_s`` each stream's silence."""
-
-    max_body_bytes: int = 16 * 2**20
-    ping_interval_s: float = 10.0
-
-
 class HttpApi:
     """The endpoints. Each is a coroutine from a request to a response; errors of the tree become responses above."""
 
-    def __init__(self, service: Service, health: Health, metrics: Metrics, settings: HttpSettings) -> None:
+    def __init__(self, answers: Answers, health: Health, metrics: Metrics) -> None:
+        service = answers.service
+        self._answers = answers
         self._service = service
         self._health = health
         self._metrics = metrics
-        self._settings = settings
         self._guard_categories = guard_categories(service.tokenizer)
 
     def routes(self) -> list[Route]:
@@ -120,18 +112,10 @@ class HttpApi:
         prefix = "cmpl" if kind == "completion" else "chatcmpl"
         stored = StoredCall(kind, f"{prefix}-{uuid.uuid4().hex}", body, time.time())
         call, form, streams = self._asked(stored)
-        failed = asyncio.Event()
         if streams:
             keeps = request.headers.get("remuda-resumable", "") in ("1", "true")
-            events = self._service.generate(call, failed, stored if keeps else None)
-            cursor = Cursor(call.request_id) if keeps else None
-            return EventStream(events, failed, form, self._settings.ping_interval_s, cursor)
-        events = self._service.generate(call, failed)
-
-        async def collect() -> list[Event]:
-            return [event async for event in events]
-
-        return JsonResponse(form.whole(await while_connected(request.receive, collect())))
+            return self._answers.stream(call, form, OpenAiFraming(), stored if keeps else None)
+        return JsonResponse(form.whole(await self._answers.whole(request, call)))
 
     def _asked(self, stored: StoredCall) -> tuple[Call, CompletionForm | ChatForm, bool]:
         """A request, the form of its answer, and whether it streams. Raises InvalidRequest."""
@@ -152,21 +136,14 @@ class HttpApi:
         """A client that came back for the rest of its stream. Raises UnknownStream."""
         found = await self._service.find(had.call_id)
         call, form, _ = self._asked(found.stored)
-        failed = asyncio.Event()
-        events = self._service.resume(call, found, failed)
-        return EventStream(events, failed, form, self._settings.ping_interval_s, had, resumes=True)
+        return self._answers.resumed(call, found, form, OpenAiFraming(), had)
 
     async def moderations(self, request: Request) -> Response:
         body = parse_body(ModerationBody, await self._body(request))
         service, categories = self._service, self._guard_categories
         call = moderation_call(body, f"modr-{uuid.uuid4().hex}", categories)
         form = ModerationForm(call, categories or {}, service.name, service.tokenizer.bytes)
-        events = service.generate(call)
-
-        async def collect() -> list[Event]:
-            return [event async for event in events]
-
-        return JsonResponse(form.whole(await while_connected(request.receive, collect())))
+        return JsonResponse(form.whole(await self._answers.whole(request, call)))
 
     async def load_adapter(self, request: Request) -> Response:
         body = parse_body(LoadAdapterBody, await self._body(request))
@@ -203,7 +180,7 @@ class HttpApi:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self._settings.max_body_bytes)
+        return await self._answers.body(request)
 
 
 class Gate:
@@ -246,7 +223,7 @@ class Gate:
         except Exception as error:  # noqa: BLE001  whatever it is, the client gets an answer
             log_defect(error)
             if status is None and not isinstance(error, Cancelled):
-                await error_response(error)(scope, receive, send_with_id)
+                await error_response(error, path)(scope, receive, send_with_id)
             status = mapping_of(error).http_status
         route = path if path in self._paths else "/v1/models" if path.startswith("/v1/models/") else "other"
         self._metrics.http_response(route, status or 500)
@@ -254,20 +231,20 @@ class Gate:
 
 async def _refused_by_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    headers = dict(error.headers or {})
+    headers, path = dict(error.headers or {}), request.url.path
     if error.status_code == 405:
-        message = f"{request.url.path} does not take {request.method}; use {headers.get('Allow', 'another method')}"
-        return plain_error(405, message, "method_not_allowed", headers)
+        message = f"{path} does not take {request.method}; use {headers.get('Allow', 'another method')}"
+        return plain_error(405, message, "method_not_allowed", headers, path)
     if error.status_code == 404:
-        return plain_error(404, f"there is nothing at {request.url.path}", "not_found", headers)
-    return plain_error(error.status_code, error.detail, "invalid_request", headers)
+        return plain_error(404, f"there is nothing at {path}", "not_found", headers, path)
+    return plain_error(error.status_code, error.detail, "invalid_request", headers, path)
 
 
 def build_http_app(
     service: Service, health: Health, metrics: Metrics, keys: ApiKeys, settings: HttpSettings = HttpSettings()
 ) -> Starlette:
     """The ASGI application."""
-    routes = HttpApi(service, health, metrics, settings).routes()
+    routes = HttpApi(Answers(service, settings), health, metrics).routes()
     paths = frozenset(route.path for route in routes)
     gate = Middleware(Gate, keys=keys, metrics=metrics, paths=paths)
     return Starlette(routes=routes, middleware=[gate], exception_handlers={HTTPException: _refused_by_http})

@@ -1,12 +1,15 @@
-"""Errors as OpenAI's clients expect them."""
+"""Errors as each API's clients expect them: one tree, several shapes."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
 
 from cluster.errors import Unauthenticated, Unavailable, mapping_of
+from cluster.frontend.anthropic.errors import anthropic_error
+from cluster.frontend.ollama.errors import ollama_error
 from cluster.rpc.status import MAX_MESSAGE_CHARS, fields_of
 from engine.errors import Overloaded, RemudaError
 
@@ -35,16 +38,32 @@ def log_defect(error: BaseException) -> None:
         _log.error("a request failed in our own code", exc_info=error)
 
 
-def error_response(error: BaseException) -> Response:
+_SHAPES: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
+    "/api/": ollama_error,
+    "/v1/messages": anthropic_error,
+}
+"""By the beginning of the path; OpenAI's elsewhere."""
+
+
+def _body(path: str, status: int, error: dict[str, Any]) -> dict[str, Any]:
+    shape = next((shape for prefix, shape in _SHAPES.items() if path.startswith(prefix)), None)
+    return {"error": error} if shape is None else shape(status, error)
+
+
+def error_response(error: BaseException, path: str) -> Response:
+    """In the shape of the API that has this path."""
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded | Unavailable):
         headers["retry-after"] = str(max(1, round(error.retry_after_s)))
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
-    return JsonResponse({"error": error_object(error)}, mapping_of(error).http_status, headers)
+    status = mapping_of(error).http_status
+    return JsonResponse(_body(path, status, error_object(error)), status, headers)
 
 
-def plain_error(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> Response:
+def plain_error(
+    status: int, message: str, code: str, headers: dict[str, str] | None = None, path: str = ""
+) -> Response:
     """For what HTTP itself refuses: unknown paths and methods."""
-    body = {"message": message[:MAX_MESSAGE_CHARS], "type": "invalid_request_error", "param": None, "code": code}
-    return JsonResponse({"error": body}, status, headers)
+    error = {"message": message[:MAX_MESSAGE_CHARS], "type": "invalid_request_error", "param": None, "code": code}
+    return JsonResponse(_body(path, status, error), status, headers)

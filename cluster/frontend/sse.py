@@ -1,4 +1,6 @@
-"""Server-sent events: one response that streams a request's events, and stops its work when the client goes away."""
+"""One response that streams a request's events, and stops its work when the client goes away: as server-sent events, or
+however else an API frames its stream.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
@@ -17,9 +19,7 @@ from cluster.frontend.http_errors import error_object, log_defect
 from cluster.frontend.live_request import overdue
 from engine.errors import RemudaError
 
-_DONE = b"data: [DONE]\n\n"
-_PING = b": ping\n\n"
-_encode = msgspec.json.Encoder().encode
+encode_json = msgspec.json.Encoder().encode
 
 
 class Chunks(Protocol):
@@ -30,6 +30,38 @@ class Chunks(Protocol):
         ...
 
 
+class Framing(Protocol):
+    """How one API puts chunks on the wire. ``done`` ends every stream; ``ping`` keeps an idle one busy, empty: nothing
+    does."""
+
+    media_type: str
+    done: bytes
+    ping: bytes
+
+    def chunk(self, chunk: dict[str, Any], event_id: str | None) -> bytes:
+        """One chunk. ``event_id``: from where a client can go on, where it can."""
+        ...
+
+    def error(self, error: BaseException) -> bytes:
+        """The request failed after its stream had begun."""
+        ...
+
+
+class OpenAiFraming:
+    """Server-sent events without names, and a last one that says ``[DONE]``."""
+
+    media_type = "text/event-stream"
+    done = b"data: [DONE]\n\n"
+    ping = b": ping\n\n"
+
+    def chunk(self, chunk: dict[str, Any], event_id: str | None) -> bytes:
+        head = f"id: {event_id}\n".encode() if event_id is not None else b""
+        return head + b"data: " + encode_json(chunk) + b"\n\n"
+
+    def error(self, error: BaseException) -> bytes:
+        return self.chunk({"error": error_object(error)}, None)
+
+
 class EventStream(Response):
     """The status waits for the first event after Started, so that a request that fails at once gets its own status;
     but no longer than one ping interval. Later errors come as an error event.
@@ -38,6 +70,7 @@ class EventStream(Response):
         events: the request's.
         failed: set when the request has failed; a client that does not read is cut a grace time later.
         form: how they look.
+        framing: how that is put on the wire.
         cursor: where the client is; each event then has an id, from which it can go on over another connection.
         resumes: the client had what is before the cursor; ``events`` begin at the beginning.
         ping_interval_s: after so long without anything to say, a comment keeps the connection busy.
@@ -48,17 +81,19 @@ class EventStream(Response):
         events: AsyncGenerator[Event, None],
         failed: asyncio.Event,
         form: Chunks,
+        framing: Framing,
         ping_interval_s: float,
         cursor: Cursor | None = None,
         resumes: bool = False,
     ) -> None:
         super().__init__(
-            media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
+            media_type=framing.media_type, headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )
         del self.headers["content-length"]
         self._events = events
         self._failed = failed
         self._form = form
+        self._framing = framing
         self._cursor = cursor
         self._remainder = Remainder(cursor) if cursor is not None and resumes else None
         self._ping_interval_s = ping_interval_s
@@ -72,7 +107,9 @@ class EventStream(Response):
         """
         writer = asyncio.create_task(self._write_all(send))
         gone, late = asyncio.create_task(disconnected(receive)), asyncio.create_task(overdue(self._failed))
-        tasks = {writer, gone, late, asyncio.create_task(self._ping(send))}
+        tasks = {writer, gone, late}
+        if self._framing.ping:
+            tasks.add(asyncio.create_task(self._ping(send)))
         try:
             await asyncio.wait({writer, gone, late}, return_when=asyncio.FIRST_COMPLETED)
             if not writer.done():
@@ -91,7 +128,7 @@ class EventStream(Response):
                         self._add_with_ids(event, self._cursor)
                     else:
                         for chunk in self._form.chunks(event):
-                            self._unsent.append(b"data: " + _encode(chunk) + b"\n\n")
+                            self._unsent.append(self._framing.chunk(chunk, None))
                     if self._unsent and not isinstance(event, Started):
                         await self._send_unsent(send)
         except Exception as error:
@@ -99,8 +136,8 @@ class EventStream(Response):
                 raise
             if not isinstance(error, RemudaError):
                 log_defect(error)
-            self._unsent.append(b"data: " + _encode({"error": error_object(error)}) + b"\n\n")
-        self._unsent.append(_DONE)
+            self._unsent.append(self._framing.error(error))
+        self._unsent.append(self._framing.done)
         await self._send_unsent(send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -113,9 +150,9 @@ class EventStream(Response):
                     pass
                 continue
             cursor.note(rest)
-            head = f"id: {cursor.event_id()}\n".encode()
+            event_id = cursor.event_id()
             for chunk in self._form.chunks(rest):
-                self._unsent.append(head + b"data: " + _encode(chunk) + b"\n\n")
+                self._unsent.append(self._framing.chunk(chunk, event_id))
 
     async def _send_unsent(self, send: Send) -> None:
         body = b"".join(self._unsent)
@@ -132,5 +169,5 @@ class EventStream(Response):
         while True:
             await asyncio.sleep(self._last_sent_s + self._ping_interval_s - loop.time())
             if loop.time() >= self._last_sent_s + self._ping_interval_s:
-                self._unsent.append(_PING)
+                self._unsent.append(self._framing.ping)
                 await self._send_unsent(send)

@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from cluster.frontend.http import HttpSettings
+from cluster.frontend.answers import HttpSettings
 from cluster.frontend.tokenizer import Tokenizer
 from cluster.types import ReplicaState
 from tests.frontend.bodies import EOT, USER, chat, completion, events_of

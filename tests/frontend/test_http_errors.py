@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from cluster.errors import ERROR_TABLE, Cancelled, Unavailable
-from cluster.frontend.http import HttpSettings
+from cluster.frontend.answers import HttpSettings
 from cluster.frontend.tokenizer import Tokenizer
 from engine.errors import Overloaded, RankFailure, RemudaError
 from engine.request import Output, Request

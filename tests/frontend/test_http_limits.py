@@ -10,7 +10,7 @@ from itertools import repeat
 
 import pytest
 
-from cluster.frontend.http import HttpSettings
+from cluster.frontend.answers import HttpSettings
 from cluster.frontend.http_protocol import HttpLimits
 from tests.frontend.bodies import completion
 from tests.frontend.scripted import Gate, says

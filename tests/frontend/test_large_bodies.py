@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.frontend.http import HttpSettings
+from cluster.frontend.answers import HttpSettings
 from cluster.frontend.http_body import MAX_CONTAINERS, MAX_STRINGS, parse_body
 from cluster.frontend.openai_schema import MAX_PROMPTS, ChatBody, CompletionBody, DetokenizeBody
 from engine.errors import InvalidRequest
