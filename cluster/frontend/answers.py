@@ -3,7 +3,7 @@ back whole or as a stream in the API's own form.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -39,12 +39,20 @@ class Answers:
         """Raises PayloadTooLarge, Cancelled."""
         return await read_body(request, self._settings.max_body_bytes)
 
-    async def whole(self, request: Request, call: Call) -> list[Event]:
-        """All events of a call. Raises its error, and Cancelled where the client goes first."""
+    async def whole(self, request: Request, call: Call, note: Callable[[Event], None] | None = None) -> list[Event]:
+        """All events of a call; ``note`` gets each when it comes.
+
+        Raises its error, and Cancelled where the client goes first.
+        """
         events = self.service.generate(call)
 
         async def collect() -> list[Event]:
-            return [event async for event in events]
+            collected: list[Event] = []
+            async for event in events:
+                if note is not None:
+                    note(event)
+                collected.append(event)
+            return collected
 
         return await while_connected(request.receive, collect())
 

@@ -1,6 +1,5 @@
 """/v1/chat/completions: the request as a call, its events as OpenAI's JSON, whole or in chunks."""
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +8,7 @@ from cluster.frontend.completions import usage_object
 from cluster.frontend.logprob_forms import chat_logprobs
 from cluster.frontend.openai_schema import ChatBody
 from cluster.frontend.token_bytes import TokenBytes
+from cluster.frontend.whole_answer import tool_call_id
 from engine.request import FinishReason
 
 
@@ -45,6 +45,7 @@ class ChatForm:
 
     def __init__(self, call: Call, body: ChatBody, model: str, created_unix_s: int, table: TokenBytes) -> None:
         self._head = {"id": call.request_id, "object": "", "created": created_unix_s, "model": model}
+        self._call = call
         self._n = call.n
         self._with_ids = bool(body.return_token_ids)
         self._includes_usage = body.includes_usage
@@ -85,9 +86,7 @@ class ChatForm:
         return {"index": call.index, "id": self._call_id(choice, call.index), "type": "function", "function": function}
 
     def _call_id(self, choice: int, index: int) -> str:
-        """The same whenever this request is answered. Mistral's templates take ids of nine letters and digits only."""
-        digest = hashlib.sha256(f"{self._head['id']} {choice} {index}".encode()).hexdigest()
-        return digest[:9]
+        return tool_call_id(self._call.request_id, choice, index)
 
     def _logprobs(self, event: Delta) -> dict[str, Any] | None:
         if event.logprobs is None:

@@ -23,7 +23,7 @@ class ModelFiles:
     ``vocab_size`` is the model's (config.json), which can be larger than the tokenizer's. ``eos_ids`` end a sequence.
     ``named_tokens`` are what templates know as ``bos_token`` and so on. ``sampling_defaults`` come from
     generation_config.json and hold only what stands there. ``tool_template`` is the one for requests with tools, where
-    a checkpoint has one of its own for these.
+    a checkpoint has one of its own for these. ``config`` is config.json's, or its part about text.
     """
 
     path: Path
@@ -34,6 +34,7 @@ class ModelFiles:
     tool_template: str | None
     sampling_defaults: Mapping[str, float]
     licence: Licence
+    config: Mapping[str, Any]
 
 
 def read_model_files(path: Path) -> ModelFiles:
@@ -57,6 +58,7 @@ def read_model_files(path: Path) -> ModelFiles:
         tool_template=_tool_template(path, tokenizer),
         sampling_defaults=_sampling_defaults(generation),
         licence=licence_of(path),
+        config=text_config,
     )
 
 

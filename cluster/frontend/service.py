@@ -82,6 +82,10 @@ class Service:
         self._draw_seed = draw_seed
         self._live: set[LiveRequest] = set()
 
+    @property
+    def files(self) -> ModelFiles:
+        return self._files
+
     def check_model(self, model: str) -> None:
         """Raises ModelNotFound unless this model or adapter is served; the empty name is the base model's."""
         if model not in ("", self.name) and not self.adapters.has(model):

@@ -58,7 +58,7 @@ def forced_call(tools: Sequence[Mapping[str, Any]]) -> StructuredOutput:
                 "additionalProperties": False,
             }
         )
-    return _json({"$defs": parameters, "anyOf": calls}, "tools")
+    return json_schema_output({"$defs": parameters, "anyOf": calls}, "tools")
 
 
 def _of_response_format(wish: Mapping[str, Any] | None) -> StructuredOutput | None:
@@ -66,7 +66,7 @@ def _of_response_format(wish: Mapping[str, Any] | None) -> StructuredOutput | No
     if wish is None or kind == "text":
         return None
     if kind == "json_object":
-        return _json({"type": "object"}, "response_format")
+        return json_schema_output({"type": "object"}, "response_format")
     if kind != "json_schema":
         raise InvalidRequest(
             f"response_format.type must be text, json_object or json_schema, not {kind!r}", "response_format.type"
@@ -78,14 +78,14 @@ def _of_response_format(wish: Mapping[str, Any] | None) -> StructuredOutput | No
             'response_format must be {"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}',
             "response_format.json_schema.schema",
         )
-    return _json(schema, "response_format.json_schema.schema")
+    return json_schema_output(schema, "response_format.json_schema.schema")
 
 
 def _of_guided(name: str, value: Any, param: str) -> StructuredOutput:
     if name == "json_object" and value is True:
-        return _json({"type": "object"}, param)
+        return json_schema_output({"type": "object"}, param)
     if name == "guided_json" and isinstance(value, Mapping):
-        return _json(value, param)
+        return json_schema_output(value, param)
     if name == "guided_choice":
         return StructuredOutput(_choice(value, param), param)
     if isinstance(value, str) and value and name in ("guided_json", "guided_regex", "guided_grammar"):
@@ -103,7 +103,8 @@ def _choice(value: Any, param: str) -> Grammar:
     return Grammar(GrammarKind.LARK, "start: " + " | ".join(json.dumps(entry) for entry in value))
 
 
-def _json(schema: Mapping[str, Any], param: str) -> StructuredOutput:
+def json_schema_output(schema: Mapping[str, Any], param: str) -> StructuredOutput:
+    """A JSON value that the schema allows. Raises InvalidRequest."""
     try:
         text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
     except RecursionError as error:

@@ -68,6 +68,12 @@ class Tokenizer:
         self._template = ChatTemplate(files.chat_template, files.named_tokens) if files.chat_template else None
         self._tool_template = ChatTemplate(files.tool_template, files.named_tokens) if files.tool_template else None
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the checkpoint has a chat template that shows tools to the model."""
+        template = self._tool_template or self._template
+        return template is not None and template.takes_tools
+
     def encode(self, text: str, add_special_tokens: bool = True, parse_special_tokens: bool = False) -> list[int]:
         """The ids of a text. ``add_special_tokens`` puts around it what the tokenizer puts around every text (a BOS,
         mostly); ``parse_special_tokens`` takes control tokens in the text for what they look like.
