@@ -109,6 +109,9 @@ class Engine:
         """
         if self._broken:
             raise EngineFailure("a step failed before; the gang must form anew and the engine be reset")
+        if self._outputs and not self._in_flight:
+            # Not after the next step, which may break: a client whose one choice has ended has the others stopped.
+            return self._take_outputs()
         self._broken = True  # until this step has come to its end
         if not self._in_flight:
             self._submit_plans()
@@ -126,6 +129,9 @@ class Engine:
             assert self._outputs or not self._states, "requests are waiting, and nothing is in flight to wait for"
         self._make_draft()
         self._broken = False
+        return self._take_outputs()
+
+    def _take_outputs(self) -> list[Output]:
         outputs, self._outputs = self._outputs, []
         return outputs
 

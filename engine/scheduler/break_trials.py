@@ -26,13 +26,16 @@ class BreakTrials:
 
     def broke(self, computed: Sequence[RequestState]) -> RequestState | None:
         """The gang broke while it computed these. Returns the one that is to be ended."""
-        for state in computed:
+        live = [state for state in computed if not state.finished]
+        for state in live:
             has_moved = len(state.token_ids) > state.num_tokens_at_break
             state.num_breaks = 1 if has_moved else state.num_breaks + 1
             state.num_tokens_at_break = len(state.token_ids)
-        suspects = [state for state in computed if state.num_breaks >= SUSPECT_AFTER]
+        suspects = [state for state in live if state.num_breaks >= SUSPECT_AFTER]
+        if len(suspects) != 1 or len(live) < len(computed):
+            return None  # it may have been one that was aborted and is still being computed
         is_trial = bool(self._suspects) and self._suspects[0] in suspects
-        return suspects[0] if len(suspects) == 1 and (is_trial or len(computed) == 1) else None
+        return suspects[0] if is_trial or len(live) == 1 else None
 
     def begin(self, states: Iterable[RequestState]) -> list[RequestState]:
         """A new epoch with these requests, in their order. Returns those that may run at once."""

@@ -24,7 +24,7 @@ from engine.scheduler.new_output import output_of
 from engine.scheduler.policy import FirstComeFirstServed, Policy
 from engine.scheduler.request_state import NO_SLOT, RequestState
 from engine.scheduler.share import share, share_next
-from engine.scheduler.step_in_flight import Draft, PromptEntries, StepInFlight, live_requests
+from engine.scheduler.step_in_flight import Draft, PromptEntries, StepInFlight, requests_of
 
 _LOOKED_AT_PER_STEP = 1024
 """Blocks, on average, of prefixes found for a request that does not fit yet."""
@@ -100,7 +100,8 @@ class Scheduler:
         self._forget_finished()
 
     def in_flight(self) -> list[RequestState]:
-        return live_requests(self._in_flight)
+        """What is being computed; some of it may have ended meanwhile."""
+        return requests_of(self._in_flight)
 
     # ---- schedule -------------------------------------------------------------------------------------------------
 

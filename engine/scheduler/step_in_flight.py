@@ -105,8 +105,7 @@ class Draft:
     """Some running request had to go without: nobody is admitted."""
 
 
-def live_requests(flights: Iterable[StepInFlight]) -> list[RequestState]:
-    """Those that these plans compute and that have not ended, each once."""
+def requests_of(flights: Iterable[StepInFlight]) -> list[RequestState]:
+    """Those that these plans compute, each once; some may have ended meanwhile."""
     shares = [share for flight in flights for share in (flight.sampling, flight.prefilling)]
-    states = {id(state): state for share in shares for state in share.values()}
-    return [state for state in states.values() if not state.finished]
+    return list({id(state): state for share in shares for state in share.values()}.values())

@@ -157,3 +157,28 @@ def test_who_waits_for_a_trial_may_be_aborted_and_who_comes_meanwhile_waits() ->
     assert bed.outputs["r2"][-1].finish_reason is FinishReason.ABORT
     assert "times in a row" in bed.error(1)
     assert bed.has_its_tokens(0) and bed.has_its_tokens(3)
+
+
+def test_who_ran_beside_a_culprit_that_was_aborted_meanwhile_is_not_taken_for_it() -> None:
+    bed = Bed({(0, 9)})
+    bed.add(0, 1)
+    while not bed.num_breaks:
+        bed.step()
+    bed.step()  # the first chunk of its prompt; the second, which kills, is in flight with the first of the other's
+    assert bed.engine.abort("r0")
+    bed.run()
+    assert bed.num_breaks == 2 and bed.has_its_tokens(1)
+
+
+def test_an_end_is_told_before_the_next_trial_so_that_its_siblings_can_be_stopped() -> None:
+    """A client's request with four choices, of which none can be computed."""
+    bed = Bed({(seed, 0) for seed in range(4)})
+    bed.add(*range(4))
+    while not any(bed.outputs.values()):
+        bed.step()
+    num_breaks = bed.num_breaks
+    (ended,) = [request_id for request_id, outputs in bed.outputs.items() if outputs]
+    for request_id in bed.outputs.keys() - {ended}:
+        assert bed.engine.abort(request_id)
+    bed.run()
+    assert bed.num_breaks == num_breaks <= 3
