@@ -72,6 +72,10 @@ class LiveRequest:
         self._error: BaseException | None = None
         self._timers: dict[str, Timer] = {}
 
+    @property
+    def call_id(self) -> str:
+        return self._requests[0].request_id.rpartition(".")[0]
+
     async def events(self) -> AsyncGenerator[Event, None]:
         """Echo, Delta and Finished of all choices, as they come; what arrived together is one Delta.
 

@@ -121,6 +121,13 @@ class Service:
         check_token_ids(token_ids, self.encoder.vocab_size, "tokens")
         return await asyncio.to_thread(self.tokenizer.decode, token_ids, with_special=True)
 
+    def end(self, call_id: str, error: RemudaError) -> bool:
+        """A request ends with this error, and nobody can come back for it. False where it does not run."""
+        found = [live for live in self._live if live.call_id == call_id]
+        for live in found:
+            live.fail(error)
+        return bool(found)
+
     def end_all(self, error: RemudaError) -> None:
         """Every request that runs ends with this error."""
         for live in self._live:
