@@ -23,7 +23,8 @@ class ModelFiles:
     ``vocab_size`` is the model's (config.json), which can be larger than the tokenizer's. ``eos_ids`` end a sequence.
     ``named_tokens`` are what templates know as ``bos_token`` and so on. ``sampling_defaults`` come from
     generation_config.json and hold only what stands there. ``tool_template`` is the one for requests with tools, where
-    a checkpoint has one of its own for these. ``config`` is config.json's, or its part about text.
+    a checkpoint has one of its own for these. ``config`` is config.json's, or its part about text;
+    ``architectures`` stand outside of that.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class ModelFiles:
     sampling_defaults: Mapping[str, float]
     licence: Licence
     config: Mapping[str, Any]
+    architectures: tuple[str, ...]
 
 
 def read_model_files(path: Path) -> ModelFiles:
@@ -59,6 +61,7 @@ def read_model_files(path: Path) -> ModelFiles:
         sampling_defaults=_sampling_defaults(generation),
         licence=licence_of(path),
         config=text_config,
+        architectures=tuple(map(str, config.get("architectures") or ())),
     )
 
 
