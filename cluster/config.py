@@ -117,6 +117,8 @@ class ServeConfig(BaseSettings):
     async_scheduling: bool | None = None
     max_lora_rank: Annotated[int, Field(ge=1, le=4096)] = 64
     api_key_file: Path | None = None
+    security_file: Path | None = None
+    insecure: bool = False
     address: str | None = None
     cpu_slots: Degree = 8
     spare_ranks: Annotated[int, Field(ge=0, le=64)] = 0

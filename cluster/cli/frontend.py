@@ -10,9 +10,10 @@ import typer
 import uvloop
 from rich.console import Console
 
-from cluster.cli import options
+from cluster.cli import options, serve_options
 from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.fleet import Fleet
+from cluster.identity.config import load_security
 from cluster.replica.client import ReplicaClient
 from cluster.replica.model_source import ModelSource
 from engine.errors import InvalidOption, RemudaError
@@ -29,7 +30,9 @@ def frontend(
     port: Annotated[int, typer.Option(help="HTTP port; 0 takes a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 takes a free one.")] = 50051,
     served_model_name: Annotated[str | None, typer.Option(help="The name that clients ask for.")] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="File with one API key per line.")] = None,
+    api_key_file: serve_options.ApiKeyFile = None,
+    security_file: serve_options.SecurityFile = None,
+    insecure: serve_options.Insecure = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get at the end.")] = 30.0,
 ) -> None:
     """Serve clients for leaders that run already, beside other front ends.
@@ -42,7 +45,8 @@ def frontend(
         host=host,
         port=port,
         grpc_port=grpc_port,
-        api_key_file=api_key_file,
+        security=load_security(security_file, api_key_file),
+        insecure=bool(insecure),
     )
     secret = options.read_secret(secret_file)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -66,7 +70,7 @@ async def _serve(config: FrontEndConfig, leaders: dict[str, str], secret: str, d
     fleet = Fleet()
     front_end = FrontEnd(config, fleet)
     await front_end.start()
-    console.print(f"HTTP http://{config.host}:{front_end.port}/v1, gRPC {config.host}:{front_end.grpc_port}")
+    console.print(front_end.addresses)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

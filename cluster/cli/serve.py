@@ -64,6 +64,8 @@ def serve(
     async_scheduling: options.AsyncScheduling = None,
     guided_decoding_backend: options.GuidedDecodingBackend = None,
     api_key_file: options.ApiKeyFile = None,
+    security_file: options.SecurityFile = None,
+    insecure: options.Insecure = None,
     address: options.Address = None,
     cpu_slots: options.CpuSlots = None,
     spare_ranks: options.SpareRanks = None,

@@ -90,7 +90,13 @@ EnablePrefixCaching = Annotated[
     ),
 ]
 MaxLoraRank = Annotated[int | None, typer.Option(help="Largest rank of an adapter. [64]")]
-ApiKeyFile = Annotated[Path | None, typer.Option(help="File with one API key per line. [no keys]")]
+ApiKeyFile = Annotated[Path | None, typer.Option(help="Keys that clients may use; see remuda keys. [no keys]")]
+SecurityFile = Annotated[
+    Path | None, typer.Option(help="YAML: tokens, certificates, gateways, TLS; see docs/security.md. [nothing of it]")
+]
+Insecure = Annotated[
+    bool | None, typer.Option("--insecure", help="Let everybody in at a --host that others reach. [no]")
+]
 Address = Annotated[str | None, typer.Option(help="host:port of a running Ray to join. [a private one is started]")]
 CpuSlots = Annotated[int | None, typer.Option(help="CPU ranks this host may hold. [8]")]
 Deterministic = Annotated[

@@ -15,6 +15,7 @@ from cluster.errors import Unavailable
 from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.calls import TimeLimits
 from cluster.frontend.fleet import Fleet
+from cluster.identity.config import load_security
 from cluster.replica.client import ReplicaClient
 from cluster.replica.events import Failed, GangFormed, Repairing, ReplicaEnded, ReplicaReady
 from cluster.replica.heap import settle_heap
@@ -88,7 +89,7 @@ class _Serving:
         self._console.print(
             f"{plan.served_name}: {self._checked.model.architecture} in {plan.dtype}{weights} on {plan.device}, "
             f"tp={plan.tensor_parallel_size} ep={plan.expert_parallel_size}{copies}\n"
-            f"HTTP http://{config.host}:{front_end.port}/v1, gRPC {config.host}:{front_end.grpc_port} (Ctrl-C stops)"
+            f"{front_end.addresses} (Ctrl-C stops)"
         )
         if plan.device == Device.CPU and not is_built():
             self._console.print(
@@ -149,7 +150,8 @@ class _Serving:
             host=config.host,
             port=config.port,
             grpc_port=config.grpc_port,
-            api_key_file=config.api_key_file,
+            security=load_security(config.security_file, config.api_key_file),
+            insecure=config.insecure,
             lora_dir=config.lora_dir,
             max_lora_rank=config.max_lora_rank,
             limits=TimeLimits(config.request_timeout, config.queue_timeout, config.first_token_timeout),

@@ -5,8 +5,9 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import Device, ServeConfig, is_loopback
+from cluster.config import Device, ServeConfig
 from cluster.control.ray_settings import parse_address
+from cluster.identity.config import check_exposure, load_security
 from cluster.replica.events import LaunchConfig, ReplicaPlan
 from cluster.replica.model_source import ModelSource, resolve
 from engine.config import Determinism, ParallelConfig, SchedulerConfig
@@ -111,16 +112,11 @@ def _secret(file: Path | None) -> str:
 
 
 def _check_exposure(config: ServeConfig) -> None:
-    if not is_loopback(config.host) and config.api_key_file is None:
-        raise InvalidOption(
-            f"--host {config.host} can be reached from other machines; give --api-key-file, or use --host 127.0.0.1"
-        )
+    check_exposure(config.host, load_security(config.security_file, config.api_key_file), config.insecure)
     if config.port == config.grpc_port != 0:
         raise InvalidOption(f"--port and --grpc-port are both {config.port}; give each API a port of its own")
     if config.address is not None:
         parse_address(config.address)
-    if config.api_key_file is not None and not config.api_key_file.is_file():
-        raise InvalidOption(f"--api-key-file {config.api_key_file}: there is no such file")
 
 
 def _device(wanted: Device) -> Device:

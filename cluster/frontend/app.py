@@ -3,35 +3,44 @@
 import asyncio
 import importlib.metadata
 import logging
+import secrets
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from starlette.types import ASGIApp
 
 from cluster.config import is_loopback
 from cluster.errors import Draining
 from cluster.frontend.adapters import Adapters
 from cluster.frontend.admission import Admission
 from cluster.frontend.answers import HttpSettings
-from cluster.frontend.auth import ApiKeys, read_api_keys
 from cluster.frontend.backend import Backend
 from cluster.frontend.calls import TimeLimits
 from cluster.frontend.clock import LoopClock
 from cluster.frontend.encoding import PromptEncoder
 from cluster.frontend.grpc_admin import AdminServicer
+from cluster.frontend.grpc_gate import GrpcGate
 from cluster.frontend.grpc_service import InferenceServicer
 from cluster.frontend.health import Health
-from cluster.frontend.http import build_http_app
+from cluster.frontend.http import build_health_app, build_http_app
 from cluster.frontend.http_protocol import HttpLimits
 from cluster.frontend.listeners import GrpcListener, HttpListener
 from cluster.frontend.metrics import Metrics
 from cluster.frontend.model_files import read_model_files
 from cluster.frontend.service import Service
 from cluster.frontend.tokenizer import Tokenizer
+from cluster.identity.authenticator import make_authenticator
+from cluster.identity.config import SecurityConfig, check_exposure
+from cluster.identity.tls import make_server_tls
 from engine.config import LoraConfig
 from engine.errors import InvalidOption, RemudaError
 
 _log = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.5
+_FILES_INTERVAL_S = 1.0
+"""Between two looks at the files of keys and certificates."""
 _LAST_WORDS_S = 1.0
 """For telling those who are cut off that they are."""
 
@@ -42,7 +51,7 @@ _LIMITS = TimeLimits(total_s=600.0, queue_s=60.0, first_token_s=120.0)
 class FrontEndConfig:
     """``model_path`` has the checkpoint's tokenizer and small JSON files. Port 0 takes a free one. ``stall_s``: work
     without a finished step for so long is a stall. ``max_live_sequences`` bounds choices, not requests. ``lora_dir``:
-    clients may have adapters below it loaded; None: none at all.
+    clients may have adapters below it loaded; None: none at all. ``insecure``: strangers may use an open address.
     """
 
     name: str
@@ -50,7 +59,8 @@ class FrontEndConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     grpc_port: int = 50051
-    api_key_file: Path | None = None
+    security: SecurityConfig = field(default_factory=SecurityConfig)
+    insecure: bool = False
     limits: TimeLimits = _LIMITS
     max_live_sequences: int = 1024
     stall_s: float = 60.0
@@ -61,19 +71,23 @@ class FrontEndConfig:
 
 
 class FrontEnd:
-    """Everything is checked and both ports are taken here, before the model is ready to answer.
+    """Everything is checked and all ports are taken here, before the model is ready to answer.
 
     Args:
         config: what to serve, where and within which bounds.
         backend: the replicas. Whoever made it closes it, after ``stop``.
 
     Raises:
-        InvalidOption: a port that is taken, a key file without keys, an open address without keys.
+        InvalidOption: a port that is taken, keys or certificates that cannot be used, an open address that nothing
+            guards.
         CheckpointError: the checkpoint's tokenizer cannot be used.
     """
 
     def __init__(self, config: FrontEndConfig, backend: Backend) -> None:
-        keys = _keys_of(config)
+        self._config = config
+        check_exposure(config.host, config.security, config.insecure)
+        self._authenticator = make_authenticator(config.security, time.time, time.monotonic, secrets.token_bytes)
+        self._tls = make_server_tls(config.security.tls)
         files = read_model_files(config.model_path)
         clock = LoopClock()
         self._encoder = PromptEncoder(Tokenizer(files), files.vocab_size)
@@ -93,16 +107,31 @@ class FrontEnd:
             adapters=adapters,
         )
         self.health = Health(backend.replicas, lambda: self._admission.is_closed, clock, config.stall_s)
-        http_app = build_http_app(self.service, self.health, metrics, keys, config.http)
+        http_app = build_http_app(self.service, self.health, metrics, self._authenticator, config.http)
+        self._listen(config, http_app)
+        self._watchers: list[asyncio.Task[None]] = []
+
+    def _listen(self, config: FrontEndConfig, http_app: ASGIApp) -> None:
+        """Takes all ports, or none. Raises InvalidOption."""
         version = importlib.metadata.version("remuda")
-        self._http = HttpListener(http_app, config.host, config.port, config.http_limits)
-        inference, admin = InferenceServicer(self.service, keys), AdminServicer(self.service, keys, version)
+        inference, admin = InferenceServicer(self.service), AdminServicer(self.service, version)
+        gate = GrpcGate(self._authenticator)
+        health_port = None if config.security.tls is None else config.security.tls.health_port
+        self._http = HttpListener(http_app, config.host, config.port, config.http_limits, self._tls)
+        self._probes: HttpListener | None = None
         try:
-            self._grpc = GrpcListener(inference, admin, config.host, config.grpc_port)
+            if health_port is not None:
+                probes, limits = build_health_app(self.health), config.http_limits
+                self._probes = HttpListener(probes, config.host, health_port, limits, option="health_port")
+            self._grpc = GrpcListener(inference, admin, gate, config.host, config.grpc_port, self._tls)
         except InvalidOption:
-            self._http.close()
+            for listener in self._http_listeners:
+                listener.close()
             raise
-        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def _http_listeners(self) -> list[HttpListener]:
+        return [self._http] if self._probes is None else [self._http, self._probes]
 
     @property
     def port(self) -> int:
@@ -112,12 +141,34 @@ class FrontEnd:
     def grpc_port(self) -> int:
         return self._grpc.port
 
+    @property
+    def health_port(self) -> int | None:
+        """Of the plain listener for probes alone, where there is one."""
+        return None if self._probes is None else self._probes.port
+
+    @property
+    def addresses(self) -> str:
+        """One line for who started it; what strangers should know of it, in two more."""
+        host, scheme = self._config.host, "http" if self._tls is None else "https"
+        lines = [f"HTTP {scheme}://{host}:{self.port}/v1, gRPC {host}:{self.grpc_port}"]
+        if self._probes is not None:
+            lines[0] += f", probes http://{host}:{self._probes.port}"
+        if not is_loopback(host):
+            if self._authenticator.is_open:
+                lines.append("  notice: --insecure: everybody who reaches this address may use and administer it")
+            if self._tls is None:
+                lines.append("  notice: keys and prompts travel in plain text; see docs/security.md for TLS")
+        return "\n".join(lines)
+
     async def start(self) -> None:
-        """Returns when both servers take connections."""
-        await self._http.start()
+        """Returns when all servers take connections."""
+        for listener in self._http_listeners:
+            await listener.start()
         await self._grpc.start()
         await self._watch_once()
-        self._watcher = asyncio.create_task(self._watch())
+        self._watchers.append(asyncio.create_task(self._watch()))
+        if self._tls is not None or not self._authenticator.is_open:
+            self._watchers.append(asyncio.create_task(self._watch_files()))
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests, and wait for those that run. False where some are left after ``timeout_s``."""
@@ -132,16 +183,16 @@ class FrontEnd:
         return True
 
     async def stop(self, drain_timeout_s: float = 0.0, reason: RemudaError | None = None) -> None:
-        """Drain, end what is left with ``reason`` or an error that says so, and close both servers."""
+        """Drain, end what is left with ``reason`` or an error that says so, and close all servers."""
         if not await self.drain(drain_timeout_s):
             _log.warning("%d requests are cut off: the server stops", self._admission.num_requests)
             cut_off = Draining("the server stops and could not finish this request in time; send it again")
             self.service.end_all(reason or cut_off)
             await self.drain(_LAST_WORDS_S)
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
-        await asyncio.gather(self._http.stop(), self._grpc.stop())
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await asyncio.gather(*(listener.stop() for listener in self._http_listeners), self._grpc.stop())
         self._encoder.close()
 
     async def _watch(self) -> None:
@@ -149,17 +200,17 @@ class FrontEnd:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             await self._watch_once()
 
+    async def _watch_files(self) -> None:
+        """Keys and certificates that change hold from the next request, and the next connection."""
+        while True:
+            await asyncio.sleep(_FILES_INTERVAL_S)
+            await asyncio.to_thread(self._poll_files)
+
+    def _poll_files(self) -> None:
+        self._authenticator.poll()
+        if self._tls is not None:
+            self._tls.poll()
+
     async def _watch_once(self) -> None:
         self.health.observe()
         await self._grpc.set_ready(self.health.ready()[0])
-
-
-def _keys_of(config: FrontEndConfig) -> ApiKeys:
-    if config.api_key_file is not None:
-        return read_api_keys(config.api_key_file)
-    if not is_loopback(config.host):
-        raise InvalidOption(
-            f"--host {config.host} is open to others; give --api-key-file FILE with one key per line, "
-            "or listen at 127.0.0.1"
-        )
-    return ApiKeys()

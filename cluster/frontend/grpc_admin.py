@@ -2,8 +2,7 @@
 
 from collections.abc import AsyncIterator
 
-from cluster.frontend.auth import ApiKeys
-from cluster.frontend.grpc_service import Context, check_key
+from cluster.frontend.grpc_service import Context
 from cluster.frontend.http_errors import log_defect
 from cluster.frontend.service import Service
 from cluster.rpc.convert import adapter_to_proto, replica_info_to_proto
@@ -14,18 +13,15 @@ from cluster.rpc.status import abort
 class AdminServicer(admin_pb2_grpc.AdminServicer):
     """Args:
     service: for its replicas and its live requests.
-    keys: who may call.
     version: of this software.
     """
 
-    def __init__(self, service: Service, keys: ApiKeys, version: str) -> None:
+    def __init__(self, service: Service, version: str) -> None:
         self._service = service
-        self._keys = keys
         self._version = version
 
     async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.GetStatusResponse:
         try:
-            check_key(self._keys, context)
             service = self._service
             return admin_pb2.GetStatusResponse(
                 model=service.name,
@@ -41,7 +37,6 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
         """One replica takes no more work; or, with no name, this front end takes none for any."""
         try:
-            check_key(self._keys, context)
             if request.replica:
                 await self._service.backend.drain(request.replica)
             else:
@@ -55,7 +50,6 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ListAdaptersRequest, context: Context
     ) -> admin_pb2.ListAdaptersResponse:
         try:
-            check_key(self._keys, context)
             return admin_pb2.ListAdaptersResponse(adapters=map(adapter_to_proto, self._service.adapters.loaded()))
         except Exception as error:  # noqa: BLE001  as above
             log_defect(error)
@@ -63,7 +57,6 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     async def LoadAdapter(self, request: replica_pb2.LoadAdapterRequest, context: Context) -> replica_pb2.Adapter:
         try:
-            check_key(self._keys, context)
             return adapter_to_proto(await self._service.adapters.load(request.name, request.path))
         except Exception as error:  # noqa: BLE001  as above
             log_defect(error)
@@ -73,7 +66,6 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.DumpReplicaRecordRequest, context: Context
     ) -> AsyncIterator[replica_pb2.RecordPart]:
         try:
-            check_key(self._keys, context)
             async for part in self._service.backend.dump(request.replica):
                 yield replica_pb2.RecordPart(data=part)
         except Exception as error:  # noqa: BLE001  as above
@@ -84,7 +76,6 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self, request: replica_pb2.UnloadAdapterRequest, context: Context
     ) -> replica_pb2.UnloadAdapterResponse:
         try:
-            check_key(self._keys, context)
             await self._service.adapters.unload(request.name)
             return replica_pb2.UnloadAdapterResponse()
         except Exception as error:  # noqa: BLE001  as above

@@ -12,7 +12,6 @@ from typing import Any
 import grpc
 
 from cluster.errors import DeadlineExceeded, UnknownStream
-from cluster.frontend.auth import ApiKeys
 from cluster.frontend.calls import (
     Call,
     ChatPrompt,
@@ -43,29 +42,19 @@ _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-def check_key(keys: ApiKeys, context: Context) -> None:
-    """Raises Unauthenticated."""
-    metadata = dict(context.invocation_metadata() or ())
-    value = metadata.get("authorization")
-    keys.check(value.decode() if isinstance(value, bytes) else value)
-
-
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """Args:
     service: the path of every request.
-    keys: who may call.
     """
 
-    def __init__(self, service: Service, keys: ApiKeys) -> None:
+    def __init__(self, service: Service) -> None:
         self._service = service
-        self._keys = keys
 
     # The stubs know generators only; this form of gRPC's can be left while a write is blocked.
     async def Generate(  # type: ignore[override]
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> None:
         try:
-            check_key(self._keys, context)
             if request.HasField("resume"):
                 await self._resume(request.resume, context)
                 return
@@ -126,7 +115,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
         try:
-            check_key(self._keys, context)
             token_ids = await self._service.tokenize(_tokenize_prompt(request), request.model)
             return inference_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=self._service.max_model_len)
         except Exception as error:  # noqa: BLE001  as above
@@ -137,7 +125,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
         try:
-            check_key(self._keys, context)
             text = await self._service.detokenize(request.token_ids, request.model)
             return inference_pb2.DetokenizeResponse(text=text)
         except Exception as error:  # noqa: BLE001  as above
@@ -148,7 +135,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
         try:
-            check_key(self._keys, context)
             service = self._service
             length, created_unix_s = service.max_model_len, service.created_unix_s
             models = [inference_pb2.Model(id=service.name, max_model_len=length, created_unix_s=created_unix_s)]

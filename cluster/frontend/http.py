@@ -1,30 +1,29 @@
 """The HTTP API: OpenAI's endpoints, tokenizer, health and metrics, and the other APIs beside them."""
 
-import re
 import time
 import uuid
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import Cancelled, Unavailable, UnknownStream, mapping_of
+from cluster.errors import Unavailable, UnknownStream
 from cluster.frontend.answers import Answers, HttpSettings
-from cluster.frontend.auth import ApiKeys
+from cluster.frontend.anthropic.routes import AnthropicApi
 from cluster.frontend.calls import Call
 from cluster.frontend.chat import ChatForm, chat_call
 from cluster.frontend.completions import CompletionForm, completion_call
 from cluster.frontend.cursor import Cursor
 from cluster.frontend.health import Health
 from cluster.frontend.http_body import parse_body
-from cluster.frontend.http_errors import JsonResponse, error_response, log_defect, plain_error
+from cluster.frontend.http_errors import JsonResponse, plain_error
+from cluster.frontend.http_gate import Gate
 from cluster.frontend.metrics import CONTENT_TYPE, Metrics
 from cluster.frontend.moderations import ModerationForm, guard_categories, moderation_call
+from cluster.frontend.ollama.routes import OllamaApi
 from cluster.frontend.openai_schema import (
     ChatBody,
     CompletionBody,
@@ -34,12 +33,11 @@ from cluster.frontend.openai_schema import (
     TokenizeBody,
     UnloadAdapterBody,
 )
+from cluster.frontend.responses.routes import ResponsesApi
 from cluster.frontend.service import Service
 from cluster.frontend.sse import OpenAiFraming
 from cluster.frontend.stored_call import StoredCall
-
-_OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/v2/health/live", "/v2/health/ready"})
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+from cluster.identity.authenticator import Authenticator
 
 
 class HttpApi:
@@ -64,9 +62,7 @@ class HttpApi:
             Route("/v1/unload_lora_adapter", self.unload_adapter, methods=["POST"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
-            Route("/livez", self.livez),
-            Route("/v2/health/live", self.livez),
-            *(Route(path, self.readyz) for path in ("/readyz", "/health", "/v2/health/ready")),
+            *health_routes(self._health),
             Route("/metrics", self.render_metrics),
         ]
 
@@ -168,14 +164,6 @@ class HttpApi:
         body = parse_body(DetokenizeBody, await self._body(request))
         return JsonResponse({"prompt": await self._service.detokenize(body.tokens, body.model)})
 
-    async def livez(self, request: Request) -> Response:
-        is_live, progress = self._health.live()
-        return JsonResponse({"status": "live" if is_live else "stalled", "replicas": progress}, 200 if is_live else 503)
-
-    async def readyz(self, request: Request) -> Response:
-        is_ready, why = self._health.ready()
-        return JsonResponse({"status": why}, 200 if is_ready else 503)
-
     async def render_metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
 
@@ -183,50 +171,21 @@ class HttpApi:
         return await self._answers.body(request)
 
 
-class Gate:
-    """Around everything: request ids, keys, errors as responses, counts.
+def health_routes(health: Health) -> list[Route]:
+    """For probes, which have no credentials."""
 
-    Args:
-        app: what is inside.
-        keys: who may call.
-        metrics: counts responses.
-        paths: known paths, which may be labels.
-    """
+    async def livez(request: Request) -> Response:
+        is_live, progress = health.live()
+        return JsonResponse({"status": "live" if is_live else "stalled", "replicas": progress}, 200 if is_live else 503)
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, metrics: Metrics, paths: frozenset[str]) -> None:
-        self._app = app
-        self._keys = keys
-        self._metrics = metrics
-        self._paths = paths
+    async def readyz(request: Request) -> Response:
+        is_ready, why = health.ready()
+        return JsonResponse({"status": why}, 200 if is_ready else 503)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        status: int | None = None
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        path = scope["path"]
-        try:
-            if path not in _OPEN_PATHS:
-                self._keys.check(headers.get("authorization"))
-            await self._app(scope, receive, send_with_id)
-        except Exception as error:  # noqa: BLE001  whatever it is, the client gets an answer
-            log_defect(error)
-            if status is None and not isinstance(error, Cancelled):
-                await error_response(error, path)(scope, receive, send_with_id)
-            status = mapping_of(error).http_status
-        route = path if path in self._paths else "/v1/models" if path.startswith("/v1/models/") else "other"
-        self._metrics.http_response(route, status or 500)
+    return [
+        *(Route(path, livez) for path in ("/livez", "/v2/health/live")),
+        *(Route(path, readyz) for path in ("/readyz", "/health", "/v2/health/ready")),
+    ]
 
 
 async def _refused_by_http(request: Request, error: Exception) -> Response:
@@ -241,10 +200,21 @@ async def _refused_by_http(request: Request, error: Exception) -> Response:
 
 
 def build_http_app(
-    service: Service, health: Health, metrics: Metrics, keys: ApiKeys, settings: HttpSettings = HttpSettings()
+    service: Service,
+    health: Health,
+    metrics: Metrics,
+    authenticator: Authenticator,
+    settings: HttpSettings = HttpSettings(),
 ) -> Starlette:
     """The ASGI application."""
-    routes = HttpApi(Answers(service, settings), health, metrics).routes()
+    answers = Answers(service, settings)
+    apis = (HttpApi(answers, health, metrics), OllamaApi(answers), AnthropicApi(answers), ResponsesApi(answers))
+    routes = [route for api in apis for route in api.routes()]
     paths = frozenset(route.path for route in routes)
-    gate = Middleware(Gate, keys=keys, metrics=metrics, paths=paths)
+    gate = Middleware(Gate, authenticator=authenticator, metrics=metrics, paths=paths)
     return Starlette(routes=routes, middleware=[gate], exception_handlers={HTTPException: _refused_by_http})
+
+
+def build_health_app(health: Health) -> Starlette:
+    """Probes alone, for a port that everybody may ask."""
+    return Starlette(routes=health_routes(health), exception_handlers={HTTPException: _refused_by_http})

@@ -9,6 +9,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from cluster.frontend.http_errors import plain_error
 
+PEER_CERTIFICATE = "remuda.peer_certificate"
+"""In a request's scope: the DER certificate that the connection's client has proved to hold."""
 _PIECE_BYTES = 16 << 10
 _MOST_CONNECTIONS = 10_000
 
@@ -62,9 +64,12 @@ class _LimitedHttp(HttpToolsProtocol):
     """Of those that are parsed now."""
     _num_body_bytes = 0
     """Of this window."""
+    _peer_certificate: bytes | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
+        if (connection := transport.get_extra_info("ssl_object")) is not None:
+            self._peer_certificate = connection.getpeercert(binary_form=True)
         if len(self.connections) > self.limits.max_connections:
             self._refuse(503, "too many connections are open; try again shortly", "too_many_connections")
         else:
@@ -95,6 +100,8 @@ class _LimitedHttp(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        if self._peer_certificate is not None:
+            self.scope[PEER_CERTIFICATE] = self._peer_certificate  # type: ignore[literal-required]
         self._num_bodiless_bytes = self._num_piece_bytes
         if self._reading is None:
             self._expect_within(self.limits.head_s)

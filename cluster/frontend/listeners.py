@@ -10,9 +10,11 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from cluster.frontend.grpc_admin import AdminServicer
+from cluster.frontend.grpc_gate import GrpcGate
 from cluster.frontend.grpc_service import InferenceServicer
 from cluster.frontend.http_protocol import HttpLimits, limited_http
-from cluster.rpc.channel import SERVER_OPTIONS
+from cluster.identity.tls import ServerTls
+from cluster.rpc.channel import CLIENT_FACING_OPTIONS
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from cluster.rpc.health import Health, add_health_and_reflection
 from engine.errors import InvalidOption
@@ -45,10 +47,19 @@ class HttpListener:
     host: an address of this machine, or a name for one.
     port: 0 takes a free one.
     limits: of the connections.
+    tls: None: plain text.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int, limits: HttpLimits) -> None:
-        self._socket = _bound_socket(host, port, "--port")
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        limits: HttpLimits,
+        tls: ServerTls | None = None,
+        option: str = "--port",
+    ) -> None:
+        self._socket = _bound_socket(host, port, option)
         config = uvicorn.Config(
             app,
             http=limited_http(limits),
@@ -58,6 +69,7 @@ class HttpListener:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=1,
+            ssl_context_factory=None if tls is None else lambda config, default: tls.http_context(),
         )
         self._server = _Uvicorn(config)
         self._task: asyncio.Task[None] | None = None
@@ -93,18 +105,31 @@ class GrpcListener:
     """Args:
     inference: for clients.
     admin: for operators.
+    gate: around every method.
     host: as above.
     port: 0 takes a free one.
+    tls: None: plain text.
     """
 
-    def __init__(self, inference: InferenceServicer, admin: AdminServicer, host: str, port: int) -> None:
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+    def __init__(
+        self,
+        inference: InferenceServicer,
+        admin: AdminServicer,
+        gate: GrpcGate,
+        host: str,
+        port: int,
+        tls: ServerTls | None = None,
+    ) -> None:
+        self._server = grpc.aio.server(options=CLIENT_FACING_OPTIONS, interceptors=[gate])
         self._health: Health | None = None
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, self._server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            self.port = self._server.add_insecure_port(address)
+            if tls is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, tls.grpc_credentials())
         except RuntimeError as error:
             raise InvalidOption(f"--grpc-port {port}: cannot listen at {address}; choose another port") from error
         self._is_ready: bool | None = None

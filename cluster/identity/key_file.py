@@ -38,7 +38,7 @@ class KeyRecord(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_
     tenant: str
     digest: str
     created_unix_s: int
-    scopes: list[str] = [INFER]
+    scopes: tuple[str, ...] = (INFER,)
     name: str = ""
     expires_unix_s: int | None = None
     revoked_unix_s: int | None = None
@@ -103,7 +103,7 @@ def new_key(
         tenant=check_tenant(tenant),
         digest=digest_of(key, pepper).hex(),
         created_unix_s=int(now_unix_s),
-        scopes=sorted(check_scopes(scopes)),
+        scopes=tuple(sorted(check_scopes(scopes))),
         name=name,
         expires_unix_s=None if lifetime_s is None else int(now_unix_s + lifetime_s),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import grpc
 
+from cluster.identity.config import TlsConfig
 from cluster.identity.reloaded import Reloaded, read_file, warn_if_readable_by_all
 from engine.errors import InvalidOption
 
@@ -82,6 +83,13 @@ class ServerTls:
                 names += f" with {self._client_ca_file}"
             raise InvalidOption(f"{names} cannot be used for TLS: {getattr(error, 'reason', None) or error}") from None
         return _Bundle(context, grpc.ssl_server_certificate_configuration([(key, certificate)], authority))
+
+
+def make_server_tls(config: TlsConfig | None) -> ServerTls | None:
+    """Raises InvalidOption."""
+    if config is None:
+        return None
+    return ServerTls(config.certificate_file, config.key_file, config.client_ca_file)
 
 
 def _no_password() -> str:

@@ -28,6 +28,16 @@ SERVER_OPTIONS: Options = [
 ]
 """A silent peer is noticed within 15 s; a port that is taken is an error, never shared."""
 
+CLIENT_FACING_OPTIONS: Options = [
+    *SERVER_OPTIONS,
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_concurrent_streams", 1_000),
+    # Room for a token of an issuer that writes long ones; more ends the call before anybody sees it.
+    ("grpc.max_metadata_size", 32 << 10),
+    ("grpc.absolute_max_metadata_size", 32 << 10),
+]
+"""For a server that strangers can reach: what one connection may hold is bounded before anybody has proved anything."""
+
 CLIENT_OPTIONS: Options = [
     *_BOTH_ENDS,
     # A proxy named in the environment is not for traffic between our own processes.

@@ -11,6 +11,7 @@ import openai
 
 from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.backend import Backend
+from cluster.identity.config import load_security
 from tests.frontend.scripted import Script, ScriptedBackend
 
 TINY = Path(__file__).parents[2] / "engine" / "assets" / "remuda-tiny"
@@ -35,8 +36,12 @@ class Served:
 
 
 @asynccontextmanager
-async def served(script: Script | Backend, key: str | None = None, **changes: Any) -> AsyncIterator[Served]:
+async def served(
+    script: Script | Backend, key: str | None = None, api_key_file: Path | None = None, **changes: Any
+) -> AsyncIterator[Served]:
     """``script`` may be a backend of its own. ``changes`` are fields of FrontEndConfig."""
+    if api_key_file is not None:
+        changes["security"] = load_security(None, api_key_file)
     backend = script if hasattr(script, "generate") else ScriptedBackend(script)
     values: dict[str, Any] = {"name": "m", "model_path": TINY, "port": 0, "grpc_port": 0, **changes}
     front_end = FrontEnd(FrontEndConfig(**values), backend)

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from cluster.frontend.app import FrontEnd, FrontEndConfig
-from cluster.frontend.auth import ApiKeys, read_api_keys
+from cluster.identity.config import load_security
 from cluster.rpc.generated.remuda.v1 import inference_pb2, inference_pb2_grpc
 from engine.errors import InvalidOption
 from engine.request import Output, Request
@@ -41,12 +41,9 @@ async def test_an_open_address_with_keys_serves(tmp_path: Path) -> None:
 async def test_a_key_file_must_hold_keys(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "keys").write_text(content)
+    security = load_security(None, tmp_path / "keys")
     with pytest.raises(InvalidOption, match="keys"):
-        read_api_keys(tmp_path / "keys")
-
-
-def test_no_keys_let_everybody_in() -> None:
-    ApiKeys().check(None)
+        FrontEnd(config(security=security), ScriptedBackend(says([300])))
 
 
 async def test_taken_ports_are_named() -> None:

@@ -1,0 +1,118 @@
+"""Around every gRPC method: who calls and may it, before the first message of the call is read."""
+
+import asyncio
+import inspect
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias, cast
+
+import grpc
+
+from cluster.errors import DeadlineExceeded
+from cluster.frontend.http_errors import log_defect
+from cluster.identity.authenticator import Authenticator, Credentials
+from cluster.identity.principal import ADMIN, INFER, NOBODY, Principal, acting_as
+from cluster.identity.principal import Scope as Permission
+from cluster.rpc.generated.remuda.v1 import admin_pb2
+from cluster.rpc.status import abort
+from engine.errors import InvalidRequest
+
+MESSAGE_TIMEOUT_S = 60.0
+"""A call whose one message has not come by then is ended."""
+
+_OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
+_PERMISSIONS: dict[str, Permission] = {admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name: ADMIN}
+"""What a service asks for; any other one asks for INFER."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class GrpcGate(grpc.aio.ServerInterceptor):
+    """Serves every method as a stream in both directions, which is the same on the wire: so no message is taken from a
+    caller who may not call, and a message that does not come costs bounded time.
+
+    Args:
+        authenticator: who is who.
+        message_timeout_s: for the one message of a call that has one.
+    """
+
+    def __init__(self, authenticator: Authenticator, message_timeout_s: float = MESSAGE_TIMEOUT_S) -> None:
+        self._authenticator = authenticator
+        self._message_timeout_s = message_timeout_s
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["_Handler | None"]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "_Handler | None":
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None  # gRPC answers UNIMPLEMENTED
+        service = handler_call_details.method.rpartition("/")[0].removeprefix("/")
+        behaviour = _behaviour(handler)
+
+        async def serve(messages: AsyncIterator[Any], context: Context) -> None:
+            try:
+                principal = await self._admitted(service, context)
+                given = messages if handler.request_streaming else await self._only(messages)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:  # noqa: BLE001  whatever it is, the client gets a status
+                log_defect(error)
+                await abort(context, error)
+            with acting_as(principal):
+                await _answer(behaviour, given, context)
+
+        return grpc.stream_stream_rpc_method_handler(
+            cast(Any, serve), handler.request_deserializer, handler.response_serializer
+        )
+
+    async def _admitted(self, service: str, context: Context) -> Principal:
+        """Raises Unauthenticated, PermissionDenied, Unavailable."""
+        if service in _OPEN_SERVICES:
+            return NOBODY
+        pairs = (
+            (key, value if isinstance(value, str) else value.decode("latin-1"))
+            for key, value in context.invocation_metadata() or ()
+        )
+        principal = await self._authenticator.authenticate(Credentials.of(pairs, _peer_certificate(context)))
+        principal.require(_PERMISSIONS.get(service, INFER))
+        return principal
+
+    async def _only(self, messages: AsyncIterator[Any]) -> Any:
+        """Raises DeadlineExceeded, and InvalidRequest where there is none."""
+        try:
+            async with asyncio.timeout(self._message_timeout_s):
+                message = await anext(messages, None)
+        except TimeoutError:
+            raise DeadlineExceeded("the call's message did not come in time") from None
+        if message is None:
+            raise InvalidRequest("the call has no message")
+        return message
+
+
+def _behaviour(handler: "_Handler") -> Callable[[Any, Context], Any]:
+    found = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    assert found is not None, "a handler has a behaviour"
+    return cast(Callable[[Any, Context], Any], found)
+
+
+async def _answer(behaviour: Callable[[Any, Context], Any], given: Any, context: Context) -> None:
+    """One answer, several that are yielded, or those that the method writes itself."""
+    made = behaviour(given, context)
+    if inspect.isasyncgen(made):
+        try:
+            async for message in made:
+                await context.write(message)
+        finally:
+            await made.aclose()
+    elif (message := await made) is not None:
+        await context.write(message)
+
+
+def _peer_certificate(context: Context) -> bytes | None:
+    """DER. gRPC gives it where it has checked it."""
+    for pem in context.auth_context().get("x509_pem_cert", ()):
+        return ssl.PEM_cert_to_DER_cert(pem.decode("ascii"))
+    return None

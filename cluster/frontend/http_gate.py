@@ -1,0 +1,90 @@
+"""Around the HTTP application: who calls and may it, request ids, errors as responses, counts."""
+
+import re
+import uuid
+from typing import Final
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import Cancelled, mapping_of
+from cluster.frontend.http_errors import error_response, log_defect
+from cluster.frontend.http_protocol import PEER_CERTIFICATE
+from cluster.frontend.metrics import Metrics
+from cluster.identity.authenticator import IDENTITY_HEADERS, Authenticator, Credentials
+from cluster.identity.principal import ADMIN, INFER, METRICS, NOBODY, Principal, acting_as
+from cluster.identity.principal import Scope as Permission
+
+OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"})
+"""Probes have no credentials."""
+PERMISSIONS: Final[dict[str, Permission]] = {
+    "/metrics": METRICS,
+    "/v1/load_lora_adapter": ADMIN,
+    "/v1/unload_lora_adapter": ADMIN,
+}
+"""What a path asks for; any other one, known or not, asks for INFER."""
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_IDENTITY_HEADERS = frozenset(name.encode() for name in IDENTITY_HEADERS)
+
+
+class Gate:
+    """Args:
+    app: what is inside. It sees neither secrets nor what a client says of its own identity.
+    authenticator: who is who.
+    metrics: counts responses.
+    paths: known paths, which may be labels.
+    """
+
+    def __init__(self, app: ASGIApp, authenticator: Authenticator, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app = app
+        self._authenticator = authenticator
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        status: int | None = None
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        path = scope["path"]
+        try:
+            with acting_as(await self._admitted(scope)):
+                await self._app(_without_identity(scope), receive, send_with_id)
+        except Exception as error:  # noqa: BLE001  whatever it is, the client gets an answer
+            log_defect(error)
+            if status is None and not isinstance(error, Cancelled):
+                await error_response(error, path)(scope, receive, send_with_id)
+            status = mapping_of(error).http_status
+        route = path if path in self._paths else "/v1/models" if path.startswith("/v1/models/") else "other"
+        self._metrics.http_response(route, status or 500)
+
+    async def _admitted(self, scope: Scope) -> Principal:
+        """Before a byte of the body is read. Raises Unauthenticated, PermissionDenied, Unavailable."""
+        path = scope["path"]
+        if path in OPEN_PATHS:
+            return NOBODY
+        pairs = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
+        shown = Credentials.of(pairs, scope.get(PEER_CERTIFICATE))
+        principal = await self._authenticator.authenticate(shown)
+        principal.require(PERMISSIONS.get(path, INFER))
+        return principal
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's, where it can stand in a header and a log as it is."""
+    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _without_identity(scope: Scope) -> Scope:
+    return {**scope, "headers": [pair for pair in scope["headers"] if pair[0] not in _IDENTITY_HEADERS]}
