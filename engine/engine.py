@@ -23,7 +23,6 @@ from engine.scheduler.break_trials import BreakTrials
 from engine.scheduler.dp_group import choose_group
 from engine.scheduler.expert_balancer import ExpertBalancer
 from engine.scheduler.expert_stats import ExpertStats
-from engine.scheduler.policy import FirstComeFirstServed, Policy
 from engine.scheduler.request_state import RequestState
 from engine.scheduler.scheduler import Scheduler
 
@@ -60,7 +59,6 @@ class Engine:
         num_dp_groups: batches of a plan.
         epoch: of the gang; every change goes through ``reset``.
         input_references: see Scheduler.
-        policy: makes one policy per dp group.
         lora_config: bounds of adapters.
         experts: of a mixture whose experts are on several ranks.
         model_identity: differs for any two models whose KV blocks must not be taken for each other.
@@ -77,7 +75,6 @@ class Engine:
         num_dp_groups: int = 1,
         epoch: int = 0,
         input_references: bool = True,
-        policy: Callable[[], Policy] = FirstComeFirstServed,
         lora_config: LoraConfig = LoraConfig(),
         experts: ExpertBalancer | None = None,
         model_identity: str = "",
@@ -88,7 +85,6 @@ class Engine:
         self._config = scheduler_config
         self._num_dp_groups = num_dp_groups
         self._input_references = input_references
-        self._policy = policy
         self._adapters = AdapterTable(lora_config)
         self._experts = experts
         self._states: dict[str, RequestState] = {}
@@ -283,6 +279,7 @@ class Engine:
     def _validate(self, request: Request) -> None:
         sampling, num_prompt_tokens = request.sampling, request.num_prompt_tokens
         sampling.validate(self._vocab_size)
+        request.tenant.validate()
         if request.request_id in self._states:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", "request_id")
         if not 0 < num_prompt_tokens <= len(request.token_ids):
@@ -363,7 +360,6 @@ class Engine:
                 self._config,
                 cache_config,
                 self._kv_groups,
-                policy=self._policy(),
                 input_references=self._input_references,
             )
             for _ in range(self._num_dp_groups)

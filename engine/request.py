@@ -17,6 +17,10 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 """These travel to every rank and are looked at in every step, so a client may not name without end."""
 MAX_GRAMMAR_CHARS = 65_536
+MAX_TENANT_CHARS = 128
+MAX_TENANT_PRIORITY = 100
+MIN_TENANT_WEIGHT = 0.01
+MAX_TENANT_WEIGHT = 100.0
 MIN_TEMPERATURE = 1e-5
 """Below it a token is chosen greedily: in float32 the division would leave nothing else, or nothing at all."""
 
@@ -129,6 +133,27 @@ def _check_range(name: str, value: float, low: float | None, high: float | None)
     raise InvalidRequest(f"{name} must be {bounds}, not {value}", name)
 
 
+class Tenant(msgspec.Struct, frozen=True, gc=False):
+    """On whose behalf a request runs. Among tenants of one ``priority`` the tokens of a busy engine are shared by
+    ``weight``; those of a lower number go first. A request's own priority orders only its tenant's requests."""
+
+    name: str = ""
+    weight: float = 1.0
+    priority: int = 0
+
+    def validate(self) -> None:
+        """Raises InvalidRequest."""
+        if len(self.name) > MAX_TENANT_CHARS:
+            raise InvalidRequest(
+                f"a tenant's name may have {MAX_TENANT_CHARS} characters, not {len(self.name)}", "tenant"
+            )
+        _check_range("tenant.weight", self.weight, MIN_TENANT_WEIGHT, MAX_TENANT_WEIGHT)
+        _check_range("tenant.priority", self.priority, -MAX_TENANT_PRIORITY, MAX_TENANT_PRIORITY)
+
+
+NO_TENANT = Tenant()
+
+
 class Request(msgspec.Struct, frozen=True, gc=False):
     """One sequence to continue.
 
@@ -146,6 +171,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     """Name of a loaded LoRA adapter; empty for the base model."""
     cache_salt: str = ""
     """Requests with different ones share no cached prefix (vLLM's field)."""
+    tenant: Tenant = NO_TENANT
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, gc=False):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from cluster.rpc.generated.remuda.v1 import common_pb2, replica_pb2
 from cluster.rpc.status import ErrorFields, error_of, fields_of
+from cluster.rpc.tenant import tenant_from_proto, tenant_to_proto
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from engine.errors import InvalidRequest, RemudaError, RequestFailure
 from engine.request import (
@@ -122,6 +123,7 @@ def request_to_proto(stream: int, request: Request) -> replica_pb2.Submit:
             priority=request.priority,
             adapter=request.adapter,
             cache_salt=request.cache_salt,
+            tenant=tenant_to_proto(request.tenant),
         )
     except InvalidRequest:
         raise
@@ -142,6 +144,7 @@ def request_from_proto(message: replica_pb2.Submit) -> Request:
         priority=message.priority,
         adapter=message.adapter,
         cache_salt=message.cache_salt,
+        tenant=tenant_from_proto(message),
     )
 
 

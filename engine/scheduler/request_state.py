@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from engine.messages import NO_ADAPTER, NO_STEP
-from engine.request import Request, SamplingParams
+from engine.messages import NO_ADAPTER, NO_STEP, NewRequest
+from engine.request import NO_TENANT, Request, SamplingParams, Tenant
+from engine.scheduler.account import Account
 
 NO_SLOT = -1
 
@@ -29,6 +30,16 @@ class RequestState:
     dp_group: int = 0
     adapter: int = NO_ADAPTER
     """The slot of its LoRA adapter, from its arrival to its end."""
+    tenant: Tenant = NO_TENANT
+    account: Account = field(default_factory=Account)
+    """What its tenant has been served, while the scheduler knows it."""
+    num_given_tokens: int = 0
+    """Of ``token_ids``, those that it came with: the prompt, and what was generated elsewhere."""
+    num_charged_prompt: int = 0
+    num_charged_outputs: int = 0
+    """Leading positions of the former, and tokens after them, that its tenant was charged for."""
+    is_queued: bool = False
+    """It is in the waiting queue."""
 
     slot: int = NO_SLOT
     num_computed: int = 0
@@ -84,6 +95,8 @@ class RequestState:
             max_num_tokens=request.num_prompt_tokens + request.sampling.max_tokens,
             dp_group=dp_group,
             adapter=adapter,
+            tenant=request.tenant,
+            num_given_tokens=len(request.token_ids),
             num_prompt_logprobs=request.num_prompt_tokens if request.sampling.prompt_logprobs is None else 0,
         )
 
@@ -91,9 +104,21 @@ class RequestState:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    def as_new(self, prefix: list[list[int]]) -> NewRequest:
+        """As a plan has it whose ranks do not know it. ``prefix``: blocks of each group that hold its beginning."""
+        return NewRequest(
+            self.slot,
+            self.token_ids.copy(),
+            self.num_prompt_tokens,
+            self.sampling,
+            self.adapter,
+            [table.copy() for table in prefix] if self.num_computed else [],
+        )
+
     def restart(self) -> None:
         """A new epoch: the ranks and the cache know nothing of this request; its known tokens stay."""
         self.slot = NO_SLOT
+        self.is_queued = False
         self.num_computed = self.num_pending = self.num_sent = 0
         self.sample_step = self.last_step = self.look_again_at = NO_STEP
         self.block_tables = []

@@ -3,8 +3,8 @@
 A step is so many tokens for each request; prefill and decode are not told apart. A request that decodes has one token
 to compute, a prompt has many, and gets as many as the step's budget and the free blocks allow (chunked prefill), and
 no more than keeps the others' gap between tokens within bounds.
-Running requests come first, each gets at least one token; then waiting ones are admitted in the policy's order. When
-blocks run out the policy names a victim, which gives all its blocks back and is computed again later (recomputation).
+Running requests come first, each gets at least one token; then waiting ones are admitted in the queue's order. When
+blocks run out the last to be served gives all its blocks back and is computed again later (recomputation).
 """
 
 from collections import deque
@@ -12,16 +12,18 @@ from collections.abc import Sequence
 
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.messages import NO_STEP, BatchPlan, NewRequest, StepResult
-from engine.packed import pack, unpack
+from engine.packed import unpack
 from engine.request import FinishReason, Output
 from engine.scheduler.block_pool import BlockPool
 from engine.scheduler.block_tables import BlockTables
+from engine.scheduler.fair_queue import FairQueue
 from engine.scheduler.integrity import check_requests, held_blocks
 from engine.scheduler.latency_budget import LatencyBudget, TokenBudget
 from engine.scheduler.lockstep import Lockstep
+from engine.scheduler.make_way import Needs, who_makes_way
 from engine.scheduler.micro_batch import Work
 from engine.scheduler.new_output import output_of
-from engine.scheduler.policy import FirstComeFirstServed, Policy
+from engine.scheduler.policy import in_order, victim_of
 from engine.scheduler.request_state import NO_SLOT, RequestState
 from engine.scheduler.share import share, share_next
 from engine.scheduler.step_in_flight import Draft, PromptEntries, StepInFlight, requests_of
@@ -44,16 +46,14 @@ class Scheduler:
         cache: CacheConfig,
         kv_groups: Sequence[KvGroupConfig],
         *,
-        policy: Policy | None = None,
         input_references: bool = True,
     ) -> None:
         self._config = config
-        self._policy = policy or FirstComeFirstServed()
         self._input_references = input_references
         self._pool = BlockPool(cache.num_blocks)
         self._tables = BlockTables(self._pool, kv_groups, cache.block_size, keeps_prefixes=cache.keeps_prefixes)
-        self._waiting: list[RequestState] = []
-        self._running: list[RequestState] = []  # in the policy's order
+        self._waiting = FairQueue()
+        self._running: list[RequestState] = []  # in order
         self._lockstep = Lockstep()
         self._latency_budget = LatencyBudget(config.max_step_stretch)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -92,7 +92,7 @@ class Scheduler:
 
     def add(self, state: RequestState) -> None:
         assert self.fits(state), f"request {state.request_id} can never fit"
-        self._waiting.append(state)
+        self._waiting.add(state)
 
     def abort(self, state: RequestState) -> None:
         """No later plan names this request; what plans in flight compute for it is discarded."""
@@ -119,6 +119,7 @@ class Scheduler:
 
     def _begin(self, step: int) -> Draft:
         flight = StepInFlight(step)
+        self._share_out()
         apart = self._apart_from_lockstep()
         batch = BatchPlan(removed=[], new=[], scheduled=[], decodes=self._lockstep.advance(flight))
         is_decoding = bool(self._lockstep) or any(self._num_schedulable(state) == 1 for state in apart)
@@ -130,6 +131,19 @@ class Scheduler:
         budget.left -= len(self._lockstep)
         short_of_blocks = self._schedule_running(apart, batch, flight, budget)
         return Draft(batch, flight, budget, short_of_blocks)
+
+    def _share_out(self) -> None:
+        """Takes slots and blocks from tenants that have more than their share, for the first in the queue."""
+        self._waiting.settle()
+        while self._waiting.is_shared and (first := self._waiting.first()) is not None and not first.num_pending:
+            has_blocks = self._surely_fits(first, self._pool.num_free + self._pool.num_deferred)
+            needs = Needs(not self._free_slots, not has_blocks, self._config.max_num_seqs)
+            if (victim := who_makes_way(first, self._waiting.live_accounts, needs)) is None:
+                return
+            self._preempt(victim)
+
+    def _surely_fits(self, state: RequestState, num_blocks: int) -> bool:
+        return self._tables.num_needed(len(state.token_ids)) + len(self._running) <= num_blocks
 
     def _apart_from_lockstep(self) -> list[RequestState]:
         """The running requests that must be looked at for the next plan: all, where blocks may run out in it."""
@@ -156,7 +170,7 @@ class Scheduler:
         assert draft.flight.step == step
         batch, flight = draft.batch, draft.flight
         if self._removed:
-            batch = self._without_ended(batch, flight)
+            batch, self._removed = draft.without(self._removed), []
         if self._waiting and self._may_admit(draft):
             admitting = BatchPlan(batch.removed, [], batch.scheduled.copy(), decodes=batch.decodes)
             self._admit(admitting, flight, draft.budget)
@@ -170,15 +184,6 @@ class Scheduler:
 
     def _may_admit(self, draft: Draft) -> bool:
         return bool(self._free_slots) and not draft.short_of_blocks and draft.budget.for_prompts > 0
-
-    def _without_ended(self, batch: BatchPlan, flight: StepInFlight) -> BatchPlan:
-        """The draft without the requests that have left their slots since it was begun."""
-        ended = set(self._removed)
-        flight.drop(ended)
-        scheduled = [share for share in batch.scheduled if share.slot not in ended]
-        decodes = pack([slot for slot in unpack(batch.decodes) if slot not in ended])
-        removed, self._removed = batch.removed + self._removed, []
-        return BatchPlan(removed, [], scheduled, decodes=decodes)
 
     def schedule_idle(self, step: int) -> BatchPlan:
         """An empty batch, for a step in which only other dp groups have work."""
@@ -203,7 +208,9 @@ class Scheduler:
             if num_tokens == 1 and budget.decodes_left == 0:
                 num_tokens = 0
             if num_tokens > 1:  # a prompt leaves one token to each request after it
-                most = 1 if self._yields(state) else budget.prompt_tokens(state.num_computed)
+                most = budget.prompt_tokens(state.num_computed)
+                if num_left := self._num_left_to_others(state, apart[index + 1 :]):
+                    most = max(1, most - num_left)
                 num_tokens = min(num_tokens, most, budget.left - (len(apart) - index - 1))
             if num_tokens > 0 and state.num_computed + num_tokens > state.num_block_tokens:
                 room = self._tables.room(state)
@@ -226,26 +233,26 @@ class Scheduler:
         num_tokens = len(state.token_ids) + state.num_pending
         return num_tokens - state.num_computed if num_tokens < state.max_num_tokens else 0
 
-    def _yields(self, state: RequestState) -> bool:
-        """Whether a prompt leaves the step to one that waits, goes before it and surely fits."""
-        if not self._waiting or not self._free_slots:
-            return False
-        first = self._policy.order([state, *self._waiting])[0]
-        if first is state or first.num_pending:
-            return False
-        return self._tables.num_needed(len(first.token_ids)) + len(self._running) <= self._pool.num_free
+    def _num_left_to_others(self, state: RequestState, later: list[RequestState]) -> int:
+        """Tokens that a prompt leaves to prompts that go before it: to one that waits and surely fits, and to running
+        ones of other tenants, whose turn in the step comes after it."""
+        num_left = 0
+        if self._waiting.is_shared:
+            num_left = sum(self._num_schedulable(other) for other in later if self._waiting.goes_before(other, state))
+        first = self._waiting.first() if self._free_slots else None
+        if first is not None and not first.num_pending and self._waiting.goes_before(first, state):
+            num_left += len(first.token_ids) if self._surely_fits(first, self._pool.num_free) else 0
+        return num_left
 
     def _make_room(self, apart: list[RequestState], index: int) -> int:
-        """How many tokens the request at ``index`` has room for, after preempting from those not yet scheduled.
-
-        0: it waits for blocks that plans in flight still name, or was itself preempted.
-        """
+        """How many tokens the request at ``index`` has room for, after preempting from those not yet scheduled. 0: it
+        waits for blocks that plans in flight still name, or was itself preempted."""
         state = apart[index]
         num_groups = len(state.block_tables)
         while (room := self._tables.room(state)) <= 0:
             if self._pool.num_free + self._pool.num_deferred >= num_groups:
                 return 0
-            victim = self._policy.victim(apart[index:])
+            victim = victim_of(apart[index:])
             apart.remove(victim)
             self._preempt(victim)
             if victim is state:
@@ -257,17 +264,17 @@ class Scheduler:
         self.num_preemptions += 1
         self._running.remove(victim)
         self._leave_slot(victim)
-        self._waiting.append(victim)
+        self._waiting.put_back(victim)
 
     def _admit(self, batch: BatchPlan, flight: StepInFlight, budget: TokenBudget) -> None:
-        """Admits in the policy's order, and nobody past one that does not fit, so that nobody starves.
+        """Admits in the queue's order, and nobody past one that does not fit, so that nobody starves.
 
-        A request is admitted when all its known tokens fit, with one block left for each running request, so that it
-        is not preempted again at once. It shares the blocks that hold its beginning already (prefix caching). While a
-        prompt is only partly scheduled nobody is admitted behind it.
+        One is admitted when all its known tokens fit, with one block left for each running request, so that it is not
+        preempted again at once. It shares the blocks that hold its beginning. While a prompt is only partly scheduled
+        nobody is admitted behind it.
         """
         num_reserved = len(self._running)
-        for state in self._policy.order(self._waiting):
+        while (state := self._waiting.first()) is not None:
             if budget.for_prompts <= 0 or not self._free_slots or state.num_pending:
                 break
             others_wait = bool(self._in_flight) or not batch.is_idle
@@ -280,6 +287,7 @@ class Scheduler:
                 # Looking at a long prefix takes time, so it is not looked at in every step.
                 state.look_again_at = flight.step + len(prefix[0]) // _LOOKED_AT_PER_STEP
                 break
+            self._waiting.take()
             batch.new.append(self._enter_slot(state, flight.step, prefix))
             num_tokens = len(state.token_ids) - state.num_computed
             num_tokens = max(1, min(num_tokens, budget.prompt_tokens(state.num_computed), self._tables.room(state)))
@@ -289,8 +297,7 @@ class Scheduler:
             if state.num_computed < len(state.token_ids):
                 break
         if batch.new:
-            self._waiting = [state for state in self._waiting if state.slot == NO_SLOT]
-            self._running = self._policy.order(self._running)
+            self._running = in_order(self._running)
 
     # ---- update ---------------------------------------------------------------------------------------------------
 
@@ -359,14 +366,7 @@ class Scheduler:
         self.num_tokens_cached += state.num_computed
         self._running.append(state)
         self._stop_ids.update(state.sampling.stop_token_ids)
-        return NewRequest(
-            state.slot,
-            state.token_ids.copy(),
-            state.num_prompt_tokens,
-            state.sampling,
-            state.adapter,
-            [table.copy() for table in prefix] if state.num_computed else [],
-        )
+        return state.as_new(prefix)
 
     def _leave_slot(self, state: RequestState) -> None:
         self._lockstep.leave(state)
@@ -381,20 +381,20 @@ class Scheduler:
         state.finished = True
         for flight in self._in_flight:
             flight.may_end = True
+        self._waiting.remove(state)
         if state.slot != NO_SLOT:
             self._leave_slot(state)
 
     def _forget_finished(self) -> None:
         self._running = [state for state in self._running if not state.finished]
-        self._waiting = [state for state in self._waiting if not state.finished]
         if not self._running and not self._in_flight:
             self._stop_ids.clear()
 
     def check_integrity(self) -> None:
         """Asserts what must hold between any two calls."""
         self._pool.check_integrity(held_blocks(self._running))
-        check_requests(self._running, self._waiting)
+        check_requests(self._running, list(self._waiting))
         slots = self._free_slots + [state.slot for state in self._running]
         assert sorted(slots) == list(range(self._config.max_num_seqs)), "a slot was lost or given away twice"
         assert len(self._removed) == len(set(self._removed)), "a slot is removed twice"
-        assert self._running == self._policy.order(self._running), "running requests are out of order"
+        assert self._running == in_order(self._running), "running requests are out of order"

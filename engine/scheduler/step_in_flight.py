@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from engine.errors import ProtocolViolation
 from engine.messages import BatchPlan, StepResult
-from engine.packed import pack
+from engine.packed import pack, unpack
 from engine.request import TopLogprobs
 from engine.scheduler.latency_budget import TokenBudget
 from engine.scheduler.prompt_costs import PromptShare
@@ -103,6 +103,14 @@ class Draft:
     budget: TokenBudget
     short_of_blocks: bool
     """Some running request had to go without: nobody is admitted."""
+
+    def without(self, removed: list[int]) -> BatchPlan:
+        """The batch without the requests that have left these slots since it was begun."""
+        ended = set(removed)
+        self.flight.drop(ended)
+        scheduled = [share for share in self.batch.scheduled if share.slot not in ended]
+        decodes = pack([slot for slot in unpack(self.batch.decodes) if slot not in ended])
+        return BatchPlan(self.batch.removed + removed, [], scheduled, decodes=decodes)
 
 
 def requests_of(flights: Iterable[StepInFlight]) -> list[RequestState]:

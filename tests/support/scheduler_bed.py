@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.messages import BatchPlan, PromptLogprobs, SampledToken, SlotError, StepResult
-from engine.request import Output, Request, SamplingParams
+from engine.request import NO_TENANT, Output, Request, SamplingParams, Tenant
 from engine.scheduler.request_state import RequestState
 from engine.scheduler.scheduler import Scheduler
 
@@ -29,10 +29,17 @@ class Bed:
         self.num_added = 0
         self.num_steps = 0
 
-    def add(self, num_prompt_tokens: int, max_tokens: int = 50, priority: int = 0, **sampling: object) -> RequestState:
+    def add(
+        self,
+        num_prompt_tokens: int,
+        max_tokens: int = 50,
+        priority: int = 0,
+        tenant: Tenant = NO_TENANT,
+        **sampling: object,
+    ) -> RequestState:
         token_ids = list(range(100, 100 + num_prompt_tokens))
         params = SamplingParams(max_tokens, **sampling)  # type: ignore[arg-type]
-        request = Request(f"r{self.num_added}", token_ids, num_prompt_tokens, params, priority)
+        request = Request(f"r{self.num_added}", token_ids, num_prompt_tokens, params, priority, tenant=tenant)
         state = RequestState.of(request, self.num_added, dp_group=0)
         self.num_added += 1
         self.scheduler.add(state)

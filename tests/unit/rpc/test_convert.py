@@ -18,6 +18,7 @@ from engine.request import (
     Output,
     Request,
     SamplingParams,
+    Tenant,
     TopLogprobs,
 )
 
@@ -53,6 +54,7 @@ requests = st.builds(
     priority=st.integers(-(2**31), 2**31 - 1),
     adapter=st.text(max_size=5),
     cache_salt=st.text(max_size=5),
+    tenant=st.builds(Tenant, st.text(max_size=5), st.floats(0.01, 100.0), st.integers(-100, 100)),
 )
 top_logprobs = st.builds(
     TopLogprobs,

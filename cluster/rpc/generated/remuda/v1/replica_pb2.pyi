@@ -128,6 +128,7 @@ class Submit(_message.Message):
     WINDOW_FIELD_NUMBER: _builtins.int
     RESUMABLE_FIELD_NUMBER: _builtins.int
     CLIENT_REQUEST_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     stream: _builtins.int
     request_id: _builtins.str
     num_prompt_tokens: _builtins.int
@@ -149,6 +150,10 @@ class Submit(_message.Message):
 
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...
+    @_builtins.property
+    def tenant(self) -> Global___Tenant:
+        """On whose behalf; left out: of nobody in particular, with weight 1."""
+
     def __init__(
         self,
         *,
@@ -164,14 +169,44 @@ class Submit(_message.Message):
         window: _builtins.int = ...,
         resumable: _builtins.bool = ...,
         client_request: _builtins.bytes = ...,
+        tenant: Global___Tenant | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "choice", b"choice", "client_request", b"client_request", "num_prompt_tokens", b"num_prompt_tokens", "priority", b"priority", "request_id", b"request_id", "resumable", b"resumable", "sampling", b"sampling", "stream", b"stream", "token_ids", b"token_ids", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "adapter", b"adapter", "cache_salt", b"cache_salt", "choice", b"choice", "client_request", b"client_request", "num_prompt_tokens", b"num_prompt_tokens", "priority", b"priority", "request_id", b"request_id", "resumable", b"resumable", "sampling", b"sampling", "stream", b"stream", "tenant", b"tenant", "token_ids", b"token_ids", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class Tenant(_message.Message):
+    """Tenants of one priority share a busy engine by weight; those of a lower number go first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    weight: _builtins.float
+    priority: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        priority: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "priority", b"priority", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Submit: _TypeAlias = Submit  # noqa: Y015
+Global___Tenant: _TypeAlias = Tenant  # noqa: Y015
 
 @_typing.final
 class AbortRequest(_message.Message):
