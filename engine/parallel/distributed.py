@@ -136,12 +136,15 @@ class GlooCollectives(_GroupCollectives):
         self._marks.wait(operation)
         while True:
             left_s = max(0.0, deadline_s - time.monotonic())
+            # Asked before: it may complete, and well, between the end of a slice and a question after it.
+            was_completed = work.is_completed()
             try:
-                work.wait(datetime.timedelta(seconds=min(left_s, _ABORT_CHECK_S)))
+                # At least a millisecond: torch takes 0 for no limit.
+                work.wait(datetime.timedelta(seconds=max(0.001, min(left_s, _ABORT_CHECK_S))))
                 self._marks.resume()
                 return
             except RuntimeError as error:
-                if work.is_completed() or self._has_aborted or left_s <= _ABORT_CHECK_S:
+                if was_completed or self._has_aborted or left_s <= _ABORT_CHECK_S:
                     why = "the formation is over" if self._has_aborted else str(error)
                     raise RankFailure(
                         f"{operation.label} with {self._size} ranks failed on rank {self._rank} of the axis within "

@@ -32,6 +32,7 @@ _PRELOAD = [
     "tests.support.rank_pool",
 ]
 _CLONE_NEWNET = 0x40000000
+_AFTERMATH_S = 1.0
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
 
@@ -61,7 +62,8 @@ def run_ranks(
 
     ``function`` and everything that it takes and returns must be picklable; return arrays, not tensors, which torch
     would leave in the shared memory of a process that is gone. With ``allow_errors`` the exception of a rank that
-    raised (or a RankError, if it died) stands in its place; otherwise the first one fails the test at once.
+    raised (or a RankError, if it died) stands in its place; otherwise the first one fails the test, with what others
+    say within a second.
     ``networks``: of each rank the network namespace that it is in, as a file; empty: they are where the tests are.
     """
     with tempfile.TemporaryDirectory(prefix="remuda-ranks-") as directory:
@@ -97,14 +99,35 @@ def _collect(pipes: list[Connection], deadline: float, allow_errors: bool) -> li
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = waiting[pipe]
-            try:
-                result, error, details = pipe.recv()
-            except EOFError:
-                result, error, details = None, RankError(f"rank {rank} died"), f"rank {rank} died"
+            result, error, details = _receive(pipe)
             if error is not None and not allow_errors:
-                raise RankError(f"rank {rank}: {details}")
+                others = {other: number for other, number in waiting.items() if other is not pipe}
+                raise RankError("\n".join([f"rank {rank}: {details}", *_aftermath(others)]))
             results[rank] = result if error is None else error
     return [results[rank] for rank in range(len(pipes))]
+
+
+def _receive(pipe: Connection) -> tuple[Any, Exception | None, str]:
+    try:
+        result, error, details = pipe.recv()
+    except EOFError:
+        return None, RankError("the rank died"), "died"
+    return result, error, details
+
+
+def _aftermath(waiting: dict[Connection, int]) -> list[str]:
+    """What other ranks say soon after the first: that one may be a victim, and the culprit slower to tell."""
+    deadline, told = time.monotonic() + _AFTERMATH_S, []
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = waiting.pop(pipe)
+            _, error, details = _receive(pipe)
+            told.append(f"rank {rank} {f'too: {details}' if error is not None else 'ended well'}")
+    return told
 
 
 def _rank_main(

@@ -1,5 +1,6 @@
 """Collectives between real ranks: sums, gathers, broadcasts, and what survivors see when a peer is gone."""
 
+import datetime
 import os
 import time
 from typing import Any
@@ -111,6 +112,44 @@ def test_a_silent_peer_is_noticed_after_the_timeout(kind: type) -> None:
     assert 1.0 < waited < 10.0
     if kind is SharedMemoryCollectives:
         assert message == "all-reduce 1 failed: rank 1 of the axis did not reach it within 1.5 s"
+
+
+class LateWork:
+    """A gloo operation whose waiter, when its time is up, gets no processor before the operation has completed."""
+
+    def __init__(self, work: Any, store: torch.distributed.Store) -> None:
+        self._work, self._store = work, store
+        self.is_completed = work.is_completed
+
+    def wait(self, timeout: datetime.timedelta) -> None:
+        try:
+            self._work.wait(timeout)
+        except RuntimeError:
+            self._store.set("time is up", "yes")
+            self._work.wait()
+            raise
+
+
+class LateGroup:
+    def __init__(self, group: Any, store: torch.distributed.Store) -> None:
+        self._group, self._store = group, store
+
+    def alltoall_base(self, *arguments: Any) -> LateWork:
+        return LateWork(self._group.alltoall_base(*arguments), self._store)
+
+
+def reduce_late(context: RankContext) -> float:
+    rank, tp = mesh_of(context, GlooCollectives)
+    assert isinstance(tp, GlooCollectives)
+    if rank == 0:
+        tp = GlooCollectives(LateGroup(tp._group, context.store), rank, tp.size, 20.0)
+    else:
+        context.store.get("time is up")
+    return tp.all_reduce(torch.ones(1)).item()
+
+
+def test_an_operation_that_completes_as_the_time_of_a_slice_is_up() -> None:
+    assert run_ranks(reduce_late, 2) == [2.0, 2.0]
 
 
 def random_operations(context: RankContext, seed: int) -> bool:
