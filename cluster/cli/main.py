@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import typer
 
-from cluster.cli import adapters, bench, chat, doctor, drain, frontend, generate, plan, replay, serve, status, verify
+from cluster.cli import adapters, bench, chat, doctor, drain, frontend, generate, keys, plan, replay, serve, status, verify
 from cluster.config import quiet_libraries
 from cluster.errors import mapping_of
 from engine.errors import RemudaError
@@ -34,6 +34,7 @@ app.command(name="status", epilog=status.EXAMPLES)(status.status)
 app.command(name="replay", epilog=replay.EXAMPLES)(replay.replay)
 app.command(name="drain", epilog=drain.EXAMPLES)(drain.drain)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(keys.app, name="keys")
 app.command(name="bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command(name="verify", epilog=verify.EXAMPLES)(verify.verify)
 

@@ -32,6 +32,10 @@ def read_api_key(file: Path | None) -> str | None:
         raise InvalidOption(f"--api-key-file {file} cannot be read: {error.strerror}") from error
     if not lines[0].strip():
         raise InvalidOption(f"--api-key-file {file} has an empty first line")
+    if lines[0].startswith("{"):
+        raise InvalidOption(
+            f"--api-key-file {file} is a server's keys file; give a file with the key that remuda keys create printed"
+        )
     return lines[0].strip()
 
 
