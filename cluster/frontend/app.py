@@ -30,6 +30,7 @@ from cluster.frontend.metrics import Metrics
 from cluster.frontend.model_files import read_model_files
 from cluster.frontend.service import Service
 from cluster.frontend.tokenizer import Tokenizer
+from cluster.frontend.vllm_grpc.servicer import VllmServicer
 from cluster.identity.authenticator import make_authenticator
 from cluster.identity.config import SecurityConfig, check_exposure
 from cluster.identity.tls import make_server_tls
@@ -115,6 +116,7 @@ class FrontEnd:
         """Takes all ports, or none. Raises InvalidOption."""
         version = importlib.metadata.version("remuda")
         inference, admin = InferenceServicer(self.service), AdminServicer(self.service, version)
+        vllm = VllmServicer(self.service, self.health.ready, version)
         gate = GrpcGate(self._authenticator)
         health_port = None if config.security.tls is None else config.security.tls.health_port
         self._http = HttpListener(http_app, config.host, config.port, config.http_limits, self._tls)
@@ -123,7 +125,7 @@ class FrontEnd:
             if health_port is not None:
                 probes, limits = build_health_app(self.health), config.http_limits
                 self._probes = HttpListener(probes, config.host, health_port, limits, option="health_port")
-            self._grpc = GrpcListener(inference, admin, gate, config.host, config.grpc_port, self._tls)
+            self._grpc = GrpcListener(inference, admin, vllm, gate, config.host, config.grpc_port, self._tls)
         except InvalidOption:
             for listener in self._http_listeners:
                 listener.close()

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 
-from cluster.frontend.grpc_service import Context
+from cluster.frontend.grpc_stream import Context
 from cluster.frontend.http_errors import log_defect
 from cluster.frontend.service import Service
 from cluster.rpc.convert import adapter_to_proto, replica_info_to_proto

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
 import grpc
 
@@ -28,8 +27,8 @@ from cluster.frontend.calls import (
     TokenPrompt,
 )
 from cluster.frontend.cursor import ChoicePosition, Cursor, Remainder
+from cluster.frontend.grpc_stream import Context, until_overdue
 from cluster.frontend.http_errors import log_defect
-from cluster.frontend.live_request import overdue
 from cluster.frontend.service import Service
 from cluster.frontend.stored_call import StoredCall
 from cluster.rpc.convert import SAMPLING_SCALARS, finish_reason_to_proto, grammar_from_proto, logprobs_to_proto
@@ -38,8 +37,6 @@ from cluster.rpc.status import abort
 from engine.errors import InvalidRequest
 
 _log = logging.getLogger(__name__)
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
@@ -90,17 +87,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         remainder: Remainder | None = None,
     ) -> None:
         """Raises the request's error, and DeadlineExceeded for a client that does not read after its request failed."""
-        writer = asyncio.create_task(self._write_all(call, events, context, remainder))
-        late = asyncio.create_task(overdue(failed))
-        try:
-            await asyncio.wait({writer, late}, return_when=asyncio.FIRST_COMPLETED)
-            if not writer.done():
-                raise DeadlineExceeded("the request ended while the client did not read its answer")
-            writer.result()
-        finally:
-            writer.cancel()
-            late.cancel()
-            await asyncio.gather(writer, late, return_exceptions=True)
+        await until_overdue(self._write_all(call, events, context, remainder), failed)
 
     async def _write_all(
         self, call: Call, events: AsyncGenerator[Event, None], context: Context, remainder: Remainder | None

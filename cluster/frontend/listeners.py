@@ -13,15 +13,18 @@ from cluster.frontend.grpc_admin import AdminServicer
 from cluster.frontend.grpc_gate import GrpcGate
 from cluster.frontend.grpc_service import InferenceServicer
 from cluster.frontend.http_protocol import HttpLimits, limited_http
+from cluster.frontend.vllm_grpc.servicer import VllmServicer
 from cluster.identity.tls import ServerTls
 from cluster.rpc.channel import CLIENT_FACING_OPTIONS
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from cluster.rpc.generated.vllm import vllm_engine_pb2, vllm_engine_pb2_grpc
 from cluster.rpc.health import Health, add_health_and_reflection
 from engine.errors import InvalidOption
 
 _SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
     admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
+    vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name,
 )
 
 
@@ -105,6 +108,7 @@ class GrpcListener:
     """Args:
     inference: for clients.
     admin: for operators.
+    vllm: for routers that know vLLM.
     gate: around every method.
     host: as above.
     port: 0 takes a free one.
@@ -115,6 +119,7 @@ class GrpcListener:
         self,
         inference: InferenceServicer,
         admin: AdminServicer,
+        vllm: VllmServicer,
         gate: GrpcGate,
         host: str,
         port: int,
@@ -124,6 +129,7 @@ class GrpcListener:
         self._health: Health | None = None
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, self._server)
+        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(vllm, self._server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if tls is None:

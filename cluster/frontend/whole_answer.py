@@ -12,7 +12,7 @@ from engine.request import TopLogprobs
 
 
 def stable_id(*of: object) -> str:
-    """24 hexadecimal digits, the same whenever the same thing is shown again: by another front end, or after a fault."""
+    """24 hexadecimal digits, the same whenever the same thing is shown again: by another front end or after a fault."""
     return hashlib.sha256(" ".join(map(str, of)).encode()).hexdigest()[:24]
 
 

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
+from cluster.errors import UnknownStream
+from cluster.frontend.stored_call import FoundCall
 from cluster.types import ReplicaInfo
 from engine.config import Dtype, SchedulerConfig
 from engine.engine import Engine
@@ -17,7 +19,7 @@ from tests.frontend.scripted import replica_info
 class RealBackend:
     """Steps while there is work. ``close`` at the end."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, kv_cache_bytes: int = 2**20) -> None:
         config = WorkerConfig(
             rank=0,
             channel_address="",
@@ -27,7 +29,7 @@ class RealBackend:
             max_num_seqs=4,
             max_num_batched_tokens=64,
             block_size=4,
-            kv_cache_memory_bytes=2**20,
+            kv_cache_memory_bytes=kv_cache_bytes,
         )
         self._executor = InProcessExecutor(config)
         model = ModelConfig.from_directory(config.model)
@@ -67,6 +69,9 @@ class RealBackend:
                 if output.request_id in self._queues:
                     self._queues[output.request_id].put_nowait(output)
             await asyncio.sleep(0)
+
+    async def find(self, call_id: str) -> FoundCall:
+        raise UnknownStream(f"nobody has the request {call_id!r}")
 
     def replicas(self) -> Sequence[ReplicaInfo]:
         return [replica_info(max_model_len=self.max_model_len)]

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from cluster.errors import UnknownStream
+from cluster.frontend.stored_call import FoundCall
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.errors import InvalidRequest
 from engine.request import FinishReason, Output, Request, TopLogprobs
@@ -57,6 +59,9 @@ class ScriptedBackend:
             if not is_done:
                 self.aborted.append(request.request_id)
             self.changed.set()
+
+    async def find(self, call_id: str) -> FoundCall:
+        raise UnknownStream(f"nobody has the request {call_id!r}")
 
     def replicas(self) -> Sequence[ReplicaInfo]:
         return self.infos

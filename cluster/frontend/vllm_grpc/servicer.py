@@ -8,6 +8,9 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+import grpc
 
 from cluster.errors import Cancelled, Unavailable
 from cluster.frontend.calls import Event
@@ -146,6 +149,17 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
             dp_rank_count=1,
             loads=[load] if is_wanted else [],
         )
+
+    async def _not_served(self, request: object, context: Context) -> NoReturn:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not have this method")
+        raise AssertionError("gRPC's abort returned")
+
+    Embed: Any = _not_served
+    FlushCache: Any = _not_served
+    StartProfile: Any = _not_served
+    StopProfile: Any = _not_served
+    GetTokenizer: Any = _not_served
+    SubscribeKvEvents: Any = _not_served
 
 
 def _one_id(value: object) -> int:
