@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from cluster.cli import options
-from cluster.rpc.inference_client import InferenceClient
 from engine.request import AdapterInfo
 
 app = typer.Typer(help="List, load and unload the LoRA adapters of a running server.", no_args_is_help=True)
@@ -19,10 +18,12 @@ Name = Annotated[str, typer.Argument(help="Name by which requests choose it.")]
 def list_adapters(
     target: options.Target = options.DEFAULT,
     api_key_file: options.ApiKeyFile = None,
+    ca_file: options.CaFile = None,
+    certificate_file: options.CertificateFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Show the adapters that requests can name, and the bytes that all ranks hold for each."""
-    with InferenceClient(target, options.read_api_key(api_key_file)) as client:
+    with options.connect(target, api_key_file, ca_file, certificate_file) as client:
         adapters = client.adapters()
     if as_json:
         sys.stdout.write(json.dumps([_as_object(adapter) for adapter in adapters]) + "\n")
@@ -37,10 +38,12 @@ def load(
     path: Annotated[str, typer.Argument(help="Directory as PEFT saves it, below the server's --lora-dir.")],
     target: options.Target = options.DEFAULT,
     api_key_file: options.ApiKeyFile = None,
+    ca_file: options.CaFile = None,
+    certificate_file: options.CertificateFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Load an adapter on all replicas, or, where one cannot, on none."""
-    with InferenceClient(target, options.read_api_key(api_key_file)) as client:
+    with options.connect(target, api_key_file, ca_file, certificate_file) as client:
         adapter = client.load_adapter(name, path)
     if as_json:
         sys.stdout.write(json.dumps(_as_object(adapter)) + "\n")
@@ -53,10 +56,12 @@ def unload(
     name: Name,
     target: options.Target = options.DEFAULT,
     api_key_file: options.ApiKeyFile = None,
+    ca_file: options.CaFile = None,
+    certificate_file: options.CertificateFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Unload an adapter; returns when the requests that use it have ended."""
-    with InferenceClient(target, options.read_api_key(api_key_file)) as client:
+    with options.connect(target, api_key_file, ca_file, certificate_file) as client:
         client.unload_adapter(name)
     if as_json:
         sys.stdout.write(json.dumps({"name": name}) + "\n")

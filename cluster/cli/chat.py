@@ -23,12 +23,14 @@ def chat(
     top_p: options.TopP = None,
     seed: options.Seed = None,
     api_key_file: options.ApiKeyFile = None,
+    ca_file: options.CaFile = None,
+    certificate_file: options.CertificateFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Talk to the model that a running server serves. An empty line or Ctrl-D ends the conversation."""
     wanted = GenerateOptions(model, max_tokens, temperature, top_p, seed)
     turns = [("system", system)] if system else []
-    with InferenceClient(target, options.read_api_key(api_key_file)) as client:
+    with options.connect(target, api_key_file, ca_file, certificate_file) as client:
         if message is not None:
             print_stream(client.chat([*turns, ("user", message)], wanted), as_json)
             return

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli import options
-from cluster.rpc.inference_client import GenerateOptions, InferenceClient, Summary, TextDelta
+from cluster.rpc.inference_client import GenerateOptions, Summary, TextDelta
 
 EXAMPLES = 'Example: remuda generate "The herd came down" --max-tokens 40'
 
@@ -24,12 +24,14 @@ def generate(
     top_p: options.TopP = None,
     seed: options.Seed = None,
     api_key_file: options.ApiKeyFile = None,
+    ca_file: options.CaFile = None,
+    certificate_file: options.CertificateFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Continue a text with the model that a running server serves."""
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     wanted = GenerateOptions(model, max_tokens, temperature, top_p, seed)
-    with InferenceClient(target, options.read_api_key(api_key_file)) as client:
+    with options.connect(target, api_key_file, ca_file, certificate_file) as client:
         print_stream(client.generate(text, wanted), as_json)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from cluster.cli import options
 from cluster.cli.progress import PHASE_TEXT
-from cluster.rpc.inference_client import InferenceClient, ServerStatus
+from cluster.rpc.inference_client import ServerStatus
 from cluster.types import RankInfo
 from engine.executor.watchdog import RankState
 
@@ -22,6 +22,8 @@ EXAMPLES = "Examples: remuda status --json | remuda status --dump record.jsonl -
 def status(
     target: options.Target = options.DEFAULT,
     api_key_file: options.ApiKeyFile = None,
+    ca_file: options.CaFile = None,
+    certificate_file: options.CertificateFile = None,
     as_json: options.Json = False,
     dump: Annotated[
         Path | None,
@@ -40,7 +42,7 @@ def status(
 
     A rank is idle, busy, stalled or dead, in a step and an operation, for so long.
     """
-    with InferenceClient(target, options.read_api_key(api_key_file)) as client:
+    with options.connect(target, api_key_file, ca_file, certificate_file) as client:
         if dump is not None:
             num_bytes = _write(dump, client.dump(replica))
             print(f"wrote {dump}: {num_bytes:,} bytes", file=sys.stderr)

@@ -85,6 +85,20 @@ class ServerTls:
         return _Bundle(context, grpc.ssl_server_certificate_configuration([(key, certificate)], authority))
 
 
+def client_credentials(
+    ca_file: Path, certificate_file: Path | None = None, key_file: Path | None = None
+) -> grpc.ChannelCredentials:
+    """For a gRPC client. ``ca_file``: who signed the server's certificate. One file may have certificate and key.
+
+    Raises InvalidOption.
+    """
+    authority = read_file(ca_file, "the CA file")
+    if certificate_file is None or key_file is None:
+        return grpc.ssl_channel_credentials(authority)
+    certificate, key = read_file(certificate_file, "the certificate"), read_file(key_file, "the key")
+    return grpc.ssl_channel_credentials(authority, key, certificate)
+
+
 def make_server_tls(config: TlsConfig | None) -> ServerTls | None:
     """Raises InvalidOption."""
     if config is None:

@@ -78,13 +78,23 @@ class InferenceClient:
         target: host:port.
         api_key: sent as a bearer token where given.
         timeout_s: bound of the unary calls.
+        credentials: for TLS; None speaks plain text.
     """
 
-    def __init__(self, target: str, api_key: str | None = None, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        target: str,
+        api_key: str | None = None,
+        timeout_s: float = 10.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
         self._target = checked_target(target)
         self._timeout_s = timeout_s
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-        self._channel = grpc.insecure_channel(target, options=CLIENT_OPTIONS)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, options=CLIENT_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, options=CLIENT_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminStub(self._channel)
 
