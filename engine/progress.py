@@ -133,6 +133,13 @@ class RankSample(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return f"step {self.step}, {self.place}"
 
 
+def identify(memory: ctypes.Array[ctypes.c_char]) -> None:
+    """Write into a slot which process and thread its rank is, so that others can ask the kernel about it."""
+    words = memoryview(memory).cast("B").cast("Q")
+    words[3], words[4] = os.getpid(), threading.get_native_id()
+    words[5], words[6] = start_ticks("self"), os.stat("/proc/self/ns/pid").st_ino
+
+
 class RankProgress:
     """The writer's side. Until it is attached to shared memory it writes to memory of its own."""
 
@@ -147,8 +154,7 @@ class RankProgress:
         self._memory = memory
         self._words = memoryview(memory).cast("B").cast("Q")
         self._words[0] = epoch
-        self._words[3], self._words[4] = os.getpid(), threading.get_native_id()
-        self._words[5], self._words[6] = start_ticks("self"), os.stat("/proc/self/ns/pid").st_ino
+        identify(memory)
         self.at(Operation.IDLE)
 
     def begin(self, step: int) -> None:

@@ -127,7 +127,9 @@ class ChannelExecutor:
         Raises what a rank raised (CheckpointError, …), DoesNotFit, or RankFailure; ``close`` is to be called all the
         same.
         """
-        start = GangStart(self._channel, self._num_ranks, self._epoch, self._stall_timeout_s, on_message)
+        start = GangStart(
+            self._channel, self._num_ranks, self._epoch, self._stall_timeout_s, on_message, self._check_processes
+        )
         ready = start.run(model, self._num_stages, block_size, max_model_len, experts)
         self._record.describe(num_ranks=self._num_ranks, sampling_ranks=self._sampling_ranks)
         self._record.event("epoch", epoch=self._epoch, num_blocks=ready.cache.num_blocks)
@@ -135,6 +137,9 @@ class ChannelExecutor:
         self._watcher = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
         self._watcher.start()
         return ready
+
+    def _check_processes(self) -> None:
+        """Raises RankFailure where a rank's process has ended before it was ready. Somebody else watches them here."""
 
     def prepare(self, plan: StepPlan) -> None:
         """See Executor."""

@@ -1,6 +1,7 @@
 """Brings the ranks of one gang from connected to ready."""
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from engine.executor.blame import find_culprit
 from engine.executor.cache_size import size_cache
 from engine.executor.channel import LeaderChannel
 from engine.executor.rank_message import decode_message
+from engine.executor.start_watch import StartWatch
 from engine.messages import (
     Hello,
     InitCache,
@@ -21,6 +23,8 @@ from engine.messages import (
     encode,
 )
 from engine.model_config import ModelConfig, kv_groups
+
+_LOOK_INTERVAL_S = 0.5
 
 StartMessage = Hello | LoadProgress | Loaded | Ready
 OnMessage = Callable[[StartMessage], None]
@@ -39,19 +43,29 @@ class GangReady:
 
 
 class GangStart:
-    """One start of one gang."""
+    """One start of one gang. ``check_processes``: raises RankFailure where a rank's process has ended, whether it has
+    connected or not."""
 
     def __init__(
-        self, channel: LeaderChannel, num_ranks: int, epoch: int, stall_timeout_s: float, on_message: OnMessage
+        self,
+        channel: LeaderChannel,
+        num_ranks: int,
+        epoch: int,
+        stall_timeout_s: float,
+        on_message: OnMessage,
+        check_processes: Callable[[], None] = lambda: None,
     ) -> None:
         self._channel = channel
         self._num_ranks = num_ranks
         self._epoch = epoch
         self._stall_timeout_s = stall_timeout_s
+        self._check_processes = check_processes
         self._on_message = on_message
         self._hellos: dict[int, Hello] = {}
         self._loaded: dict[int, Loaded] = {}
         self._ready: dict[int, Ready] = {}
+        self._watch = StartWatch()
+        self._next_look_s = 0.0
 
     def run(
         self,
@@ -84,17 +98,33 @@ class GangStart:
             phase_seconds={phase: max(message.phase_seconds.get(phase, 0.0) for message in ready) for phase in phases},
         )
 
+    def _receive(self) -> tuple[int, bytes]:
+        """Looks now and then whether the ranks can still go on."""
+        deadline_s = time.monotonic() + self._stall_timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            if time.monotonic() >= self._next_look_s:
+                self._look()
+            try:
+                return self._channel.receive(min(_LOOK_INTERVAL_S, left_s))
+            except TimeoutError:
+                # Only now: what a rank said before it ended is the better reason.
+                self._check_processes()
+        awaited = self._ready if len(self._loaded) == self._num_ranks else self._loaded
+        missing = [rank for rank in range(self._num_ranks) if rank not in awaited]
+        raise RankFailure(
+            f"no rank reported anything for {self._stall_timeout_s:g} s of the start; not ready: rank "
+            f"{', '.join(map(str, missing))}",
+            missing[0] if len(missing) == 1 else None,
+        )
+
+    def _look(self) -> None:
+        now_s = time.monotonic()
+        self._next_look_s = now_s + _LOOK_INTERVAL_S
+        if (failure := self._watch.observe(now_s, self._channel.progress())) is not None:
+            raise failure
+
     def _take(self) -> None:
-        try:
-            rank, data = self._channel.receive(self._stall_timeout_s)
-        except TimeoutError:
-            awaited = self._ready if len(self._loaded) == self._num_ranks else self._loaded
-            missing = [rank for rank in range(self._num_ranks) if rank not in awaited]
-            raise RankFailure(
-                f"no rank reported anything for {self._stall_timeout_s:g} s of the start; not ready: rank "
-                f"{', '.join(map(str, missing))}",
-                missing[0] if len(missing) == 1 else None,
-            ) from None
+        rank, data = self._receive()
         message = decode_message(data, rank)
         if isinstance(message, RankError):
             raise find_culprit(self._channel, message, self._num_ranks)

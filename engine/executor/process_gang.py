@@ -19,7 +19,7 @@ from engine.executor.worker_config import WorkerConfig
 from engine.messages import LayerExperts
 from engine.model_config import ModelConfig
 
-_END_TIMEOUT_S = 8.0
+END_TIMEOUT_S = 8.0
 """A rank that has not left by then is killed."""
 _LOOPBACK = "127.0.0.1"
 STORE_TIMEOUT_S = 120.0
@@ -87,6 +87,11 @@ class ProcessGang(ChannelExecutor):
             bind_address=_LOOPBACK,
         )
 
+    def _check_processes(self) -> None:
+        for rank, process in enumerate(self.processes):
+            if (status := process.poll()) is not None:
+                raise RankFailure(f"rank {rank} ended with status {status} before it was ready", rank)
+
     def reform(self, experts: Sequence[LayerExperts] = ()) -> "ProcessGang":
         """The next formation, of the ranks that live and of new ones in place of those that do not, or that the failure
         names. ``experts``: see InitCache."""
@@ -114,7 +119,7 @@ class ProcessGang(ChannelExecutor):
         super().close()
         for process in self.processes:
             _close_input(process)
-        deadline = time.monotonic() + _END_TIMEOUT_S
+        deadline = time.monotonic() + END_TIMEOUT_S
         for process in self.processes:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))

@@ -41,7 +41,8 @@ class HostRelay:
         self._rank = ranks[0]
         self._is_over = threading.Event()
         self._has_plan = threading.Event()
-        """Set while ranks have something to do."""
+        """Set while ranks have something to do; they begin with their start."""
+        self._has_plan.set()
         self._lost = {rank: threading.Event() for rank in ranks}
         self._threads = [
             threading.Thread(target=self._down, name="relay-down", daemon=True),

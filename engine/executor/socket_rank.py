@@ -15,6 +15,7 @@ from engine.executor.handshake import greet_leader
 from engine.executor.plan_ring import PlanRingReader
 from engine.executor.progress_area import SlotMemory, open_slot, private_slot
 from engine.executor.sockets import connect_when_open, send_all
+from engine.progress import identify
 
 _RECEIVE_BYTES = 2**18
 
@@ -46,6 +47,7 @@ class SocketRankChannel:
         self._ring, self._slot = None, private_slot()
         if descriptors is not None:
             self._ring, self._slot = PlanRingReader(descriptors[0]), open_slot(descriptors[1], self._rank)
+            identify(self._slot)  # it may be stopped before it has anything to compute
         self._reader = FrameReader()
         self._frames: deque[Frame] = deque()
         self._send_lock = threading.Lock()

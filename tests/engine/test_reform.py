@@ -3,6 +3,7 @@ every request goes on with the tokens that it would have had."""
 
 import os
 import signal
+import subprocess
 import time
 from typing import Any
 
@@ -11,6 +12,8 @@ import psutil
 import pytest
 
 from engine.errors import RankFailure
+from engine.executor.gang_start import StartMessage
+from engine.executor.process_gang import END_TIMEOUT_S, ProcessGang
 from engine.executor.rank_message import decode_message
 from engine.executor.socket_hub import SocketHub
 from engine.executor.worker_config import WorkerConfig
@@ -18,7 +21,7 @@ from engine.messages import Hello
 from engine.request import Output, Request
 from tests.parity.architectures import make_reference
 from tests.parity.reference import Reference
-from tests.support.gang_engine import ForkedGangEngine, gang_engine, make_request, tokens_of
+from tests.support.gang_engine import ForkedGangEngine, gang_config, gang_engine, make_request, tokens_of
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -144,3 +147,27 @@ def test_survivors_leave_a_collective_that_a_stopped_rank_never_reaches(dense: R
 
 def worker_config_of(served: ForkedGangEngine, address: str) -> WorkerConfig:
     return msgspec.structs.replace(served.gang.config, rank=0, epoch=9, channel_address=address, secret="secret")
+
+
+def test_a_rank_that_is_stopped_while_it_starts_is_named(dense: Reference) -> None:
+    """Its peer waits for it, and nobody knows how long a start may take."""
+    stopped_s: list[float] = []
+
+    def stop(message: StartMessage) -> None:
+        if isinstance(message, Hello) and message.rank == 1:
+            os.kill(message.pid, signal.SIGSTOP)
+            stopped_s.append(time.monotonic())
+
+    with pytest.raises(RankFailure, match="rank 1 does not go on with its start: its process is stopped") as raised:
+        ProcessGang(gang_config(dense, tp=2), on_message=stop)
+    assert raised.value.rank == 1
+    assert time.monotonic() - stopped_s[0] < END_TIMEOUT_S + 6.0
+
+
+def test_a_process_that_ends_before_it_connects_is_named(dense: Reference) -> None:
+    """Like one that is told to form anew while it dies."""
+    dying = subprocess.Popen(["sleep", "0.2"], stdin=subprocess.PIPE)
+    began_s = time.monotonic()
+    with pytest.raises(RankFailure, match="rank 1 ended with status 0 before it was ready") as raised:
+        ProcessGang(gang_config(dense, tp=2), processes={1: dying})
+    assert raised.value.rank == 1 and time.monotonic() - began_s < END_TIMEOUT_S + 6.0

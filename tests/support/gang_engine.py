@@ -64,8 +64,7 @@ class ForkedGangEngine(GangEngine):
         self.engine.reset(self.epoch, executor=self.gang, cache_config=self.gang.ready.cache)
 
 
-@contextmanager
-def gang_engine(reference: Reference, **changes: Any) -> Iterator[ForkedGangEngine]:
+def gang_config(reference: Reference, **changes: Any) -> WorkerConfig:
     values: dict[str, Any] = {
         "rank": 0,
         "channel_address": "",
@@ -78,7 +77,12 @@ def gang_engine(reference: Reference, **changes: Any) -> Iterator[ForkedGangEngi
         "kv_cache_memory_bytes": 2**20,
         "collective_timeout_s": 20.0,
     }
-    config = WorkerConfig(**values | changes)
+    return WorkerConfig(**values | changes)
+
+
+@contextmanager
+def gang_engine(reference: Reference, **changes: Any) -> Iterator[ForkedGangEngine]:
+    config = gang_config(reference, **changes)
     served = ForkedGangEngine(ProcessGang(config), config)
     try:
         yield served
