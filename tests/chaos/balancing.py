@@ -1,42 +1,54 @@
-"""A rank is killed while experts are on their way between ranks."""
+"""Faults while experts are on their way between ranks."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.chaos.cell import Moment, Row, unfaulted
 from tests.chaos.clients import Client, run_all
 from tests.chaos.comparison import judge
 from tests.chaos.mix import short_prompts
-from tests.chaos.processes import kill
-from tests.chaos.site import POLL_S, OneHost, metric, one_host, pids, settle
+from tests.chaos.processes import kill, stop
+from tests.chaos.site import POLL_S, OneHost, Site, metric, one_host, pids, settle
 
 OPTIONS = ("--tp", "2", "--ep", "2", "--enable-eplb", "--num-redundant-experts", "4", "--spare-ranks", "1")
 MAX_WAVES = 6
 """Of requests, until loads have told the balancer that something should move."""
+FAULTS: dict[str, tuple[Callable[[Site], None], str]] = {
+    "kill -9 rank 1": (kill("rank 1"), "rank 1"),
+    "SIGSTOP rank 0": (stop("rank 0"), "rank 0"),
+    "kill -9 leader": (kill("leader"), "leader"),
+}
+"""Each with who is another one afterwards."""
 
 
 class StrikeAtMove:
-    """Kills a rank when the first layer's experts have moved; those of the other layers follow."""
+    """Strikes when the first layer's experts have moved; those of the other layers follow."""
 
-    def __init__(self, site: OneHost) -> None:
+    def __init__(self, site: OneHost, fault: Callable[[Site], None]) -> None:
         self.struck_s: float | None = None
         self._site = site
+        self._fault = fault
 
     def __call__(self, clients: list[Client]) -> None:
         while any(client.is_alive() for client in clients):
             if metric(self._site.urls[0], "remuda_expert_moves_total"):
                 self.struck_s = time.monotonic()
-                kill("rank 1")(self._site)
+                self._fault(self._site)
                 return
             time.sleep(POLL_S)
 
 
 def balancing(directory: Path) -> Iterator[Row]:
+    for number, (name, (fault, victim)) in enumerate(FAULTS.items()):
+        yield _struck(directory / str(number), name, fault, victim)
+
+
+def _struck(directory: Path, name: str, fault: Callable[[Site], None], victim: str) -> Row:
     """What is expected is asked for afterwards: answers do not depend on where experts are."""
     with one_host(directory, *OPTIONS) as site:
         before = settle(site)
-        strike = StrikeAtMove(site)
+        strike = StrikeAtMove(site, fault)
         waves = 0
         while strike.struck_s is None and waves < MAX_WAVES:
             waves += 1
@@ -49,6 +61,6 @@ def balancing(directory: Path) -> Iterator[Row]:
         wrong = [note for row in rows for note in row.wrong] + list(outcome.notes)
         if strike.struck_s is None:
             wrong.append("no experts moved")
-        elif replaced != ("rank 1",):
+        elif replaced != (victim,):
             wrong.append(f"replaced: {replaced}")
-        yield Row("tp2 ep2", "kill -9 rank 1", "rebalancing", outcome, replaced, tuple(wrong))
+        return Row("tp2 ep2", name, "rebalancing", outcome, replaced, tuple(wrong))

@@ -33,6 +33,16 @@ def stop_shortly(name: str) -> Callable[[Site], None]:
     return strike
 
 
+def kill_program(words: str) -> Callable[[Site], None]:
+    """``kill -9`` of the one process whose program has these words in its name."""
+
+    def strike(site: Site) -> None:
+        (victim,) = [each for each in site.processes() if words in " ".join(each.cmdline()[:1])]
+        victim.kill()
+
+    return strike
+
+
 def only(*names: str) -> frozenset[str]:
     return frozenset(names)
 

@@ -3,7 +3,8 @@
 import contextlib
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -14,36 +15,58 @@ from tests.failover.processes import copy_model
 from tests.support.served import Served, processes_with, shared_memory_files
 
 TIMEOUT_S = 150.0
-FAULTS = {
-    "kill -9 a rank": ("remuda: rank", "ray::Rank"),
-    "kill -9 leader": ("remuda: leader", "ray::LeaderProcess"),
-    "kill -9 raylet": ("raylet/raylet",),
-    "kill -9 GCS": ("gcs_server",),
-    "kill -9 control process": ("remuda: control",),
-    "kill -9 serve": ("bin/remuda serve",),
-}
-"""What the victim's command line has in it. Ray names a process after the call that it is in."""
-SURVIVED = ("kill -9 a rank", "kill -9 leader")
-"""The start succeeds all the same."""
 _BEGINS_TO_LOAD = "connecting ranks"
+
+
+@dataclass(frozen=True)
+class StartFault:
+    """``strike``: called when ranks connect. ``replaced``: the process that is another one afterwards. Where the start
+    does not survive, ``status`` is what the server ends with."""
+
+    name: str
+    strike: Callable[[Served], object]
+    survives: bool = False
+    replaced: str | None = None
+    status: int = 1
+
+
+def on(number: signal.Signals, *titles: str) -> Callable[[Served], object]:
+    """A signal to the process whose command line has one of these in it. Ray names a process after the call that it is
+    in."""
+    return lambda served: _wait_for(served, titles).send_signal(number)
+
+
+_RANK = ("remuda: rank", "ray::Rank")
+FAULTS = (
+    StartFault("kill -9 a rank", on(signal.SIGKILL, *_RANK), survives=True, replaced="a rank"),
+    StartFault("SIGSTOP a rank", on(signal.SIGSTOP, *_RANK), survives=True, replaced="a rank"),
+    StartFault(
+        "kill -9 leader", on(signal.SIGKILL, "remuda: leader", "ray::LeaderProcess"), survives=True, replaced="leader"
+    ),
+    StartFault("kill -9 raylet", on(signal.SIGKILL, "raylet/raylet")),
+    StartFault("kill -9 GCS", on(signal.SIGKILL, "gcs_server")),
+    StartFault("kill -9 control process", on(signal.SIGKILL, "remuda: control")),
+    StartFault("kill -9 serve", on(signal.SIGKILL, "bin/remuda serve"), status=-signal.SIGKILL),
+)
 
 
 def starting(directory: Path) -> Iterator[Row]:
     copy_model(directory / "model")
-    for fault, titles in FAULTS.items():
-        yield _start(directory, fault, titles)
+    for fault in FAULTS:
+        yield struck(directory, fault)
 
 
-def _start(directory: Path, fault: str, titles: Sequence[str]) -> Row:
+def struck(directory: Path, fault: StartFault, temporary: Path = Path("/tmp")) -> Row:
+    """``directory`` has the model. ``temporary``: the server's TMPDIR."""
     files = shared_memory_files()
-    served = Served((str(directory / "model"), "--tp", "2", "--dtype", "float32"), directory / "serve.log")
+    served = Served((str(directory / "model"), "--tp", "2", "--dtype", "float32"), directory / "serve.log", temporary)
     served.start()
     assert served.process is not None
     wrong = []
     try:
-        victim = _wait_for(served, titles)
+        _wait_until_it_loads(served)
         struck_s = time.monotonic()
-        victim.kill()
+        fault.strike(served)
         wrong += _after(served, fault)
         pause_s = time.monotonic() - struck_s
     finally:
@@ -55,29 +78,35 @@ def _start(directory: Path, fault: str, titles: Sequence[str]) -> Row:
             process.kill()
     if new := {name for name in shared_memory_files() - files if "remuda" in name}:
         wrong.append(f"left in shared memory: {new}")
-    outcome = Outcome(0, 0, 0, 0, pause_s, ())
-    became = "ready" if fault in SURVIVED else f"ended, status {served.process.returncode}"
-    replaced = (fault.removeprefix("kill -9 "),) if fault in SURVIVED else ()
-    return Row("tp2", fault, f"loading: {became}", outcome, replaced, tuple(wrong))
+    became = "ready" if fault.survives else f"ended, status {served.process.returncode}"
+    replaced = () if fault.replaced is None else (fault.replaced,)
+    return Row("tp2", fault.name, f"loading: {became}", Outcome(0, 0, 0, 0, pause_s, ()), replaced, tuple(wrong))
+
+
+def _wait_until_it_loads(served: Served) -> None:
+    """Or until it has ended."""
+    assert served.process is not None
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while _BEGINS_TO_LOAD not in served.log.read_text() and served.process.poll() is None:
+        assert time.monotonic() < deadline_s, served.log.read_text()
+        time.sleep(0.01)
 
 
 def _wait_for(served: Served, titles: Sequence[str]) -> psutil.Process:
-    """The process, once ranks connect."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline_s:
-        if _BEGINS_TO_LOAD in served.log.read_text():
-            for process in processes_with(served.mark):
-                with contextlib.suppress(psutil.Error):
-                    if any(title in " ".join(process.cmdline()) for title in titles):
-                        return process
+        for process in processes_with(served.mark):
+            with contextlib.suppress(psutil.Error):
+                if any(title in " ".join(process.cmdline()) for title in titles):
+                    return process
         time.sleep(0.01)
     raise AssertionError(f"{titles[0]} did not appear:\n{served.log.read_text()}")
 
 
-def _after(served: Served, fault: str) -> list[str]:
+def _after(served: Served, fault: StartFault) -> list[str]:
     """What is wrong."""
     assert served.process is not None
-    if fault in SURVIVED:
+    if fault.survives:
         try:
             served.wait_ready()
         except AssertionError as error:
@@ -87,11 +116,11 @@ def _after(served: Served, fault: str) -> list[str]:
         status = served.process.wait(TIMEOUT_S)
     except Exception as error:
         return [f"did not end: {error}"]
-    if fault == "kill -9 serve":
-        return [] if status == -signal.SIGKILL else [f"status {status}"]
+    wrong = [] if status == fault.status else [f"status {status}"]
+    if status < 0:
+        return wrong
     log = served.log.read_text()
     errors = [line for line in log.splitlines() if line.startswith("remuda: ")]
-    wrong = [] if status == 1 else [f"status {status}"]
     if len(errors) != 1:
         wrong.append(f"{len(errors)} errors instead of one: {errors}")
     if "Traceback" in log:

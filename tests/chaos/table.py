@@ -1,6 +1,7 @@
-"""``make chaos``: every fault, at every moment, with every kind of request; prints and writes the table."""
+"""``make chaos``: every fault, at every moment, with every kind of request; prints the rows and writes them down."""
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,10 +18,15 @@ GROUPS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "stops": processes.stops,
     "balancing": balancing.balancing,
     "links": hosts.links,
-    "hosts": hosts.hosts,
+    "head": hosts.head,
+    "lost-raylet": hosts.lost_raylet,
+    "lost-link": hosts.lost_link,
+    "lost-packets": hosts.lost_packets,
     "disk": disk.disk_full,
+    "disk-at-start": disk.disk_full_at_start,
     "control-plane": control_plane.control_plane,
     "starting": starting.starting,
+    "starting-hosts": hosts.starting_hosts,
     "front-ends": front_ends.front_ends,
 }
 FILE = Path(__file__).parents[2] / "docs" / "chaos.md"
@@ -35,19 +41,6 @@ COLUMNS = (
     "longest pause, s",
     "new",
 )
-TEXT = """# What breaks, and what clients see of it
-
-`make chaos` writes this table: commit {commit}, {seconds:.0f} s.
-
-While requests of every kind run at once (greedy; seeded with penalties; two choices; log-probabilities; a JSON schema;
-a tool call; most of them streamed, some asked for whole) something is broken in real processes of `remuda serve`. Every
-answer is held against the same request's without a fault: tokens, text, tool calls, finish reasons and usage equal,
-log-probabilities to 0.001. *Lost* ended with an error or without some of its tokens, *duplicated* had more than it
-should, *differ* had other ones. The pause is the longest of any stream between two events after the fault, or before
-its first. *New* are the processes that are others afterwards; all that are not named kept theirs.
-
-{table}
-"""
 
 
 def cells_of(row: Row) -> list[str]:
@@ -70,11 +63,23 @@ def as_table(rows: list[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def run(groups: list[str]) -> Iterator[Row]:
-    """Rows as they come."""
-    for name in groups:
-        with tempfile.TemporaryDirectory(prefix="remuda-chaos-") as directory:
-            yield from GROUPS[name](Path(directory))
+def with_section(text: str, group: str, found: str) -> str:
+    """The document with what was found in place of what was found before: in the section ``## `GROUP` …``, from the
+    line that begins with "Commit" to the next heading. Raises ValueError where it has no such section."""
+    section = re.compile(rf"(^## `{group}`.*?\n)(Commit .*?)?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+    if len(section.findall(text)) != 1:
+        raise ValueError(f"no section `{group}`")
+    return section.sub(lambda match: f"{match[1].rstrip()}\n\n{found}\n\n", text).rstrip() + "\n"
+
+
+def run(group: str) -> list[Row]:
+    """Prints each row as it comes."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="remuda-chaos-") as directory:
+        for row in GROUPS[group](Path(directory)):
+            rows.append(row)
+            print("  ".join(cells_of(row)), *(f"\n    {line}" for line in row.wrong), flush=True)
+    return rows
 
 
 def main() -> int:
@@ -85,19 +90,16 @@ def main() -> int:
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; default: all")
     parser.add_argument("--no-write", action="store_true", help="leave docs/chaos.md as it is")
     arguments = parser.parse_args()
-    groups = arguments.groups or list(GROUPS)
-    began_s = time.monotonic()
-    rows = []
-    for row in run(groups):
-        rows.append(row)
-        print("  ".join(cells_of(row)), *(f"\n    {line}" for line in row.wrong), flush=True)
-    table = as_table(rows)
-    print(f"\n{table}")
-    if not arguments.no_write:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        seconds = time.monotonic() - began_s
-        FILE.write_text(TEXT.format(commit=commit.stdout.strip(), seconds=seconds, table=table))
-    return int(any(row.wrong for row in rows))
+    is_wrong = False
+    for group in arguments.groups or GROUPS:
+        began_s = time.monotonic()
+        rows = run(group)
+        is_wrong |= any(row.wrong for row in rows)
+        if not arguments.no_write:
+            git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+            found = f"Commit {git.stdout.strip()}, {time.monotonic() - began_s:.0f} s.\n\n{as_table(rows)}"
+            FILE.write_text(with_section(FILE.read_text(), group, found))
+    return int(is_wrong)
 
 
 if __name__ == "__main__":
