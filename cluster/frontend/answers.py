@@ -70,7 +70,12 @@ class Answers:
         return EventStream(events, failed, form, framing, self._settings.ping_interval_s, had, resumes=True)
 
     def shown(
-        self, events: AsyncGenerator[Event, None], failed: asyncio.Event, form: Chunks, framing: Framing
+        self,
+        events: AsyncGenerator[Event, None],
+        failed: asyncio.Event,
+        form: Chunks,
+        framing: Framing,
+        has_begun: bool = False,
     ) -> Response:
-        """Events that somebody else has had computed."""
-        return EventStream(events, failed, form, framing, self._settings.ping_interval_s)
+        """Events of a request that runs by itself. ``has_begun``: another client was told so before."""
+        return EventStream(events, failed, form, framing, self._settings.ping_interval_s, has_begun=has_begun)

@@ -1,5 +1,6 @@
 """The HTTP API: OpenAI's endpoints, tokenizer, health and metrics, and the other APIs beside them."""
 
+import importlib.metadata
 import time
 import uuid
 
@@ -33,6 +34,7 @@ from cluster.frontend.openai_schema import (
     TokenizeBody,
     UnloadAdapterBody,
 )
+from cluster.frontend.openapi import openapi_document
 from cluster.frontend.responses.routes import ResponsesApi
 from cluster.frontend.service import Service
 from cluster.frontend.sse import OpenAiFraming
@@ -64,6 +66,7 @@ class HttpApi:
             Route("/detokenize", self.detokenize, methods=["POST"]),
             *health_routes(self._health),
             Route("/metrics", self.render_metrics),
+            Route("/openapi.json", self.openapi),
         ]
 
     async def list_models(self, request: Request) -> Response:
@@ -163,6 +166,9 @@ class HttpApi:
     async def detokenize(self, request: Request) -> Response:
         body = parse_body(DetokenizeBody, await self._body(request))
         return JsonResponse({"prompt": await self._service.detokenize(body.tokens, body.model)})
+
+    async def openapi(self, request: Request) -> Response:
+        return JsonResponse(openapi_document(importlib.metadata.version("remuda")))
 
     async def render_metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})

@@ -24,6 +24,7 @@ PERMISSIONS: Final[dict[str, Permission]] = {
 }
 """What a path asks for; any other one, known or not, asks for INFER."""
 
+_NAMING_PATHS = ("/v1/models", "/v1/responses")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _IDENTITY_HEADERS = frozenset(name.encode() for name in IDENTITY_HEADERS)
 
@@ -65,8 +66,13 @@ class Gate:
             if status is None and not isinstance(error, Cancelled):
                 await error_response(error, path)(scope, receive, send_with_id)
             status = mapping_of(error).http_status
-        route = path if path in self._paths else "/v1/models" if path.startswith("/v1/models/") else "other"
-        self._metrics.http_response(route, status or 500)
+        self._metrics.http_response(self._label(path), status or 500)
+
+    def _label(self, path: str) -> str:
+        """Of a path that names a thing, what kind of thing."""
+        if path in self._paths:
+            return path
+        return next((known for known in _NAMING_PATHS if path.startswith(f"{known}/")), "other")
 
     async def _admitted(self, scope: Scope) -> Principal:
         """Before a byte of the body is read. Raises Unauthenticated, PermissionDenied, Unavailable."""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from cluster.frontend.calls import (
     ChatPrompt,
@@ -38,6 +38,18 @@ MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 _MAX_IDS = 2_500_000
 _TOKEN_ID = re.compile("[0-9]{1,10}")
+
+# Checked by hand, because they may be very long or their errors need other words than a union's.
+_STRINGS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_ID_LISTS = {"type": "array", "items": _IDS, "minItems": 1}
+_PROMPT = {"anyOf": [{"type": "string", "minLength": 1}, _STRINGS, _IDS, _ID_LISTS]}
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_INPUT = {"anyOf": [{"type": "string"}, _STRINGS, {"type": "array", "items": _PART, "minItems": 1}]}
 
 
 class Body(BaseModel):
@@ -148,7 +160,7 @@ class CompletionBody(_GenerateBody):
 
     max_values: ClassVar[int] = _MAX_IDS
 
-    prompt: Any = None
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT)] = None
     suffix: str | None = None
     best_of: int | None = None
     echo: bool | None = None
@@ -343,7 +355,7 @@ class UnloadAdapterBody(Body):
 class ModerationBody(Body):
     """POST /v1/moderations."""
 
-    input: Any = None
+    input: Annotated[Any, WithJsonSchema(_INPUT)] = None
 
     def texts(self) -> list[str]:
         """One per result: each string is an input, and so is a list of parts. Raises InvalidRequest."""

@@ -74,6 +74,7 @@ class EventStream(Response):
         cursor: where the client is; each event then has an id, from which it can go on over another connection.
         resumes: the client had what is before the cursor; ``events`` begin at the beginning.
         ping_interval_s: after so long without anything to say, a comment keeps the connection busy.
+        has_begun: the request was found good long ago; the status does not wait.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class EventStream(Response):
         ping_interval_s: float,
         cursor: Cursor | None = None,
         resumes: bool = False,
+        has_begun: bool = False,
     ) -> None:
         super().__init__(
             media_type=framing.media_type, headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -97,6 +99,7 @@ class EventStream(Response):
         self._cursor = cursor
         self._remainder = Remainder(cursor) if cursor is not None and resumes else None
         self._ping_interval_s = ping_interval_s
+        self._has_begun = has_begun
         self._is_open = False
         self._unsent: list[bytes] = []
         self._last_sent_s = 0.0
@@ -122,6 +125,8 @@ class EventStream(Response):
 
     async def _write_all(self, send: Send) -> None:
         try:
+            if self._has_begun:
+                await self._send_unsent(send)
             async with aclosing(self._events) as events:
                 async for event in events:
                     if self._cursor is not None:

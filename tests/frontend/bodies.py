@@ -5,6 +5,15 @@ from typing import Any
 
 EOT = 2036
 USER = [{"role": "user", "content": "Hi"}]
+CONVERSATION = """{{ bos_token }}
+{%- for tool in tools or [] %}{{ tool.function.name }}
+{% endfor %}
+{%- for message in messages -%}
+{{ message.role }}: {{ message.content }}
+{% for call in message.tool_calls or [] %}{{ call.function | tojson }}
+{% endfor %}
+{%- endfor %}"""
+"""A chat template that takes everything: several calls at once, and results in any order."""
 
 
 def chat(**changes: Any) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from cluster.frontend.tokenizer import Tokenizer
 from engine.errors import EngineFailure
 from engine.request import GrammarKind, Output, Request
 from tests.frontend import tokenizers_for_tests
-from tests.frontend.bodies import EOT
+from tests.frontend.bodies import CONVERSATION, EOT
 from tests.frontend.scripted import ScriptedBackend, says
 from tests.frontend.servers import Served, served
-from tests.frontend.test_templates import SOURCES, TOOLS
+from tests.frontend.test_templates import TOOLS
 from tests.frontend.test_tools_http import TWO_CALLS, WEATHER, end_of, ids_of, saying
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -36,7 +36,7 @@ async def client_of(backend: Any, **changes: Any) -> AsyncIterator[tuple[ollama.
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tokenizers_for_tests.byte_level(tmp_path_factory.mktemp("ollama") / "m", SOURCES["llama31"])
+    return tokenizers_for_tests.byte_level(tmp_path_factory.mktemp("ollama") / "m", CONVERSATION)
 
 
 async def test_streams_say_what_whole_answers_say() -> None:
@@ -96,9 +96,8 @@ async def test_format_becomes_a_grammar() -> None:
         grammars = [request.sampling.grammar for request in one.backend.requests]
         assert [grammar.kind for grammar in grammars] == [GrammarKind.JSON_SCHEMA] * 2
         assert grammars[0].text == '{"type":"object"}' and '"integer"' in grammars[1].text
-        with pytest.raises(ollama.ResponseError, match="format must be") as caught:
-            await client.generate("m", "Hello", format="xml")  # type: ignore[call-overload]
-        assert caught.value.status_code == 400
+        refused = await one.http.post("/api/generate", json={"model": "m", "prompt": "Hello", "format": "xml"})
+        assert refused.status_code == 400 and "format must be" in refused.json()["error"]
 
 
 async def test_logprobs() -> None:

@@ -16,10 +16,9 @@ from cluster.frontend.tokenizer import Tokenizer
 from engine.errors import EngineFailure
 from engine.request import GrammarKind, Output, Request
 from tests.frontend import tokenizers_for_tests
-from tests.frontend.bodies import EOT
+from tests.frontend.bodies import CONVERSATION, EOT
 from tests.frontend.scripted import Gate, ScriptedBackend, says
 from tests.frontend.servers import Served, served
-from tests.frontend.test_templates import SOURCES
 from tests.frontend.test_tools_http import TWO_CALLS, WEATHER, end_of, ids_of, saying
 
 SAID = [300, 301, 302, 303, 304, 305]
@@ -168,7 +167,7 @@ async def test_conversations(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tokenizers_for_tests.byte_level(tmp_path_factory.mktemp("responses") / "m", SOURCES["llama31"])
+    return tokenizers_for_tests.byte_level(tmp_path_factory.mktemp("responses") / "m", CONVERSATION)
 
 
 async def test_forms_of_text_and_choices_become_grammars(path: Path) -> None:

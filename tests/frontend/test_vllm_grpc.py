@@ -110,7 +110,9 @@ async def test_abort() -> None:
         await stub_of(one).Abort(pb.AbortRequest(request_ids=["other"]), timeout=20)
         assert one.backend.live
         await stub_of(one).Abort(pb.AbortRequest(request_ids=["q"]), timeout=20)
-        rest = [response async for response in call]
+        rest = [first]
+        while (response := await call.read()) is not grpc.aio.EOF:
+            rest.append(response)
         assert rest[-1].complete.finish_reason == "abort"
         assert list(rest[-1].complete.output_ids) == SAID[: len(rest[-1].complete.output_ids)]
         await one.backend.until(lambda: bool(one.backend.aborted))

@@ -63,7 +63,7 @@ class ResponsesApi:
             return self._shown(stored)
         form = self._form(stored, _starting_after(request))
         events, failed = self._responses.follow(stored)
-        return self._answers.shown(events, failed, form, form)
+        return self._answers.shown(events, failed, form, form, has_begun=True)
 
     async def delete(self, request: Request) -> Response:
         response_id = request.path_params["response_id"]
