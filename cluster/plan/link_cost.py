@@ -56,12 +56,12 @@ def expert_exchange_traffic(
 ) -> StepTraffic:
     """What a step sends out of a host whose ``ranks_per_host`` of a stage's ``ranks`` ranks exchange tokens.
 
-    Each layer with experts sends tokens to them and takes the outputs back. ``num_tokens``: of all ranks; each goes to
-    ``num_experts_per_token`` experts, which are taken to lie anywhere.
+    Each layer with experts sends tokens to them and takes the outputs back. ``num_tokens``: of all ranks; each has
+    ``num_experts_per_token`` experts, which are taken to lie anywhere, and goes once to each rank that has any.
     """
     layers = [layer.moe for layer in model.layers if layer.moe is not None]
-    copies = num_tokens * sum(moe.num_experts_per_token for moe in layers)
-    there = copies * ranks_per_host * (ranks - ranks_per_host) // ranks**2
+    share_of_ranks = sum(1 - (1 - 1 / ranks) ** moe.num_experts_per_token for moe in layers)
+    there = int(num_tokens * share_of_ranks * ranks_per_host * (ranks - ranks_per_host) / ranks)
     return StepTraffic(2 * len(layers), 2 * there * model.hidden_size * bytes_per_number)
 
 

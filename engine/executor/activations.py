@@ -89,16 +89,24 @@ def _exchange(moe: MoeConfig, parallel: ParallelConfig, size: int, b: int, copy:
     """Bytes per token where tokens come from all dp groups, as if all of them met at this rank's experts. ``copy``:
     bytes of a number's float32 copy, if it has one."""
     width = moe.intermediate_size // parallel.expert_tp
-    sent = -(-moe.num_experts_per_token * parallel.expert_tp // parallel.tp)
-    received = parallel.dp * min(moe.num_experts_per_token, parallel.num_expert_slots(moe.num_experts))
-    row = b * size
-    numbers = _ROW_NUMBERS_BYTES * (sent + received)
-    # Rows gathered, weighted and with their labels; rows on both sides, and the received sorted; the experts' inputs
-    # and outputs, and one expert's widths for all tokens; outputs on both sides, those that came back twice, their sum.
-    posting = sent * (2 * row + copy * size)
-    receiving = (sent + 2 * received) * row
-    computing = 2 * received * row + parallel.dp * (4 * b * width + row)
-    combining = 2 * received * row + 2 * sent * row + 3 * _FLOAT32_BYTES * size
+    chosen = moe.num_experts_per_token
+    sent = -(-min(chosen, parallel.ep) * parallel.expert_tp // parallel.tp)
+    sent_pairs = -(-chosen * parallel.expert_tp // parallel.tp)
+    received, pairs = parallel.dp, parallel.dp * min(chosen, parallel.num_expert_slots(moe.num_experts))
+    row, wide = b * size, _FLOAT32_BYTES * size
+    numbers = _ROW_NUMBERS_BYTES * (sent_pairs + pairs + sent + received)
+    # Rows gathered, and with their labels; rows on both sides; the received and each expert's input, weighted; inputs
+    # and outputs, and one expert's widths for all tokens.
+    posting = 2 * sent * row
+    receiving = max(sent + received, received + pairs) * row + pairs * copy * size
+    computing = 2 * pairs * row + parallel.dp * (4 * b * width + row)
+    if parallel.is_deterministic:
+        # Outputs in both orders; on both sides; those that came back twice, their sum.
+        combining = max(2 * pairs, pairs + sent_pairs) * row + 2 * sent_pairs * row + 3 * wide
+    else:
+        # Outputs, also weighted, and their sums; sums on both sides; those that came back and their sum.
+        combining = pairs * (row + wide) + received * (wide + row)
+        combining = max(combining, (received + sent) * row, sent * (row + copy * size) + wide + row)
     return numbers + max(posting, receiving, computing, combining)
 
 

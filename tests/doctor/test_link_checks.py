@@ -1,6 +1,7 @@
 """Checks of links on planted measurements, the price of a link, and who measures when."""
 
 import itertools
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -16,7 +17,13 @@ from cluster.doctor.check_links import (
 from cluster.doctor.facts import LinkFacts
 from cluster.doctor.finding import Level
 from cluster.doctor.rounds import measuring_rounds
-from cluster.plan.link_cost import Link, StepTraffic, predicted_loss, tensor_parallel_traffic
+from cluster.plan.link_cost import (
+    Link,
+    StepTraffic,
+    expert_exchange_traffic,
+    predicted_loss,
+    tensor_parallel_traffic,
+)
 from cluster.replica.model_source import ModelSource
 from engine.model_config import ModelConfig
 
@@ -98,6 +105,21 @@ def test_ranks_that_exchange_tokens_are_priced_over_the_whole_stage() -> None:
         Level.WARN, "exchange of tokens over", "rank 0 → rank 2"
     )  # fmt: skip
     assert bad.value.startswith("80% of a decode step would be lost: 16 exchanges of 10.00 ms")
+
+
+def test_a_token_is_sent_once_to_a_rank_whatever_experts_it_has_there() -> None:
+    model = ModelConfig.from_directory(ModelSource("remuda-tiny").directory())
+    mixtures = [layer.moe for layer in model.layers if layer.moe]
+    row_bytes = model.hidden_size * 4
+    # Of 64 tokens of one rank half go to the other, where one expert is chosen for each, and as many come back.
+    assert {moe.num_experts_per_token for moe in mixtures} == {1}
+    once = expert_exchange_traffic(model, 2, 1, 128, 4)
+    assert once == StepTraffic(2 * len(mixtures), 2 * len(mixtures) * 32 * row_bytes)
+    layers = tuple(
+        replace(layer, moe=layer.moe and replace(layer.moe, num_experts_per_token=2)) for layer in model.layers
+    )
+    twice = expert_exchange_traffic(replace(model, layers=layers), 2, 1, 128, 4)
+    assert twice.num_bytes == once.num_bytes * 3 // 2
 
 
 def test_traffic_of_a_step_from_shapes() -> None:

@@ -1,16 +1,20 @@
 """Tokens of several dp groups reach the ranks of their experts and come back whole, over any placement of the experts,
 against a dense mixture in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from engine.batch import StepAdapters
-from engine.config import ParallelConfig
+from engine.config import Determinism, ParallelConfig
 from engine.parallel.all_to_all_dispatch import AllToAllDispatch
+from engine.parallel.collectives import Collectives, ReceivedRows
 from engine.parallel.distributed import init_distributed
 from engine.parallel.expert_balance import ExpertPlacement, balanced_placement, linear_placement
 from engine.parallel.expert_table import ExpertTable
+from engine.parallel.lasting_axis import LastingAxis
 from tests.support.rank_pool import RankContext, run_ranks
 
 pytestmark = pytest.mark.timeout(90)
@@ -114,13 +118,74 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.parametrize("determinism", [Determinism.OFF, Determinism.D1])
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=lambda p: f"dp{p.dp}-tp{p.tp}-ep{p.ep}")
-def test_groups_get_what_a_dense_mixture_gives(parallel: ParallelConfig, seed: int) -> None:
+def test_groups_get_what_a_dense_mixture_gives(parallel: ParallelConfig, determinism: Determinism, seed: int) -> None:
+    parallel = replace(parallel, determinism=determinism)
     assert sum(run_ranks(mixtures, parallel.num_ranks, parallel, seed)) > 0
 
 
-def rounded_once(context: RankContext) -> bool:
-    """bfloat16 through the tile kernels' formats: K × expert_tp summands are added in float32."""
+def in_one_order(context: RankContext) -> bool:
+    """Whether the sums are, bit by bit, those by ascending expert, wherever the experts are. Each multiplies."""
+    parallel = ParallelConfig(dp=2, ep=2, determinism=Determinism.D1)
+    mesh = init_distributed(parallel, context.rank, context.store, torch.device("cpu"), 20.0)
+    random, generator = np.random.default_rng(7), torch.Generator().manual_seed(context.rank)
+    factors = torch.rand(NUM_EXPERTS)
+    factors = mesh.stage.broadcast(factors)
+    are_equal = True
+    for _ in range(10):
+        placement = random_placement(random, parallel.ep)
+        hidden = torch.randn(11, HIDDEN, generator=generator)
+        scores, ids = torch.rand(11, NUM_EXPERTS, generator=generator).topk(3, dim=-1)
+        dispatched = AllToAllDispatch(mesh, ExpertTable(NUM_EXPERTS, placement), scales_inputs=False).dispatch(
+            hidden, ids, scores
+        )
+        arrived = dispatched.receive()
+        local = torch.tensor(placement.slots[mesh.ep_rank]).repeat_interleave(arrived.counts)
+        combined = dispatched.combine(arrived.tokens * factors[local, None])
+        ids, order = ids.sort(dim=1)
+        scores = scores.gather(1, order)
+        expected = torch.zeros_like(hidden)
+        for chosen in range(3):
+            expected += hidden * factors[ids[:, chosen], None] * scores[:, chosen, None]
+        are_equal &= torch.equal(combined, expected)
+    return are_equal
+
+
+def test_sums_have_one_order_under_d1() -> None:
+    assert run_ranks(in_one_order, 2) == [True, True]
+
+
+class CountedAxis(LastingAxis):
+    """Notes how many rows go to which rank, one all-to-all after the other."""
+
+    def __init__(self, group: Collectives) -> None:
+        super().__init__(group)
+        self.counts: list[list[int]] = []
+
+    def post_rows(self, rows: torch.Tensor, counts: torch.Tensor, expected: torch.Tensor | None = None) -> ReceivedRows:
+        self.counts.append(counts.tolist())
+        return super().post_rows(rows, counts, expected)
+
+
+def rows_sent(context: RankContext) -> list[list[int]]:
+    """There and back. Rank 0 has three tokens; experts 0 to 3 are on rank 0, 4 to 7 on rank 1."""
+    mesh = init_distributed(ParallelConfig(dp=2, ep=2), context.rank, context.store, torch.device("cpu"), 20.0)
+    axis = CountedAxis(mesh.stage)
+    table = ExpertTable(NUM_EXPERTS, linear_placement(NUM_EXPERTS, 2, 4))
+    dispatch = AllToAllDispatch(replace(mesh, stage=axis), table, scales_inputs=False)
+    ids = torch.tensor([[0, 1, 2], [4, 3, 5], [7, 6, 5]]) if context.rank == 0 else torch.empty(0, 3, dtype=torch.int64)
+    dispatched = dispatch.dispatch(torch.ones(len(ids), HIDDEN), ids, torch.ones(len(ids), 3))
+    assert torch.equal(dispatched.combine(dispatched.receive().tokens), torch.full((len(ids), HIDDEN), 3.0))
+    return axis.counts
+
+
+def test_a_token_travels_once_to_each_rank_that_has_its_experts() -> None:
+    assert run_ranks(rows_sent, 2) == [[[2, 2], [2, 0]], [[0, 0], [2, 0]]]
+
+
+def rounded_twice(context: RankContext) -> bool:
+    """bfloat16 through the tile kernels' formats: summands are added in float32, and rounded at either end."""
     parallel = ParallelConfig(dp=2, ep=1)
     mesh = init_distributed(parallel, context.rank, context.store, torch.device("cpu"), 20.0)
     dispatch = AllToAllDispatch(mesh, ExpertTable(4, linear_placement(4, 1, 4)), scales_inputs=False)
@@ -134,5 +199,5 @@ def rounded_once(context: RankContext) -> bool:
     return bool(((combined.double() - exact).abs() <= exact.abs() * 2**-8).all())
 
 
-def test_sums_are_rounded_once() -> None:
-    assert run_ranks(rounded_once, 2) == [True, True]
+def test_sums_are_rounded_at_either_end() -> None:
+    assert run_ranks(rounded_twice, 2) == [True, True]

@@ -61,5 +61,5 @@ def test_the_formula_bounds_the_largest_steps(dtype: Dtype) -> None:
     measured = max(run_ranks(largest_steps, parallel.num_ranks, parallel, dtype))
     step = StepSize(NUM_TOKENS, NUM_REQUESTS, NUM_TOKENS)
     formula = activation_bytes(CONFIG, parallel, step, dtype) + input_bytes(step, 1, 16)
-    # Kernels of some CPUs need less than the formula assumes in bfloat16.
-    assert measured <= formula <= 2 * measured
+    # Kernels of some CPUs hold no widths of a whole expert in bfloat16, as the formula assumes.
+    assert measured <= formula <= (3 if dtype is Dtype.BFLOAT16 else 2) * measured
