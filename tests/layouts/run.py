@@ -135,6 +135,8 @@ def largest_difference(reference: Reference, parallel: ParallelConfig, answer: A
         assert tokens_of(outputs) == generated.token_ids[len(prompt) :], name
         if name.startswith("first"):
             differences.append(_of_logprobs(outputs, prompt, generated))
+    again = [outputs[-1] for name, outputs in answer.outputs.items() if name.startswith("again")]
+    assert any(output.num_cached_tokens for output in again), "no beginning was found in the cache"
     return max(differences)
 
 
