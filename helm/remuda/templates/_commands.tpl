@@ -1,0 +1,130 @@
+{{/* The command lines of all containers, in one place. */}}
+
+{{/* Of the leader pod: Ray's head, the leader and the first ranks; it waits for the replica's other hosts. */}}
+{{- define "remuda.engineCommand" -}}
+command: [remuda, engine]
+args:
+  {{- include "remuda.modelArgs" . | nindent 2 }}
+  - --secret-file=/etc/remuda/cluster/cluster-secret
+  - --hosts={{ .Values.engine.hosts }}
+  - --devices={{ .Values.engine.devicesPerHost }}
+  - --node-ip=$(POD_IP)
+  - --ray-port=6379
+  - --leader-port=50052
+  - --health-port=8080
+  {{- if .Values.tls.internal.enabled }}
+  - --internal-tls=/etc/remuda/internal-tls
+  {{- end }}
+  {{- if .Values.inferencePool.enabled }}
+  - --port={{ .Values.frontend.httpPort }}
+  {{- include "remuda.securityArgs" . | nindent 2 }}
+  {{- end }}
+  {{- include "remuda.extraModelArgs" . | nindent 2 }}
+{{- end -}}
+
+{{/* Of the replica's other pods: joins the leader pod's Ray. */}}
+{{- define "remuda.workerCommand" -}}
+command: [remuda, worker]
+args:
+  - --head=$({{ ternary "FQ_RAY_IP" "LWS_LEADER_ADDRESS" (eq .Values.engine.mode "kuberay") }}):6379
+  - --secret-file=/etc/remuda/cluster/cluster-secret
+  - --device={{ .Values.engine.device }}
+  - --devices={{ .Values.engine.devicesPerHost }}
+  - --node-ip=$(POD_IP)
+  - --health-port=8080
+  - --drain-timeout={{ .Values.engine.drainSeconds }}
+  {{- if .Values.tls.internal.enabled }}
+  - --internal-tls=/etc/remuda/internal-tls
+  {{- end }}
+{{- end -}}
+
+{{/* Of the pods of engine.mode single: front end, leader and ranks. */}}
+{{- define "remuda.serveCommand" -}}
+command: [remuda, serve]
+args:
+  {{- include "remuda.modelArgs" . | nindent 2 }}
+  - --host=0.0.0.0
+  - --port={{ .Values.frontend.httpPort }}
+  - --grpc-port={{ .Values.frontend.grpcPort }}
+  {{- include "remuda.securityArgs" . | nindent 2 }}
+  {{- if eq .Values.engine.device "cpu" }}
+  - --cpu-slots={{ .Values.engine.devicesPerHost }}
+  {{- end }}
+  {{- include "remuda.extraModelArgs" . | nindent 2 }}
+{{- end -}}
+
+{{- define "remuda.frontendCommand" -}}
+command: [remuda, frontend]
+args:
+  - {{ include "remuda.modelPath" . | quote }}
+  - --served-model-name={{ include "remuda.servedName" . }}
+  - --discover=kubernetes:$(POD_NAMESPACE)/{{ include "remuda.fullname" . }}-leaders
+  - --secret-file=/etc/remuda/cluster/cluster-secret
+  - --host=0.0.0.0
+  - --port={{ .Values.frontend.httpPort }}
+  - --grpc-port={{ .Values.frontend.grpcPort }}
+  {{- include "remuda.securityArgs" . | nindent 2 }}
+  - --drain-timeout={{ .Values.frontend.drainSeconds }}
+  {{- if .Values.rbac.watchNodes }}
+  - --watch-nodes
+  {{- end }}
+  {{- if .Values.tls.internal.enabled }}
+  - --internal-tls=/etc/remuda/internal-tls
+  {{- end }}
+  {{- range .Values.frontend.extraArgs }}
+  - {{ . | quote }}
+  {{- end }}
+{{- end -}}
+
+{{/* Of `helm test`. */}}
+{{- define "remuda.generateCommand" -}}
+command: [remuda, generate, Hello, --max-tokens=4]
+args:
+  - --target={{ include "remuda.fullname" . }}.{{ .Release.Namespace }}.svc:{{ .Values.frontend.grpcPort }}
+  {{- if .Values.tests.tokenSecret }}
+  - --api-key-file=/etc/remuda/token/token
+  {{- else if include "remuda.makesKey" . }}
+  - --api-key-file=/etc/remuda/keys/{{ .Values.auth.key }}
+  {{- end }}
+  {{- if .Values.tls.clients.enabled }}
+  - --ca-file=/etc/remuda/tls/ca.crt
+  {{- end }}
+{{- end -}}
+
+{{- define "remuda.securityArgs" -}}
+- --security-file=/etc/remuda/security/security.yaml
+{{- if .Values.auth.insecure }}
+- --insecure
+{{- end }}
+{{- end -}}
+
+{{/* What `remuda engine` and `remuda serve` have in common: the model and how it is divided. */}}
+{{- define "remuda.modelArgs" -}}
+- {{ include "remuda.modelPath" . | quote }}
+- --served-model-name={{ include "remuda.servedName" . }}
+- --device={{ .Values.engine.device }}
+- --dtype={{ .Values.model.dtype }}
+- --tensor-parallel-size={{ .Values.parallel.tensor }}
+- --pipeline-parallel-size={{ .Values.parallel.pipeline }}
+- --data-parallel-size={{ .Values.parallel.data }}
+- --expert-parallel-size={{ .Values.parallel.expert }}
+- --max-model-len={{ .Values.model.maxLen }}
+{{- if eq .Values.engine.device "cuda" }}
+- --gpu-memory-utilization={{ .Values.engine.gpuMemoryUtilization }}
+{{- else }}
+- --kv-cache-memory={{ .Values.engine.kvCacheMemory }}
+{{- end }}
+{{- with .Values.model.quantization }}
+- --quantization={{ . }}
+{{- end }}
+{{- with int .Values.model.maxNumSeqs }}
+- --max-num-seqs={{ . }}
+{{- end }}
+- --drain-timeout={{ .Values.engine.drainSeconds }}
+{{- end -}}
+
+{{- define "remuda.extraModelArgs" -}}
+{{- range .Values.model.extraArgs }}
+- {{ . | quote }}
+{{- end }}
+{{- end -}}
