@@ -8,7 +8,7 @@ ARGS ?=
 TEXT_CONFORMANCE := $(addprefix tests/frontend/test_,templates.py tool_parser.py meta_tokenizers.py infilling.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve hosts simulate test determinism layouts chaos mutants conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-recovery bench-models clean
+.PHONY: help setup demo serve hosts simulate test chart chart-golden determinism layouts chaos mutants conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-recovery bench-models clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -32,6 +32,12 @@ test: setup  ## the whole test run: linters, types, import contracts, unit, inte
 
 layouts: setup  ## every legal layout with at most 8 ranks, on one host and over three, against transformers; writes docs/layouts.md
 	$(PY) -m tests.layouts $(ARGS)
+
+chart: setup  ## the Helm chart: lint, refusals, renders against Kubernetes' schemas, policies, a life against a mock API server
+	$(PY) -m pytest tests/chart $(ARGS)
+
+chart-golden: setup  ## write what is made from the chart and kept: presets, its README.md, golden renders
+	$(PY) -m tests.chart.regenerate
 
 # Deployments to simulate.
 SEEDS ?= 2000
