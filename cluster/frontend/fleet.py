@@ -23,6 +23,8 @@ from engine.request import AdapterInfo, Output, Request
 _log = logging.getLogger(__name__)
 
 REFRESH_INTERVAL_S = 0.5
+IDLE_REFRESH_INTERVAL_S = 2.0
+"""Where all replicas are ready and have nothing to do: asking is most of what an idle front end and leader cost."""
 
 
 class Fleet:
@@ -52,6 +54,7 @@ class Fleet:
         self._lost_after_s = lost_after_s
         self._migrate_after_s = migrate_after_s
         self._changed = asyncio.Event()
+        self._has_work = asyncio.Event()
         self._asking: set[asyncio.Task[None]] = set()
         self._table = ReplicaTable()
         self._router = default_router(self._table)
@@ -129,6 +132,7 @@ class Fleet:
         return FoundCall(stored, holders)
 
     async def _run(self, journal: Journal, keep: Keep | None) -> AsyncGenerator[Output, None]:
+        self._has_work.set()
         try:
             while not journal.is_finished:
                 action = journal.next_action(self._clock.now_s(), self._table.views())
@@ -252,7 +256,7 @@ class Fleet:
     async def _keep_fresh(self) -> None:
         lost_since_s: float | None = None
         while True:
-            await asyncio.sleep(REFRESH_INTERVAL_S)
+            await self._pause()
             await self._refresh()
             now_s = self._clock.now_s()
             if any(info.state is not ReplicaState.FAILED for info in self.replicas()):
@@ -262,6 +266,23 @@ class Fleet:
             elif self._on_all_lost is not None and now_s >= lost_since_s + self._lost_after_s:
                 self._on_all_lost()
                 return
+
+    async def _pause(self) -> None:
+        """Until it is time to ask the replicas again: a request ends the long pause of idle ones."""
+        if self._is_idle:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._has_work.wait(), IDLE_REFRESH_INTERVAL_S - REFRESH_INTERVAL_S)
+        self._has_work.clear()
+        await asyncio.sleep(REFRESH_INTERVAL_S)
+
+    @property
+    def _is_idle(self) -> bool:
+        return all(
+            view.is_connected
+            and view.info.state is ReplicaState.READY
+            and view.info.num_running + view.info.num_waiting == 0
+            for view in self._table.views()
+        )
 
     async def _refresh(self) -> None:
         await asyncio.gather(*(self._ask(replica_id, client) for replica_id, client in self._clients.items()))

@@ -1,10 +1,16 @@
 """The two Ray actors of a gang. Ray starts, finds and supervises them; it never carries a token, and what it does carry
-are bytes that we encoded."""
+are bytes that we encoded.
 
+Each has one thread of Ray's, which spends its life in one call (a rank) or in calls that wait (a leader): an actor that
+takes several calls at a time is woken a hundred times a second. All else comes through the side door.
+"""
+
+import contextlib
 import importlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -13,6 +19,8 @@ import ray
 from cluster.replica.config import choose_network, quiet_torch
 from cluster.replica.leader import Leader, LeaderConfig
 from cluster.replica.model_source import ModelSource
+from cluster.replica.side_door import SideDoor
+from engine.errors import ProtocolViolation
 from engine.executor.formations import Formations
 from engine.executor.worker import run_worker
 from engine.executor.worker_config import WorkerConfig
@@ -21,12 +29,33 @@ RANK_LEASE_S = 60.0
 """A rank that nobody gives a formation, or keeps standing by, for so long is an orphan, and ends."""
 
 
-class Rank:
-    """A process with one shard, or one that stands by to become one."""
+class OpenCall(msgspec.Struct, frozen=True, array_like=True):
+    """The step channel of a formation is to be opened, for ranks on these hosts."""
 
-    def __init__(self) -> None:
+    epoch: int
+    rank_hosts: list[str]
+
+
+class RankCall(msgspec.Struct, frozen=True, array_like=True):
+    """A formation, as a rank is told of it. ``config``: an encoded WorkerConfig."""
+
+    config: bytes
+    model: str
+    revision: str | None
+
+
+class Rank:
+    """A process with one shard, or one that stands by to become one.
+
+    Args:
+        door: the side door's address; it takes ``form`` (an encoded RankCall): the gang's next formation.
+        secret: of the side door.
+    """
+
+    def __init__(self, door: str, secret: str) -> None:
         quiet_torch()
         self._formations = Formations(RANK_LEASE_S)
+        self._door = SideDoor(door, secret, {"form": self._form})
         self._begun = threading.Event()
         self._last_call_s: float | None = None
 
@@ -39,19 +68,26 @@ class Rank:
             threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
         return os.getpid()
 
-    def run(self, config: bytes, model: str, revision: str | None) -> None:
-        """The whole life of the rank, from its first formation on: an encoded WorkerConfig. Returns when a leader says
-        so, or when it is left without a formation. The checkpoint is found (or downloaded) here, on its own host."""
+    def door(self) -> str:
+        """The side door's address."""
+        return self._door.address
+
+    def run(self, call: bytes) -> None:
+        """The whole life of the rank, from its first formation on: an encoded RankCall. Returns when a leader says so,
+        or when it is left without a formation. The checkpoint is found (or downloaded) here, on its own host."""
         self._begun.set()
-        self.form(config, model, revision)
+        with contextlib.suppress(ProtocolViolation):  # the next formation may have come by the door already
+            self._form(call)
         run_worker(self._formations)
 
-    def form(self, config: bytes, model: str, revision: str | None) -> None:
-        """The gang's next formation. Raises ProtocolViolation where it is not later than the last."""
-        directory = ModelSource(model, revision).directory()
-        worker = msgspec.structs.replace(WorkerConfig.decode(config), model=str(directory))
+    def _form(self, encoded: bytes) -> bytes:
+        """Raises ProtocolViolation where the formation is not later than the last."""
+        call = msgspec.msgpack.decode(encoded, type=RankCall)
+        directory = ModelSource(call.model, call.revision).directory()
+        worker = msgspec.structs.replace(WorkerConfig.decode(call.config), model=str(directory))
         choose_network(worker.bind_address)
         self._formations.put(worker)
+        return b""
 
     def _watch_lease(self) -> None:
         while not self._begun.wait(1.0):
@@ -60,39 +96,49 @@ class Rank:
 
 
 class LeaderProcess:
-    """A gang's engine loop and its gRPC server."""
+    """A gang's engine loop and its gRPC server.
 
-    def __init__(self, config: bytes) -> None:
-        self._leader = Leader(LeaderConfig.decode(config))
-        self._lock = threading.Lock()
+    Args:
+        config: an encoded LeaderConfig.
+        door: the side door's address. It takes ``open`` (an encoded OpenCall) and answers with the encoded
+            GangEndpoints, ``start``, ``load`` (an encoded LeaderLoad; empty before the gang serves), ``drain`` and
+            ``stop``; see Leader.
+        secret: of the side door.
+    """
 
-    def open(self, epoch: int, rank_hosts: list[str]) -> bytes:
-        """Open the step channel of a formation. Returns the encoded GangEndpoints."""
-        return self._leader.open(epoch, rank_hosts).encode()
+    def __init__(self, config: bytes, door: str, secret: str) -> None:
+        leader = self._leader = Leader(LeaderConfig.decode(config))
+        calls = {
+            "open": self._open,
+            "start": lambda _: _nothing(leader.start),
+            "load": self._load,
+            "drain": lambda _: _nothing(leader.drain),
+            "stop": lambda _: _nothing(leader.stop),
+        }
+        self._door = SideDoor(door, secret, calls)
 
-    def start(self) -> None:
-        """Begin to wait for the ranks, then to serve; what happens is reported by ``poll``."""
-        self._leader.start()
+    def door(self) -> str:
+        """The side door's address."""
+        return self._door.address
 
     def poll(self, wait_s: float) -> bytes:
         """Encoded events since the last call, as soon as there is one. Calling it renews the supervisor's lease."""
-        with self._lock:
-            return self._leader.poll(wait_s)
+        return self._leader.poll(wait_s)
 
-    def load(self) -> bytes:
-        """The encoded LeaderLoad; empty before the gang serves."""
+    def _open(self, encoded: bytes) -> bytes:
+        call = msgspec.msgpack.decode(encoded, type=OpenCall)
+        return self._leader.open(call.epoch, call.rank_hosts).encode()
+
+    def _load(self, _: bytes) -> bytes:
         load = self._leader.load()
         return b"" if load is None else load.encode()
 
-    def drain(self) -> None:
-        """Refuse new requests from now on; what runs may finish."""
-        self._leader.drain()
 
-    def stop(self) -> None:
-        """End the ranks and the server; returns when both have ended."""
-        self._leader.stop()
+def _nothing(call: Callable[[], None]) -> bytes:
+    call()
+    return b""
 
 
-# Nobody restarts a rank or a leader but their supervisor. The leader is asked for events while it starts or stops.
-RankActor: Any = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=2)(Rank)
-LeaderActor: Any = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=4)(LeaderProcess)
+# Nobody restarts a rank or a leader but their supervisor.
+RankActor: Any = ray.remote(max_restarts=0, max_task_retries=0)(Rank)
+LeaderActor: Any = ray.remote(max_restarts=0, max_task_retries=0)(LeaderProcess)

@@ -1,6 +1,7 @@
 """Where a replica's actors go, and the ones that stand by: all that the supervisor asks of Ray to have a process."""
 
 import logging
+import secrets
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,8 @@ class ActorPlaces:
 
     Args:
         name: of the replica, for its actors' names.
+        host: of the supervisor, who knocks at the actors' side doors.
+        secret: of the side doors.
         on_gpu: a rank takes a GPU; otherwise a CPU slot.
         num_spares: that stand by on each host.
         timeout_s: how long Ray may take to reserve the places.
@@ -56,8 +59,19 @@ class ActorPlaces:
     Raises NotReserved; nothing was created then.
     """
 
-    def __init__(self, name: str, ranks: list[PlacedRank], on_gpu: bool, num_spares: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        ranks: list[PlacedRank],
+        host: str,
+        secret: str,
+        on_gpu: bool,
+        num_spares: int,
+        timeout_s: float,
+    ) -> None:
         self._name = name
+        self._host = host
+        self._secret = secret
         self._on_gpu = on_gpu
         # Ray shows no GPU to a process that was not given one.
         self._num_spares = 0 if on_gpu else num_spares
@@ -74,7 +88,9 @@ class ActorPlaces:
 
     def new_leader(self, config: bytes) -> Any:
         """Beside rank 0, whose place must be on a living host."""
-        return LeaderActor.options(name=self._actor_name("leader"), **self._options(0, 0.0)).remote(config)
+        return LeaderActor.options(name=self._actor_name("leader"), **self._options(0, 0.0)).remote(
+            config, *self._door(0)
+        )
 
     def new_rank(self, rank: int) -> Any:
         """A spare where one is ready on the rank's host. Raises NotReserved where there is no place."""
@@ -82,7 +98,15 @@ class ActorPlaces:
         spare = self._take_spare(self._places[rank].host)
         if spare is not None:
             return spare
-        return RankActor.options(name=self._actor_name(f"rank-{rank}"), **self._options(rank, 1.0)).remote()
+        return RankActor.options(name=self._actor_name(f"rank-{rank}"), **self._options(rank, 1.0)).remote(
+            *self._door(rank)
+        )
+
+    def _door(self, rank: int) -> tuple[str, str]:
+        """Of an actor on the rank's host: where it is to listen, and the secret."""
+        host = self._places[rank].host
+        is_near = host == self._host
+        return f"unix:@remuda-{secrets.token_hex(12)}" if is_near else f"tcp:{host}:0", self._secret
 
     def _actor_name(self, role: str) -> str:
         return f"remuda-{self._name}-{role}-{uuid.uuid4().hex[:12]}"
@@ -127,7 +151,7 @@ class ActorPlaces:
             spares = self._spares.setdefault(place.host, [])
             while len(spares) < self._num_spares:
                 name = self._actor_name("spare")
-                actor = RankActor.options(name=name, **self._options(rank, 0.0)).remote()
+                actor = RankActor.options(name=name, **self._options(rank, 0.0)).remote(*self._door(rank))
                 spares.append(_Spare(actor, actor.stand_by.remote(), now_s))
             for spare in [spare for spare in spares if now_s > spare.asked_s + RANK_LEASE_S / 3]:
                 if _has_answered(spare.ready):

@@ -13,10 +13,12 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.errors import StartFailed
+from cluster.replica.actor import OpenCall, RankCall
 from cluster.replica.actor_places import ActorPlaces, NotReserved, living_hosts
 from cluster.replica.events import (
     Event,
@@ -36,8 +38,11 @@ from cluster.replica.placed_rank import PlacedRank
 from cluster.replica.rank_plan import GangEndpoints, worker_configs
 from cluster.replica.recovery import Action, Form, GiveUp, KillRank, Phase, Recovery, StartLeader, StartRank
 from cluster.replica.rendezvous import Rendezvous
+from cluster.replica.side_door import knock
 from engine.config import LoadFormat
 from engine.errors import EngineFailure, RemudaError
+from engine.executor.channel import ChannelClosed
+from engine.executor.handshake import new_secret
 from engine.model_config import ModelConfig
 from engine.weights.loader import verify_checkpoint
 
@@ -87,9 +92,14 @@ class Supervisor:
         self._reserve_timeout_s = reserve_timeout_s
         self._rendezvous: Rendezvous | None = None
         self._places: ActorPlaces | None = None
+        self._door_secret = new_secret()
         self._leader: Any = None
+        self._leader_door: Any = None
+        """Ray's reference of its address."""
         self._leader_has_begun = False
         self._actors: dict[int, Any] = {}
+        self._doors: dict[int, Any] = {}
+        """Of ``_actors``."""
         self._runs: dict[Any, tuple[int, int]] = {}
         """Ray's reference of each rank's life → the rank, and which of its lives it is."""
         self._num_blocks = 0
@@ -113,6 +123,8 @@ class Supervisor:
             self._places = ActorPlaces(
                 self.replica_id,
                 self._ranks,
+                self._host,
+                self._door_secret,
                 self._plan.device == "cuda",
                 self._plan.spare_ranks,
                 self._reserve_timeout_s,
@@ -121,7 +133,7 @@ class Supervisor:
             for placed in self._ranks:
                 self._start_rank(placed.rank)
             self._form(0)
-        except RayError as error:
+        except (RayError, ChannelClosed) as error:
             raise StartFailed(f"replica {self.replica_id}: {_reason(error)}") from error
         self._ask()
         self._thread.start()
@@ -239,7 +251,7 @@ class Supervisor:
                 self._do(action)
             except NotReserved as error:
                 due = deque(self._recovery.impossible(str(error)))
-            except RayError as error:
+            except (RayError, ChannelClosed) as error:
                 reason = f"the leader is gone: {_reason(error)}"
                 due = deque(self._recovery.leader_ended(self._recovery.leader_life, reason, time.monotonic()))
 
@@ -272,20 +284,22 @@ class Supervisor:
             replica_id=self.replica_id, plan=self._plan, host=hosts[0], rank_hosts=hosts, secret=self._secret
         )
         self._leader = self._places.new_leader(config.encode())
+        self._leader_door = self._leader.door.remote()
         self._leader_has_begun = False
 
     def _start_rank(self, rank: int) -> None:
         """An empty process in the rank's place; ``_form`` gives it something to do."""
         assert self._places is not None
-        self._actors[rank] = self._places.new_rank(rank)
+        actor = self._actors[rank] = self._places.new_rank(rank)
+        self._doors[rank] = actor.door.remote()
 
     def _form(self, epoch: int) -> None:
-        """Raises RayError where the leader is gone."""
+        """Raises RayError or ChannelClosed where the leader is gone."""
         if self._rendezvous is not None:
             self._rendezvous.close()  # frees those that wait for a lost rank there
         assert self._places is not None
         hosts = self._places.hosts
-        endpoints = GangEndpoints.decode(ray.get(self._leader.open.remote(epoch, hosts), timeout=CALL_TIMEOUT_S))
+        endpoints = GangEndpoints.decode(self._ask_leader("open", msgspec.msgpack.encode(OpenCall(epoch, hosts))))
         rendezvous = self._rendezvous = Rendezvous(self._host)
         placed = [PlacedRank(rank, host) for rank, host in enumerate(hosts)]
         configs = worker_configs(
@@ -294,23 +308,32 @@ class Supervisor:
         running = dict(self._runs.values())
         for rank, config in enumerate(configs):
             life = self._recovery.life_of(rank)
-            arguments = config.encode(), self._plan.model, self._plan.revision
+            call = msgspec.msgpack.encode(RankCall(config.encode(), self._plan.model, self._plan.revision))
             if running.get(rank) == life:
-                self._actors[rank].form.remote(*arguments)
+                # One that does not answer must not hold up the others; whoever does not join is replaced.
+                told = threading.Thread(
+                    target=_tell_rank, args=(self._doors[rank], self._door_secret, call), daemon=True
+                )
+                told.start()
             else:
-                self._runs[self._actors[rank].run.remote(*arguments)] = rank, life
+                self._runs[self._actors[rank].run.remote(call)] = rank, life
         if not self._leader_has_begun:
             self._leader_has_begun = True
-            ray.get(self._leader.start.remote(), timeout=CALL_TIMEOUT_S)
+            self._ask_leader("start")
         self._recovery.told(epoch, time.monotonic())
+
+    def _ask_leader(self, name: str, argument: bytes = b"", timeout_s: float = CALL_TIMEOUT_S) -> bytes:
+        """Whatever else the leader does. Raises RayError or ChannelClosed where it is gone."""
+        address = ray.get(self._leader_door, timeout=timeout_s)
+        return knock(address, self._door_secret, name, argument, timeout_s)
 
     # ---- from outside ----------------------------------------------------------------------------------------------
 
     def load(self) -> LeaderLoad | None:
         """How busy the gang is; None before it serves, and when it cannot be asked (``poll`` then tells why)."""
         try:
-            data = ray.get(self._leader.load.remote(), timeout=CALL_TIMEOUT_S)
-        except RayError:
+            data = self._ask_leader("load")
+        except (RayError, ChannelClosed):
             return None
         return LeaderLoad.decode(data) if data else None
 
@@ -318,8 +341,8 @@ class Supervisor:
         """Have the gang refuse new requests; returns when what runs has ended, or the time is up."""
         deadline_s = time.monotonic() + timeout_s
         try:
-            ray.get(self._leader.drain.remote(), timeout=CALL_TIMEOUT_S)
-        except RayError:
+            self._ask_leader("drain")
+        except (RayError, ChannelClosed):
             return
         load = self.load()
         while load is not None and not load.has_drained and time.monotonic() < deadline_s:
@@ -333,9 +356,9 @@ class Supervisor:
             self._thread.join(STOP_TIMEOUT_S)
         if self._leader is not None:
             try:
-                ray.get(self._leader.stop.remote(), timeout=STOP_TIMEOUT_S)
+                self._ask_leader("stop", timeout_s=STOP_TIMEOUT_S)
                 ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
-            except (RayError, ValueError) as error:
+            except (RayError, ChannelClosed, ValueError) as error:
                 _log.warning("replica %s: the leader did not stop: %s", self.replica_id, _reason(error))
         for actor in [self._leader, *self._actors.values()]:
             if actor is not None:
@@ -345,6 +368,14 @@ class Supervisor:
         if self._rendezvous is not None:
             self._rendezvous.close()
         self._leader, self._actors, self._places, self._rendezvous = None, {}, None, None
+
+
+def _tell_rank(door: Any, secret: str, call: bytes) -> None:
+    """``door``: Ray's reference of its address. Whether it heard shows by its joining."""
+    try:
+        knock(ray.get(door, timeout=CALL_TIMEOUT_S), secret, "form", call, CALL_TIMEOUT_S)
+    except (RayError, ChannelClosed) as error:
+        _log.warning("a rank was not told of the next formation: %s", _reason(error))
 
 
 def _reason(error: Exception) -> str:
