@@ -1,11 +1,15 @@
 """How much work the front end lets in."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cluster.errors import Draining
+from cluster.identity.principal import DEFAULT_TENANT
 from engine.errors import InvalidRequest, Overloaded
+
+OTHERS_PART = 16
 
 
 class Admission:
@@ -18,6 +22,7 @@ class Admission:
     def __init__(self, max_live_sequences: int) -> None:
         self._max_live_sequences = max_live_sequences
         self._num_sequences = 0
+        self._by_tenant: Counter[str] = Counter()
         self._num_requests = 0
         self._is_closed = False
         self._idle = asyncio.Event()
@@ -40,8 +45,8 @@ class Admission:
         await self._idle.wait()
 
     @contextmanager
-    def admitted(self, num_sequences: int) -> Iterator[None]:
-        """One request's stay.
+    def admitted(self, num_sequences: int, tenant: str = DEFAULT_TENANT) -> Iterator[None]:
+        """One request's stay. A sixteenth of the room is left to others by each tenant that has a name.
 
         Raises:
             Draining: no new requests are taken.
@@ -58,13 +63,22 @@ class Admission:
             raise Overloaded(
                 f"{self._num_sequences} sequences are live and at most {self._max_live_sequences} may be; try later"
             )
+        room = self._max_live_sequences - (0 if tenant == DEFAULT_TENANT else self._max_live_sequences // OTHERS_PART)
+        if self._by_tenant[tenant] + num_sequences > room and self._num_sequences:
+            raise Overloaded(
+                f"tenant {tenant!r} may have {room} live sequences, which leaves room to others; try later"
+            )
         self._num_sequences += num_sequences
+        self._by_tenant[tenant] += num_sequences
         self._num_requests += 1
         self._idle.clear()
         try:
             yield
         finally:
             self._num_sequences -= num_sequences
+            self._by_tenant[tenant] -= num_sequences
+            if not self._by_tenant[tenant]:
+                del self._by_tenant[tenant]
             self._num_requests -= 1
             if not self._num_requests:
                 self._idle.set()

@@ -34,6 +34,7 @@ from cluster.frontend.vllm_grpc.servicer import VllmServicer
 from cluster.identity.authenticator import make_authenticator
 from cluster.identity.config import SecurityConfig, check_exposure
 from cluster.identity.tls import make_server_tls
+from cluster.tenants.tenancy import Tenancy, TenancyConfig
 from engine.config import LoraConfig
 from engine.errors import InvalidOption, RemudaError
 
@@ -41,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.5
 _FILES_INTERVAL_S = 1.0
-"""Between two looks at the files of keys and certificates."""
+"""Between two looks at the files of keys, certificates and tenants."""
 _LAST_WORDS_S = 1.0
 """For telling those who are cut off that they are."""
 
@@ -62,6 +63,7 @@ class FrontEndConfig:
     grpc_port: int = 50051
     security: SecurityConfig = field(default_factory=SecurityConfig)
     insecure: bool = False
+    tenancy: TenancyConfig = field(default_factory=TenancyConfig)
     limits: TimeLimits = _LIMITS
     max_live_sequences: int = 1024
     stall_s: float = 60.0
@@ -96,6 +98,7 @@ class FrontEnd:
         metrics = Metrics(config.name, backend.replicas)
         metrics.watch_live(lambda: self._admission.num_requests)
         adapters = Adapters(config.name, backend, config.lora_dir, config.max_lora_rank)
+        self._tenancy = Tenancy(config.tenancy, metrics.registry)
         self.service = Service(
             config.name,
             files,
@@ -106,6 +109,7 @@ class FrontEnd:
             clock,
             config.limits,
             adapters=adapters,
+            tenancy=self._tenancy,
         )
         self.health = Health(backend.replicas, lambda: self._admission.is_closed, clock, config.stall_s)
         http_app = build_http_app(self.service, self.health, metrics, self._authenticator, config.http)
@@ -169,8 +173,7 @@ class FrontEnd:
         await self._grpc.start()
         await self._watch_once()
         self._watchers.append(asyncio.create_task(self._watch()))
-        if self._tls is not None or not self._authenticator.is_open:
-            self._watchers.append(asyncio.create_task(self._watch_files()))
+        self._watchers.append(asyncio.create_task(self._watch_files()))
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests, and wait for those that run. False where some are left after ``timeout_s``."""
@@ -195,6 +198,7 @@ class FrontEnd:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
         await asyncio.gather(*(listener.stop() for listener in self._http_listeners), self._grpc.stop())
+        await self._tenancy.close()
         self._encoder.close()
 
     async def _watch(self) -> None:
@@ -203,13 +207,15 @@ class FrontEnd:
             await self._watch_once()
 
     async def _watch_files(self) -> None:
-        """Keys and certificates that change hold from the next request, and the next connection."""
+        """Keys, certificates and limits that change hold from the next request, and the next connection."""
         while True:
             await asyncio.sleep(_FILES_INTERVAL_S)
             await asyncio.to_thread(self._poll_files)
+            await self._tenancy.poll()
 
     def _poll_files(self) -> None:
         self._authenticator.poll()
+        self._tenancy.poll_file()
         if self._tls is not None:
             self._tls.poll()
 

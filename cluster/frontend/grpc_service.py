@@ -124,12 +124,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         try:
             service = self._service
             length, created_unix_s = service.max_model_len, service.created_unix_s
-            models = [inference_pb2.Model(id=service.name, max_model_len=length, created_unix_s=created_unix_s)]
-            models += [
+            models = [
                 inference_pb2.Model(
-                    id=info.name, max_model_len=length, created_unix_s=created_unix_s, parent=service.name
+                    id=name,
+                    max_model_len=length,
+                    created_unix_s=created_unix_s,
+                    parent="" if name == service.name else service.name,
                 )
-                for info in service.adapters.loaded()
+                for name in service.model_names()
             ]
             return inference_pb2.ListModelsResponse(models=models)
         except Exception as error:  # noqa: BLE001  as above

@@ -22,6 +22,7 @@ from cluster.frontend.health import Health
 from cluster.frontend.http_body import parse_body
 from cluster.frontend.http_errors import JsonResponse, plain_error
 from cluster.frontend.http_gate import Gate
+from cluster.frontend.limit_headers import LimitHeaders
 from cluster.frontend.metrics import CONTENT_TYPE, Metrics
 from cluster.frontend.moderations import ModerationForm, guard_categories, moderation_call
 from cluster.frontend.ollama.routes import OllamaApi
@@ -39,6 +40,7 @@ from cluster.frontend.responses.routes import ResponsesApi
 from cluster.frontend.service import Service
 from cluster.frontend.sse import OpenAiFraming
 from cluster.frontend.stored_call import StoredCall
+from cluster.frontend.usage_routes import UsageApi
 from cluster.identity.authenticator import Authenticator
 
 
@@ -70,7 +72,7 @@ class HttpApi:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        names = [self._service.name, *(info.name for info in self._service.adapters.loaded())]
+        names = self._service.model_names()
         return JsonResponse({"object": "list", "data": [self._model_object(name) for name in names]})
 
     async def get_model(self, request: Request) -> Response:
@@ -215,10 +217,12 @@ def build_http_app(
     """The ASGI application."""
     answers = Answers(service, settings)
     apis = (HttpApi(answers, health, metrics), OllamaApi(answers), AnthropicApi(answers), ResponsesApi(answers))
-    routes = [route for api in apis for route in api.routes()]
+    routes = [route for api in (*apis, UsageApi(service)) for route in api.routes()]
     paths = frozenset(route.path for route in routes)
     gate = Middleware(Gate, authenticator=authenticator, metrics=metrics, paths=paths)
-    return Starlette(routes=routes, middleware=[gate], exception_handlers={HTTPException: _refused_by_http})
+    return Starlette(
+        routes=routes, middleware=[Middleware(LimitHeaders), gate], exception_handlers={HTTPException: _refused_by_http}
+    )
 
 
 def build_health_app(health: Health) -> Starlette:

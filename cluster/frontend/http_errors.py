@@ -1,6 +1,7 @@
 """Errors as each API's clients expect them: one tree, several shapes."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,7 @@ def error_response(error: BaseException, path: str) -> Response:
     """In the shape of the API that has this path."""
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded | Unavailable):
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
     status = mapping_of(error).http_status

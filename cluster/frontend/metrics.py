@@ -73,6 +73,11 @@ class Metrics:
         self._live = Gauge("remuda_live_requests", "Requests in the front end.", ["model_name"], registry=registry)
         registry.register(_ReplicaGauges(model, replicas))
 
+    @property
+    def registry(self) -> CollectorRegistry:
+        """For others' metrics, to be shown beside these."""
+        return self._registry
+
     def first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)
 

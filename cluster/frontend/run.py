@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from cluster.frontend.backend import Backend
 from cluster.frontend.calls import Prompt
 from cluster.frontend.live_request import OpenStream
+from cluster.frontend.meter import Meter
 from cluster.frontend.stored_call import Holder, StoredCall
+from cluster.identity.principal import Principal, current_principal
 from cluster.replica.keep import Keep
+from cluster.tenants.report import LimitReport, current_report
 from engine.request import Output, Request, SamplingParams
 
 
@@ -26,11 +29,16 @@ class Planned:
 @dataclass(frozen=True)
 class Run:
     """``failed``: set when the request fails. ``stored``: its client may come back. ``holders``: it has come back, and
-    these leaders have the request's sequences; those that none has are computed again."""
+    these leaders have the request's sequences; those that none has are computed again. ``principal``: who asks.
+    ``report``: for what the response says of limits. ``meter``: of what it has been given.
+    """
 
     failed: asyncio.Event | None = None
     stored: StoredCall | None = None
     holders: dict[int, Holder] | None = None
+    principal: Principal = field(default_factory=current_principal)
+    report: LimitReport = field(default_factory=current_report)
+    meter: Meter = field(default_factory=Meter)
 
     @property
     def created_unix_s(self) -> float:

@@ -5,10 +5,11 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 import msgspec
 
-from cluster.errors import ModelNotFound, Unavailable
+from cluster.errors import Cancelled, ModelNotFound, Unavailable, UnknownStream, mapping_of
 from cluster.frontend.adapters import Adapters
 from cluster.frontend.admission import Admission
 from cluster.frontend.backend import Backend
@@ -26,6 +27,10 @@ from cluster.frontend.stop_strings import StopStrings
 from cluster.frontend.stored_call import FoundCall, StoredCall
 from cluster.frontend.tools.grammar import TOKENS as TOOL_TOKENS
 from cluster.frontend.tools.parser import ToolCallParser
+from cluster.identity.principal import Principal, acting_as, current_principal
+from cluster.tenants.limiter import Stay
+from cluster.tenants.record import UsageRecord
+from cluster.tenants.tenancy import Tenancy
 from engine.errors import RemudaError
 from engine.grammar import check_grammar
 from engine.request import Request
@@ -48,6 +53,7 @@ class Service:
     limits: bounds of every request's own.
     draw_seed: seeds for requests that name none.
     adapters: LoRA adapters that clients can name as models; None: those that the replicas have, unchangeable.
+    tenancy: what callers may do, and what they used; None: everybody everything.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class Service:
         limits: TimeLimits = TimeLimits(),
         draw_seed: Callable[[], int] = draw_seed,
         adapters: Adapters | None = None,
+        tenancy: Tenancy | None = None,
     ) -> None:
         self.name = name
         self.created_unix_s = int(time.time())
@@ -70,6 +77,7 @@ class Service:
         self._tool_token_ids = encoder.tokenizer.control_tokens(TOOL_TOKENS)
         self.backend = backend
         self.adapters = adapters or Adapters(name, backend)
+        self.tenancy = tenancy or Tenancy()
         self.licence = files.licence
         self.admission = admission
         self._files = files
@@ -86,11 +94,23 @@ class Service:
     def files(self) -> ModelFiles:
         return self._files
 
+    def model_names(self) -> list[str]:
+        """The model and its adapters, as far as the caller may use them."""
+        names = (self.name, *(info.name for info in self.adapters.loaded()))
+        principal = current_principal()
+        return [name for name in names if self.tenancy.may_use(principal, name)]
+
     def check_model(self, model: str) -> None:
-        """Raises ModelNotFound unless this model or adapter is served; the empty name is the base model's."""
+        """The empty name is the base model's.
+
+        Raises:
+            ModelNotFound: neither a model nor an adapter that is served.
+            PermissionDenied: the caller may not use it.
+        """
         if model not in ("", self.name) and not self.adapters.has(model):
-            names = ", ".join(repr(name) for name in (self.name, *(info.name for info in self.adapters.loaded())))
+            names = ", ".join(map(repr, self.model_names()))
             raise ModelNotFound(f"the model {model!r} does not exist here; this server has {names}")
+        self.tenancy.check_model(current_principal(), model or self.name)
 
     @property
     def max_model_len(self) -> int:
@@ -145,7 +165,10 @@ class Service:
         Raises:
             RemudaError: everything in the tables of engine.errors and cluster.errors that a request can meet.
         """
-        return self._counted(call, Run(failed, stored))
+        run = Run(failed, stored)
+        if stored is not None:
+            run = replace(run, stored=msgspec.structs.replace(stored, tenant=run.principal.tenant))
+        return self._counted(call, run)
 
     def resume(self, call: Call, found: FoundCall, failed: asyncio.Event | None = None) -> AsyncGenerator[Event, None]:
         """The events of a request that runs already, as ``generate`` gives them, from the first on (cursor.Remainder
@@ -153,38 +176,69 @@ class Service:
         return self._counted(call, Run(failed, found.stored, found.holders))
 
     async def find(self, call_id: str) -> FoundCall:
-        """A request that its client came back for. Raises UnknownStream."""
-        return await self.backend.find(call_id)
+        """A request that its client came back for. Raises UnknownStream, also to other tenants."""
+        found = await self.backend.find(call_id)
+        if found.stored.tenant not in ("", current_principal().tenant):
+            raise UnknownStream(f"nobody has request {call_id!r} (any more); ask anew")
+        return found
 
     async def _counted(self, call: Call, run: Run) -> AsyncGenerator[Event, None]:
         arrived_s = self._clock.now_s()
-        outcome = "cancelled"
+        outcome, status = "cancelled", mapping_of(Cancelled).http_status
         try:
-            async with aclosing(self._events(call, arrived_s, run)) as events:
+            with acting_as(run.principal):
+                self.check_model(call.model)
+            check_call(call)
+            comes_back = run.holders is not None
+            async with (
+                self.tenancy.stay(run.principal, call.request_id, run.report, run.meter.num_tokens, comes_back) as stay,
+                aclosing(self._events(call, arrived_s, run, stay)) as events,
+            ):
                 async for event in events:
                     if isinstance(event, Usage):
-                        outcome = "completed"
+                        outcome, status = "completed", 200
                     yield event
         except RemudaError as error:
-            outcome = type(error).__name__
+            outcome, status = type(error).__name__, mapping_of(error).http_status
             raise
         except Exception:
-            outcome = "internal"
+            outcome, status = "internal", 500
             raise
         finally:
-            self._metrics.ended(outcome, self._clock.now_s() - arrived_s)
+            duration_s = self._clock.now_s() - arrived_s
+            self._metrics.ended(outcome, duration_s)
+            self._account(call, run, outcome, status, duration_s)
 
-    async def _events(self, call: Call, arrived_s: float, run: Run) -> AsyncGenerator[Event, None]:
-        self.check_model(call.model)
-        check_call(call)
-        with self.admission.admitted(len(call.prompts) * call.n):
+    def _account(self, call: Call, run: Run, outcome: str, status: int, duration_s: float) -> None:
+        usage = run.meter.usage()
+        record = UsageRecord(
+            time_unix_s=time.time(),
+            request_id=call.request_id,
+            tenant=run.principal.tenant,
+            key_id=run.principal.key_id,
+            model=call.model or self.name,
+            outcome=outcome,
+            status=status,
+            num_prompt_tokens=usage.num_prompt_tokens,
+            num_cached_tokens=usage.num_cached_tokens,
+            num_completion_tokens=usage.num_completion_tokens,
+            duration_s=duration_s,
+        )
+        self.tenancy.ended(record, may_return=run.stored is not None and outcome == "cancelled")
+
+    async def _events(self, call: Call, arrived_s: float, run: Run, stay: Stay) -> AsyncGenerator[Event, None]:
+        with self.admission.admitted(len(call.prompts) * call.n, run.principal.tenant):
             if call.options.structured is not None:
                 structured = call.options.structured
                 await asyncio.to_thread(check_grammar, structured.grammar, structured.param)
             planned = [await self._plan(prompt, call) for prompt in call.prompts]
             if run.holders is not None:
                 planned = run.as_decided(planned)
-            requests, choices = await self._sequences(call, planned)
+            num_prompt_tokens = sum(len(plan.token_ids) for plan in planned)
+            max_new_tokens = sum(plan.sampling.max_tokens for plan in planned) * call.n
+            await stay.reserve(num_prompt_tokens, max_new_tokens, call.options.max_tokens is not None)
+            requests, choices = await self._sequences(call, planned, run.principal)
+            run.meter.begin([len(plan.token_ids) for plan in planned], choices)
             yield Started(call.model or self.name, [plan.token_ids for plan in planned])
             limits = call.limits.within(self._limits)
             if run.holders is not None:
@@ -203,17 +257,17 @@ class Service:
                         yield event
             finally:
                 self._live.discard(live)
-            usage = Usage(
-                num_prompt_tokens=sum(len(plan.token_ids) for plan in planned),
-                num_completion_tokens=sum(choice.num_tokens for choice in choices),
-                num_cached_tokens=sum(choice.num_cached_tokens for choice in choices[:: call.n]),
-            )
+            usage = run.meter.usage()
             self._metrics.used(usage, [choice.finished.reason for choice in choices if choice.finished])
             yield usage
 
-    async def _sequences(self, call: Call, planned: list[Planned]) -> tuple[list[Request], list[Choice]]:
+    async def _sequences(
+        self, call: Call, planned: list[Planned], principal: Principal
+    ) -> tuple[list[Request], list[Choice]]:
         """What every choice asks of the engine, and what takes its answer."""
         adapter = call.model if call.model != self.name else ""
+        tenant = self.tenancy.engine_tenant(principal)
+        priority = call.priority if principal.priority is None else principal.priority
         requests: list[Request] = []
         choices: list[Choice] = []
         for plan in planned:
@@ -222,9 +276,17 @@ class Service:
             for number in range(call.n):
                 index = len(choices)
                 sampling = msgspec.structs.replace(plan.sampling, choice=number)
-                request_id, num_tokens = f"{call.request_id}.{index}", len(plan.token_ids)
                 requests.append(
-                    Request(request_id, plan.token_ids, num_tokens, sampling, call.priority, adapter, call.cache_salt)
+                    Request(
+                        f"{call.request_id}.{index}",
+                        plan.token_ids,
+                        len(plan.token_ids),
+                        sampling,
+                        priority,
+                        adapter,
+                        call.cache_salt,
+                        tenant,
+                    )
                 )
                 choices.append(self._choice(index, plan, call, echo))
         return requests, choices

@@ -10,7 +10,8 @@ from cluster.errors import UnknownStream
 
 class StoredCall(msgspec.Struct, frozen=True):
     """``kind``: which API it came over. ``body``: what came. ``created_unix_s``: when. ``seeds`` and ``max_tokens``: of
-    each prompt, as they were decided then."""
+    each prompt, as they were decided then. ``tenant``: who may come back for it; empty: earlier versions did not say.
+    """
 
     kind: str
     call_id: str
@@ -18,6 +19,7 @@ class StoredCall(msgspec.Struct, frozen=True):
     created_unix_s: float
     seeds: list[int] = []
     max_tokens: list[int] = []
+    tenant: str = ""
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

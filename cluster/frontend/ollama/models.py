@@ -102,7 +102,7 @@ class OllamaModels:
         }
 
     def _names(self) -> list[str]:
-        return [self._service.name, *(info.name for info in self._service.adapters.loaded())]
+        return self._service.model_names()
 
     @property
     def _kind(self) -> str:
