@@ -1,0 +1,184 @@
+"""Every preset in every engine mode, and every two options together at least once, in few renders (all-pairs)."""
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping
+
+from tests.chart.rendering import PRESETS, Values, merged, preset
+
+_TLS = {"enabled": True, "existingSecret": "a-tls"}
+_ISSUED = {"enabled": True, "certManager": {"enabled": True, "issuerName": "ca"}}
+_PEER = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "edge"}}}
+
+# Factor → level → values. The first two decide the layout; all others are independent of it unless `is_legal` says so.
+FACTORS: Mapping[str, Mapping[str, Values]] = {
+    "preset": {name: {} for name in PRESETS},
+    "mode": {mode: {"engine": {"mode": mode}} for mode in ("lws", "kuberay", "single")},
+    "weights": {
+        "own": {},
+        "disk": {"weights": {"source": "disk"}},
+        "empty disk": {"weights": {"source": "disk", "existingClaim": ""}},
+        "image": {"weights": {"source": "image", "image": "models/x@sha256:" + "1" * 64}},
+    },
+    "auth": {
+        "made": {},
+        "secret": {
+            "auth": {"existingSecret": "keys"},
+            "monitoring": {"tokenSecret": "scrape"},
+            "tests": {"tokenSecret": "tester"},
+        },
+        "tokens": {
+            "auth": {
+                "jwt": [
+                    {
+                        "issuer": "https://i.example",
+                        "audience": "llm",
+                        "jwks": "https://i.example/k",
+                        "tenant_claim": "t",
+                    }
+                ]
+            },
+            "monitoring": {"tokenSecret": "scrape"},
+        },
+        "certificates": {
+            "auth": {"gateways": [{"name": "dns:edge"}], "certificates": [{"name": "dns:batch", "tenant": "batch"}]},
+            "tls": {"clients": {"requireCertificate": True}},
+            "monitoring": {"tokenSecret": "scrape"},
+        },
+        "insecure": {"auth": {"insecure": True}},
+    },
+    "clients": {"plain": {}, "secret": {"tls": {"clients": _TLS}}, "issued": {"tls": {"clients": _ISSUED}}},
+    "internal": {"plain": {}, "secret": {"tls": {"internal": _TLS}}, "issued": {"tls": {"internal": _ISSUED}}},
+    "secrets": {"made": {}, "given": {"secrets": {"existingSecret": "cluster"}}},
+    "route": {
+        "none": {},
+        "gateway": {
+            "gateway": {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["a.b"], "caConfigMap": "ca"}
+        },
+        "ingress": {"ingress": {"enabled": True, "host": "a.b", "className": "nginx", "tlsSecret": "host"}},
+        "pool": {"inferencePool": {"enabled": True, "extensionService": "epp"}},
+    },
+    "scaling": {
+        "none": {},
+        "hpa": {"autoscaling": {"mode": "hpa"}},
+        "keda": {"autoscaling": {"mode": "keda", "prometheusUrl": "http://p:9090"}},
+    },
+    "monitoring": {
+        "none": {},
+        "all": {"monitoring": {"podMonitor": True, "rules": True, "dashboards": True, "labels": {"release": "p"}}},
+    },
+    "network": {
+        "closed": {"networkPolicy": {"clients": [_PEER], "monitoring": [_PEER], "apiServer": [_PEER]}},
+        "open": {},
+        "none": {"networkPolicy": {"enabled": False}},
+    },
+    "accounts": {
+        "made": {"rbac": {"watchNodes": True}, "serviceAccount": {"annotations": {"a": "b"}}},
+        "given": {
+            "serviceAccount": {"create": False, "frontendName": "front", "engineName": "eng"},
+            "rbac": {"create": False},
+        },
+    },
+    "placement": {
+        "none": {},
+        "all": {
+            "engine": {
+                "replicas": 3,
+                "spreadTopologyKey": "topology.kubernetes.io/zone",
+                "nodeSelector": {"gpu": "h100"},
+                "tolerations": [{"key": "gpu", "operator": "Exists"}],
+                "affinity": {"nodeAffinity": {}},
+                "priorityClassName": "high",
+                "podAnnotations": {"k8s.v1.cni.cncf.io/networks": "rdma"},
+                "podLabels": {"team": "llm"},
+                "extraEnv": [{"name": "NCCL_DEBUG", "value": "INFO"}],
+            },
+            "frontend": {
+                "nodeSelector": {"cpu": "yes"},
+                "tolerations": [{"operator": "Exists"}],
+                "podLabels": {"team": "llm"},
+                "podAnnotations": {"a": "b"},
+                "priorityClassName": "high",
+                "extraEnv": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
+                "extraArgs": ["--drain-timeout=5"],
+            },
+        },
+        "exclusive": {"engine": {"exclusiveTopologyKey": "example.com/rack"}},
+        "rdma": {"engine": {"rdma": {"enabled": True, "count": 8}}},
+    },
+    "image": {
+        "default": {},
+        "pinned": {
+            "image": {"repository": "r.example/remuda", "digest": "sha256:" + "2" * 64, "pullSecrets": ["pull"]},
+            "fullnameOverride": "llama",
+        },
+    },
+}
+
+Combination = Mapping[str, str]
+
+
+def is_legal(chosen: Combination) -> bool:
+    """Whether the chart must take it, of the factors that are chosen so far; test_refusals has what it refuses."""
+    get = chosen.get
+    is_single, is_kuberay = get("mode") == "single", get("mode") == "kuberay"
+    has_tls = get("clients") in ("secret", "issued") or get("auth") == "certificates"
+    return not (
+        (is_single and (get("preset") == "405b-bf16" or get("internal") in ("secret", "issued")))
+        or (get("mode") in ("single", "kuberay") and get("placement") == "exclusive")
+        or (is_kuberay and get("scaling") in ("hpa", "keda"))
+        or (get("preset") == "cpu-demo" and (get("placement") == "rdma" or get("weights") == "empty disk"))
+        or (get("auth") == "certificates" and get("clients") == "plain")
+        or (has_tls and get("route") in ("ingress", "pool"))
+    )
+
+
+def values_of(chosen: Combination) -> Values:
+    return merged(preset(chosen["preset"]), *(FACTORS[factor][level] for factor, level in chosen.items()))
+
+
+def combinations(seed: int = 0) -> Iterator[Combination]:
+    """The product of preset and mode, each with other levels, then as many as it takes until every legal pair of levels
+    of different factors has come. Greedy: of some random completions the one with most new pairs."""
+    source = random.Random(seed)
+    missing = set(_legal_pairs())
+    for name, mode in itertools.product(FACTORS["preset"], FACTORS["mode"]):
+        if is_legal({"preset": name, "mode": mode}):
+            yield from _best({"preset": name, "mode": mode}, missing, source)
+    while missing:
+        (first, level), (second, other) = sorted(missing)[0]
+        yield from _best({first: level, second: other}, missing, source)
+
+
+def _best(
+    start: Combination, missing: set[tuple[tuple[str, str], ...]], source: random.Random
+) -> Iterator[Combination]:
+    tried = [found for _ in range(30) if (found := _completed(start, source)) is not None]
+    best = max(tried, key=lambda found: len(_pairs(found) & missing), default=None)
+    if best is None:
+        raise AssertionError(f"{start} is legal by itself and with nothing else")
+    missing -= _pairs(best)
+    yield best
+
+
+def _completed(start: Combination, source: random.Random) -> Combination | None:
+    chosen = dict(start)
+    rest = [factor for factor in FACTORS if factor not in chosen]
+    source.shuffle(rest)
+    for factor in rest:
+        levels = [level for level in FACTORS[factor] if is_legal({**chosen, factor: level})]
+        if not levels:
+            return None
+        chosen[factor] = source.choice(levels)
+    return {factor: chosen[factor] for factor in FACTORS}
+
+
+def _pairs(chosen: Combination) -> set[tuple[tuple[str, str], ...]]:
+    return set(itertools.combinations(chosen.items(), 2))
+
+
+def _legal_pairs() -> Iterator[tuple[tuple[str, str], ...]]:
+    for first, second in itertools.combinations(FACTORS, 2):
+        for level, other in itertools.product(FACTORS[first], FACTORS[second]):
+            if is_legal({first: level, second: other}):
+                yield (first, level), (second, other)

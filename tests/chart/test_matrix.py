@@ -1,0 +1,133 @@
+"""Every preset × mode and every two options together: valid for the oldest and the newest Kubernetes and for the custom
+resources' own schemas, and as a platform team would have it."""
+
+import copy
+from functools import cache
+
+import pytest
+
+from tests.chart.option_matrix import FACTORS, Combination, combinations, is_legal, values_of
+from tests.chart.policies import violations
+from tests.chart.rendering import Document, all_pods, at, merged, of_kind, only, preset, render
+from tests.chart.schemas import problems, versions
+
+GIVEN = {"keys", "cluster", "a-tls", "front", "eng", "scrape", "tester", "ca"}
+"""Names that the matrix's values say exist already."""
+NEWER_FIELDS = {"1.30": {"image"}}
+"""Volumes of a kind that the version does not know: `lint` at that version refuses them (test_values)."""
+
+
+@cache
+def cases() -> list[Combination]:
+    return list(combinations())
+
+
+def test_the_matrix_holds_every_legal_pair() -> None:
+    assert 25 <= len(cases()) <= 80
+    seen = {(first, second) for case in cases() for first in case.items() for second in case.items()}
+    for first, levels in FACTORS.items():
+        for second, others in FACTORS.items():
+            for level in levels:
+                for other in others:
+                    if first != second and is_legal({first: level, second: other}):
+                        assert ((first, level), (second, other)) in seen
+
+
+def _known_to(document: Document, version: str) -> bool:
+    newer = NEWER_FIELDS.get(version, set())
+    return not any(newer & volume.keys() for pod in all_pods([document]) for volume in pod["spec"]["volumes"])
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_every_render_is_valid(part: int) -> None:
+    for case in cases()[part::4]:
+        documents = render(values_of(case))
+        found = [
+            f"{document['kind']} {document['metadata']['name']} ({version}): {problem}"
+            for document in documents
+            for version in versions()
+            if _known_to(document, version)
+            for problem in problems(document, version)
+        ]
+        assert found == [], case
+        assert violations(documents, given=GIVEN) == [], case
+
+
+def _damaged(path: str, value: object, kind: str = "LeaderWorkerSet") -> list[Document]:
+    documents = copy.deepcopy(render(preset("405b-bf16")))
+    node = only(documents, kind, "frontend" if kind == "Deployment" else "")
+    *keys, last = path.split("/")
+    for key in keys:
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value
+    return documents
+
+
+LEADER = "spec/leaderWorkerTemplate/leaderTemplate/spec"
+FRONTEND = "spec/template/spec"
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value", "words"),
+    [
+        ("LeaderWorkerSet", f"{LEADER}/automountServiceAccountToken", True, "token"),
+        ("LeaderWorkerSet", f"{LEADER}/containers/0/image", "remuda:latest", "not pinned"),
+        ("LeaderWorkerSet", f"{LEADER}/containers/0/securityContext/privileged", True, "security context"),
+        ("LeaderWorkerSet", f"{LEADER}/containers/0/resources/limits/memory", None, "resources"),
+        ("LeaderWorkerSet", f"{LEADER}/terminationGracePeriodSeconds", 60, "too few"),
+        ("LeaderWorkerSet", f"{LEADER}/containers/0/ports/0/name", "other", "port"),
+        ("LeaderWorkerSet", "metadata/name", "demo-remuda", "Service takes the name"),
+        ("Deployment", f"{FRONTEND}/hostNetwork", True, "hostNetwork"),
+        ("Deployment", f"{FRONTEND}/serviceAccountName", "nobody", "nobody makes"),
+        ("Deployment", f"{FRONTEND}/containers/0/env/0/name", "POD_NAME", "variables that do not exist"),
+    ],
+)
+def test_the_policies_see(kind: str, path: str, value: object, words: str) -> None:
+    assert any(words in text for text in violations(_damaged(path, value, kind), given=set()))
+
+
+def test_the_policies_see_selectors() -> None:
+    documents = copy.deepcopy(render(preset("405b-bf16")))
+    only(documents, "Deployment", "frontend")["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"] = "x"
+    assert any("does not select its own pods" in text for text in violations(documents, given=set()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("LeaderWorkerSet", "spec/leaderWorkerTemplate/siz", 2),
+        ("LeaderWorkerSet", "spec/leaderWorkerTemplate/restartPolicy", "Never"),
+        ("LeaderWorkerSet", f"{LEADER}/containers/0/imagePullPolice", "Always"),
+        ("Deployment", f"{FRONTEND}/containers/0/livenessProb", {}),
+        ("Deployment", "spec/replicas", "two"),
+        ("Deployment", "metadata/labels/app.kubernetes.io", "x" * 64),
+    ],
+)
+def test_the_schemas_see(kind: str, path: str, value: object) -> None:
+    documents = of_kind(_damaged(path, value, kind), kind)
+    for version in versions():
+        assert any(problems(document, version) for document in documents)
+
+
+def test_requests_meet_no_pod_of_a_replica_but_its_leader() -> None:
+    """Service, discovery and InferencePool alike: other charts were blamed for routing to workers."""
+    pool = {"inferencePool": {"enabled": True, "extensionService": "epp"}}
+    documents = render(merged(preset("405b-bf16"), pool))
+    workers = only(documents, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]["workerTemplate"]["metadata"]["labels"]
+    selectors = [service["spec"]["selector"] for service in of_kind(documents, "Service")]
+    for selector in selectors:
+        assert not selector.items() <= workers.items()
+    matched = only(documents, "InferencePool")["spec"]["selector"]["matchLabels"]
+    assert matched["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
+
+
+def test_autoscalers_own_the_number_of_replicas() -> None:
+    """A number in the render would take back what the autoscaler did, with every upgrade."""
+    for mode, kind in (("lws", "LeaderWorkerSet"), ("single", "Deployment")):
+        values = merged(preset("cpu-demo"), at("engine.mode", mode))
+        assert only(render(values), kind, "engine")["spec"]["replicas"] == 1
+        scaled = render(merged(values, at("autoscaling.mode", "hpa")))
+        assert "replicas" not in only(scaled, kind, "engine")["spec"]
