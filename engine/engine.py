@@ -88,7 +88,7 @@ class Engine:
         self._adapters = AdapterTable(lora_config)
         self._experts = experts
         self._states: dict[str, RequestState] = {}
-        self._trials = BreakTrials()
+        self.trials = BreakTrials()
         self._outputs: list[Output] = []
         self._num_arrivals = 0
         self._num_steps_before = 0  # of earlier epochs
@@ -132,7 +132,7 @@ class Engine:
         return outputs
 
     def _submit_plans(self) -> None:
-        for state in self._trials.released(self._states):
+        for state in self.trials.released(self._states):
             self._schedulers[state.dp_group].add(state)
         while len(self._in_flight) < self._config.depth and (plan := self._schedule()) is not None:
             self._in_flight.append((plan, self._executor.submit(plan)))
@@ -266,7 +266,7 @@ class Engine:
             raise Overloaded(f"{num_waiting} requests are waiting, at most {self._config.max_num_waiting} may")
         self._num_arrivals += 1
         self._states[request.request_id] = state
-        if not self._trials.holds(state):
+        if not self.trials.holds(state):
             scheduler.add(state)
 
     def _choose_group(self, state: RequestState) -> int:
@@ -309,7 +309,7 @@ class Engine:
         return True
 
     def _withdraw(self, state: RequestState) -> None:
-        if not self._trials.drop(state):
+        if not self.trials.drop(state):
             self._schedulers[state.dp_group].abort(state)
 
     def reset(self, epoch: int, *, executor: Executor | None = None, cache_config: CacheConfig | None = None) -> None:
@@ -323,7 +323,7 @@ class Engine:
         self._num_steps_before += self._next_step
         self._num_preemptions_before += sum(scheduler.num_preemptions for scheduler in self._schedulers)
         computed = [state for scheduler in self._schedulers for state in scheduler.in_flight()]
-        if self._in_flight and (culprit := self._trials.broke(computed)) is not None:
+        if self._in_flight and (culprit := self.trials.broke(computed)) is not None:
             self._end_with_error(
                 culprit,
                 f"the gang broke {culprit.num_breaks} times in a row when it computed this request, which is ended so "
@@ -337,7 +337,7 @@ class Engine:
                 self._end_with_error(
                     state, f"the cache has shrunk to {scheduler.num_blocks} KV blocks, too few for this request"
                 )
-        for state in self._trials.begin(self._states.values()):
+        for state in self.trials.begin(self._states.values()):
             self._schedulers[state.dp_group].add(state)
         self._adapters.restart(self._used_adapters())
         if self._experts is not None:
@@ -372,7 +372,7 @@ class Engine:
 
     @property
     def _num_waiting(self) -> int:
-        return sum(scheduler.num_waiting for scheduler in self._schedulers) + self._trials.num_held
+        return sum(scheduler.num_waiting for scheduler in self._schedulers) + self.trials.num_held
 
     def stats(self) -> EngineStats:
         schedulers = self._schedulers

@@ -12,7 +12,7 @@ from cluster.errors import Unauthenticated, Unavailable, mapping_of
 from cluster.frontend.anthropic.errors import anthropic_error
 from cluster.frontend.ollama.errors import ollama_error
 from cluster.rpc.status import MAX_MESSAGE_CHARS, fields_of
-from engine.errors import Overloaded, RemudaError
+from engine.errors import Overloaded, RemudaError, RequestFailure
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ def error_response(error: BaseException, path: str) -> Response:
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded | Unavailable):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, RequestFailure):
+        headers["x-should-retry"] = "false"  # OpenAI's and Anthropic's clients would send it two times more
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
     status = mapping_of(error).http_status

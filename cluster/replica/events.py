@@ -146,6 +146,14 @@ class GangBroke(msgspec.Struct, frozen=True, tag="broke"):
     message: str
 
 
+class BreaksExplained(msgspec.Struct, frozen=True, tag="explained"):
+    """So many of the gang's last breaks were the doing of requests that have been ended, and it has gone on since
+    (engine.scheduler.break_trials)."""
+
+    replica: str
+    num_breaks: int
+
+
 class GangFormed(msgspec.Struct, frozen=True, tag="formed"):
     """All ranks of this epoch are ready. ``phase_seconds``: of the slowest rank in each phase of this formation."""
 
@@ -194,6 +202,7 @@ Event = (
     | RankLoaded
     | ReplicaReady
     | GangBroke
+    | BreaksExplained
     | GangFormed
     | Repairing
     | Failed

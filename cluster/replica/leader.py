@@ -18,6 +18,7 @@ import setproctitle
 from cluster.errors import StartFailed
 from cluster.replica.engine_loop import EngineLoop
 from cluster.replica.events import (
+    BreaksExplained,
     Event,
     Failed,
     Loading,
@@ -231,8 +232,12 @@ class Leader:
             experts=self._experts,
             model_identity=f"{checkpoint_identity(directory)} {plan.dtype} {plan.quantization}",
         )
+        engine.trials.on_explained = self._tell_explained
         self._load_adapters(engine)
         return engine
+
+    def _tell_explained(self, num_breaks: int) -> None:
+        self._events.put(BreaksExplained(self._config.replica_id, num_breaks))
 
     def _balancer(self, model: ModelConfig, gang: GangReady) -> ExpertBalancer | None:
         """Where there is one ep rank there is nothing to balance."""

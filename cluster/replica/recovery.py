@@ -146,6 +146,12 @@ class Recovery:
         if self._phase is Phase.FORMING and epoch == self._epoch:
             self._phase = Phase.SERVING
 
+    def explained(self, num_breaks: int) -> None:
+        """So many of the last repairs were the doing of requests that have been ended, and the gang has gone on since:
+        they say nothing against it."""
+        for _ in range(min(num_breaks, len(self._repairs))):
+            self._repairs.pop()
+
     def impossible(self, reason: str) -> list[Action]:
         """An action could not be carried out: there is no place for a rank."""
         return self._give_up(reason)

@@ -21,6 +21,7 @@ from cluster.errors import StartFailed
 from cluster.replica.actor import OpenCall, RankCall
 from cluster.replica.actor_places import ActorPlaces, NotReserved, living_hosts
 from cluster.replica.events import (
+    BreaksExplained,
     Event,
     Failed,
     GangBroke,
@@ -204,6 +205,8 @@ class Supervisor:
             recovery.formed(event.epoch)
         elif isinstance(event, GangBroke):
             self._carry_out(recovery.gang_broke(event.epoch, event.culprit, event.message, now_s))
+        elif isinstance(event, BreaksExplained):
+            recovery.explained(event.num_breaks)
 
     def _note_end(self, run: Any) -> None:
         rank, life = self._runs.pop(run)

@@ -3,11 +3,13 @@
 A request that was being computed at a break, and has no new token since the last break at which it was, is suspect.
 Suspects are tried one at a time: one runs until it has a token, beside nothing but those that were tried before it; all
 others wait so long. One that breaks the gang again, alone or on trial, is ended, for it would use up all repairs. So a
-culprit costs two repairs where it runs alone and three among others, and what merely ran beside it goes on.
+culprit costs two repairs where it runs alone and three among others, and what merely ran beside it goes on. As soon as
+another has a token, those repairs have been explained: it was not the gang. So one of those that are not suspect goes
+first, before the next suspect is tried.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from engine.scheduler.request_state import RequestState
 
@@ -19,8 +21,16 @@ class BreakTrials:
     """One object for an engine's whole life."""
 
     def __init__(self) -> None:
+        self.on_explained: Callable[[int], None] = lambda num_breaks: None
+        """Called when so many of the last breaks have turned out to be the doing of requests that were ended."""
+        self._num_unproven = 0
+        """Breaks of culprits behind whom nobody has had a token yet."""
+        self._num_tokens: dict[str, int] = {}
+        """While there are such: what each request had when the epoch began."""
         self._suspects: deque[RequestState] = deque()
         """The first one is on trial."""
+        self._num_tokens_at_trial = 0
+        """What it had when its trial began."""
         self._held: list[RequestState] = []
         """Those that are not suspect and wait until nobody is."""
 
@@ -35,17 +45,26 @@ class BreakTrials:
         if len(suspects) != 1 or len(live) < len(computed):
             return None  # it may have been one that was aborted and is still being computed
         is_trial = bool(self._suspects) and self._suspects[0] in suspects
-        return suspects[0] if is_trial or len(live) == 1 else None
+        if not is_trial and len(live) > 1:
+            return None
+        self._num_unproven += suspects[0].num_breaks
+        return suspects[0]
 
     def begin(self, states: Iterable[RequestState]) -> list[RequestState]:
         """A new epoch with these requests, in their order. Returns those that may run at once."""
         states = list(states)
         self._suspects = deque(state for state in states if state.num_breaks >= SUSPECT_AFTER)
         self._held = [state for state in states if state.num_breaks < SUSPECT_AFTER]
+        self._num_tokens = {state.request_id: len(state.token_ids) for state in states} if self._num_unproven else {}
+        if self._num_unproven and self._suspects and self._held:
+            first = min(self._held, key=lambda state: state.num_breaks)
+            self._held.remove(first)
+            self._suspects.appendleft(first)
         return self._next()
 
     def _next(self) -> list[RequestState]:
         if self._suspects:
+            self._num_tokens_at_trial = len(self._suspects[0].token_ids)
             return [self._suspects[0]]
         free, self._held = self._held, []
         return free
@@ -68,14 +87,23 @@ class BreakTrials:
 
     def released(self, live: Mapping[str, RequestState]) -> list[RequestState]:
         """Those that may run from now on, since the one on trial has a token or has ended. ``live``: by id."""
+        self._explain(live)
         if not self._suspects:
             return []
         trial = self._suspects[0]
-        if live.get(trial.request_id) is trial and len(trial.token_ids) == trial.num_tokens_at_break:
+        if live.get(trial.request_id) is trial and len(trial.token_ids) == self._num_tokens_at_trial:
             return []
         trial.num_breaks = 0
         self._suspects.popleft()
         return self._next()
+
+    def _explain(self, live: Mapping[str, RequestState]) -> None:
+        if not self._num_unproven:
+            return
+        before = self._num_tokens
+        if any(len(state.token_ids) > before.setdefault(each, len(state.token_ids)) for each, state in live.items()):
+            num_breaks, self._num_unproven, self._num_tokens = self._num_unproven, 0, {}
+            self.on_explained(num_breaks)
 
     @property
     def num_held(self) -> int:

@@ -11,7 +11,7 @@ import pytest
 from cluster.errors import ERROR_TABLE, Cancelled, Unavailable
 from cluster.frontend.answers import HttpSettings
 from cluster.frontend.tokenizer import Tokenizer
-from engine.errors import Overloaded, RankFailure, RemudaError
+from engine.errors import Overloaded, RankFailure, RemudaError, RequestFailure
 from engine.request import Output, Request
 from tests.frontend.bodies import USER, chat, completion, events_of
 from tests.frontend.scripted import Gate, says
@@ -219,6 +219,22 @@ async def test_an_error_in_a_stream_is_an_object_then_done(tiny: Tokenizer) -> N
         with pytest.raises(openai.APIError, match="rank 3 died"):
             async for _ in stream:
                 pass
+
+
+@pytest.mark.parametrize(("kind", "num_tries"), [(RequestFailure, 1), (RankFailure, 3)])
+async def test_what_would_fail_again_is_not_sent_again_by_clients(kind: type[RemudaError], num_tries: int) -> None:
+    """A request that breaks its gang must not come three times because of a client's habits."""
+    raised: list[Request] = []
+
+    async def script(request: Request) -> AsyncGenerator[Output, None]:
+        raised.append(request)
+        raise kind("because")
+        yield
+
+    async with served(script) as one:
+        with pytest.raises(openai.InternalServerError, match="because"):
+            await one.openai.with_options(max_retries=2).completions.create(model="m", prompt="a")
+    assert len(raised) == num_tries
 
 
 async def test_overload_says_when_to_come_back() -> None:

@@ -186,3 +186,23 @@ def test_a_survivor_that_does_not_join_is_replaced_but_a_newcomer_that_loads_is_
     world.recovery.rank_joined(2, 1)
     world.now_s += 10 * JOIN_TIMEOUT_S
     assert world.recovery.tick(world.now_s) == []
+
+
+def test_repairs_that_were_the_doing_of_requests_do_not_count() -> None:
+    world = World(2)
+    world.form()
+    for _ in range(20):
+        for _ in range(3):
+            world.now_s += 1.0
+            world.carry_out(world.recovery.gang_broke(world.epoch, 1, "a request broke it", world.now_s))
+            world.form()
+        world.recovery.explained(3)
+    world.recovery.explained(3)
+    assert world.recovery.phase is Phase.SERVING
+    for _ in range(MAX_REPAIRS):
+        assert not world.has_given_up()
+        world.now_s += 1.0
+        world.carry_out(world.recovery.gang_broke(world.epoch, 1, "it breaks by itself", world.now_s))
+        world.form()
+    world.carry_out(world.recovery.gang_broke(world.epoch, 1, "it breaks by itself", world.now_s))
+    assert world.has_given_up()

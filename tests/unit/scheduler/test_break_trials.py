@@ -41,6 +41,8 @@ class Bed:
             num_dp_groups=num_dp_groups,
         )
         self.outputs: dict[str, list[Output]] = {}
+        self.explained: list[int] = []
+        self.engine.trials.on_explained = self.explained.append
 
     def _new_gang(self) -> SimulatedGang:
         return SimulatedGang(
@@ -120,6 +122,9 @@ def test_among_others_it_costs_three_and_they_go_on(
     assert "times in a row" in bed.error(culprit)
     assert all(bed.has_its_tokens(seed) for seed in range(6) if seed != culprit)
     assert bed.num_breaks <= 3
+    bed.add(6)  # where nobody had a token behind the culprit, this one has
+    bed.run()
+    assert bed.explained == [bed.num_breaks]
 
 
 def test_two_of_them() -> None:
@@ -182,3 +187,24 @@ def test_an_end_is_told_before_the_next_trial_so_that_its_siblings_can_be_stoppe
         assert bed.engine.abort(request_id)
     bed.run()
     assert bed.num_breaks == num_breaks <= 3
+
+
+def test_between_two_of_them_somebody_else_shows_that_the_gang_is_whole() -> None:
+    bed = Bed({(0, 0), (1, 0), (2, 0)}, num_dp_groups=2)
+    bed.add(0, 1)
+    while bed.num_breaks < 2:
+        bed.step()
+    bed.add(2, 3)  # they wait for the first two's trials
+    bed.run()
+    assert all(bed.error(seed) for seed in range(3)) and bed.has_its_tokens(3)
+    assert bed.explained[0] == 3 and sum(bed.explained) >= 6
+
+
+def test_a_gang_that_computes_nothing_any_more_is_not_explained_by_its_requests() -> None:
+    bed = Bed({(seed, 0) for seed in range(4)})
+    bed.add(*range(4))
+    bed.run()
+    assert all(bed.error(seed) for seed in range(4)) and bed.explained == []
+    bed.add(4)
+    bed.run()
+    assert bed.has_its_tokens(4) and bed.explained == [bed.num_breaks]
