@@ -15,10 +15,7 @@ from typing import Any
 
 from rich.progress import track
 
-from cluster.simulate.explore import Case, cases, small_scenario
-from cluster.simulate.runs import Outcome, run_case, run_seed
-from cluster.simulate.virtual_loop import run
-from cluster.simulate.world import World
+from cluster.simulate.runs import Outcome, all_cases, run_case, run_seed
 
 _SHOWN = 5
 
@@ -30,6 +27,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--explore", action="store_true")
+    parser.add_argument("-x", dest="first_only", action="store_true", help="end with the first broken promise")
     options = parser.parse_args()
     if options.seed is not None:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -38,26 +36,20 @@ def main() -> int:
         return int(bool(outcome.error))
     logging.disable(logging.CRITICAL)
     if options.explore:
-        return _report("states", _all(run_case, _all_cases()))
-    return _report("seeds", _all(run_seed, range(options.first, options.first + options.seeds)))
+        return _report("states", _all(run_case, all_cases(), options.first_only))
+    seeds = range(options.first, options.first + options.seeds)
+    return _report("seeds", _all(run_seed, seeds, options.first_only))
 
 
-def _all_cases() -> list[Case]:
-    worlds: list[World] = []
-
-    async def play() -> None:
-        worlds.append(World(small_scenario()))
-        await worlds[0].run()
-
-    run(play)
-    return list(cases(worlds[0].network.num_messages, worlds[0].replicas[0].num_steps))
-
-
-def _all(function: Callable[[Any], Outcome], arguments: Sequence[Any]) -> tuple[list[Outcome], float]:
+def _all(function: Callable[[Any], Outcome], arguments: Sequence[Any], first_only: bool) -> tuple[list[Outcome], float]:
     began_s = time.monotonic()
+    outcomes = []
     with multiprocessing.Pool() as pool:
         found = pool.imap_unordered(function, arguments, chunksize=4)
-        outcomes = list(track(found, total=len(arguments), description="simulating", disable=not sys.stderr.isatty()))
+        for outcome in track(found, total=len(arguments), description="simulating", disable=not sys.stderr.isatty()):
+            outcomes.append(outcome)
+            if first_only and outcome.error:
+                break
     return outcomes, time.monotonic() - began_s
 
 

@@ -34,8 +34,9 @@ class Case:
 
 
 def small_scenario() -> Scenario:
-    """Two requests, a few steps each, nearly at the same time."""
-    return Scenario(seed=0, num_clients=2, max_tokens=6, spread_s=0.05, faults=())
+    """Two requests with two choices each, a few steps long, nearly at the same time: one with log-probabilities, one
+    with a grammar and with a prompt of two chunks."""
+    return Scenario(seed=23, num_clients=2, max_tokens=6, spread_s=0.05, faults=())
 
 
 def cases(num_messages: int, num_steps: int) -> Iterator[Case]:

@@ -35,19 +35,24 @@ class Fault:
 
 @dataclass(frozen=True)
 class Scenario:
-    """``spread_s``: within it all clients arrive."""
+    """``spread_s``: within it all clients arrive. ``has_poison``: the first one's request breaks the gang whenever it
+    computes that. ``depth``: plans that a gang may have in flight."""
 
     seed: int
     num_clients: int
     max_tokens: int
     spread_s: float
     faults: tuple[Fault, ...]
+    has_poison: bool = False
+    depth: int = 1
 
 
 def draw_scenario(seed: int, num_replicas: int, num_front_ends: int) -> Scenario:
-    """None to four faults, in order of time, while up to a dozen clients come."""
+    """None to four faults, in order of time, while up to a dozen clients come. Where one of these breaks the gang,
+    fewer faults: a replica may give up at its sixth break."""
     chance = random.Random(f"{seed} scenario")
-    num_faults = chance.choice([0, 1, 1, 1, 2, 2, 3, 4])
+    has_poison = chance.random() < 0.3
+    num_faults = chance.choice([0, 1, 1, 1, 2, 2, 3, 4] if not has_poison else [0, 1, 1, 2])
     faults = [
         Fault(
             at_s=chance.uniform(0.0, 4.0),
@@ -59,4 +64,6 @@ def draw_scenario(seed: int, num_replicas: int, num_front_ends: int) -> Scenario
         for _ in range(num_faults)
     ]
     ordered = tuple(sorted(faults, key=lambda fault: fault.at_s))
-    return Scenario(seed, chance.randint(1, 12), max_tokens=50, spread_s=4.0, faults=ordered)
+    num_clients = chance.randint(1, 12)
+    depth = chance.choice([1, 1, 2])
+    return Scenario(seed, num_clients, 50, spread_s=4.0, faults=ordered, has_poison=has_poison, depth=depth)

@@ -2,16 +2,14 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-import msgspec
-
 from cluster.errors import Unavailable
-from cluster.frontend.calls import Delta, Echo, Event, Finished, TimeLimits, Usage
+from cluster.frontend.calls import TimeLimits, Usage
 from cluster.frontend.choice import Choice, EchoedPrompt
 from cluster.frontend.clock import LoopClock, Timer
-from cluster.frontend.cursor import Cursor, Remainder
+from cluster.frontend.cursor import Remainder
 from cluster.frontend.detokenizer import Detokenizer
 from cluster.frontend.fleet import Fleet
 from cluster.frontend.journal import Attach, Journal, Submit
@@ -20,90 +18,17 @@ from cluster.frontend.metrics import Metrics
 from cluster.frontend.run import Run
 from cluster.frontend.stop_strings import StopStrings
 from cluster.frontend.stored_call import Holder, StoredCall
-from cluster.frontend.token_bytes import TokenBytes
+from cluster.frontend.tools.parser import ToolCallParser
 from cluster.replica.client import ReplicaClient
 from cluster.replica.keep import Keep
 from cluster.simulate.calls import SimulatedStub
-from cluster.simulate.leader import VOCAB_SIZE
 from cluster.simulate.network import Network
 from cluster.simulate.process import Process
+from cluster.simulate.record import MAX_TRIES, Record
 from cluster.simulate.replica import SimulatedReplica
+from cluster.simulate.vocabulary import TABLE, text_of
 from engine.errors import RemudaError
-from engine.request import Output, Request, TopLogprobs
-
-_TEXT = {token: chr(0x21 + token % 90) for token in range(VOCAB_SIZE)}
-_TABLE = TokenBytes(_TEXT, frozenset(), {"type": "ByteLevel"})
-
-
-def text_of(token_ids: Sequence[int]) -> str:
-    """Each token is one character."""
-    return "".join(map(_TEXT.__getitem__, token_ids))
-
-
-MAX_TRIES = 20
-
-
-class Record:
-    """What one client asked for, and what it got.
-
-    Args:
-        name: the request's.
-        requests: one per choice.
-    stops: strings that end it.
-    """
-
-    def __init__(self, name: str, requests: list[Request], stops: tuple[str, ...] = ()) -> None:
-        self.name = name
-        self.requests = requests
-        self.stops = stops
-        self.logprobs: list[list[TopLogprobs]] = [[] for _ in requests]
-        self.echoes: dict[int, Echo] = {}
-        """The prompt with its log-probabilities, by choice."""
-        self.usages: list[Usage] = []
-        self.token_ids: list[list[int]] = [[] for _ in requests]
-        self.text = ["" for _ in requests]
-        self.finished: list[Finished] = []
-        self.cursor = Cursor(name)
-        """Where its reading is."""
-        self.num_cuts = 0
-        """Times that its front end died."""
-        self.num_tries = 0
-        self._given_name = name
-        self.error: RemudaError | None = None
-        self.had_no_replica = False
-        """When it got its error, its front end knew of none that was ready."""
-        self.has_ended = False
-
-    def cut(self) -> None:
-        """Its front end died."""
-        self.num_cuts += 1
-        if not self.cursor.positions:
-            self.name = f"{self._given_name}-{self.num_cuts}"
-            self.cursor = Cursor(self.name)
-            self.requests = [
-                msgspec.structs.replace(request, request_id=f"{self.name}.{index}")
-                for index, request in enumerate(self.requests)
-            ]
-
-    def take(self, event: Event) -> None:
-        """Raises AssertionError where something is missing or came twice."""
-        self.cursor.note(event)
-        if isinstance(event, Delta):
-            tokens = self.token_ids[event.choice]
-            assert event.position == len(tokens), (
-                f"{self.name}: token {event.position} came where {len(tokens)} was due"
-            )
-            tokens += event.token_ids
-            self.text[event.choice] += event.text
-            self.logprobs[event.choice] += event.logprobs or ()
-        elif isinstance(event, Finished):
-            assert event.choice not in [end.choice for end in self.finished], f"{self.name} ended twice"
-            self.finished.append(event)
-        elif isinstance(event, Echo):
-            assert event.choice not in self.echoes, f"{self.name}: the prompt came twice"
-            self.echoes[event.choice] = event
-        elif isinstance(event, Usage):
-            self.usages.append(event)
+from engine.request import Output, Request
 
 
 def _echo(request: Request) -> EchoedPrompt | None:
@@ -211,10 +136,11 @@ class SimulatedFrontEnd:
         choices = [
             Choice(
                 index,
-                Detokenizer(_TABLE, request.token_ids),
+                Detokenizer(TABLE, request.token_ids),
                 StopStrings(record.stops),
                 wants_logprobs=request.sampling.logprobs is not None,
                 echo=_echo(request),
+                tools=ToolCallParser([record.tool]) if record.tool else None,
             )
             for index, request in enumerate(record.requests)
         ]

@@ -13,9 +13,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from engine.config import KvGroupConfig
 from engine.errors import RankFailure
+from engine.executor.grammar_masks import GrammarMasks, StepMasks
+from engine.executor.sampling_row import GrammarMask
 from engine.messages import (
     NULL_BLOCK,
     AdapterOutcome,
@@ -32,10 +36,23 @@ from engine.messages import (
 from engine.request import SamplingParams, TopLogprobs
 from engine.slot_table import ScheduledSlot, SlotState, SlotTable
 
+Allowed = npt.NDArray[np.bool_]
+"""What a request's grammar lets follow: [vocab]."""
 
-def next_token(sampling: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int, vocab_size: int) -> int:
-    """The oracle: a token that depends on the seed, the choice and the whole history, and on nothing else."""
+
+def next_token(
+    sampling: SamplingParams,
+    token_ids: Sequence[int],
+    num_prompt_tokens: int,
+    vocab_size: int,
+    allowed: Allowed | None = None,
+) -> int:
+    """The oracle: a token that depends on the seed, the choice, the whole history and what is allowed behind it, and on
+    nothing else."""
     digest = zlib.crc32(repr((sampling.seed, sampling.choice, tuple(token_ids))).encode())
+    if allowed is not None:
+        candidates = np.flatnonzero(allowed)
+        return int(candidates[digest % len(candidates)])
     token_id = digest % vocab_size
     if len(token_ids) - num_prompt_tokens < sampling.min_tokens:
         while token_id in sampling.stop_token_ids:
@@ -44,12 +61,18 @@ def next_token(sampling: SamplingParams, token_ids: Sequence[int], num_prompt_to
 
 
 def sequential_tokens(
-    sampling: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int, vocab_size: int
+    sampling: SamplingParams,
+    token_ids: Sequence[int],
+    num_prompt_tokens: int,
+    vocab_size: int,
+    allowed_behind: Callable[[Sequence[int]], Allowed] | None = None,
 ) -> list[int]:
-    """What the request generates, alone and one token at a time."""
+    """What the request generates, alone and one token at a time. ``allowed_behind``: of its grammar, by what has been
+    generated."""
     history = list(token_ids)
     while len(history) - num_prompt_tokens < sampling.max_tokens:
-        history.append(next_token(sampling, history, num_prompt_tokens, vocab_size))
+        allowed = None if allowed_behind is None else allowed_behind(history[num_prompt_tokens:])
+        history.append(next_token(sampling, history, num_prompt_tokens, vocab_size, allowed))
         if history[-1] in sampling.stop_token_ids and len(history) - num_prompt_tokens > sampling.min_tokens:
             break
     return history[len(token_ids) :]
@@ -77,7 +100,7 @@ class SimulatedRank:
     ``records_samples``: whether it learns the tokens that are sampled (all ranks do where plans may refer to them, the
     sampling rank always); ``fails_at`` positions of a request (by seed) answer with a SlotError, ``dies_at`` positions
     kill the rank. ``adapter_of``: path of the adapter that a request (by seed) must have; ``broken_adapters``: paths
-    that cannot be loaded.
+    that cannot be loaded. ``grammars``: of requests that have one.
     """
 
     table: SlotTable
@@ -94,6 +117,8 @@ class SimulatedRank:
     broken_adapters: set[str] = field(default_factory=set)
     adapters: dict[int, str] = field(default_factory=dict)
     """Adapter slot to path."""
+    grammars: GrammarMasks | None = None
+    dp_group: int = 0
 
     def compute(self, plan: StepPlan) -> tuple[StepResult, list[Cell]]:
         """The result of a plan, and all cells that it read."""
@@ -106,10 +131,19 @@ class SimulatedRank:
         cells = [cell for share in scheduled for cell in self._cells_read(share)]
         self.check(cells)
         result = StepResult(plan.epoch, plan.step, rank=0, sampled=[], prompt_logprobs=[], errors=[], adapters=outcomes)
+        masks = self._masks(plan, scheduled)
         for share in scheduled:
-            self._answer(share, plan.step, result)
+            self._answer(share, plan.step, result, masks)
         packed = StepResult.of(plan.epoch, plan.step, 0, result.sampled, result.prompt_logprobs, result.errors)
         return msgspec.structs.replace(packed, adapters=outcomes), cells
+
+    def _masks(self, plan: StepPlan, scheduled: Sequence[ScheduledSlot]) -> StepMasks:
+        """As the model runner has them made."""
+        if self.grammars is None:
+            return {}
+        self.grammars.forget(plan.batches[self.dp_group].removed)
+        masks = self.grammars.begin(scheduled)
+        return {} if masks is None else masks.result()
 
     def _change_adapters(self, plan: StepPlan) -> list[AdapterOutcome]:
         outcomes = []
@@ -152,8 +186,8 @@ class SimulatedRank:
             cells += [self._cell(share, group, p) for p in range(first, share.start + share.num_tokens)]
         return cells
 
-    def _answer(self, share: ScheduledSlot, step: int, result: StepResult) -> None:
-        state = share.state
+    def _answer(self, share: ScheduledSlot, step: int, result: StepResult, masks: StepMasks) -> None:
+        state, mask = share.state, masks.get(share.slot)
         end = share.start + share.num_tokens
         if state.sampling.prompt_logprobs is not None and share.start + 1 < state.num_prompt_tokens:
             positions = range(share.start + 1, min(end + 1, state.num_prompt_tokens))
@@ -164,8 +198,12 @@ class SimulatedRank:
         failed = any((state.sampling.seed, p) in self.fails_at for p in range(share.start, end))
         if failed:
             result.errors.append(SlotError(share.slot, f"position {end - 1} is not a number"))
+        if isinstance(mask, str):
+            failed = True
+            result.errors.append(SlotError(share.slot, mask))
         if share.sample:
-            token_id = next_token(state.sampling, state.token_ids, state.num_prompt_tokens, self.vocab_size)
+            allowed = mask.allowed if isinstance(mask, GrammarMask) else None
+            token_id = next_token(state.sampling, state.token_ids, state.num_prompt_tokens, self.vocab_size, allowed)
             if self.records_samples:
                 self.table.record_sample(step, share.slot, token_id)
             if not failed:
@@ -205,6 +243,7 @@ class SimulatedGang:
         dies_at: (seed, position) pairs whose computation kills a rank.
         adapter_of: path of the adapter that each request, by seed, must be computed with.
         broken_adapters: paths that the last rank cannot load.
+        new_grammars: makes one rank's matchers; None where no request has a grammar.
         depth: plans that may be in flight.
         input_references: whether plans may refer to samples, so that all ranks have to know them.
     """
@@ -226,6 +265,7 @@ class SimulatedGang:
         dies_at: set[tuple[int, int]] | None = None,
         adapter_of: dict[int, str] | None = None,
         broken_adapters: set[str] | None = None,
+        new_grammars: Callable[[], GrammarMasks] | None = None,
     ) -> None:
         self.depth = depth
         self.dead = False
@@ -250,6 +290,8 @@ class SimulatedGang:
                     fails_at=fails_at if fails_at is not None else set(),
                     dies_at=dies_at if dies_at is not None else set(),
                     adapter_of=adapter_of if adapter_of is not None else {},
+                    grammars=None if new_grammars is None else new_grammars(),
+                    dp_group=dp_group,
                 )
                 for index in range(ranks_per_group)
             ]

@@ -11,6 +11,7 @@ from cluster.replica.servicer import ReplicaServicer
 from cluster.simulate.calls import serve_call
 from cluster.simulate.gang import SimulatedGang
 from cluster.simulate.process import Process
+from cluster.simulate.vocabulary import VOCAB_SIZE, Grammars
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.engine import Engine
@@ -19,7 +20,6 @@ from engine.errors import EngineFailure, RankFailure
 if TYPE_CHECKING:
     from cluster.simulate.replica import SimulatedReplica
 
-VOCAB_SIZE = 97
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 96
 NUM_SLOTS = 8
@@ -156,13 +156,18 @@ class SimulatedLeader:
             executor=self._gang,
             kv_groups=_KV_GROUPS,
             vocab_size=VOCAB_SIZE,
-            scheduler_config=SchedulerConfig(NUM_SLOTS, 32, MAX_MODEL_LEN),
+            scheduler_config=SchedulerConfig(NUM_SLOTS, 32, MAX_MODEL_LEN, depth=self._replica.depth),
             cache_config=CacheConfig(BLOCK_SIZE, NUM_BLOCKS),
         )
+        self.engine.trials.on_explained = self._tell_explained
         self._loop = _Loop(self.engine, self.process, self._pass_step, self._mend)
         self.server = _Server(self._loop, self._info(), self.process)
         await self.server.start()
         self._replica.announce(self._replica)
+
+    def _tell_explained(self, num_breaks: int) -> None:
+        replica = self._replica
+        replica.tell(lambda: replica.recovery.explained(num_breaks), 0.01)
 
     def _new_gang(self, epoch: int) -> SimulatedGang:
         return SimulatedGang(
@@ -171,8 +176,10 @@ class SimulatedLeader:
             block_size=BLOCK_SIZE,
             num_blocks=NUM_BLOCKS,
             vocab_size=VOCAB_SIZE,
-            depth=1,
+            depth=self._replica.depth,
             epoch=epoch,
+            dies_at=self._replica.poison,
+            new_grammars=Grammars,
         )
 
     def _info(self) -> ReplicaInfo:

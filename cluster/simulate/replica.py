@@ -42,16 +42,27 @@ class SimulatedReplica:
     network: through which its leader is reached.
     seed: of all its chance.
     announce: told of each leader that serves, as front ends are by the supervisor's events.
+    poison: (seed, position) of requests that kill a rank whenever it computes that.
+    depth: plans that its gang may have in flight.
     """
 
     def __init__(
-        self, name: str, host: str, network: Network, seed: str, announce: Callable[["SimulatedReplica"], None]
+        self,
+        name: str,
+        host: str,
+        network: Network,
+        seed: str,
+        announce: Callable[["SimulatedReplica"], None],
+        poison: set[tuple[int, int]],
+        depth: int,
     ) -> None:
         self.name = name
         self.host = host
         self.network = network
         self.chance = random.Random(f"{seed} {name}")
         self.announce = announce
+        self.poison = poison
+        self.depth = depth
         self.slowness = 1.0
         self.disk_slowness = 1.0
         self.has_given_up = False

@@ -4,7 +4,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.simulate.explore import Case, small_scenario, world_of
+from cluster.simulate.explore import Case, cases, small_scenario, world_of
 from cluster.simulate.faults import Scenario, draw_scenario
 from cluster.simulate.virtual_loop import run
 from cluster.simulate.world import NUM_FRONT_ENDS, NUM_REPLICAS, World
@@ -26,6 +26,18 @@ class Outcome:
 def run_seed(seed: int) -> Outcome:
     """One deployment with the faults that the seed draws."""
     return _outcome(f"seed {seed}", draw_scenario(seed, NUM_REPLICAS, NUM_FRONT_ENDS), World)
+
+
+def all_cases() -> list[Case]:
+    """Every single fault at every message and step that the small deployment has without faults."""
+    worlds: list[World] = []
+
+    async def play() -> None:
+        worlds.append(World(small_scenario()))
+        await worlds[0].run()
+
+    run(play)
+    return list(cases(worlds[0].network.num_messages, worlds[0].replicas[0].num_steps))
 
 
 def run_case(case: Case) -> Outcome:

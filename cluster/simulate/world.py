@@ -4,16 +4,14 @@ import asyncio
 import random
 from typing import Any
 
-from cluster.errors import Draining, Unavailable, UnknownStream
+from cluster.simulate.draw import draw_record
 from cluster.simulate.faults import Fault, FaultKind, Scenario
-from cluster.simulate.front_end import Record, SimulatedFrontEnd, text_of
-from cluster.simulate.gang import logprobs_at, sequential_tokens
-from cluster.simulate.leader import VOCAB_SIZE
+from cluster.simulate.front_end import SimulatedFrontEnd
 from cluster.simulate.network import Connection, End, Network
 from cluster.simulate.process import Process
+from cluster.simulate.promises import check
+from cluster.simulate.record import Record
 from cluster.simulate.replica import NUM_RANKS, SimulatedReplica
-from engine.errors import RemudaError
-from engine.request import Request, SamplingParams
 
 NUM_REPLICAS = 2
 NUM_FRONT_ENDS = 2
@@ -34,10 +32,13 @@ class World:
         seed = str(scenario.seed)
         self.scenario = scenario
         self.network = Network(random.Random(f"{seed} network"))
+        self._poison: set[tuple[int, int]] = set()
+        """(seed, position) of requests that kill a rank whenever it computes that."""
         self._driver = Process("driver", "driver", self.network)
         self.front_ends = [SimulatedFrontEnd(f"f{i}", f"e{i}", self.network, seed) for i in range(NUM_FRONT_ENDS)]
         self.replicas = [
-            SimulatedReplica(f"r{i}", f"h{i}", self.network, seed, self._announce) for i in range(NUM_REPLICAS)
+            SimulatedReplica(f"r{i}", f"h{i}", self.network, seed, self._announce, self._poison, scenario.depth)
+            for i in range(NUM_REPLICAS)
         ]
         self.records: list[Record] = []
         self.ended_s = 0.0
@@ -57,7 +58,7 @@ class World:
         await asyncio.gather(*clients, *troubles)
         await self._settle()
         self.ended_s = asyncio.get_running_loop().time()
-        self.check()
+        check(self.scenario, self.records, self.replicas)
         for front_end in self.front_ends:
             await front_end.kill()
         for replica in self.replicas:
@@ -159,16 +160,9 @@ class World:
     async def _client(self, number: int) -> None:
         chance = random.Random(f"{self.scenario.seed} client {number}")
         await asyncio.sleep(chance.uniform(0.0, self.scenario.spread_s))
-        length = chance.randint(1, 40)
-        prompt = [(position * 5 + chance.randrange(2)) % VOCAB_SIZE for position in range(length)]
-        record = Record(
-            f"c{number}",
-            [
-                Request(f"c{number}.{choice}", prompt, length, self._sampling(chance, number, choice))
-                for choice in range(chance.choice([1, 1, 2]))
-            ],
-            (text_of([chance.randrange(VOCAB_SIZE)]),) if chance.random() < 0.3 else (),
-        )
+        record = draw_record(self.scenario, number)
+        if record.poison_at is not None:
+            self._poison.add((number, record.poison_at))
         self.records.append(record)
         while not record.has_ended:
             front_end = chance.choice(self.front_ends)
@@ -177,70 +171,3 @@ class World:
                 if not record.has_ended:
                     record.cut()
             await asyncio.sleep(chance.uniform(0.1, 3.0))
-
-    def check(self) -> None:
-        """What must hold at the end of every run."""
-        for record in self.records:
-            self._check_record(record)
-        for replica in self.replicas:
-            engine, server = replica.leader.engine, replica.leader.server
-            assert engine is not None and server is not None, f"{replica.name} did not come back"
-            stats = engine.stats()
-            assert not (stats.num_blocks_used or stats.num_running or stats.num_waiting), f"{replica.name}: {stats}"
-            engine.check_integrity()
-            assert not server.num_live_requests, f"{replica.name} keeps requests"
-
-    def _check_record(self, record: Record) -> None:
-        assert record.has_ended, f"{record.name} has no end"
-        for index, request in enumerate(record.requests):
-            self._check_choice(record, index, request)
-        if record.error is None:
-            assert sorted(end.choice for end in record.finished) == list(range(len(record.requests)))
-            assert [usage.num_prompt_tokens for usage in record.usages] == [record.requests[0].num_prompt_tokens]
-            num_tokens = sum(map(len, record.token_ids))
-            assert record.usages[0].num_completion_tokens == num_tokens, f"{record.name}: {record.usages[0]}"
-        else:
-            assert self._may_be_lost(record, record.error), f"{record.name} was lost: {record.error!r}"
-
-    def _check_choice(self, record: Record, index: int, request: Request) -> None:
-        name, token_ids, prompt = request.request_id, record.token_ids[index], request.token_ids
-        expected = sequential_tokens(request.sampling, prompt, request.num_prompt_tokens, VOCAB_SIZE)
-        stop = next((place for place, char in enumerate(text_of(expected)) if char in record.stops), None)
-        if stop is not None:
-            expected = expected[: stop + 1]
-        assert token_ids == expected[: len(token_ids)], f"{name}: other tokens than without faults"
-        history = [*prompt, *token_ids]
-        if request.sampling.logprobs is not None:
-            due = [logprobs_at(history, position) for position in range(len(prompt), len(history))]
-            assert record.logprobs[index] == due, f"{name}: log-probabilities are missing or came twice"
-        if record.error is not None:
-            return
-        assert token_ids == expected, f"{name}: its end is missing"
-        shown = expected if stop is None else expected[:stop]
-        if stop is None and shown and shown[-1] in request.sampling.stop_token_ids:
-            shown = shown[:-1]  # an end token is not text
-        assert record.text[index] == text_of(shown), f"{name}: another text"
-        if request.sampling.prompt_logprobs is not None:
-            due_of_prompt = [None, *(logprobs_at(prompt, position) for position in range(1, len(prompt)))]
-            assert list(record.echoes[index].logprobs or ()) == due_of_prompt, f"{name}: its prompt's are others"
-
-    def _may_be_lost(self, record: Record, error: RemudaError) -> bool:
-        """What arrives where nobody serves is refused at once. And whoever lost front end and leader together has
-        nobody left who knows of the request: that is more than a single fault."""
-        if isinstance(error, UnknownStream):
-            return record.num_cuts > 0 and any(replica.recovery.leader_life for replica in self.replicas)
-        is_refused = isinstance(error, Draining) or (isinstance(error, Unavailable) and record.had_no_replica)
-        return is_refused and not any(record.token_ids)
-
-    def _sampling(self, chance: random.Random, number: int, choice: int) -> SamplingParams:
-        ends = tuple(chance.sample(range(VOCAB_SIZE), 2))
-        max_tokens = chance.randint(1, self.scenario.max_tokens)
-        asks = random.Random(f"{self.scenario.seed} logprobs {number}")
-        return SamplingParams(
-            max_tokens,
-            seed=number,
-            choice=choice,
-            stop_token_ids=ends,
-            logprobs=asks.choice([None, 0]),
-            prompt_logprobs=asks.choice([None, None, 0]),
-        )

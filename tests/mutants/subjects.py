@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-SIMULATION = ("-m", "cluster.simulate", "--seeds", "100")
-EXPLORATION = ("-m", "cluster.simulate", "--explore")
+SIMULATION = ("-m", "cluster.simulate", "-x", "--seeds", "100")
+EXPLORATION = ("-m", "cluster.simulate", "-x", "--explore")
 
 
 def tests(*paths: str) -> tuple[str, ...]:

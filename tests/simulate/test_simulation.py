@@ -6,16 +6,21 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from cluster.frontend.journal import Journal
 from cluster.replica.recovery import Recovery
-from cluster.simulate.explore import Case, cases
+from cluster.simulate.draw import draw_record
+from cluster.simulate.explore import Case
 from cluster.simulate.faults import FaultKind, draw_scenario
-from cluster.simulate.runs import run_case, run_seed
+from cluster.simulate.runs import all_cases, run_case, run_seed
+from cluster.simulate.vocabulary import STRUCTURES
+from engine.executor.grammar_masks import GrammarMasks
 from engine.request import Request
 from engine.scheduler.block_pool import BlockPool
+from engine.scheduler.break_trials import BreakTrials
 
 NUM_SEEDS = 60
 
@@ -31,6 +36,17 @@ def test_every_promise_holds_under_the_faults_of_many_seeds(first: int) -> None:
 def test_the_seeds_draw_every_kind_of_fault() -> None:
     drawn = {fault.kind for seed in range(NUM_SEEDS) for fault in draw_scenario(seed, 2, 2).faults}
     assert drawn == set(FaultKind)
+    assert sum(draw_scenario(seed, 2, 2).has_poison for seed in range(NUM_SEEDS)) > 10
+
+
+def test_the_seeds_draw_every_grammar() -> None:
+    drawn = {
+        request.sampling.grammar
+        for seed in range(5)
+        for number in range(10)
+        for request in draw_record(draw_scenario(seed, 2, 2), number).requests
+    }
+    assert drawn == {None, *(structure.grammar for structure in STRUCTURES)}
 
 
 def test_a_seed_runs_the_same_in_another_process() -> None:
@@ -44,7 +60,9 @@ def test_a_seed_runs_the_same_in_another_process() -> None:
 
 def test_single_faults_at_some_messages_and_steps() -> None:
     """Every seventh of what `python -m cluster.simulate --explore` runs."""
-    for case in list(cases(num_messages=119, num_steps=8))[::7]:
+    tried = all_cases()[::7]
+    assert len(tried) > 100
+    for case in tried:
         outcome = run_case(case)
         assert not outcome.error, f"{case}\n{outcome.error}"
 
@@ -66,6 +84,23 @@ def test_a_journal_that_forgets_tokens_is_found_out(monkeypatch: pytest.MonkeyPa
         )
 
     monkeypatch.setattr(Journal, "_resumed", forgetful)
+    assert _fails_somewhere(range(20))
+
+
+def test_a_grammar_that_is_not_advanced_over_what_was_generated_before_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    feed = GrammarMasks._feed
+
+    def forgetful(self: GrammarMasks, entry: Any, generated: list[int]) -> None:
+        feed(self, entry, generated if entry.matcher is not None else [])
+
+    monkeypatch.setattr(GrammarMasks, "_feed", forgetful)
+    assert _fails_somewhere(range(20))
+
+
+def test_an_engine_that_does_not_find_the_request_that_breaks_it_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BreakTrials, "broke", lambda *arguments: None)
     assert _fails_somewhere(range(20))
 
 
