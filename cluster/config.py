@@ -119,6 +119,11 @@ class ServeConfig(BaseSettings):
     api_key_file: Path | None = None
     security_file: Path | None = None
     insecure: bool = False
+    tenants: Path | None = None
+    limits_store: str | None = None
+    limits_store_password_file: Path | None = None
+    usage_log: Path | None = None
+    audit_log: Path | None = None
     address: str | None = None
     cpu_slots: Degree = 8
     spare_ranks: Annotated[int, Field(ge=0, le=64)] = 0

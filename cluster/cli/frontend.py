@@ -4,7 +4,7 @@ import asyncio
 import signal
 import uuid
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import uvloop
@@ -13,18 +13,34 @@ from rich.console import Console
 from cluster.cli import options, serve_options
 from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.fleet import Fleet
+from cluster.frontend.leader_set import LeaderSet
 from cluster.identity.config import load_security
+from cluster.k8s.endpoint_slices import ServiceName
 from cluster.replica.client import ReplicaClient
 from cluster.replica.model_source import ModelSource
-from engine.errors import InvalidOption, RemudaError
+from cluster.tenants.tenancy import TenancyConfig
+from engine.errors import InvalidOption
 
-EXAMPLES = "Example: remuda frontend remuda-tiny --leaders r0=10.0.0.1:7000,r1=10.0.0.2:7000 --secret-file SECRET"
-RETRY_INTERVAL_S = 1.0
+if TYPE_CHECKING:
+    from cluster.k8s.leaders import KubernetesLeaders
+
+EXAMPLES = (
+    "Examples: remuda frontend remuda-tiny --leaders r0=10.0.0.1:7000,r1=10.0.0.2:7000 --secret-file SECRET | "
+    "remuda frontend /models/Llama-3.1-70B --discover kubernetes:llm/llama-leaders --secret-file SECRET"
+)
 
 
 def frontend(
     model: Annotated[str, typer.Argument(help="The model that the leaders serve, as for remuda serve.")],
-    leaders: Annotated[str, typer.Option(help="NAME=HOST:PORT of each leader, with commas between them.")],
+    leaders: Annotated[
+        str | None, typer.Option(help="NAME=HOST:PORT of each leader, with commas between them.")
+    ] = None,
+    discover: Annotated[
+        str | None, typer.Option(metavar="kubernetes:NAMESPACE/SERVICE", help="Leaders are that Service's endpoints.")
+    ] = None,
+    watch_nodes: Annotated[
+        bool, typer.Option("--watch-nodes", help="Prefer replicas whose Kubernetes nodes are not cordoned or tainted.")
+    ] = False,
     secret_file: Annotated[Path | None, typer.Option(help="File with the secret that the leaders ask for.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port; 0 takes a free one.")] = 8000,
@@ -33,12 +49,18 @@ def frontend(
     api_key_file: serve_options.ApiKeyFile = None,
     security_file: serve_options.SecurityFile = None,
     insecure: serve_options.Insecure = None,
+    tenants: serve_options.Tenants = None,
+    limits_store: serve_options.LimitsStore = None,
+    limits_store_password_file: serve_options.LimitsStorePasswordFile = None,
+    usage_log: serve_options.UsageLog = None,
+    audit_log: serve_options.AuditLog = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get at the end.")] = 30.0,
 ) -> None:
     """Serve clients for leaders that run already, beside other front ends.
 
     Any front end can go on with a resumable request that another one began. It stops at SIGTERM; leaders go on.
     """
+    known = _source(leaders, discover, watch_nodes)
     config = FrontEndConfig(
         name=served_model_name or model,
         model_path=ModelSource(model, None).directory(),
@@ -47,10 +69,23 @@ def frontend(
         grpc_port=grpc_port,
         security=load_security(security_file, api_key_file),
         insecure=bool(insecure),
+        tenancy=TenancyConfig(tenants, limits_store, limits_store_password_file, usage_log, audit_log),
     )
     secret = options.read_secret(secret_file)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(config, parse_leaders(leaders), secret, drain_timeout))
+        runner.run(_serve(config, known, watch_nodes, secret, drain_timeout))
+
+
+def _source(leaders: str | None, discover: str | None, watch_nodes: bool) -> dict[str, str] | ServiceName:
+    """Raises InvalidOption."""
+    if (leaders is None) == (discover is None):
+        raise InvalidOption("say where the leaders are: either --leaders, or --discover in Kubernetes")
+    if discover is not None:
+        return ServiceName.parse(discover)
+    if watch_nodes:
+        raise InvalidOption("--watch-nodes goes with --discover: outside Kubernetes there are no nodes to watch")
+    assert leaders is not None
+    return parse_leaders(leaders)
 
 
 def parse_leaders(text: str) -> dict[str, str]:
@@ -65,8 +100,18 @@ def parse_leaders(text: str) -> dict[str, str]:
     return found
 
 
-async def _serve(config: FrontEndConfig, leaders: dict[str, str], secret: str, drain_timeout_s: float) -> None:
+async def _serve(
+    config: FrontEndConfig,
+    leaders: dict[str, str] | ServiceName,
+    watch_nodes: bool,
+    secret: str,
+    drain_timeout_s: float,
+) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+    def tell(text: str) -> None:
+        console.print(text, markup=False)
+
     fleet = Fleet()
     front_end = FrontEnd(config, fleet)
     await front_end.start()
@@ -75,26 +120,20 @@ async def _serve(config: FrontEndConfig, leaders: dict[str, str], secret: str, d
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     front_end_id = f"front-end-{uuid.uuid4().hex[:12]}"
-    joining = [
-        asyncio.create_task(_join(fleet, name, ReplicaClient(address, front_end_id, secret), console))
-        for name, address in leaders.items()
-    ]
+    known = LeaderSet(fleet, lambda address: ReplicaClient(address, front_end_id, secret), tell)
+    discovery: KubernetesLeaders | None = None
+    if isinstance(leaders, ServiceName):
+        # Only where it is needed: the kubernetes package takes a second to import.
+        from cluster.k8s import leaders as kubernetes
+
+        on_leaving = fleet.set_aside if watch_nodes else None
+        discovery = kubernetes.KubernetesLeaders(leaders, known.update, on_leaving)
+        discovery.start()
+    else:
+        known.update(leaders)
     await stop.wait()
-    for task in joining:
-        task.cancel()
-    await asyncio.gather(*joining, return_exceptions=True)
+    if discovery is not None:
+        discovery.stop()
     await front_end.stop(drain_timeout_s)
+    await known.close()
     await fleet.close()
-
-
-async def _join(fleet: Fleet, name: str, client: ReplicaClient, console: Console) -> None:
-    """However long the leader takes to appear."""
-    while True:
-        try:
-            await fleet.add(name, client)
-        except RemudaError as error:
-            console.print(f"{name}: {error}; trying again", style="yellow", markup=False)
-            await asyncio.sleep(RETRY_INTERVAL_S)
-        else:
-            console.print(f"{name} at {client.address} has joined", markup=False)
-            return

@@ -7,7 +7,24 @@ from importlib.metadata import version
 
 import typer
 
-from cluster.cli import adapters, bench, chat, doctor, drain, frontend, generate, keys, plan, replay, serve, status, verify
+from cluster.cli import (
+    adapters,
+    bench,
+    chat,
+    doctor,
+    drain,
+    engine,
+    frontend,
+    generate,
+    keys,
+    plan,
+    replay,
+    serve,
+    status,
+    verify,
+    worker,
+)
+from cluster.cli.deterministic_command import DeterministicCommand
 from cluster.config import quiet_libraries
 from cluster.errors import mapping_of
 from engine.errors import RemudaError
@@ -24,9 +41,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(name="serve", epilog=serve.EXAMPLES, cls=serve.ServeCommand)(serve.serve)
+app.command(name="serve", epilog=serve.EXAMPLES, cls=DeterministicCommand)(serve.serve)
 app.command(name="frontend", epilog=frontend.EXAMPLES)(frontend.frontend)
-app.command(name="plan", epilog=plan.EXAMPLES)(plan.plan)
+app.command(name="engine", epilog=engine.EXAMPLES, cls=DeterministicCommand)(engine.engine)
+app.command(name="worker", epilog=worker.EXAMPLES)(worker.worker)
+app.command(name="plan", epilog=plan.EXAMPLES, cls=DeterministicCommand)(plan.plan)
 app.command(name="doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command(name="generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command(name="chat", epilog=chat.EXAMPLES)(chat.chat)

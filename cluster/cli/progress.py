@@ -36,6 +36,7 @@ from cluster.replica.events import (
 PHASE_TEXT = {
     "ray": "starting Ray",
     "join": "joining Ray",
+    "hosts": "waiting for the other hosts",
     "placement": "placing ranks",
     "import": "starting ranks",
     "rendezvous": "connecting ranks",

@@ -1,14 +1,10 @@
 """``remuda serve``: the options, and nothing else."""
 
-from typing import Any
-
 import typer
-from typer.core import TyperCommand
 
 from cluster.cli import serve_options as options
 from cluster.cli.serve_run import run
 from cluster.config import load_serve_config
-from engine.config import Determinism
 
 EXAMPLES = (
     "Examples: remuda serve | remuda serve /models/Llama-3.1-8B --tp 2 | "
@@ -16,19 +12,6 @@ EXAMPLES = (
     "remuda serve /models/Mixtral-8x7B --tp 4 --ep 4 --enable-eplb --num-redundant-experts 4 | "
     "remuda serve --tp 2 --deterministic"
 )
-
-
-_STRENGTHS = set(Determinism)
-
-
-class ServeCommand(TyperCommand):
-    """Lets ``--deterministic`` stand alone: typer knows no options whose value may be left out."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for index, arg in enumerate(args):
-            if arg == "--deterministic" and not set(args[index + 1 : index + 2]) & _STRENGTHS:
-                args = [*args[:index], "--deterministic=d1", *args[index + 1 :]]
-        return super().parse_args(ctx, args)
 
 
 def serve(
@@ -66,6 +49,11 @@ def serve(
     api_key_file: options.ApiKeyFile = None,
     security_file: options.SecurityFile = None,
     insecure: options.Insecure = None,
+    tenants: options.Tenants = None,
+    limits_store: options.LimitsStore = None,
+    limits_store_password_file: options.LimitsStorePasswordFile = None,
+    usage_log: options.UsageLog = None,
+    audit_log: options.AuditLog = None,
     address: options.Address = None,
     cpu_slots: options.CpuSlots = None,
     spare_ranks: options.SpareRanks = None,

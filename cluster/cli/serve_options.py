@@ -97,6 +97,21 @@ SecurityFile = Annotated[
 Insecure = Annotated[
     bool | None, typer.Option("--insecure", help="Let everybody in at a --host that others reach. [no]")
 ]
+Tenants = Annotated[
+    Path | None,
+    typer.Option(help="YAML or JSON file with each tenant's limits; read again when it changes. [no limits]"),
+]
+LimitsStore = Annotated[
+    str | None,
+    typer.Option(
+        metavar="redis://HOST:PORT/N", help="Where several front ends keep limits and usage. [each by itself]"
+    ),
+]
+LimitsStorePasswordFile = Annotated[Path | None, typer.Option(help="File with that store's password. [none]")]
+UsageLog = Annotated[Path | None, typer.Option(help="File that gets one JSON line for what each request used. [none]")]
+AuditLog = Annotated[
+    Path | None, typer.Option(help="File that gets one JSON line per request, however it ended; no text. [none]")
+]
 Address = Annotated[str | None, typer.Option(help="host:port of a running Ray to join. [a private one is started]")]
 CpuSlots = Annotated[int | None, typer.Option(help="CPU ranks this host may hold. [8]")]
 Deterministic = Annotated[

@@ -1,8 +1,12 @@
 """How ``remuda serve`` runs: check, open the ports, start the gangs with a progress bar, serve, and stop everything."""
 
 import asyncio
+import functools
 import signal
 import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
 
 import uvloop
 from rich.console import Console
@@ -16,9 +20,11 @@ from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.calls import TimeLimits
 from cluster.frontend.fleet import Fleet
 from cluster.identity.config import load_security
+from cluster.licence import licence_of
 from cluster.replica.client import ReplicaClient
 from cluster.replica.events import Failed, GangFormed, Repairing, ReplicaEnded, ReplicaReady
 from cluster.replica.heap import settle_heap
+from cluster.tenants.tenancy import TenancyConfig
 from engine.errors import RemudaError
 from engine.kernels.native_library import is_built
 
@@ -36,14 +42,53 @@ def run(config: ServeConfig) -> int:
         console.print(warning, style="yellow")
     checked = preflight(config)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Serving(console, config, checked).run())
+        front_end = functools.partial(FrontEnd, _front_end_config(config, checked.directory))
+        return runner.run(Serving(console, config, checked, front_end).run())
 
 
-class _Serving:
+def _front_end_config(config: ServeConfig, directory: Path) -> FrontEndConfig:
+    return FrontEndConfig(
+        name=config.name,
+        model_path=directory,
+        host=config.host,
+        port=config.port,
+        grpc_port=config.grpc_port,
+        security=load_security(config.security_file, config.api_key_file),
+        insecure=config.insecure,
+        tenancy=TenancyConfig(
+            config.tenants,
+            config.limits_store,
+            config.limits_store_password_file,
+            config.usage_log,
+            config.audit_log,
+        ),
+        lora_dir=config.lora_dir,
+        max_lora_rank=config.max_lora_rank,
+        limits=TimeLimits(config.request_timeout, config.queue_timeout, config.first_token_timeout),
+    )
+
+
+class Front(Protocol):
+    """What clients or probes reach: a front end, or its health endpoints alone."""
+
+    @property
+    def addresses(self) -> str: ...
+
+    async def start(self) -> None: ...
+
+    async def drain(self, timeout_s: float) -> bool: ...
+
+    async def stop(self, *, reason: RemudaError | None) -> None: ...
+
+
+class Serving:
     """One run, from open ports to the end. While the model loads, the health endpoints answer already."""
 
-    def __init__(self, console: Console, config: ServeConfig, checked: Preflight) -> None:
+    def __init__(
+        self, console: Console, config: ServeConfig, checked: Preflight, new_front: Callable[[Fleet], Front]
+    ) -> None:
         self._console = console
+        self._new_front = new_front
         self._config = config
         self._checked = checked
         self._front_end_id = f"front-end-{uuid.uuid4().hex[:12]}"
@@ -58,7 +103,7 @@ class _Serving:
 
     async def run(self) -> int:
         fleet = Fleet(None if self._checked.launch.is_managed else self._lose_all)
-        front_end = FrontEnd(self._front_end_config(), fleet)
+        front_end = self._new_front(fleet)
         await front_end.start()
         self._greet(front_end)
         launcher = Launcher(self._checked.launch, CONTROL_PROCESS)
@@ -81,7 +126,7 @@ class _Serving:
             await asyncio.to_thread(launcher.wait)
         return self._status
 
-    def _greet(self, front_end: FrontEnd) -> None:
+    def _greet(self, front_end: Front) -> None:
         config, plan = self._config, self._checked.launch.replica
         copies = f", {config.replicas} replicas" if config.replicas > 1 else ""
         quantization = self._checked.model.quantization
@@ -99,11 +144,11 @@ class _Serving:
             )
         if self._checked.model.notice:
             self._console.print(f"  notice: {self._checked.model.notice}", markup=False)
-        licence = front_end.service.licence
+        licence = licence_of(self._checked.directory)
         for line in (licence.describe(), *(f"  notice: {notice}" for notice in licence.notices)):
             self._console.print(line, markup=False)
 
-    async def _drain(self, front_end: FrontEnd) -> None:
+    async def _drain(self, front_end: Front) -> None:
         """Until all requests have ended, the time is up, or a second signal came."""
         self._console.print("stopping: running requests may finish (once more: stop now)")
         tasks = [
@@ -141,21 +186,6 @@ class _Serving:
 
     def _client(self, ready: ReplicaReady) -> ReplicaClient:
         return ReplicaClient(ready.address, self._front_end_id, self._checked.launch.secret)
-
-    def _front_end_config(self) -> FrontEndConfig:
-        config = self._config
-        return FrontEndConfig(
-            name=config.name,
-            model_path=self._checked.directory,
-            host=config.host,
-            port=config.port,
-            grpc_port=config.grpc_port,
-            security=load_security(config.security_file, config.api_key_file),
-            insecure=config.insecure,
-            lora_dir=config.lora_dir,
-            max_lora_rank=config.max_lora_rank,
-            limits=TimeLimits(config.request_timeout, config.queue_timeout, config.first_token_timeout),
-        )
 
     async def _follow(self, launcher: Launcher, fleet: Fleet) -> None:
         """What the control process reports from now on, until its end."""

@@ -80,7 +80,10 @@ class Launch:
             prepared: Future[ModuleType] = pool.submit(_prepare, self._config.replica)
             self._events.send(PhaseStarted("ray" if self._config.address is None else "join"))
             self._runtime = self._start_runtime()
+            self._await_hosts(self._runtime)
             supervisor_class = prepared.result().Supervisor
+        if self._stop.is_set():
+            return
         self._events.send(PhaseStarted("placement"))
         config = self._config
         gangs = place_gangs(
@@ -117,6 +120,14 @@ class Launch:
         if self._config.address is None:
             return RayRuntime.start_local(self._config.cpu_slots)
         return RayRuntime.join(self._config.address)
+
+    def _await_hosts(self, runtime: RayRuntime) -> None:
+        """Until the Ray cluster has all its hosts, however long the last one takes, or until ``stop`` is set."""
+        num_hosts = self._config.num_hosts
+        if num_hosts > 1:
+            self._events.send(PhaseStarted("hosts"))
+        while len(runtime.nodes()) < num_hosts and not self._stop.wait(POLL_INTERVAL_S):
+            pass
 
     def _plan_memory(self, gangs: list[list[HostInfo]], this_host: str) -> MemoryPlanned:
         """Before any actor is created. Raises DoesNotFit."""

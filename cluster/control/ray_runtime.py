@@ -283,6 +283,19 @@ def local_node_address(address: str) -> str:
     return local
 
 
+def is_member(address: str, node_ip: str) -> bool:
+    """Whether the cluster counts a living node with this address.
+
+    Raises:
+        StartFailed: it does not answer, or refused our token.
+    """
+    try:
+        nodes = GcsClient(address=address).get_all_node_info(timeout=CLUSTER_ANSWER_TIMEOUT_S)
+    except _CONNECT_ERRORS as error:
+        raise StartFailed(f"the Ray at {address} does not answer: {first_line(error)}") from error
+    return any(info.state == 0 and info.node_manager_address == node_ip for info in nodes.values())
+
+
 def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

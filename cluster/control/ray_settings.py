@@ -42,8 +42,13 @@ _SMALL = {
     "RAY_enable_worker_prestart": "0",
     "RAY_metrics_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
+    # A record of tasks for the dashboard, sent once a second.
+    "RAY_task_events_report_interval_ms": "0",
     "OMP_NUM_THREADS": "1",
 }
+# Ray's processes end themselves when they have not reached the control service for a minute (its default). Ours need it
+# only to start and to replace processes; what runs can run on without it.
+_PATIENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": str(30 * 24 * 3600)}
 _BRIEF = {
     # Tries of a driver to connect: a Ray that answers does so at the first.
     "RAY_gcs_server_port_wait_time_s": "3",
@@ -101,6 +106,7 @@ class NodeSpec:
         node_ip: the address other nodes and the ranks use for it.
         cpu_slots: Ray's CPU resource: how many CPU ranks (one thread each) may run here.
         head_address: host:port of the cluster to join; None starts a head.
+        port: where a head listens; 0 takes a free one.
         num_gpus: None lets Ray count the GPUs.
         several_hosts: notice a silent host in seconds, as a cluster over several hosts needs it.
     """
@@ -108,6 +114,7 @@ class NodeSpec:
     node_ip: str = LOOPBACK
     cpu_slots: int = DEFAULT_CPU_SLOTS
     head_address: str | None = None
+    port: int = 0
     num_gpus: int | None = None
     several_hosts: bool = False
 
@@ -119,7 +126,7 @@ def authentication_environment(token_file: Path) -> dict[str, str]:
 
 def driver_environment(token_file: Path) -> dict[str, str]:
     """Variables that a process sets for itself before it connects to a node we started."""
-    return {**_SHUT, **_SMALL, **_BRIEF, **authentication_environment(token_file)}
+    return {**_SHUT, **_SMALL, **_BRIEF, **_PATIENT, **authentication_environment(token_file)}
 
 
 def joining_environment(base: Mapping[str, str]) -> dict[str, str]:
@@ -131,7 +138,7 @@ def joining_environment(base: Mapping[str, str]) -> dict[str, str]:
     default_token = Path(base.get("HOME", "/")) / ".ray" / "auth_token"
     has_token = "RAY_AUTH_TOKEN" in base or "RAY_AUTH_TOKEN_PATH" in base or default_token.is_file()
     mode = base.get("RAY_AUTH_MODE") or ("token" if has_token else "disabled")
-    return {**_SHUT, **_BRIEF, "RAY_AUTH_MODE": mode}
+    return {**_SHUT, **_BRIEF, **_PATIENT, "RAY_AUTH_MODE": mode}
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -158,7 +165,7 @@ def node_environment(
             its actor, installed or not.
     """
     environment = {name: value for name, value in base.items() if not name.startswith("RAY_")}
-    environment |= _SHUT | _SMALL | authentication_environment(token_file)
+    environment |= _SHUT | _SMALL | _PATIENT | authentication_environment(token_file)
     if spec.several_hosts:
         environment |= _QUICK_TO_NOTICE
     search_path = [str(package_root), *filter(None, [base.get("PYTHONPATH")])]
@@ -170,7 +177,7 @@ def by_hand_defaults(arguments: Sequence[str]) -> dict[str, str]:
     """Variables for ``ray start`` with these arguments by hand, where they are not set already. On the loopback a node
     has no other host to notice, and is given its environment whole by ``node_environment``."""
     is_alone = any(argument == f"--node-ip-address={LOOPBACK}" for argument in arguments)
-    return _SHUT | _SMALL | ({} if is_alone else _QUICK_TO_NOTICE)
+    return _SHUT | _SMALL | _PATIENT | ({} if is_alone else _QUICK_TO_NOTICE)
 
 
 def start_command(spec: NodeSpec, paths: NodePaths, python: str = sys.executable) -> list[str]:
@@ -191,7 +198,7 @@ def start_command(spec: NodeSpec, paths: NodePaths, python: str = sys.executable
     if spec.num_gpus is not None:
         command.append(f"--num-gpus={spec.num_gpus}")
     if spec.head_address is None:
-        command += ["--head", "--port=0", "--include-dashboard=False", "--no-monitor"]
+        command += ["--head", f"--port={spec.port}", "--include-dashboard=False", "--no-monitor"]
     else:
         command.append(f"--address={spec.head_address}")
     return command

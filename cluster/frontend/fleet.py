@@ -3,8 +3,9 @@ and the router that chooses."""
 
 import asyncio
 import contextlib
+import functools
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import replace
 
 from cluster.errors import Draining, Unavailable, UnknownStream
@@ -56,6 +57,7 @@ class Fleet:
         self._changed = asyncio.Event()
         self._has_work = asyncio.Event()
         self._asking: set[asyncio.Task[None]] = set()
+        self._aside: frozenset[str] = frozenset()
         self._table = ReplicaTable()
         self._router = default_router(self._table)
         self._refresher: asyncio.Task[None] | None = None
@@ -196,6 +198,10 @@ class Fleet:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
+    async def changed(self) -> None:
+        """Returns with the next news of any replica."""
+        await self._changed.wait()
+
     def replicas(self) -> Sequence[ReplicaInfo]:
         """A replica that cannot be reached shows as failed."""
         return [
@@ -248,6 +254,27 @@ class Fleet:
         self._tell()
         delay_s = self._migrate_after_s if migrate_after_s is None else migrate_after_s
         self._clock.call_at(self._clock.now_s() + delay_s, lambda: self._migrate(replica, client))
+
+    def set_aside(self, replicas: Collection[str]) -> None:
+        """These (and, until the next call, no others) will end soon. While another replica is ready nothing new goes
+        to them, and what still runs there after a while goes on elsewhere."""
+        before, self._aside = self._aside, frozenset(replicas)
+        for replica_id in (self._aside ^ before) & self._clients.keys():
+            client = self._clients[replica_id]
+            self._ask_soon(replica_id, client)
+            if replica_id in self._aside:
+                self._clock.call_at(
+                    self._clock.now_s() + self._migrate_after_s, functools.partial(self._leave, replica_id, client)
+                )
+
+    def _leave(self, replica_id: str, client: ReplicaClient) -> None:
+        if replica_id in self._aside:
+            self._migrate(replica_id, client)
+
+    def _state_for_routing(self, replica_id: str, state: ReplicaState) -> ReplicaState:
+        others_are_ready = any(view.is_ready and view.id not in self._aside for view in self._table.views())
+        is_aside = state is ReplicaState.READY and replica_id in self._aside and others_are_ready
+        return ReplicaState.DRAINING if is_aside else state
 
     def _migrate(self, replica_id: str, client: ReplicaClient) -> None:
         if self._clients.get(replica_id) is client and any(view.is_ready for view in self._table.views()):
@@ -306,7 +333,8 @@ class Fleet:
         if self._clients.get(replica_id) is not client:
             return
         if info is not None and client.is_connected:
-            self._table.update(replace(info, id=replica_id))
+            state = self._state_for_routing(replica_id, info.state)
+            self._table.update(replace(info, id=replica_id, state=state))
         else:
             self._table.disconnect(replica_id)
         self._tell()

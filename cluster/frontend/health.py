@@ -1,8 +1,9 @@
 """Alive and ready, by what the replicas do: an HTTP answer alone proves neither."""
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from cluster.frontend.clock import Clock
 from cluster.types import ReplicaInfo, ReplicaState
@@ -31,6 +32,14 @@ class _Mark:
 
     steps: tuple[int, int]
     since_s: float
+
+
+class Probed(Protocol):
+    """What probes ask: whether it is alive, with what its parts do, and whether it is ready, with a reason."""
+
+    def live(self) -> tuple[bool, Mapping[str, str]]: ...
+
+    def ready(self) -> tuple[bool, str]: ...
 
 
 class Health:

@@ -18,7 +18,7 @@ from cluster.frontend.calls import Call
 from cluster.frontend.chat import ChatForm, chat_call
 from cluster.frontend.completions import CompletionForm, completion_call
 from cluster.frontend.cursor import Cursor
-from cluster.frontend.health import Health
+from cluster.frontend.health import Health, Probed
 from cluster.frontend.http_body import parse_body
 from cluster.frontend.http_errors import JsonResponse, plain_error
 from cluster.frontend.http_gate import Gate
@@ -179,7 +179,7 @@ class HttpApi:
         return await self._answers.body(request)
 
 
-def health_routes(health: Health) -> list[Route]:
+def health_routes(health: Probed) -> list[Route]:
     """For probes, which have no credentials."""
 
     async def livez(request: Request) -> Response:
@@ -225,6 +225,6 @@ def build_http_app(
     )
 
 
-def build_health_app(health: Health) -> Starlette:
+def build_health_app(health: Probed) -> Starlette:
     """Probes alone, for a port that everybody may ask."""
     return Starlette(routes=health_routes(health), exception_handlers={HTTPException: _refused_by_http})

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.plan.devices import Machines
-from engine.config import ParallelConfig
+from engine.config import Determinism, ParallelConfig
+from engine.deterministic import deterministic_layout
 from engine.errors import LayoutError
 from engine.model_config import ModelConfig, validate_layout
 
@@ -21,6 +22,7 @@ class Degrees:
     ep: int | None = None
     num_redundant_experts: int = 0
     balances_experts: bool = False
+    determinism: Determinism = Determinism.OFF
 
 
 def candidates(model: ModelConfig, machines: Machines, fixed: Degrees) -> Iterator[ParallelConfig]:
@@ -35,13 +37,15 @@ def candidates(model: ModelConfig, machines: Machines, fixed: Degrees) -> Iterat
         if _is_placeable(layout, machines) and refusal(model, layout) is None
     ]
     for _, layout in sorted(found, key=lambda item: item[0]):
-        yield layout
+        yield deterministic_layout(model, layout, layout.determinism)
 
 
 def refusal(model: ModelConfig, layout: ParallelConfig) -> str | None:
-    """Why the model cannot be divided so; None where it can."""
+    """Why the model cannot be divided so; None where it can. Raises InvalidOption where no layout helps: the layout's
+    determinism does not allow the model's format."""
     try:
         validate_layout(model, layout)
+        deterministic_layout(model, layout, layout.determinism)
     except LayoutError as error:
         return str(error)
     return None
@@ -79,6 +83,7 @@ def _degrees(model: ModelConfig, machines: Machines, fixed: Degrees) -> Iterator
                         pp=pp,
                         dp=dp,
                         ep=ep,
+                        determinism=fixed.determinism,
                         num_redundant_experts=fixed.num_redundant_experts,
                         balances_experts=fixed.balances_experts,
                     )

@@ -75,7 +75,7 @@ def make_report(model: FoundModel, machines: Machines, fixed: Degrees, options: 
     """Raises LayoutError where the fixed degrees are impossible."""
     search = LayoutSearch(model.shapes, options)
     plan = search.choose(machines, fixed)
-    nearest = None if plan.fits else search.nearest(machines)
+    nearest = None if plan.fits else search.nearest(machines, fixed.determinism)
     quantized = None if plan.fits else _quantized(model, machines, fixed, options)
     return PlanReport(model, options, search.counts, plan, nearest, quantized)
 

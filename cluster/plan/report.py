@@ -8,7 +8,7 @@ from cluster.plan.link_cost import Link
 from cluster.plan.link_notices import link_notices
 from cluster.plan.rank_memory import PlanOptions, RankMemory
 from cluster.plan.source import FoundModel
-from engine.config import ParallelConfig
+from engine.config import Determinism, ParallelConfig
 from engine.model_config import ModelConfig
 from engine.parallel.mesh import Mesh
 from engine.weights.ledger import ParameterCounts, kv_token_bytes, stage_kv
@@ -139,4 +139,7 @@ def _degrees(layout: ParallelConfig) -> dict[str, int]:
 def layout_text(layout: ParallelConfig) -> str:
     """As options of the command line; degrees of 1 are left out, but not all."""
     degrees = {name: degree for name, degree in _degrees(layout).items() if degree > 1} or {"tp": 1}
-    return " ".join(f"--{name} {degree}" for name, degree in degrees.items())
+    options = [f"--{name} {degree}" for name, degree in degrees.items()]
+    if layout.determinism is not Determinism.OFF:
+        options.append(f"--deterministic {layout.determinism}")
+    return " ".join(options)

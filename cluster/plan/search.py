@@ -7,7 +7,7 @@ from cluster.plan.devices import Machines
 from cluster.plan.layout_plan import LayoutPlan, plan_layout
 from cluster.plan.layouts import Degrees, candidates, larger, refusal
 from cluster.plan.rank_memory import PlanOptions, budget_of, weights_by_rank
-from engine.config import ParallelConfig
+from engine.config import Determinism, ParallelConfig
 from engine.errors import LayoutError
 from engine.models.shapes.model_shapes import ModelShapes
 from engine.quantization_config import WeightFormat
@@ -39,7 +39,8 @@ class LayoutSearch:
     def choose(self, machines: Machines, fixed: Degrees) -> LayoutPlan:
         """The best legal layout that fits; where none does, the best.
 
-        Raises LayoutError where the degrees that the user fixed are impossible.
+        Raises LayoutError where the degrees that the user fixed are impossible, and InvalidOption where deterministic
+        mode serves no such model.
         """
         first: LayoutPlan | None = None
         hopeless = self._is_hopeless(machines)
@@ -52,14 +53,14 @@ class LayoutSearch:
         refused = [error for error in self._weights.values() if isinstance(error, LayoutError)]
         raise refused[0] if refused else LayoutError(self._impossible(machines, fixed))
 
-    def nearest(self, machines: Machines) -> LayoutPlan | None:
+    def nearest(self, machines: Machines, determinism: Determinism = Determinism.OFF) -> LayoutPlan | None:
         """The first that fits, with requests of a useful length, on these machines or the fewest more of their kind;
         None where none was found."""
         wanted = self._options.max_model_len or self._shapes.config.max_context_len
         for grown in (machines, *larger(machines)):
             if self._is_hopeless(grown):
                 continue
-            for plan in self._plans(grown, Degrees()):
+            for plan in self._plans(grown, Degrees(determinism=determinism)):
                 if plan.max_model_len >= min(wanted, _USEFUL_MODEL_LEN):
                     return plan
         return None
@@ -101,7 +102,8 @@ class LayoutSearch:
         if tp * pp * dp > machines.num_devices:
             return f"tp × pp × dp = {tp} × {pp} × {dp} needs {tp * pp * dp} devices; there are {machines.num_devices}"
         ep = (fixed.ep or 1) if fixed.tp else 1
-        why = refusal(self._shapes.config, ParallelConfig(tp=tp, pp=pp, dp=dp, ep=ep)) or self._ep_refusal(fixed.ep)
+        asked = ParallelConfig(tp=tp, pp=pp, dp=dp, ep=ep, determinism=fixed.determinism)
+        why = refusal(self._shapes.config, asked) or self._ep_refusal(fixed.ep)
         why = why or self._balancing_refusal(fixed) or f"{machines} cannot be divided so"
         return f"no layout has the degrees asked for: {why}"
 

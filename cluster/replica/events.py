@@ -39,6 +39,8 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     guided_decoding_backend: str = "llguidance"
     spare_ranks: int = 0
     """Processes per host that have imported what a rank needs, and stand by to take a lost one's place."""
+    leader_port: int = 0
+    """Of the leader's gRPC server, on its host; 0 takes a free one."""
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -72,6 +74,8 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     max_replicas: int = 1
     """More than ``num_replicas``: their number follows the load."""
     drain_timeout_s: float = 30.0
+    num_hosts: int = 1
+    """So many hosts the Ray cluster must have before anything is placed."""
 
     @property
     def is_managed(self) -> bool:

@@ -306,7 +306,7 @@ class Leader:
         server = self._server = LeaderServer(
             self._loop,
             info,
-            bind=f"{self._config.host}:0",
+            bind=f"{self._config.host}:{self._config.plan.leader_port}",
             secret=self._config.secret,
             on_failure=failure.set_result,
             gang=lambda: None if self._formed is None else self._formed[1],

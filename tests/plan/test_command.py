@@ -54,6 +54,9 @@ def test_bad_input_is_one_line_and_status_2() -> None:
         (["--gpus", "1xcpu-4", "--max-model-len", "9999"], "more than the model's 2048"),
         (["--gpus", "1xcpu-4", "--max-num-seqs", "9", "--max-num-batched-tokens", "8"], "must be at least"),
         (["--gpus", "1xcpu-4", "--quantization", "int3"], "int3"),
+        (["--gpus", "1xcpu-4", "--deterministic=d3"], "use d1, d2 or off"),
+        (["--gpus", "1xcpu-4", "--quantization", "int8", "--deterministic"], "activations are rounded to int8"),
+        (["--gpus", "4xcpu-4", "--dp", "2", "--deterministic", "d2"], "d2 does not serve dp=2"),
     ],
 )
 def test_bad_options_are_named(arguments: list[str], message: str) -> None:

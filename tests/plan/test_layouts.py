@@ -5,7 +5,8 @@ import pytest
 from cluster.control.placement import HostInfo, place_gangs
 from cluster.plan.devices import Machines, parse_machines
 from cluster.plan.layouts import Degrees, candidates, host_of, larger
-from engine.config import ParallelConfig
+from engine.config import Determinism, ParallelConfig
+from engine.errors import InvalidOption
 from engine.model_config import ModelConfig, validate_layout
 from tests.plan.models import config_of
 
@@ -51,3 +52,16 @@ def test_more_machines() -> None:
     sizes = [(machines.num_hosts, machines.per_host) for machines in larger(parse_machines("2xH100-80"))]
     assert sizes[:4] == [(1, 4), (1, 8), (2, 8), (3, 8)]
     assert next(larger(Machines(parse_machines("1xT4-16").device, 2, 4))).num_devices == 12
+
+
+def test_deterministic_mode_has_fewer() -> None:
+    """Llama 3.1 8B has 32 heads, and widths that 8 divides: sums are made in 8 parts."""
+    machines = parse_machines("16xH100-80")
+    free = {(layout.tp, layout.pp) for layout in candidates(DENSE, machines, Degrees())}
+    strict = list(candidates(DENSE, machines, Degrees(determinism=Determinism.D2)))
+    assert {(layout.tp, layout.pp) for layout in strict} == {(tp, pp) for tp, pp in free if tp in (1, 2, 4, 8)}
+    assert {(layout.determinism, layout.num_shards) for layout in strict} == {(Determinism.D2, 8)}
+    assert not list(candidates(DENSE, machines, Degrees(tp=16, determinism=Determinism.D2)))
+    with pytest.raises(InvalidOption, match="copies"):
+        moving = Degrees(ep=4, num_redundant_experts=4, balances_experts=True, determinism=Determinism.D1)
+        list(candidates(MIXTURE, machines, moving))

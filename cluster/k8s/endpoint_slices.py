@@ -1,0 +1,94 @@
+"""What the EndpointSlices of a Service say of the pods behind it. Pure: objects are dicts as the API server sends them.
+
+https://kubernetes.io/docs/reference/kubernetes-api/service-resources/endpoint-slice-v1/
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from engine.errors import InvalidOption
+
+Json = Mapping[str, Any]
+
+PREFIX = "kubernetes:"
+
+
+@dataclass(frozen=True)
+class ServiceName:
+    """Of the Service whose endpoints are leaders."""
+
+    namespace: str
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """``kubernetes:NAMESPACE/SERVICE``. Raises InvalidOption."""
+        namespace, slash, name = text.removeprefix(PREFIX).partition("/")
+        if not (text.startswith(PREFIX) and namespace and slash and name) or "/" in name:
+            raise InvalidOption(f"--discover {text}: write {PREFIX}NAMESPACE/SERVICE")
+        return cls(namespace, name)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One pod. ``address``: host:port of the wanted port. ``is_ready``: its probes say so and it is not about to end;
+    ``is_terminating``: it got the order to end, and may still finish what it has."""
+
+    pod: str
+    address: str
+    node: str
+    is_ready: bool
+    is_terminating: bool
+
+
+def endpoints(slices: Iterable[Json], port_name: str) -> dict[str, Endpoint]:
+    """By pod. A pod may be in two slices while it moves between them: the one that calls it ready wins."""
+    found: dict[str, Endpoint] = {}
+    for each in slices:
+        port = next((port["port"] for port in each.get("ports") or () if port.get("name") == port_name), None)
+        if port is None:
+            continue
+        for entry in each.get("endpoints") or ():
+            endpoint = _endpoint(entry, port)
+            before = found.get(endpoint.pod)
+            if before is None or endpoint.is_ready or not before.is_ready:
+                found[endpoint.pod] = endpoint
+    return found
+
+
+def _endpoint(entry: Json, port: int) -> Endpoint:
+    # All addresses of one entry are the same pod's, and the first is the one to use, says the API.
+    host = entry["addresses"][0]
+    conditions = entry.get("conditions") or {}
+    is_terminating = bool(conditions.get("terminating"))
+    # "ready: nil should be interpreted as true": the API leaves it out where nobody knows.
+    is_ready = conditions.get("ready") is not False and not is_terminating
+    pod = (entry.get("targetRef") or {}).get("name") or host
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return Endpoint(pod, address, entry.get("nodeName") or "", is_ready, is_terminating)
+
+
+class LeaderTable:
+    """Which leaders a front end should know, from one look at the endpoints to the next.
+
+    A leader joins when it is ready for the first time, and stays until it is gone: one that is not ready is repaired
+    or busy with its last requests, and its streams go on.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, Endpoint] = {}
+
+    def update(self, found: Mapping[str, Endpoint]) -> dict[str, str]:
+        """Pod → host:port of every leader to know from now on."""
+        self._known = {
+            pod: endpoint
+            for pod, endpoint in found.items()
+            if endpoint.is_ready or (pod in self._known and self._known[pod].address == endpoint.address)
+        }
+        return {pod: endpoint.address for pod, endpoint in self._known.items()}
+
+    def on_nodes(self, nodes: Iterable[str]) -> frozenset[str]:
+        """The pods there."""
+        wanted = set(nodes)
+        return frozenset(pod for pod, endpoint in self._known.items() if endpoint.node in wanted)

@@ -1,0 +1,79 @@
+"""What EndpointSlices and Nodes say, as pure functions."""
+
+import pytest
+
+from cluster.k8s.endpoint_slices import LeaderTable, ServiceName, endpoints
+from cluster.k8s.nodes import leaving_nodes
+from engine.errors import InvalidOption
+from tests.k8s.objects import endpoint, endpoint_slice, node
+
+
+def test_an_endpoint_is_its_pod_at_the_port_of_that_name() -> None:
+    (found,) = endpoints([endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7", "gpu-3"))], "leader").values()
+    assert (found.pod, found.address, found.node, found.is_ready) == ("llama-0", "10.0.0.7:50052", "gpu-3", True)
+
+
+def test_a_slice_without_the_port_has_none() -> None:
+    assert endpoints([endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7"))], "http") == {}
+
+
+def test_an_ipv6_address_stands_in_brackets() -> None:
+    (found,) = endpoints([endpoint_slice("s-1", endpoint("llama-0", "fd00::7"))], "leader").values()
+    assert found.address == "[fd00::7]:50052"
+
+
+def test_a_pod_in_two_slices_is_ready_where_one_says_so() -> None:
+    old = endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7", ready=False))
+    new = endpoint_slice("s-2", endpoint("llama-0", "10.0.0.7"))
+    assert endpoints([old, new], "leader")["llama-0"].is_ready
+    assert endpoints([new, old], "leader")["llama-0"].is_ready
+
+
+def test_an_empty_slice_has_null_for_its_endpoints() -> None:
+    """As a Service without pods has it."""
+    assert endpoints([{**endpoint_slice("s-1"), "endpoints": None}], "leader") == {}
+
+
+def test_a_leader_joins_when_it_is_ready_and_stays_until_it_is_gone() -> None:
+    table = LeaderTable()
+
+    def look(*entries: dict[str, object]) -> dict[str, str]:
+        return table.update(endpoints([endpoint_slice("s-1", *entries)], "leader"))
+
+    assert look(endpoint("llama-0", "10.0.0.7", ready=False)) == {}
+    assert look(endpoint("llama-0", "10.0.0.7")) == {"llama-0": "10.0.0.7:50052"}
+    assert look(endpoint("llama-0", "10.0.0.7", ready=False)) == {"llama-0": "10.0.0.7:50052"}
+    assert look(endpoint("llama-0", "10.0.0.7", ready=False, terminating=True)) == {"llama-0": "10.0.0.7:50052"}
+    assert look() == {}
+
+
+def test_the_pod_that_comes_back_with_another_address_is_another_leader() -> None:
+    table = LeaderTable()
+    first = endpoints([endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7"))], "leader")
+    again = endpoints([endpoint_slice("s-1", endpoint("llama-0", "10.0.0.8", ready=False))], "leader")
+    assert table.update(first) == {"llama-0": "10.0.0.7:50052"}
+    assert table.update(again) == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["kubernetes:llama", "llm/llama", "kubernetes:/llama", "kubernetes:llm/", "kubernetes:a/b/c"]
+)
+def test_what_is_no_service_is_refused(text: str) -> None:
+    with pytest.raises(InvalidOption, match="kubernetes:NAMESPACE/SERVICE"):
+        ServiceName.parse(text)
+
+
+def test_which_nodes_will_be_emptied() -> None:
+    nodes = [
+        node("quiet"),
+        node("cordoned", unschedulable=True),
+        node("gpu", taints=[{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]),
+        node("spot", taints=[{"key": "cloud.google.com/impending-node-termination", "effect": "NoSchedule"}]),
+        node("evicted", taints=[{"key": "example.com/maintenance", "effect": "NoExecute"}]),
+        node("silent", taints=[{"key": "node.kubernetes.io/unreachable", "effect": "NoExecute"}]),
+    ]
+    assert leaving_nodes(nodes) == {
+        "cordoned": "cordoned",
+        "spot": "about to be terminated",
+        "evicted": "tainted example.com/maintenance",
+    }
