@@ -48,7 +48,6 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
         "insecure": {"auth": {"insecure": True}},
     },
     "clients": {"plain": {}, "secret": {"tls": {"clients": _TLS}}, "issued": {"tls": {"clients": _ISSUED}}},
-    "internal": {"plain": {}, "secret": {"tls": {"internal": _TLS}}, "issued": {"tls": {"internal": _ISSUED}}},
     "secrets": {"made": {}, "given": {"secrets": {"existingSecret": "cluster"}}},
     "route": {
         "none": {},
@@ -56,7 +55,7 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
             "gateway": {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["a.b"], "caConfigMap": "ca"}
         },
         "ingress": {"ingress": {"enabled": True, "host": "a.b", "className": "nginx", "tlsSecret": "host"}},
-        "pool": {"inferencePool": {"enabled": True, "extensionService": "epp"}},
+        "pool": {"inferencePool": {"enabled": True, "extensionService": "epp"}, "auth": {"insecure": True}},
     },
     "scaling": {
         "none": {},
@@ -124,12 +123,13 @@ def is_legal(chosen: Combination) -> bool:
     is_single, is_kuberay = get("mode") == "single", get("mode") == "kuberay"
     has_tls = get("clients") in ("secret", "issued") or get("auth") == "certificates"
     return not (
-        (is_single and (get("preset") == "405b-bf16" or get("internal") in ("secret", "issued")))
+        (is_single and get("preset") == "405b-bf16")
         or (get("mode") in ("single", "kuberay") and get("placement") == "exclusive")
         or (is_kuberay and get("scaling") in ("hpa", "keda"))
         or (get("preset") == "cpu-demo" and (get("placement") == "rdma" or get("weights") == "empty disk"))
         or (get("auth") == "certificates" and get("clients") == "plain")
         or (has_tls and get("route") in ("ingress", "pool"))
+        or (get("route") == "pool" and get("auth") in ("made", "secret", "tokens"))
     )
 
 

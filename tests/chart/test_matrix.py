@@ -114,7 +114,7 @@ def test_the_schemas_see(kind: str, path: str, value: object) -> None:
 
 def test_requests_meet_no_pod_of_a_replica_but_its_leader() -> None:
     """Service, discovery and InferencePool alike: other charts were blamed for routing to workers."""
-    pool = {"inferencePool": {"enabled": True, "extensionService": "epp"}}
+    pool = {"inferencePool": {"enabled": True, "extensionService": "epp"}, "auth": {"insecure": True}}
     documents = render(merged(preset("405b-bf16"), pool))
     workers = only(documents, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]["workerTemplate"]["metadata"]["labels"]
     selectors = [service["spec"]["selector"] for service in of_kind(documents, "Service")]

@@ -71,16 +71,14 @@ BY_TEMPLATE: list[tuple[Values, list[str]]] = [
     ({"model": {"path": "x"}, "weights": {"source": "pvc"}}, ["weights.existingClaim"]),
     ({"model": {"path": "x"}, "weights": {"source": "image", "image": "models/x:1"}}, ["weights.image", "digest"]),
     (at("tls.clients.enabled", True), ["tls.clients.enabled", "tls.clients.existingSecret"]),
-    (at("tls.internal.enabled", True), ["tls.internal.enabled", "tls.internal.existingSecret"]),
     (at("tls.clients.certManager.enabled", True), ["tls.clients.certManager.enabled"]),
-    (at("tls.internal", {"enabled": True, "certManager": {"enabled": True}}), ["tls.internal.certManager.issuerName"]),
+    (at("tls.clients", {"enabled": True, "certManager": {"enabled": True}}), ["tls.clients.certManager.issuerName"]),
     (
         at(
             "tls.clients", {"enabled": True, "existingSecret": "a", "certManager": {"enabled": True, "issuerName": "b"}}
         ),
         ["tls.clients.existingSecret", "exclude"],
     ),
-    ({"engine": {"mode": "single"}, "tls": {"internal": {"enabled": True, "existingSecret": "a"}}}, ["tls.internal"]),
     (at("tls.clients.requireCertificate", True), ["tls.clients.requireCertificate"]),
     ({"auth": {"insecure": True, "existingSecret": "keys"}}, ["auth.insecure", "auth.existingSecret"]),
     (at("auth.gateways", [{"name": "dns:edge"}]), ["auth.gateways", "tls.clients.requireCertificate"]),
@@ -101,10 +99,12 @@ BY_TEMPLATE: list[tuple[Values, list[str]]] = [
         },
         ["ingress.enabled", "tls.clients.enabled"],
     ),
-    (at("inferencePool.enabled", True), ["inferencePool.extensionService"]),
+    (at("inferencePool.enabled", True), ["inferencePool.enabled", "auth.insecure"]),
+    ({"inferencePool": {"enabled": True}, "auth": {"insecure": True}}, ["inferencePool.extensionService"]),
     (
         {
             "inferencePool": {"enabled": True, "extensionService": "epp"},
+            "auth": {"insecure": True},
             "tls": {"clients": {"enabled": True, "existingSecret": "tls"}},
         },
         ["inferencePool.enabled", "tls.clients.enabled"],

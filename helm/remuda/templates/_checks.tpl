@@ -50,25 +50,20 @@
 {{- end -}}
 
 {{- define "remuda.checkTls" -}}
-{{- range $key := list "clients" "internal" -}}
-{{- $tls := index $.Values.tls $key -}}
+{{- $tls := .Values.tls.clients -}}
 {{- if and $tls.enabled (not $tls.existingSecret) (not $tls.certManager.enabled) -}}
-{{- fail (printf "tls.%s.enabled needs tls.%s.existingSecret or tls.%s.certManager.enabled" $key $key $key) -}}
+{{- fail "tls.clients.enabled needs tls.clients.existingSecret or tls.clients.certManager.enabled" -}}
 {{- end -}}
 {{- if and $tls.certManager.enabled (not $tls.enabled) -}}
-{{- fail (printf "tls.%s.certManager.enabled makes a certificate that nothing uses: set tls.%s.enabled" $key $key) -}}
+{{- fail "tls.clients.certManager.enabled makes a certificate that nothing uses: set tls.clients.enabled" -}}
 {{- end -}}
 {{- if and $tls.certManager.enabled $tls.existingSecret -}}
-{{- fail (printf "tls.%s.existingSecret and tls.%s.certManager.enabled exclude each other" $key $key) -}}
+{{- fail "tls.clients.existingSecret and tls.clients.certManager.enabled exclude each other" -}}
 {{- end -}}
 {{- if and $tls.certManager.enabled (not $tls.certManager.issuerName) -}}
-{{- fail (printf "tls.%s.certManager.issuerName is empty" $key) -}}
+{{- fail "tls.clients.certManager.issuerName is empty" -}}
 {{- end -}}
-{{- end -}}
-{{- if and .Values.tls.internal.enabled (eq .Values.engine.mode "single") -}}
-{{- fail "tls.internal.enabled is for engine.mode lws and kuberay: a pod of single talks to no other" -}}
-{{- end -}}
-{{- if and .Values.tls.clients.requireCertificate (not .Values.tls.clients.enabled) -}}
+{{- if and $tls.requireCertificate (not $tls.enabled) -}}
 {{- fail "tls.clients.requireCertificate needs tls.clients.enabled" -}}
 {{- end -}}
 {{- end -}}
@@ -100,6 +95,9 @@
 {{- end -}}
 {{- if and .Values.ingress.enabled .Values.tls.clients.enabled -}}
 {{- fail "ingress.enabled and tls.clients.enabled exclude each other: an Ingress cannot say how its backend is certified; use gateway.enabled" -}}
+{{- end -}}
+{{- if and .Values.inferencePool.enabled (not .Values.auth.insecure) -}}
+{{- fail "inferencePool.enabled needs auth.insecure: endpoint pickers read metrics without credentials; have the gateway authenticate, and limit networkPolicy.clients to it" -}}
 {{- end -}}
 {{- if and .Values.inferencePool.enabled .Values.tls.clients.enabled -}}
 {{- fail "inferencePool.enabled and tls.clients.enabled exclude each other: endpoint pickers read metrics in plain text" -}}

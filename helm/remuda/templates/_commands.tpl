@@ -12,13 +12,6 @@ args:
   - --ray-port=6379
   - --leader-port=50052
   - --health-port=8080
-  {{- if .Values.tls.internal.enabled }}
-  - --internal-tls=/etc/remuda/internal-tls
-  {{- end }}
-  {{- if .Values.inferencePool.enabled }}
-  - --port={{ .Values.frontend.httpPort }}
-  {{- include "remuda.securityArgs" . | nindent 2 }}
-  {{- end }}
   {{- include "remuda.extraModelArgs" . | nindent 2 }}
 {{- end -}}
 
@@ -32,10 +25,6 @@ args:
   - --devices={{ .Values.engine.devicesPerHost }}
   - --node-ip=$(POD_IP)
   - --health-port=8080
-  - --drain-timeout={{ .Values.engine.drainSeconds }}
-  {{- if .Values.tls.internal.enabled }}
-  - --internal-tls=/etc/remuda/internal-tls
-  {{- end }}
 {{- end -}}
 
 {{/* Of the pods of engine.mode single: front end, leader and ranks. */}}
@@ -53,27 +42,32 @@ args:
   {{- include "remuda.extraModelArgs" . | nindent 2 }}
 {{- end -}}
 
+{{/* Of front ends. Call with (dict "root" $ "ofLeader" true) for the one beside a leader, which knows no other. */}}
 {{- define "remuda.frontendCommand" -}}
+{{- $ofLeader := .ofLeader -}}
+{{- with .root -}}
 command: [remuda, frontend]
 args:
   - {{ include "remuda.modelPath" . | quote }}
   - --served-model-name={{ include "remuda.servedName" . }}
+  {{- if $ofLeader }}
+  - --leaders=$(POD_NAME)=$(POD_IP):50052
+  {{- else }}
   - --discover=kubernetes:$(POD_NAMESPACE)/{{ include "remuda.fullname" . }}-leaders
+  {{- end }}
   - --secret-file=/etc/remuda/cluster/cluster-secret
   - --host=0.0.0.0
   - --port={{ .Values.frontend.httpPort }}
   - --grpc-port={{ .Values.frontend.grpcPort }}
   {{- include "remuda.securityArgs" . | nindent 2 }}
   - --drain-timeout={{ .Values.frontend.drainSeconds }}
-  {{- if .Values.rbac.watchNodes }}
+  {{- if and .Values.rbac.watchNodes (not $ofLeader) }}
   - --watch-nodes
-  {{- end }}
-  {{- if .Values.tls.internal.enabled }}
-  - --internal-tls=/etc/remuda/internal-tls
   {{- end }}
   {{- range .Values.frontend.extraArgs }}
   - {{ . | quote }}
   {{- end }}
+{{- end -}}
 {{- end -}}
 
 {{/* Of `helm test`. */}}

@@ -47,6 +47,9 @@ initContainers:
 {{- end }}
 containers:
   {{- include "remuda.engineContainer" . | nindent 2 }}
+  {{- if and (include "remuda.leaderServes" .) (ne $e.mode "single") }}
+  {{- include "remuda.frontendContainer" (dict "root" $root "ofLeader" true) | nindent 2 }}
+  {{- end }}
 volumes:
   - name: shm
     emptyDir:
@@ -93,7 +96,12 @@ volumes:
   lifecycle:
     preStop:
       sleep:
+        {{- if eq .role "leader" }}
         seconds: {{ $e.unreadySeconds }}
+        {{- else }}
+        # Its ranks are needed until the leader has drained.
+        seconds: {{ add $e.unreadySeconds $e.drainSeconds }}
+        {{- end }}
   securityContext:
     {{- include "remuda.containerSecurity" $root | nindent 4 }}
       {{- if $e.rdma.enabled }}
@@ -111,7 +119,7 @@ volumes:
     {{- if ne $e.mode "single" }}
     {{- include "remuda.clusterMounts" $root | nindent 4 }}
     {{- end }}
-    {{- if include "remuda.leaderServes" . }}
+    {{- if eq $e.mode "single" }}
     {{- include "remuda.securityMounts" $root | nindent 4 }}
     {{- end }}
     {{- with include "remuda.weightsMount" $root }}
@@ -120,11 +128,9 @@ volumes:
 {{- end -}}
 
 {{- define "remuda.enginePorts" -}}
-{{- if include "remuda.leaderServes" . -}}
+{{- if eq .root.Values.engine.mode "single" -}}
 - name: http
   containerPort: {{ .root.Values.frontend.httpPort }}
-{{ end -}}
-{{- if eq .root.Values.engine.mode "single" -}}
 - name: grpc
   containerPort: {{ .root.Values.frontend.grpcPort }}
 {{- if .root.Values.tls.clients.enabled }}

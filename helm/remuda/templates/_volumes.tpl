@@ -73,23 +73,12 @@
       - key: cluster-secret
         path: cluster-secret
     {{- end }}
-{{- if .root.Values.tls.internal.enabled }}
-- name: internal-tls
-  secret:
-    secretName: {{ include "remuda.internalTlsSecret" .root }}
-    defaultMode: 0440
-{{- end }}
 {{- end -}}
 
 {{- define "remuda.clusterMounts" -}}
 - name: cluster-secret
   mountPath: /etc/remuda/cluster
   readOnly: true
-{{- if .Values.tls.internal.enabled }}
-- name: internal-tls
-  mountPath: /etc/remuda/internal-tls
-  readOnly: true
-{{- end }}
 {{- end -}}
 
 {{/* The checkpoint. Front ends read the tokenizer only, and run on nodes without the engines' disks: they mount the claim. */}}
