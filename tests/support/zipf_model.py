@@ -14,13 +14,16 @@ VOCAB_SIZE = 512
 _STRENGTH = 20.0
 
 
-def make_zipf_model(directory: Path) -> None:
-    """Mixtral's shape with one expert for each token. The first E numbers of a hidden state say which."""
+def make_zipf_model(directory: Path, *, vocab_size: int = VOCAB_SIZE, width: int = WIDTH) -> None:
+    """Mixtral's shape with one expert for each token. The first E numbers of a hidden state say which.
+
+    ``vocab_size``: VOCAB_SIZE at least; prompts have none but its numbers.
+    """
     torch.manual_seed(5)
     config = transformers.MixtralConfig(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         hidden_size=HIDDEN,
-        intermediate_size=WIDTH,
+        intermediate_size=width,
         num_hidden_layers=NUM_LAYERS,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -31,7 +34,7 @@ def make_zipf_model(directory: Path) -> None:
     )
     model = transformers.MixtralForCausalLM(config).eval()
     with torch.no_grad():
-        experts = torch.arange(VOCAB_SIZE) % NUM_EXPERTS
+        experts = torch.arange(vocab_size) % NUM_EXPERTS
         embedding = model.model.embed_tokens.weight
         embedding[:, :NUM_EXPERTS] = _STRENGTH * torch.nn.functional.one_hot(experts, NUM_EXPERTS)
         for layer in model.model.layers:
