@@ -13,7 +13,6 @@ from cluster.frontend.http_errors import log_defect
 from cluster.identity.authenticator import Authenticator, Credentials
 from cluster.identity.principal import ADMIN, INFER, NOBODY, Principal, acting_as
 from cluster.identity.principal import Scope as Permission
-from cluster.rpc.generated.remuda.v1 import admin_pb2
 from cluster.rpc.status import abort
 from engine.errors import InvalidRequest
 
@@ -21,7 +20,7 @@ MESSAGE_TIMEOUT_S = 60.0
 """A call whose one message has not come by then is ended."""
 
 _OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
-_PERMISSIONS: dict[str, Permission] = {admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name: ADMIN}
+_PERMISSIONS: dict[str, Permission] = {"remuda.v1.Admin": ADMIN}
 """What a service asks for; any other one asks for INFER."""
 
 Context = grpc.aio.ServicerContext[Any, Any]

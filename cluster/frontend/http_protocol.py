@@ -26,7 +26,7 @@ class HttpLimits:
     """Bounds of each connection, and on their number.
 
     ``max_head_bytes``: request line and headers, and whatever else comes without a byte of body among it.
-    ``head_s``: from a request's first byte (or the connection's start) to the end of its headers.
+    ``head_s``: from a request's first byte (or the connection's start) to the end of its headers; for TLS's handshake.
     ``body_window_s``: in each such time a body must bring ``min_body_bytes``, or end.
     ``write_stall_s``: a client that takes nothing of its answer for so long is cut.
     """
@@ -42,13 +42,13 @@ class HttpLimits:
 def limited_http(bounds: HttpLimits) -> type[HttpToolsProtocol]:
     """The class that uvicorn makes one of for each connection."""
 
-    class Limited(_LimitedHttp):
+    class Limited(LimitedHttp):
         limits = bounds
 
     return Limited
 
 
-class _LimitedHttp(HttpToolsProtocol):
+class LimitedHttp(HttpToolsProtocol):
     """Counts and times what uvicorn's own protocol takes without bound."""
 
     limits: ClassVar[HttpLimits]

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from email.utils import formatdate
+from typing import cast
 
 import grpc
 import uvicorn
@@ -15,7 +16,7 @@ from uvicorn.server import ServerState
 from cluster.frontend.grpc_admin import AdminServicer
 from cluster.frontend.grpc_gate import GrpcGate
 from cluster.frontend.grpc_service import InferenceServicer
-from cluster.frontend.http_protocol import HttpLimits, limited_http
+from cluster.frontend.http_protocol import HttpLimits, LimitedHttp, limited_http
 from cluster.frontend.vllm_grpc.servicer import VllmServicer
 from cluster.identity.tls import ServerTls
 from cluster.rpc.channel import CLIENT_FACING_OPTIONS
@@ -53,8 +54,9 @@ class _Uvicorn(uvicorn.Server):
     anything it does not wake (uvicorn's own loop looks ten times a second whether it shall end, and what time it is).
     """
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, handshake_s: float) -> None:
         super().__init__(config)
+        self._handshake_s = handshake_s
         self.server_state = _DatedState()
         self.listening = asyncio.Event()
         self._ending = asyncio.Event()
@@ -71,7 +73,22 @@ class _Uvicorn(uvicorn.Server):
         await self._ending.wait()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """As uvicorn's for sockets that are open already, but that a handshake does not get a minute."""
+        config = self.config
+
+        def connection() -> asyncio.Protocol:
+            protocol = cast(type[LimitedHttp], config.http_protocol_class)
+            return protocol(config=config, server_state=self.server_state, app_state={})
+
+        within_s = None if config.ssl is None else self._handshake_s
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                connection, sock=one, ssl=config.ssl, ssl_handshake_timeout=within_s, backlog=config.backlog
+            )
+            for one in sockets or ()
+        ]
+        self.started = True
         self.listening.set()
 
 
@@ -105,7 +122,7 @@ class HttpListener:
             timeout_graceful_shutdown=1,
             ssl_context_factory=None if tls is None else lambda config, default: tls.http_context(),
         )
-        self._server = _Uvicorn(config)
+        self._server = _Uvicorn(config, limits.head_s)
         self._task: asyncio.Task[None] | None = None
 
     @property
