@@ -17,7 +17,8 @@ from typing import IO, TYPE_CHECKING
 import setproctitle
 
 from cluster.control.host_calls import HostCalls
-from cluster.control.placement import HostInfo, place_gangs
+from cluster.control.nearby import MeasureLinks, place_nearby
+from cluster.control.placement import HostInfo
 from cluster.control.ray_runtime import RayRuntime
 from cluster.replica.events import (
     Event,
@@ -65,10 +66,16 @@ class Launch:
     """One run of the control process."""
 
     def __init__(
-        self, config: LaunchConfig, events: EventWriter, stop: threading.Event, examine: Examine | None
+        self,
+        config: LaunchConfig,
+        events: EventWriter,
+        stop: threading.Event,
+        examine: Examine | None,
+        measure_links: MeasureLinks | None,
     ) -> None:
         self._config = config
         self._examine = examine
+        self._measure_links = measure_links
         self._events = events
         self._stop = stop
         self._runtime: RayRuntime | None = None
@@ -85,14 +92,8 @@ class Launch:
         if self._stop.is_set():
             return
         self._events.send(PhaseStarted("placement"))
-        config = self._config
-        gangs = place_gangs(
-            config.replica.parallel,
-            self._runtime.nodes(),
-            on_gpus=config.replica.device == "cuda",
-            num_gangs=config.num_replicas,
-            tp_across_hosts=config.tp_across_hosts,
-        )
+        gangs, config = place_nearby(self._runtime, self._config, self._measure_links)
+        self._config = config
         planned = self._plan_memory(gangs, self._runtime.host)
         self._events.send(planned)
         for warning in self._examine(self._runtime, config.replica, gangs, planned) if self._examine else ():
@@ -162,7 +163,7 @@ def _prepare(plan: ReplicaPlan) -> ModuleType:
     return module
 
 
-def main(examine: Examine | None = None) -> int:
+def main(examine: Examine | None = None, measure_links: MeasureLinks | None = None) -> int:
     """Runs until standard input ends. Exit status 0 after a stop that was asked for, 1 after a failure."""
     setproctitle.setproctitle("remuda: control")
     # Before torch is imported: the store warns on the terminal that it has no name for its own address.
@@ -173,7 +174,7 @@ def main(examine: Examine | None = None) -> int:
     config = decode_config(commands.readline())
     stop = threading.Event()
     threading.Thread(target=_set_at_end, args=(commands, stop), daemon=True).start()
-    launch = Launch(config, events, stop, examine)
+    launch = Launch(config, events, stop, examine, measure_links)
     status = 0
     try:
         launch.run()

@@ -5,6 +5,7 @@ a pipeline stage a run of dp × tp.
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from engine.config import ParallelConfig
 from engine.errors import LayoutError
 
 Links = Mapping[tuple[str, str], float]
-"""Measured seconds from one node id to another, of every pair of hosts."""
+"""Measured seconds from one node id to another. A pair that is not there is farther than any."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def distance(one: HostInfo, other: HostInfo, links: Links | None = None) -> floa
     if one.node_id == other.node_id:
         return 0.0
     if links is not None:
-        return max(links[one.node_id, other.node_id], links[other.node_id, one.node_id])
+        ways = ((one.node_id, other.node_id), (other.node_id, one.node_id))
+        return max(links.get(way, math.inf) for way in ways)
     levels = list(itertools.zip_longest(one.topology, other.topology))
     num_shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], levels))
     return 1.0 + len(levels) - num_shared
@@ -66,8 +68,9 @@ def place_gangs(
     """The host of every rank of every gang, by rank number.
 
     A gang that one host can hold goes onto the first host that can. Otherwise it goes onto as few hosts as can be, for
-    each more is one more that can fail, and among those so that neighbouring pipeline stages are near each other. A
-    stage stays on one host as long as a host can take it whole, a tensor-parallel group always does.
+    each more is one more that can fail, and among those so that hosts of one stage are near each other, and then
+    neighbouring pipeline stages. A stage stays on one host as long as a host can take it whole, a tensor-parallel group
+    always does.
 
     Args:
         on_gpus: a rank takes a GPU; otherwise a CPU slot.
@@ -79,6 +82,14 @@ def place_gangs(
     check_room(parallel, hosts, on_gpus, num_gangs, tp_across_hosts)
     cluster = _Cluster(hosts, {host.node_id: max(0, host.num_free(on_gpus)) for host in hosts}, links)
     return [cluster.place_gang(parallel) for _ in range(num_gangs)]
+
+
+def may_choose_by_links(gangs: Sequence[Sequence[HostInfo]], hosts: Sequence[HostInfo], *, on_gpus: bool) -> bool:
+    """Whether measured links could lead to another placement than ``gangs``: one of them is on several hosts, of which
+    there are more than two to choose from, and labels do not tell where all of these stand."""
+    free = [host for host in hosts if host.num_free(on_gpus) > 0]
+    is_spread = any(len({host.node_id for host in gang}) > 1 for gang in gangs)
+    return is_spread and len(free) > 2 and not all(host.topology for host in free)
 
 
 def check_room(
@@ -132,7 +143,9 @@ class _Cluster:
         for _ in range(parallel.pp):
             stage = tried._take_near(last, parallel.dp * parallel.tp)
             for _ in range(0 if stage else parallel.dp):
-                stage += tried._take_near(stage[-1] if stage else last, parallel.tp) or tried._take_cut(parallel.tp)
+                stage += tried._take_near(stage[-1] if stage else last, parallel.tp) or tried._take_cut(
+                    last, parallel.tp
+                )
             placed += stage
             last = placed[-1]
         return placed, tried._num_free
@@ -146,18 +159,27 @@ class _Cluster:
         self._num_free[host.node_id] -= num_ranks
         return [host] * num_ranks
 
-    def _take_cut(self, tp: int) -> list[HostInfo]:
-        """A group over several hosts. The roomiest first: it then crosses as few borders between hosts as it can."""
+    def _take_cut(self, last: HostInfo, tp: int) -> list[HostInfo]:
+        """A group over several hosts. The roomiest first: it then crosses as few borders between hosts as it can; of
+        equals the nearest."""
         group: list[HostInfo] = []
-        for host in sorted(self._hosts, key=lambda host: -self._num_free[host.node_id]):
+        by_room = sorted(self._hosts, key=lambda host: distance(last, host, self._links))
+        for host in sorted(by_room, key=lambda host: -self._num_free[host.node_id]):
             num_taken = min(self._num_free[host.node_id], tp - len(group))
             self._num_free[host.node_id] -= num_taken
             group += [host] * num_taken
         assert len(group) == tp, "check_room has counted the slots"
         return group
 
-    def _cost(self, placed: list[HostInfo], parallel: ParallelConfig) -> tuple[int, float]:
-        """Hosts, and how far neighbouring stages' ranks are apart."""
+    def _cost(self, placed: list[HostInfo], parallel: ParallelConfig) -> tuple[int, float, float]:
+        """Hosts; how far those of one stage are apart, whose every layer waits for the slowest link; and how far
+        neighbouring stages' ranks are."""
         stage_size = parallel.dp * parallel.tp
+        stages = [placed[first : first + stage_size] for first in range(0, len(placed), stage_size)]
+        within = sum(self._width(stage) for stage in stages)
         apart = sum(distance(a, b, self._links) for a, b in zip(placed, placed[stage_size:], strict=False))
-        return len({host.node_id for host in placed}), apart
+        return len({host.node_id for host in placed}), within, apart
+
+    def _width(self, stage: list[HostInfo]) -> float:
+        hosts = {host.node_id: host for host in stage}.values()
+        return max((distance(a, b, self._links) for a, b in itertools.combinations(hosts, 2)), default=0.0)

@@ -120,12 +120,15 @@ class GangReplica:
 
     def _start(self) -> Supervisor:
         plan, this_host = self._config.replica, ray.util.get_node_ip_address()
+        measured = self._config.links
+        links = None if measured is None else {(one, other): seconds for one, other, seconds in measured}
         for attempt in range(_NUM_PLACEMENTS):
             (gang,) = place_gangs(
                 plan.parallel,
                 living_hosts(this_host),
                 on_gpus=plan.device == "cuda",
                 tp_across_hosts=self._config.tp_across_hosts,
+                links=links,
             )
             ranks = [PlacedRank(rank, host.address) for rank, host in enumerate(gang)]
             supervisor = Supervisor(

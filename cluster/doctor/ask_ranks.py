@@ -17,17 +17,21 @@ _MEASURE = "cluster.doctor.measure_links:measure_rank"
 
 
 def ask_ranks(
-    calls: HostCalls, placed: Sequence[HostInfo], *, on_gpus: bool
+    calls: HostCalls, placed: Sequence[HostInfo], *, on_gpus: bool, tcp_only: bool = False
 ) -> tuple[list[RankFacts], list[LinkFacts]]:
     """What each rank says of its device, and every pair's link. A pair of which nobody told has an error.
 
     Args:
         placed: each rank's host.
+        tcp_only: links between hosts alone, without collectives over them.
     """
     addresses = tuple(host.address for host in placed)
     rounds = measuring_rounds(addresses)
     with closing(Rendezvous(calls.host)) as store:
-        asked = [RankQuestion(rank, addresses, on_gpus, store.host, store.port, rounds) for rank in range(len(placed))]
+        asked = [
+            RankQuestion(rank, addresses, on_gpus, store.host, store.port, rounds, tcp_only)
+            for rank in range(len(placed))
+        ]
         answers = calls.call(
             [
                 HostCall(host, _MEASURE, msgspec.msgpack.encode(question), on_gpu=on_gpus)

@@ -105,7 +105,8 @@ class RankFacts(msgspec.Struct, frozen=True):
 
 
 class RankQuestion(msgspec.Struct, frozen=True):
-    """``rounds``: pairs of ranks that measure at the same time, round after round; ``store``: where all meet."""
+    """``rounds``: pairs of ranks that measure at the same time, round after round; ``store``: where all meet.
+    ``tcp_only``: neither the device nor collectives are measured."""
 
     rank: int
     hosts: tuple[str, ...]
@@ -113,3 +114,4 @@ class RankQuestion(msgspec.Struct, frozen=True):
     store_host: str
     store_port: int
     rounds: tuple[tuple[tuple[int, int], ...], ...]
+    tcp_only: bool = False

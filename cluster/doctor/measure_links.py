@@ -52,7 +52,7 @@ class _Rank:
 
     def run(self) -> RankFacts:
         self._present = self._gather()
-        rate = memory_rate(self._device)
+        rate = 0.0 if self._question.tcp_only else memory_rate(self._device)
         links = []
         for number, pairs in enumerate(self._question.rounds):
             self._meet(str(number))
@@ -96,6 +96,8 @@ class _Rank:
                 facts = msgspec.structs.replace(
                     facts, channel_s=tcp.round_trip_s, channel_bytes_per_s=tcp.bytes_per_s, lost_share=tcp.lost_share
                 )
+            if self._question.tcp_only:
+                return facts
             collectives = self._collectives(first, second)
             facts = msgspec.structs.replace(facts, transport=transport_name(collectives))
             small_s, rate = self._all_reduce(first, second, collectives, facts.channel_bytes_per_s)
@@ -112,7 +114,8 @@ class _Rank:
                 with listener:
                     self._store.set(f"{first}-{second}/address", address)
                     measure_tcp.answer(listener)
-            self._all_reduce(first, second, self._collectives(first, second), None)
+            if not self._question.tcp_only:
+                self._all_reduce(first, second, self._collectives(first, second), None)
         except (OSError, RuntimeError, RemudaError):
             return
 

@@ -76,6 +76,8 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     drain_timeout_s: float = 30.0
     num_hosts: int = 1
     """So many hosts the Ray cluster must have before anything is placed."""
+    links: tuple[tuple[str, str, float], ...] | None = None
+    """From a node to another, seconds: measured when the first gangs were placed, if it was."""
 
     @property
     def is_managed(self) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cluster.control.placement import HostInfo, distance, place_gangs
+from cluster.control.placement import HostInfo, distance, may_choose_by_links, place_gangs
 from engine.config import ParallelConfig
 from engine.errors import LayoutError
 
@@ -48,7 +48,7 @@ def test_small_clusters(slots: tuple[int, ...], parallel: ParallelConfig, expect
     ("slots", "parallel", "expected"),
     [
         ((1, 1, 1), ParallelConfig(tp=3), "012"),
-        ((3, 3, 2), ParallelConfig(tp=2, pp=4), "22001101"),
+        ((3, 3, 2), ParallelConfig(tp=2, pp=4), "22001110"),
         ((1, 3, 2), ParallelConfig(tp=4), "1112"),
     ],
 )
@@ -101,6 +101,36 @@ def test_measured_links_count_more_than_labels() -> None:
     links["node2", "node0"] = 1.0
     (gang,) = place_gangs(ParallelConfig(tp=2, pp=2), hosts, on_gpus=False, links=links)
     assert names(gang) == "0011"
+
+
+def test_groups_of_one_stage_are_near_each_other() -> None:
+    hosts = at("", "", "")
+    links = {(a.node_id, b.node_id): 1e-3 for a, b in itertools.permutations(hosts, 2)}
+    links["node1", "node2"] = links["node2", "node1"] = 1e-5
+    (gang,) = place_gangs(ParallelConfig(tp=2, dp=2), hosts, on_gpus=False, links=links)
+    assert names(gang) == "1122"
+    (gang,) = place_gangs(ParallelConfig(tp=4), hosts, on_gpus=False, tp_across_hosts=True, links=links)
+    assert names(gang) == "1122"
+
+
+def test_hosts_that_do_not_reach_each_other_are_not_joined() -> None:
+    hosts = at("", "", "")
+    links = {("node0", "node2"): 1.0, ("node2", "node0"): 1.0}
+    (gang,) = place_gangs(ParallelConfig(tp=2, pp=2), hosts, on_gpus=False, links=links)
+    assert names(gang) == "0022"
+
+
+def test_links_are_measured_only_where_they_decide() -> None:
+    labelled, bare = at("a/1", "a/2", "b/1"), cluster_of(2, 2, 2)
+
+    def decide(hosts: list[HostInfo], parallel: ParallelConfig) -> bool:
+        gangs = place_gangs(parallel, hosts, on_gpus=False)
+        return may_choose_by_links(gangs, hosts, on_gpus=False)
+
+    assert decide(bare, ParallelConfig(tp=2, pp=2))
+    assert not decide(labelled, ParallelConfig(tp=2, pp=2)), "labels say what is near"
+    assert not decide(bare, ParallelConfig(tp=2)), "one host holds all"
+    assert not decide(cluster_of(2, 2, 0), ParallelConfig(tp=2, pp=2)), "there is no other"
 
 
 def test_replicas_do_not_share_slots() -> None:
