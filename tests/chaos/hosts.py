@@ -84,8 +84,15 @@ BOTH = (Moment.DECODE, Moment.PREFILL)
 
 def links(directory: Path) -> Iterator[Row]:
     """Faults that heal by themselves."""
-    cells = [Cell(name, moment, on_rank_1(fault)) for name, fault in SHORT_FAULTS.items() for moment in BOTH]
-    yield from _struck(directory, cells)
+    yield from _struck(directory, _short(Moment.DECODE))
+
+
+def links_in_prefill(directory: Path) -> Iterator[Row]:
+    yield from _struck(directory, _short(Moment.PREFILL))
+
+
+def _short(moment: str) -> list[Cell]:
+    return [Cell(name, moment, on_rank_1(fault)) for name, fault in SHORT_FAULTS.items()]
 
 
 def head(directory: Path) -> Iterator[Row]:

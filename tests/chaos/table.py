@@ -18,6 +18,7 @@ GROUPS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "stops": processes.stops,
     "balancing": balancing.balancing,
     "links": hosts.links,
+    "links-prefill": hosts.links_in_prefill,
     "head": hosts.head,
     "lost-raylet": hosts.lost_raylet,
     "lost-link": hosts.lost_link,
