@@ -14,6 +14,7 @@ from cluster.cli import options, serve_options
 from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.fleet import Fleet
 from cluster.frontend.leader_set import LeaderSet
+from cluster.identity.cluster_tls import ClusterTls
 from cluster.identity.config import load_security
 from cluster.k8s.endpoint_slices import ServiceName
 from cluster.replica.client import ReplicaClient
@@ -112,6 +113,7 @@ async def _serve(
     def tell(text: str) -> None:
         console.print(text, markup=False)
 
+    tls = ClusterTls.of(config.security.cluster)
     fleet = Fleet()
     front_end = FrontEnd(config, fleet)
     await front_end.start()
@@ -120,7 +122,7 @@ async def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     front_end_id = f"front-end-{uuid.uuid4().hex[:12]}"
-    known = LeaderSet(fleet, lambda address: ReplicaClient(address, front_end_id, secret), tell)
+    known = LeaderSet(fleet, lambda address: ReplicaClient(address, front_end_id, secret, tls), tell)
     discovery: KubernetesLeaders | None = None
     if isinstance(leaders, ServiceName):
         # Only where it is needed: the kubernetes package takes a second to import.

@@ -185,7 +185,8 @@ class Serving:
                 )
 
     def _client(self, ready: ReplicaReady) -> ReplicaClient:
-        return ReplicaClient(ready.address, self._front_end_id, self._checked.launch.secret)
+        launch = self._checked.launch
+        return ReplicaClient(ready.address, self._front_end_id, launch.secret, launch.replica.cluster_tls)
 
     async def _follow(self, launcher: Launcher, fleet: Fleet) -> None:
         """What the control process reports from now on, until its end."""

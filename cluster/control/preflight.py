@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.config import Device, ServeConfig
 from cluster.control.ray_settings import parse_address
+from cluster.identity.cluster_tls import ClusterTls
 from cluster.identity.config import check_exposure, load_security
 from cluster.replica.events import LaunchConfig, ReplicaPlan
 from cluster.replica.model_source import ModelSource, resolve
@@ -167,6 +168,7 @@ def _launch_config(
         max_loras=config.max_loras,
         max_lora_rank=config.max_lora_rank,
         enable_prefix_caching=config.enable_prefix_caching,
+        cluster_tls=ClusterTls.of(load_security(config.security_file, config.api_key_file).cluster),
         depth=plans_in_flight(device.value, parallel.pp, config.async_scheduling),
         spare_ranks=config.spare_ranks,
     )

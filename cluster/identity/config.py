@@ -129,6 +129,14 @@ class TlsConfig(_Section):
     health_port: Annotated[int, Field(ge=0, le=65535)] | None = None
 
 
+class ClusterConfig(_Section):
+    """Between front ends and leaders: a certificate with the DNS name remuda-cluster, and who signs such ones."""
+
+    certificate_file: File
+    key_file: File
+    ca_file: File
+
+
 class SecurityConfig(_Section):
     """Everything is off by default."""
 
@@ -137,6 +145,7 @@ class SecurityConfig(_Section):
     certificates: list[CertificateConfig] = []
     gateways: list[GatewayConfig] = []
     tls: TlsConfig | None = None
+    cluster: ClusterConfig | None = None
 
     @property
     def authenticates(self) -> bool:

@@ -51,10 +51,12 @@ class ServerTls:
         outer.sni_callback = choose
         return outer
 
-    def grpc_credentials(self) -> grpc.ServerCredentials:
-        """For a gRPC server. Each handshake takes what was read last."""
+    def grpc_credentials(self, *, polls: bool = False) -> grpc.ServerCredentials:
+        """For a gRPC server. Each handshake takes what was read last; ``polls``: after a look at the files."""
 
         def configuration() -> grpc.ServerCertificateConfiguration:
+            if polls:
+                self.poll()
             return self._bundle.value.grpc_configuration
 
         return grpc.dynamic_ssl_server_credentials(

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 import grpc
 
 from cluster.errors import ConnectionLost, Unavailable
+from cluster.identity.cluster_tls import CLUSTER_NAME, ClusterTls
 from cluster.replica.keep import Keep
 from cluster.replica.leader_calls import LeaderCalls
 from cluster.replica.stream_buffer import StreamBuffer
@@ -19,7 +20,7 @@ from cluster.rpc.channel import open_channel
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
 from cluster.rpc.status import error_from_rpc
 from cluster.types import ReplicaInfo, ReplicaState
-from engine.errors import ContextLengthExceeded, Overloaded, ProtocolViolation, RemudaError
+from engine.errors import ContextLengthExceeded, InvalidOption, Overloaded, ProtocolViolation, RemudaError
 from engine.request import FinishReason, Output, Request
 
 _log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class ReplicaClient(LeaderCalls):
         address: host:port of the leader.
         front_end_id: names this front end in the leader's log.
         secret: what the leader asks its callers for.
-        credentials: for TLS; None speaks plain text.
+        tls: the cluster's; None speaks plain text.
         max_streams: most requests that may run at once over this client.
         randomness: spreads the times at which several front ends try to attach again.
     """
@@ -56,13 +57,13 @@ class ReplicaClient(LeaderCalls):
         address: str,
         front_end_id: str,
         secret: str = "",
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ClusterTls | None = None,
         max_streams: int = 4096,
         randomness: random.Random | None = None,
     ) -> None:
         self._front_end_id = front_end_id
         super().__init__(address, secret)
-        self._credentials = credentials
+        self._tls = tls
         self._max_streams = max_streams
         self._random = randomness or random.Random()
         self._channel: grpc.aio.Channel | None = None
@@ -96,7 +97,8 @@ class ReplicaClient(LeaderCalls):
             raise Unavailable(f"no leader answers at {self.address}: {self._last_error}") from None
 
     def _dial(self) -> "tuple[grpc.aio.Channel, replica_pb2_grpc.ReplicaAsyncStub]":
-        channel = open_channel(self.address, self._credentials)
+        credentials = None if self._tls is None else self._tls.client_credentials()
+        channel = open_channel(self.address, credentials, CLUSTER_NAME)
         return channel, replica_pb2_grpc.ReplicaStub(channel)
 
     async def close(self) -> None:
@@ -270,6 +272,19 @@ class ReplicaClient(LeaderCalls):
             self._detached(ConnectionLost(f"the connection to the replica at {self.address} is broken: {lost}"))
             await asyncio.sleep(backoff_s * self._random.uniform(0.5, 1.0))
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+            if self._tls is not None:
+                await self._dial_again()
+
+    async def _dial_again(self) -> None:
+        """Certificates may have changed since; where they cannot be read now, with those from before."""
+        try:
+            channel, stub = self._dial()
+        except InvalidOption as error:
+            _log.warning("the cluster's certificate cannot be read: %s", error)
+            return
+        before, self._channel, self._stub = self._channel, channel, stub
+        if before is not None:
+            await before.close()
 
     def _detached(self, error: ConnectionLost) -> None:
         """Ends every live stream, once; what had not been sent yet is not sent any more."""

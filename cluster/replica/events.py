@@ -2,6 +2,7 @@
 
 import msgspec
 
+from cluster.identity.cluster_tls import ClusterTls
 from engine.config import Determinism, ParallelConfig
 
 
@@ -41,6 +42,8 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     """Processes per host that have imported what a rank needs, and stand by to take a lost one's place."""
     leader_port: int = 0
     """Of the leader's gRPC server, on its host; 0 takes a free one."""
+    cluster_tls: ClusterTls | None = None
+    """Between front ends and the leader; None: plain text."""
 
     @property
     def parallel(self) -> ParallelConfig:

@@ -303,11 +303,13 @@ class Leader:
         assert self._formed is not None
         if (broken := self._formed[1].failure) is not None:  # nobody was told: there was no loop yet
             self._loop.fail(broken)
+        tls = self._config.plan.cluster_tls
         server = self._server = LeaderServer(
             self._loop,
             info,
             bind=f"{self._config.host}:{self._config.plan.leader_port}",
             secret=self._config.secret,
+            credentials=None if tls is None else tls.server_credentials(),
             on_failure=failure.set_result,
             gang=lambda: None if self._formed is None else self._formed[1],
             record=self._gang.record,

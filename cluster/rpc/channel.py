@@ -50,8 +50,12 @@ CLIENT_OPTIONS: Options = [
 """Each channel has a connection of its own, goes straight to its address, and notices silence within 15 s."""
 
 
-def open_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    """A channel to host:port; without credentials in plain text, for addresses of this machine."""
+def open_channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None, name: str | None = None
+) -> grpc.aio.Channel:
+    """A channel to host:port; without credentials in plain text, for addresses of this machine. ``name``: what must
+    stand in the server's certificate instead of the host."""
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
-    return grpc.aio.secure_channel(address, credentials, options=CLIENT_OPTIONS)
+    options = CLIENT_OPTIONS if name is None else [*CLIENT_OPTIONS, ("grpc.ssl_target_name_override", name)]
+    return grpc.aio.secure_channel(address, credentials, options=options)
