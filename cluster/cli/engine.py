@@ -30,6 +30,9 @@ def engine(
     model: options.ModelArgument = None,
     hosts: Annotated[int, typer.Option(min=1, help="Hosts of the group, this one included.")] = 1,
     devices: group_options.Devices = 1,
+    host_wait: Annotated[
+        float, typer.Option(help="Seconds that a lost host may take to be replaced; the others keep their weights.")
+    ] = 600.0,
     ray_port: Annotated[int, typer.Option(help="Where this host's Ray head listens for the others.")] = 6379,
     leader_port: Annotated[int, typer.Option(help="Where the leader listens for front ends.")] = 50052,
     health_port: group_options.HealthPort = 0,
@@ -71,19 +74,24 @@ def engine(
     flags = {name: given[name] for name in ServeConfig.model_fields if name in given}
     flags["address"] = f"{node_ip}:{ray_port}"
     serve_config = load_serve_config(flags, config)
-    checked = preflight(serve_config)
-    launch = checked.launch
-    num_ranks, num_places = launch.replica.parallel.num_ranks, hosts * devices
-    if num_ranks > num_places:
-        raise LayoutError(
-            f"{launch.replica.parallel.product}: more than --hosts {hosts} × --devices {devices} = {num_places}; raise "
-            "them or lower the degrees"
-        )
-    replica = msgspec.structs.replace(launch.replica, leader_port=leader_port)
-    launch = msgspec.structs.replace(launch, replica=replica, num_hosts=hosts)
-    here = GroupHost(node_ip, launch.replica.device, devices, launch.secret)
+    checked = _for_group(preflight(serve_config), hosts, devices, leader_port, host_wait)
+    here = GroupHost(node_ip, checked.launch.replica.device, devices, checked.launch.secret)
     with head(here, ray_port):
-        raise typer.Exit(_run(serve_config, Preflight(launch, checked.directory, checked.model), node_ip, health_port))
+        raise typer.Exit(_run(serve_config, checked, node_ip, health_port))
+
+
+def _for_group(checked: Preflight, num_hosts: int, num_devices: int, leader_port: int, host_wait_s: float) -> Preflight:
+    """What a group's hosts need beside what one host does. Raises LayoutError where they have too few devices."""
+    launch = checked.launch
+    parallel, num_places = launch.replica.parallel, num_hosts * num_devices
+    if parallel.num_ranks > num_places:
+        raise LayoutError(
+            f"{parallel.product}: more than --hosts {num_hosts} × --devices {num_devices} = {num_places}; raise them "
+            "or lower the degrees"
+        )
+    replica = msgspec.structs.replace(launch.replica, leader_port=leader_port, host_wait_s=host_wait_s)
+    launch = msgspec.structs.replace(launch, replica=replica, num_hosts=num_hosts)
+    return Preflight(launch, checked.directory, checked.model)
 
 
 def _run(config: ServeConfig, checked: Preflight, node_ip: str, health_port: int) -> int:

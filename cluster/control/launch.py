@@ -159,7 +159,7 @@ class Launch:
 def _prepare(plan: ReplicaPlan) -> ModuleType:
     """While Ray starts: import what needs torch, which takes seconds, and look through the checkpoint's headers."""
     module = importlib.import_module("cluster.replica.supervisor")
-    module.check_checkpoint(plan)
+    importlib.import_module("cluster.replica.checkpoint").check_checkpoint(plan)
     return module
 
 

@@ -48,14 +48,15 @@ class Rank:
     """A process with one shard, or one that stands by to become one.
 
     Args:
-        door: the side door's address; it takes ``form`` (an encoded RankCall): the gang's next formation.
+        door: the side door's address; it takes ``form`` (an encoded RankCall): the gang's next formation, and ``stay``:
+            one will come, later.
         secret: of the side door.
     """
 
     def __init__(self, door: str, secret: str) -> None:
         quiet_torch()
         self._formations = Formations(RANK_LEASE_S)
-        self._door = SideDoor(door, secret, {"form": self._form})
+        self._door = SideDoor(door, secret, {"form": self._form, "stay": lambda _: _nothing(self._formations.renew)})
         self._begun = threading.Event()
         self._last_call_s: float | None = None
 

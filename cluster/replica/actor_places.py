@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -14,11 +15,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.errors import StartFailed
 from cluster.replica.actor import RANK_LEASE_S, LeaderActor, RankActor
 from cluster.replica.placed_rank import PlacedRank
+from cluster.replica.ray_reason import ray_reason
+from cluster.replica.side_door import knock
+from engine.executor.channel import ChannelClosed
 
 _log = logging.getLogger(__name__)
 
 MOVE_TIMEOUT_S = 20.0
 """How long Ray may take to find another host for a rank."""
+TELL_TIMEOUT_S = 60.0
 _SMALL_SHARE = 0.001
 """Of a node's own ``node:IP`` resource: pins a bundle to that host."""
 
@@ -124,6 +129,13 @@ class ActorPlaces:
             ) from None
         return group
 
+    def has_room(self, rank: int) -> bool:
+        """Whether the rank's host lives, or another one has room for it at this moment."""
+        if self._places[rank].host in living_hosts():
+            return True
+        free = available_resources_per_node()
+        return any(free.get(node["NodeID"], {}).get(self._device, 0.0) >= 1 for node in ray.nodes() if node["Alive"])
+
     def find(self, rank: int) -> None:
         """Another host, where the rank's own is gone. Raises NotReserved."""
         if self._places[rank].host in living_hosts():
@@ -181,6 +193,14 @@ class ActorPlaces:
 def living_hosts() -> set[str]:
     """Addresses."""
     return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def tell_rank(door: Any, secret: str, name: str, argument: bytes) -> None:
+    """``door``: Ray's reference of its address. Whether it heard of a formation shows by its joining."""
+    try:
+        knock(ray.get(door, timeout=TELL_TIMEOUT_S), secret, name, argument, TELL_TIMEOUT_S)
+    except (RayError, ChannelClosed) as error:
+        _log.warning("a rank was not told of the next formation: %s", ray_reason(error))
 
 
 def _has_answered(reference: Any) -> bool:

@@ -40,6 +40,8 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     guided_decoding_backend: str = "llguidance"
     spare_ranks: int = 0
     """Processes per host that have imported what a rank needs, and stand by to take a lost one's place."""
+    host_wait_s: float = 0.0
+    """So long a lost rank may wait for a host with room for it: one that joins, or its own when it is back."""
     leader_port: int = 0
     """Of the leader's gRPC server, on its host; 0 takes a free one."""
     cluster_tls: ClusterTls | None = None

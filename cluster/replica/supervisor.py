@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster.errors import StartFailed
 from cluster.replica.actor import OpenCall, RankCall
-from cluster.replica.actor_places import ActorPlaces, NotReserved, living_hosts
+from cluster.replica.actor_places import ActorPlaces, NotReserved, living_hosts, tell_rank
 from cluster.replica.events import (
     BreaksExplained,
     Event,
@@ -32,20 +32,18 @@ from cluster.replica.events import (
     ReplicaPlan,
     decode_event,
 )
+from cluster.replica.host_wait import HostWait
 from cluster.replica.leader import LeaderConfig
 from cluster.replica.leader_load import LeaderLoad
-from cluster.replica.model_source import ModelSource
 from cluster.replica.placed_rank import PlacedRank
 from cluster.replica.rank_plan import GangEndpoints, worker_configs
+from cluster.replica.ray_reason import ray_reason
 from cluster.replica.recovery import Action, Form, GiveUp, KillRank, Phase, Recovery, StartLeader, StartRank
 from cluster.replica.rendezvous import Rendezvous
 from cluster.replica.side_door import knock
-from engine.config import LoadFormat
 from engine.errors import EngineFailure, RemudaError
 from engine.executor.channel import ChannelClosed
 from engine.executor.handshake import new_secret
-from engine.model_config import ModelConfig
-from engine.weights.loader import verify_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -55,14 +53,9 @@ STOP_TIMEOUT_S = 15.0
 NEWS_WAIT_S = 10.0
 """So long a leader may wait for an event before it answers; well below its lease."""
 WATCH_INTERVAL_S = 0.5
+IDLE_WATCH_INTERVAL_S = 2.0
+"""While the gang serves: whatever happens then ends one of the calls that are waited for."""
 DRAIN_POLL_INTERVAL_S = 0.2
-
-
-def check_checkpoint(plan: ReplicaPlan) -> None:
-    """From the files' headers alone: every tensor of the model is there and has its shape. Raises CheckpointError."""
-    if plan.load_format == LoadFormat.SAFETENSORS:
-        directory = ModelSource(plan.model, plan.revision).directory()
-        verify_checkpoint(directory, ModelConfig.from_directory(directory, plan.quantization))
 
 
 class Supervisor:
@@ -106,6 +99,9 @@ class Supervisor:
         self._num_blocks = 0
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._recovery = Recovery(len(ranks), time.monotonic())
+        self._due: deque[Action] = deque()
+        """What recovery wants and has not been done."""
+        self._host_wait = HostWait(plan.host_wait_s)
         self._question: Any = None
         """Ray's reference of the leader's next answer, and when it was asked for."""
         self._asked_s = 0.0
@@ -135,23 +131,22 @@ class Supervisor:
                 self._start_rank(placed.rank)
             self._form(0)
         except (RayError, ChannelClosed) as error:
-            raise StartFailed(f"replica {self.replica_id}: {_reason(error)}") from error
+            raise StartFailed(f"replica {self.replica_id}: {ray_reason(error)}") from error
         self._ask()
         self._thread.start()
 
     def poll(self) -> list[Event]:
         """What happened since the last call. After a Failed of this replica there is nothing more."""
-        events = []
-        while not self._events.empty():
-            events.append(self._events.get())
-        return events
+        return [self._events.get() for _ in range(self._events.qsize())]
 
     # ---- the supervisor's thread -----------------------------------------------------------------------------------
 
     def _supervise(self) -> None:
         try:
             while not self._stopping.is_set() and self._recovery.phase is not Phase.FAILED:
-                ended, _ = ray.wait([self._question, *self._runs], num_returns=1, timeout=WATCH_INTERVAL_S)
+                is_serving = self._recovery.phase is Phase.SERVING
+                interval_s = IDLE_WATCH_INTERVAL_S if is_serving else WATCH_INTERVAL_S
+                ended, _ = ray.wait([self._question, *self._runs], num_returns=1, timeout=interval_s)
                 if not self._stopping.is_set():
                     self._look(ended)
         except Exception as error:  # noqa: BLE001  (a defect: the replica is lost, and that must be told)
@@ -180,7 +175,7 @@ class Supervisor:
             lines = ray.get(self._question, timeout=0)
         except RayError as error:
             ray.kill(self._leader, no_restart=True)  # it may be silent only
-            reason = f"the leader is gone: {_reason(error)}"
+            reason = f"the leader is gone: {ray_reason(error)}"
             self._carry_out(self._recovery.leader_ended(life, reason, time.monotonic()))
             return
         self._ask()
@@ -219,9 +214,9 @@ class Supervisor:
                 # Nothing that another process could do better: a broken checkpoint, too little memory.
                 self._fail(Failed(type(cause).__name__, str(cause), self.replica_id))
                 return
-            reason = f"rank {rank} raised {_reason(error)}"
+            reason = f"rank {rank} raised {ray_reason(error)}"
         except RayError as error:
-            reason = f"rank {rank} died: {_reason(error)}"
+            reason = f"rank {rank} died: {ray_reason(error)}"
         self._carry_out(self._recovery.rank_ended(rank, life, reason, time.monotonic()))
 
     def _look_for_hosts(self, now_s: float) -> None:
@@ -231,8 +226,9 @@ class Supervisor:
         self._looked_s = now_s
         assert self._places is not None
         living = living_hosts()
+        newcomers = self._newcomers()
         for rank, host in enumerate(self._places.hosts):
-            if host not in living:
+            if host not in living and rank not in newcomers:
                 reason = f"rank {rank} is lost with its host {host}"
                 life = self._recovery.life_of(rank)
                 self._carry_out(self._recovery.rank_ended(rank, life, reason, now_s))
@@ -244,21 +240,45 @@ class Supervisor:
     # ---- what recovery wants ---------------------------------------------------------------------------------------
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
-        """What fails on the way is news for recovery, which then wants something else instead."""
-        due = deque(actions)
-        if due:
-            self._announce(due)
-        while due and not self._stopping.is_set():
-            action = due.popleft()
+        """What cannot be done yet waits, and a formation that waits is replaced by a newer one. What fails is news for
+        recovery, which then wants something else instead."""
+        self._want(list(actions))
+        while self._due and not self._stopping.is_set() and not self._waits_for_host(self._due[0]):
+            action = self._due.popleft()
             try:
                 self._do(action)
             except NotReserved as error:
-                due = deque(self._recovery.impossible(str(error)))
+                self._due = deque(self._recovery.impossible(str(error)))
             except (RayError, ChannelClosed) as error:
-                reason = f"the leader is gone: {_reason(error)}"
-                due = deque(self._recovery.leader_ended(self._recovery.leader_life, reason, time.monotonic()))
+                reason = f"the leader is gone: {ray_reason(error)}"
+                self._want(self._recovery.leader_ended(self._recovery.leader_life, reason, time.monotonic()))
 
-    def _announce(self, actions: Iterable[Action]) -> None:
+    def _waits_for_host(self, action: Action) -> bool:
+        """Whether nobody has room for a newcomer yet, and somebody may still come who has. The others are told to
+        stay meanwhile."""
+        assert self._places is not None
+        now_s = time.monotonic()
+        has_room = not isinstance(action, StartRank) or self._places.has_room(action.rank)
+        waits = self._host_wait.goes_on(has_room, now_s)
+        if waits and self._host_wait.is_time_to_tell(now_s):
+            _log.warning("replica %s: %s waits for a host with room for it", self.replica_id, action)
+            for rank in self._doors.keys() - self._newcomers():
+                self._tell(rank, "stay")
+        return waits
+
+    def _newcomers(self) -> set[int]:
+        """Ranks that will be started."""
+        return {action.rank for action in self._due if isinstance(action, StartRank)}
+
+    def _tell(self, rank: int, name: str, argument: bytes = b"") -> None:
+        """In a thread of its own: one that does not answer must not hold up the others."""
+        arguments = self._doors[rank], self._door_secret, name, argument
+        threading.Thread(target=tell_rank, args=arguments, daemon=True).start()
+
+    def _want(self, actions: list[Action]) -> None:
+        if not actions:
+            return
+        self._due = deque([*(action for action in self._due if not isinstance(action, Form)), *actions])
         ranks = [action.rank for action in actions if isinstance(action, StartRank)]
         leader = any(isinstance(action, StartLeader) for action in actions)
         if any(isinstance(action, Form) for action in actions):
@@ -313,11 +333,7 @@ class Supervisor:
             life = self._recovery.life_of(rank)
             call = msgspec.msgpack.encode(RankCall(config.encode(), self._plan.model, self._plan.revision))
             if running.get(rank) == life:
-                # One that does not answer must not hold up the others; whoever does not join is replaced.
-                told = threading.Thread(
-                    target=_tell_rank, args=(self._doors[rank], self._door_secret, call), daemon=True
-                )
-                told.start()
+                self._tell(rank, "form", call)  # whoever does not join is replaced
             else:
                 self._runs[self._actors[rank].run.remote(call)] = rank, life
         if not self._leader_has_begun:
@@ -355,14 +371,11 @@ class Supervisor:
     def stop(self) -> None:
         """End the leader and the ranks, by force after STOP_TIMEOUT_S, and give their resources back."""
         self._stopping.set()
+        has_stopped = self._stop_leader()  # which ends what the thread waits for
         if self._thread.is_alive():
             self._thread.join(STOP_TIMEOUT_S)
-        if self._leader is not None:
-            try:
-                self._ask_leader("stop", timeout_s=STOP_TIMEOUT_S)
-                ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
-            except (RayError, ChannelClosed, ValueError) as error:
-                _log.warning("replica %s: the leader did not stop: %s", self.replica_id, _reason(error))
+        if has_stopped and self._runs:
+            ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
         for actor in [self._leader, *self._actors.values()]:
             if actor is not None:
                 ray.kill(actor, no_restart=True)
@@ -372,16 +385,13 @@ class Supervisor:
             self._rendezvous.close()
         self._leader, self._actors, self._places, self._rendezvous = None, {}, None, None
 
-
-def _tell_rank(door: Any, secret: str, call: bytes) -> None:
-    """``door``: Ray's reference of its address. Whether it heard shows by its joining."""
-    try:
-        knock(ray.get(door, timeout=CALL_TIMEOUT_S), secret, "form", call, CALL_TIMEOUT_S)
-    except (RayError, ChannelClosed) as error:
-        _log.warning("a rank was not told of the next formation: %s", _reason(error))
-
-
-def _reason(error: Exception) -> str:
-    """Ray's messages hold whole tracebacks, and advice; the first sentence of the last line says what it was."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip().split(". ")[0] if lines else type(error).__name__
+    def _stop_leader(self) -> bool:
+        """False: there is none, or it is gone."""
+        if self._leader is None:
+            return False
+        try:
+            self._ask_leader("stop", timeout_s=STOP_TIMEOUT_S)
+        except (RayError, ChannelClosed) as error:
+            _log.warning("replica %s: the leader did not stop: %s", self.replica_id, ray_reason(error))
+            return False
+        return True

@@ -1,6 +1,7 @@
 """Where whoever supervises a rank leaves what comes after the present formation of the gang."""
 
 import threading
+import time
 from collections.abc import Callable
 
 from engine.errors import ProtocolViolation
@@ -11,7 +12,8 @@ class Formations:
     """The formations of one rank's life, one after the other. Any thread may ``put``; the rank's own thread takes.
 
     Args:
-        lease_s: a rank that is left without a formation for so long belongs to nobody, and ends.
+        lease_s: a rank that is left without a formation, or word that one will come, for so long belongs to nobody,
+            and ends.
     """
 
     def __init__(self, lease_s: float) -> None:
@@ -21,6 +23,7 @@ class Formations:
         self._next: WorkerConfig | None = None
         self._interrupt: Callable[[], None] | None = None
         self._is_closed = False
+        self._heard_s = 0.0
 
     def put(self, config: WorkerConfig) -> None:
         """The gang forms anew; the present formation is over. Of several that wait the last counts.
@@ -36,6 +39,11 @@ class Formations:
         if interrupt is not None:
             interrupt()
 
+    def renew(self) -> None:
+        """One will come, later: whoever forms the gang waits for something itself."""
+        with self._changed:
+            self._heard_s = time.monotonic()
+
     def close(self) -> None:
         """No more will come: a rank without a formation ends at once."""
         with self._changed:
@@ -46,7 +54,12 @@ class Formations:
         """Waits for the next one. None: the lease ran out, or no more will come."""
         with self._changed:
             self._interrupt = None
-            self._changed.wait_for(lambda: self._next is not None or self._is_closed, self._lease_s)
+            self._heard_s = time.monotonic()
+            while self._next is None and not self._is_closed:
+                left_s = self._heard_s + self._lease_s - time.monotonic()
+                if left_s <= 0:
+                    break
+                self._changed.wait(left_s)
             taken, self._next = self._next, None
             return taken
 

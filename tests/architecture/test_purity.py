@@ -28,6 +28,7 @@ ALLOWED_NAMES = {("random", "Random")}
 
 # Modules besides */config.py that look at the environment, each with its reason.
 ENVIRONMENT_READERS = {
+    "cluster/control/group_host.py": "where Ray and the processes under this one find the group's token",
     "cluster/control/launch.py": "torch reads how much to say on the terminal from this process's environment",
     "cluster/control/ray_node.py": "passes this process's environment, cleaned, to the Ray node it starts",
     "cluster/replica/record_file.py": "where a user's programs keep state is the system's convention, not an option",
