@@ -103,7 +103,7 @@ def _folder(version: str) -> Any:
 
 
 @cache
-def _definitions(version: str) -> referencing.Registry[Any]:
+def _definitions(version: str) -> Any:
     content = json.loads(_folder(version).joinpath("_definitions.json").read_text())
     resource = referencing.Resource.from_contents(content, default_specification=DRAFT202012)
     return referencing.Registry().with_resource("_definitions.json", resource)

@@ -3,6 +3,7 @@ resources' own schemas, and as a platform team would have it."""
 
 import copy
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_every_render_is_valid(part: int) -> None:
 
 def _damaged(path: str, value: object, kind: str = "LeaderWorkerSet") -> list[Document]:
     documents = copy.deepcopy(render(preset("405b-bf16")))
-    node = only(documents, kind, "frontend" if kind == "Deployment" else "")
+    node: Any = only(documents, kind, "frontend" if kind == "Deployment" else "")
     *keys, last = path.split("/")
     for key in keys:
         node = node[int(key)] if isinstance(node, list) else node[key]

@@ -38,7 +38,7 @@ def _shown() -> dict[str, set[str]]:
 
 
 def _selectors(expression: Any) -> Iterator[promql_parser.VectorSelector]:
-    found: list[promql_parser.VectorSelector] = []
+    found: list[Any] = []
     promql_parser.walk(expression, found.append)
     yield from (node for node in found if isinstance(node, promql_parser.VectorSelector))
 

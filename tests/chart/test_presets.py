@@ -85,8 +85,8 @@ def test_what_was_asked_of_plan_is_in_the_values() -> None:
 
 
 def test_only_the_devices_of_the_layout_are_asked_for() -> None:
-    """32 heads do not divide by three: of three devices two are used."""
-    values = _values("Llama-3.1-8B", "1x3xL40S-48")
+    """32 heads divide by two of three devices."""
+    values = _values("Llama-3.1-8B", "1x3xL40S-48", Degrees(tp=2))
     assert values["parallel"]["tensor"] == values["engine"]["devicesPerHost"] == 2
     assert render(values)
 

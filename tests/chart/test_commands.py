@@ -1,0 +1,161 @@
+"""The chart's command lines against the commands themselves, and the files that they read."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from cluster.cli.main import app
+from cluster.config import load_serve_config
+from cluster.identity.config import load_security
+from tests.chart.option_matrix import combinations, values_of
+from tests.chart.rendering import (
+    NAMESPACE,
+    Document,
+    Values,
+    all_pods,
+    at,
+    containers,
+    merged,
+    of_kind,
+    only,
+    preset,
+    render,
+)
+
+
+def _commands(documents: list[Document]) -> Iterator[tuple[str, list[str]]]:
+    """("remuda serve", its arguments) of every container that runs remuda."""
+    for pod in all_pods(documents):
+        for container in containers(pod):
+            if container["command"][0] == "remuda":
+                yield " ".join(container["command"][:2]), [*container["command"][2:], *container["args"]]
+
+
+def _built() -> dict[str, set[str]]:
+    """Command → its options."""
+    group: Any = typer.main.get_command(app)
+    return {
+        f"remuda {name}": {
+            option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        for name, command in group.commands.items()
+    }
+
+
+def test_every_option_is_one_of_the_command() -> None:
+    built = _built()
+    seen: dict[str, set[str]] = {}
+    for case in combinations():
+        for command, arguments in _commands(render(values_of(case))):
+            options = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
+            seen.setdefault(command, set()).update(options)
+    assert seen.keys() == {f"remuda {name}" for name in "serve frontend generate engine worker".split()}
+    assert {command: options - built[command] for command, options in seen.items() if options - built[command]} == {}
+
+
+def test_arguments_of_single_pods_are_good_values() -> None:
+    """`remuda serve` itself reads them."""
+    values = merged(
+        preset("cpu-demo"),
+        {"model": {"quantization": "int8", "maxNumSeqs": 8, "maxLen": 512, "servedName": "tiny"}},
+    )
+    ((_, arguments),) = [found for found in _commands(render(values)) if found[0] == "remuda serve"]
+    model, *options = arguments
+    given = dict(option.removeprefix("--").split("=", 1) for option in options)
+    config = load_serve_config({"model": model, **{name.replace("-", "_"): value for name, value in given.items()}})
+    assert (config.name, config.max_num_seqs, config.max_model_len, config.quantization) == ("tiny", 8, 512, "int8")
+    assert (config.host, config.tensor_parallel_size, config.cpu_slots) == ("0.0.0.0", 2, 2)
+    assert config.drain_timeout == 60 and config.kv_cache_memory == 1519 * 2**20
+
+
+def _security(values: Values, tmp_path: Path) -> tuple[Document, Document]:
+    """The mounted file, and what --security-file makes of it."""
+    text = only(render(merged(preset("405b-bf16"), values)), "ConfigMap", "security")["data"]["security.yaml"]
+    file = tmp_path / "security.yaml"
+    file.write_text(text)
+    return yaml.safe_load(text), load_security(file, None).model_dump()
+
+
+_CERTIFIED: Values = {
+    "tls": {"clients": {"enabled": True, "existingSecret": "tls", "requireCertificate": True}},
+    "auth": {
+        "existingSecret": "keys",
+        "gateways": [{"name": "dns:edge.example"}],
+        "certificates": [{"name": "uri:spiffe://a/b", "tenant": "batch", "scopes": ["infer", "metrics"]}],
+        "jwt": [
+            {
+                "issuer": "https://i.example",
+                "audience": "llm",
+                "jwks": "https://i.example/keys",
+                "tenant_claim": "org",
+                "scope_claim": "scope",
+                "scopes": {"llm": "infer"},
+                "algorithms": ["ES256"],
+                "leeway_s": 10,
+                "tenants": {"a": "b"},
+            }
+        ],
+    },
+}
+
+
+def test_the_security_file_is_one_that_remuda_reads(tmp_path: Path) -> None:
+    written, read = _security({}, tmp_path)
+    assert written == {"api_keys": {"file": "/etc/remuda/keys/api-keys"}}
+    assert read["tls"] is None and str(read["api_keys"]["file"]) == "/etc/remuda/keys/api-keys"
+    written, read = _security(_CERTIFIED, tmp_path)
+    assert str(read["tls"]["client_ca_file"]) == "/etc/remuda/tls/ca.crt" and read["tls"]["health_port"] == 8080
+    assert read["jwt"][0]["tenant_claim"] == "org" and read["gateways"][0]["name"] == "dns:edge.example"
+    assert _security(at("auth.insecure", True), tmp_path)[0] == {}
+
+
+def test_every_file_that_a_command_names_is_mounted() -> None:
+    for case in combinations():
+        documents = render(values_of(case))
+        for pod in all_pods(documents):
+            for container in containers(pod):
+                mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+                named = re.findall(r"/(?:etc/remuda|models)/[\w./-]+", " ".join(container.get("args", [])))
+                named += [
+                    value for value in (one.get("value", "") for one in container.get("env", [])) if "/etc/" in value
+                ]
+                for path in named:
+                    assert any(path.startswith(mount + "/") or path == mount for mount in mounts), (path, mounts)
+
+
+def test_front_ends_do_not_get_rays_token() -> None:
+    documents = render(preset("405b-bf16"))
+    volumes = only(documents, "Deployment", "frontend")["spec"]["template"]["spec"]["volumes"]
+    (secret,) = [volume["secret"] for volume in volumes if volume["name"] == "cluster-secret"]
+    assert [item["key"] for item in secret["items"]] == ["cluster-secret"]
+    assert all("SECRET" not in str(one.get("value", "")) for pod in all_pods(documents) for one in _env(pod))
+
+
+def _env(pod: Document) -> list[Document]:
+    return [variable for container in containers(pod) for variable in container.get("env", [])]
+
+
+@pytest.mark.parametrize(("mode", "variable"), [("lws", "LWS_LEADER_ADDRESS"), ("kuberay", "FQ_RAY_IP")])
+def test_workers_join_their_own_leader(mode: str, variable: str) -> None:
+    documents = render(merged(preset("405b-bf16"), at("engine.mode", mode)))
+    ((_, arguments),) = [found for found in _commands(documents) if found[0] == "remuda worker"]
+    assert f"--head=$({variable}):6379" in arguments
+
+
+def test_names_reach_discovery() -> None:
+    documents = render(preset("405b-bf16"))
+    ((_, arguments),) = [found for found in _commands(documents) if found[0] == "remuda frontend"]
+    (target,) = [one.removeprefix("--discover=kubernetes:") for one in arguments if one.startswith("--discover=")]
+    namespace, _, service = target.partition("/")
+    assert namespace == "$(POD_NAMESPACE)" and service in {
+        one["metadata"]["name"] for one in of_kind(documents, "Service")
+    }
+    (role,) = of_kind(documents, "Role")
+    assert {"endpointslices", "pods"} == {name for rule in role["rules"] for name in rule["resources"]}
+    assert {verb for rule in role["rules"] for verb in rule["verbs"]} == {"get", "list", "watch"}
+    assert only(documents, "RoleBinding")["subjects"][0]["namespace"] == NAMESPACE
