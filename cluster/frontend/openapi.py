@@ -86,6 +86,13 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/api/ps", "Those that are loaded: all", "OllamaModels"),
     Operation("post", "/api/show", "One of them", "OllamaModel", ollama.ShowBody),
     Operation("get", "/api/version", "Of this server", "OllamaVersion"),
+    Operation(
+        "get",
+        "/v1/usage",
+        "What tenants used, by day, key and model",
+        "Usage",
+        query=(("tenant", "string"), ("day", "string")),
+    ),
     Operation("post", "/tokenize", "A text's or a conversation's tokens", "Tokens", TokenizeBody),
     Operation("post", "/detokenize", "The text of tokens", "Text", DetokenizeBody),
     Operation("get", "/metrics", "In Prometheus's form", ""),

@@ -37,7 +37,19 @@ _RESPONSE_STATUS = _one_of("completed", "failed", "in_progress", "cancelled", "i
 _OLLAMA_END = {"done": TRUTH, "model": TEXT, "created_at": TEXT}
 _OLLAMA_MODEL = _object(name=TEXT, model=TEXT, size=COUNT, digest=TEXT, details=ANY_OBJECT)
 
+_USAGE_TOTAL = _object(
+    day=TEXT,
+    tenant=TEXT,
+    key_id=TEXT,
+    model=TEXT,
+    num_requests=COUNT,
+    num_prompt_tokens=COUNT,
+    num_cached_tokens=COUNT,
+    num_completion_tokens=COUNT,
+)
+
 ANSWERS: dict[str, Schema] = {
+    "Usage": _object(object=_one_of("list"), data=_list(_USAGE_TOTAL)),
     "Completion": _object(
         id=TEXT,
         object=_one_of("text_completion"),

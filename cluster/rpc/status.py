@@ -5,7 +5,7 @@ A gRPC status carries the message; its trailing metadata carries what the status
     remuda-error-kind     the class in the error tree
     remuda-error-code     the OpenAI error code
     remuda-error-param    the bad field, percent-encoded (metadata is ASCII)
-    remuda-retry-after-s  seconds
+    remuda-retry-after-s  seconds; also as google.rpc.RetryInfo in grpc-status-details-bin
 
 The same fields travel in a StreamFinish, so that one request of a multiplexed stream can fail alone.
 """
@@ -17,6 +17,7 @@ from typing import Any, NoReturn, cast
 from urllib.parse import quote, unquote
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 
 from cluster.errors import (
     ERROR_TABLE,
@@ -34,6 +35,7 @@ KIND_KEY = "remuda-error-kind"
 CODE_KEY = "remuda-error-code"
 PARAM_KEY = "remuda-error-param"
 RETRY_AFTER_KEY = "remuda-retry-after-s"
+DETAILS_KEY = "grpc-status-details-bin"
 
 MAX_MESSAGE_CHARS = 2_000
 """Longer messages are cut, over HTTP too."""
@@ -89,14 +91,24 @@ def error_of(fields: ErrorFields) -> RemudaError:
     return kind(fields.message)
 
 
-def trailing_metadata(error: BaseException) -> tuple[tuple[str, str], ...]:
+def trailing_metadata(error: BaseException) -> tuple[tuple[str, str | bytes], ...]:
     fields = fields_of(error)
-    pairs = [(KIND_KEY, fields.kind), (CODE_KEY, mapping_of(error).code)]
+    pairs: list[tuple[str, str | bytes]] = [(KIND_KEY, fields.kind), (CODE_KEY, mapping_of(error).code)]
     if fields.param is not None:
         pairs.append((PARAM_KEY, quote(fields.param)))
     if fields.retry_after_s is not None:
         pairs.append((RETRY_AFTER_KEY, f"{fields.retry_after_s:g}"))
+        pairs.append((DETAILS_KEY, _retry_details(error, fields.message, fields.retry_after_s)))
     return tuple(pairs)
+
+
+def _retry_details(error: BaseException, message: str, retry_after_s: float) -> bytes:
+    """As clients of other languages find it. Its message is short: all of it has to fit into HTTP/2's headers."""
+    status = status_pb2.Status(code=mapping_of(error).grpc_status.value[0], message=message[:_MAX_PARAM_CHARS])
+    info = error_details_pb2.RetryInfo()
+    info.retry_delay.FromNanoseconds(round(retry_after_s * 1e9))
+    status.details.add().Pack(info)
+    return bytes(status.SerializeToString())
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:

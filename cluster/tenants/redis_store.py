@@ -7,7 +7,7 @@ request, when its lease ends). The braces keep a tenant on one node of a Redis c
 from typing import Any, Final
 from urllib.parse import quote
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -16,6 +16,8 @@ from cluster.tenants.store import LEASE_S, Kind, Level, StoreUnavailable
 
 TIMEOUT_S: Final = 0.25
 """Nobody waits longer for Redis: without it the request goes on by this front end's own limits."""
+MAX_CONNECTIONS: Final = 32
+"""Of one front end; who finds all in use waits for one."""
 
 _NOW = "local t = redis.call('TIME') local now = t[1] + t[2] / 1000000 "
 
@@ -67,14 +69,17 @@ redis.call('EXPIRE', KEYS[1], math.ceil(ARGV[1]) + 60)
 
 def connect(url: str, password: str | None) -> Redis:
     """A client that connects when it is first asked, and again after a loss. Raises ValueError for a bad address."""
-    return Redis.from_url(
+    pool = BlockingConnectionPool.from_url(
         url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=TIMEOUT_S,
         password=password,
         socket_timeout=TIMEOUT_S,
         socket_connect_timeout=TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),
         decode_responses=True,
     )
+    return Redis.from_pool(pool)
 
 
 class RedisStore:

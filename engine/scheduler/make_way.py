@@ -62,6 +62,18 @@ def _for_blocks(first: RequestState, accounts: Sequence[Account]) -> RequestStat
     )
 
 
+def num_owed(first: RequestState, accounts: Sequence[Account], num_needed: Callable[[int], int]) -> int:
+    """Blocks that prompts of other tenants, which run already, have yet to take: who is admitted beside them must not
+    take these, or tenants would have each other computed again. ``num_needed``: blocks of so many positions."""
+    return sum(
+        max(0, num_needed(len(state.token_ids)) - num_needed(state.num_block_tokens))
+        for account in accounts
+        if account is not first.account
+        for state in account.running
+        if state.num_block_tokens < len(state.token_ids)
+    )
+
+
 def _others(mine: Account, accounts: Sequence[Account]) -> list[Account]:
     """Those that this tenant may take from: of no better priority."""
     return [account for account in accounts if account is not mine and account.priority >= mine.priority]

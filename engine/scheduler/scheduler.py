@@ -20,7 +20,7 @@ from engine.scheduler.fair_queue import FairQueue
 from engine.scheduler.integrity import check_requests, held_blocks
 from engine.scheduler.latency_budget import LatencyBudget, TokenBudget
 from engine.scheduler.lockstep import Lockstep
-from engine.scheduler.make_way import Needs, who_makes_way
+from engine.scheduler.make_way import Needs, num_owed, who_makes_way
 from engine.scheduler.micro_batch import Work
 from engine.scheduler.new_output import output_of
 from engine.scheduler.policy import in_order, victim_of
@@ -143,7 +143,10 @@ class Scheduler:
             self._preempt(victim)
 
     def _surely_fits(self, state: RequestState, num_blocks: int) -> bool:
-        return self._tables.num_needed(len(state.token_ids)) + len(self._running) <= num_blocks
+        return self._tables.num_needed(len(state.token_ids)) + self._num_reserved(state) <= num_blocks
+
+    def _num_reserved(self, state: RequestState) -> int:
+        return len(self._running) + num_owed(state, self._waiting.live_accounts, self._tables.num_needed)
 
     def _apart_from_lockstep(self) -> list[RequestState]:
         """The running requests that must be looked at for the next plan: all, where blocks may run out in it."""
@@ -267,13 +270,9 @@ class Scheduler:
         self._waiting.put_back(victim)
 
     def _admit(self, batch: BatchPlan, flight: StepInFlight, budget: TokenBudget) -> None:
-        """Admits in the queue's order, and nobody past one that does not fit, so that nobody starves.
-
-        One is admitted when all its known tokens fit, with one block left for each running request, so that it is not
-        preempted again at once. It shares the blocks that hold its beginning. While a prompt is only partly scheduled
-        nobody is admitted behind it.
-        """
-        num_reserved = len(self._running)
+        """Admits in the queue's order, and nobody past one that does not fit, so that nobody starves. One is admitted
+        when all its known tokens fit, with one block left for each running request, so that it is not preempted again
+        at once. While a prompt is only partly scheduled nobody is admitted behind it."""
         while (state := self._waiting.first()) is not None:
             if budget.for_prompts <= 0 or not self._free_slots or state.num_pending:
                 break
@@ -283,7 +282,7 @@ class Scheduler:
             prefix = self._tables.find_prefix(state, all_at_once=not others_wait)
             if prefix is None:
                 break
-            if self._tables.num_to_take(len(state.token_ids), prefix) + num_reserved > self._pool.num_free:
+            if self._tables.num_to_take(len(state.token_ids), prefix) + self._num_reserved(state) > self._pool.num_free:
                 # Looking at a long prefix takes time, so it is not looked at in every step.
                 state.look_again_at = flight.step + len(prefix[0]) // _LOOKED_AT_PER_STEP
                 break
@@ -293,7 +292,6 @@ class Scheduler:
             num_tokens = max(1, min(num_tokens, budget.prompt_tokens(state.num_computed), self._tables.room(state)))
             budget.take(num_tokens, state.num_computed)
             share(state, num_tokens, batch, flight, self._tables)
-            num_reserved += 1
             if state.num_computed < len(state.token_ids):
                 break
         if batch.new:

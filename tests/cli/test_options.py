@@ -22,6 +22,7 @@ SERVE_OPTIONS = {
     "--async-scheduling", "--guided-decoding-backend",
     "--cpu-slots", "--spare-ranks", "--deterministic", "--request-timeout", "--queue-timeout", "--first-token-timeout",
     "--drain-timeout", "--config", "--secret-file", "--security-file", "--insecure",
+    "--tenants", "--limits-store", "--limits-store-password-file", "--usage-log", "--audit-log",
 }  # fmt: skip
 
 

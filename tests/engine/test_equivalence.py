@@ -12,7 +12,7 @@ from engine.engine import Engine
 from engine.executor.in_process import InProcessExecutor
 from engine.executor.worker_config import WorkerConfig
 from engine.model_config import ModelConfig, kv_groups
-from engine.request import Request, SamplingParams
+from engine.request import Request, SamplingParams, Tenant
 from tests.parity.architectures import make_reference
 from tests.parity.reference import NUM_NEW, Reference
 
@@ -30,6 +30,7 @@ class Way:
     num_blocks: int = BLOCKS_OF_ALL
     max_num_seqs: int = 8
     priorities: tuple[int, ...] = (0,)
+    num_tenants: int = 1
     num_steps_between: int = 0
     """Steps between the arrivals of two requests."""
 
@@ -47,6 +48,7 @@ MIXED = [
     Way(11, depth, True, blocks, seqs, (3, 0, -2, 1), 2)
     for depth, blocks, seqs in [(1, 30, 8), (2, 30, 8), (3, 30, 8), (2, 200, 2), (3, 200, 1)]
 ]
+TENANTS = [Way(11, depth, True, blocks, 3, num_tenants=3) for depth, blocks in [(1, 30), (2, 30), (3, 200)]]
 
 
 @pytest.fixture(scope="module", params=["llama3.1", "llama4-scout", "mistral"])
@@ -102,7 +104,8 @@ def run(engine: Engine, way: Way, prompts: list[list[int]]) -> list[list[int]]:
     for index, prompt in enumerate(prompts):
         sampling = SamplingParams(NUM_NEW, temperature=0.0)
         priority = way.priorities[index % len(way.priorities)]
-        engine.add(Request(str(index), prompt, len(prompt), sampling, priority))
+        tenant = Tenant(f"tenant-{index % way.num_tenants}")
+        engine.add(Request(str(index), prompt, len(prompt), sampling, priority, tenant=tenant))
         for _ in range(way.num_steps_between):
             if engine.has_work:
                 step()
@@ -112,7 +115,7 @@ def run(engine: Engine, way: Way, prompts: list[list[int]]) -> list[list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("way", [Way(), *CHUNKS, *SHORT_OF_BLOCKS, *MIXED], ids=str)
+@pytest.mark.parametrize("way", [Way(), *CHUNKS, *SHORT_OF_BLOCKS, *MIXED, *TENANTS], ids=str)
 def test_greedy_tokens_are_those_of_transformers_in_every_way(reference: Reference, way: Way) -> None:
     """Each prompt comes twice in a round, and again in the next, when its blocks may still be there."""
     expected = [found.token_ids[-NUM_NEW:] for found in reference.generated] * 2

@@ -12,7 +12,7 @@ from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.kv_groups import num_blocks_needed
 from engine.messages import BatchPlan, SampledToken, StepResult
 from engine.packed import unpack
-from engine.request import FinishReason, Output, Request, SamplingParams
+from engine.request import FinishReason, Output, Request, SamplingParams, Tenant
 from engine.scheduler.request_state import NO_SLOT, RequestState
 from engine.scheduler.scheduler import Scheduler
 
@@ -48,6 +48,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         extra_budget=st.integers(0, 12),
         keeps_prefixes=st.booleans(),
+        weights=st.lists(st.sampled_from([0.5, 1.0, 4.0]), min_size=1, max_size=3),
     )
     def begin(
         self,
@@ -57,7 +58,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs: int,
         extra_budget: int,
         keeps_prefixes: bool,
+        weights: list[float],
     ) -> None:
+        self.tenants = [Tenant(f"t{index}", weight) for index, weight in enumerate(weights)]
         self.block_size, self.keeps_prefixes = block_size, keeps_prefixes
         self.config = SchedulerConfig(max_num_seqs, max_num_seqs + extra_budget)
         num_blocks = 1 + num_blocks_needed(kv_groups, MAX_NUM_TOKENS, block_size) + num_spare_blocks
@@ -77,7 +80,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def add_one(self, num_prompt_tokens: int, max_tokens: int) -> None:
         sampling = SamplingParams(max_tokens, stop_token_ids=(STOP_TOKEN,))
-        request = Request(f"r{self.num_added}", [0] * num_prompt_tokens, num_prompt_tokens, sampling)
+        tenant = self.tenants[self.num_added % len(self.tenants)]
+        request = Request(f"r{self.num_added}", [0] * num_prompt_tokens, num_prompt_tokens, sampling, tenant=tenant)
         state = RequestState.of(request, self.num_added, dp_group=0)
         if not self.scheduler.fits(state):
             return
@@ -132,8 +136,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             live = self.live[self.slots[share.slot]]
             assert share.start == live.num_computed and share.num_tokens >= 1
             live.num_computed += share.num_tokens
-        admitted = [live.admitted for live in self.live.values()]
-        assert admitted == sorted(admitted, reverse=True), "a younger request was admitted before an older one"
+        for tenant in self.tenants:
+            admitted = [live.admitted for live in self.live.values() if live.state.tenant == tenant]
+            assert admitted == sorted(admitted, reverse=True), "a younger request was admitted before an older one"
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())

@@ -19,8 +19,9 @@ from engine.engine import Engine
 from engine.errors import AdapterError, ContextLengthExceeded, EngineFailure, Overloaded, RankFailure
 from engine.kv_groups import num_blocks_needed
 from engine.messages import NO_STEP
+from engine.outputs import Outputs
 from engine.packed import unpack
-from engine.request import AdapterInfo, FinishReason, Output, Request, SamplingParams, TopLogprobs
+from engine.request import AdapterInfo, FinishReason, Output, Request, SamplingParams, Tenant, TopLogprobs
 from engine.scheduler.break_trials import SUSPECT_AFTER
 
 VOCAB_SIZE = 23
@@ -162,7 +163,10 @@ class StepProtocolMachine(RuleBasedStateMachine):
         adapter = (("", ""), *((info.name, info.path) for info in self.engine.adapters))[
             adapter_index % (1 + len(self.engine.adapters))
         ]
-        request = Request(f"request-{number}", token_ids, num_prompt_tokens, sampling, priority, adapter[0])
+        tenant = Tenant(f"tenant-{number % 3}", 1.0 + number % 2)
+        request = Request(
+            f"request-{number}", token_ids, num_prompt_tokens, sampling, priority, adapter[0], tenant=tenant
+        )
         try:
             self.engine.add(request)
         except (ContextLengthExceeded, Overloaded):
@@ -242,7 +246,7 @@ class StepProtocolMachine(RuleBasedStateMachine):
         self.engine.reset(self.epoch, executor=self.gang)
         self.engine.check_integrity()
 
-    def take(self, outputs: list[Output]) -> None:
+    def take(self, outputs: Outputs) -> None:
         for output in outputs:
             record = self.records[output.request_id]
             assert record.finish is None, f"{output.request_id} went on after its end"

@@ -20,7 +20,7 @@ class EngineBed:
 
     max_num_seqs: int = 8
     budget: int = 64
-    num_blocks: int = 10_000
+    num_blocks: int = 1000
     depth: int = 1
     seconds_per_token: float = 0.0
     step: int = 0

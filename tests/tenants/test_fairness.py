@@ -1,16 +1,21 @@
 """Token-cost fairness between tenants, on a virtual clock."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.request import Tenant
+from engine.request import Request, SamplingParams, Tenant
 from engine.scheduler.account import OUTPUT_COST
+from engine.scheduler.fair_queue import MAX_IDLE_ACCOUNTS, FairQueue
+from engine.scheduler.policy import PLACES_PER_PRIORITY
+from engine.scheduler.request_state import RequestState
 from tests.tenants.engine_bed import EngineBed
 
 NOISY, QUIET = Tenant("noisy"), Tenant("quiet")
 
-BEDS = {
+BEDS: dict[str, dict[str, Any]] = {
     "one plan at a time": {},
     "two plans in flight": {"depth": 2},
     "long decodes hold all slots": {"max_num_seqs": 4},
@@ -35,9 +40,22 @@ def test_a_single_request_is_not_held_up_by_anothers_hundred(
     for _ in range(num_steps_before):
         shared.run_step()
     assert shared.steps_to_first_token(QUIET, num_prompt_tokens, 4) <= 2 * alone + 2
+
+
+@pytest.mark.parametrize("bed", BEDS)
+def test_who_makes_way_gets_all_its_tokens_and_pays_once(bed: str) -> None:
+    shared = EngineBed(**BEDS[bed])
+    for _ in range(30):
+        shared.add(NOISY, 50, 12)
     while shared.is_busy:
         shared.run_step()
-    assert shared.served["noisy"] == 100 * (noisy_prompt + 2 * 100), "preempted or not, all of it came, and once"
+        if shared.step % 5 == 0 and shared.num_added < 60:
+            shared.add(QUIET, 20, 4)
+    assert shared.served["noisy"] == 30 * (50 + 2 * 12)
+    assert shared.served["quiet"] == (shared.num_added - 30) * (20 + 2 * 4) > 0
+    accounts = {state.account for state in shared.states.values()}
+    assert sum(state.num_charged_prompt for state in shared.states.values() if state.tenant == NOISY) == 30 * 50
+    assert len(accounts) == 2 and all(not account.is_live for account in accounts)
 
 
 def test_first_come_first_served_would_not_hold_it() -> None:
@@ -100,13 +118,34 @@ def test_weights_are_shares_of_the_service() -> None:
 
 
 def test_a_better_priority_goes_first_and_the_others_do_not_starve() -> None:
-    bed = EngineBed(max_num_seqs=1, budget=64)
-    for _ in range(2000):
-        bed.add(Tenant("vital", 1.0, -1), 1, 1)
-    last = bed.add(Tenant("usual"), 1, 1)
-    while last not in bed.finished:
-        bed.run_step()
-    assert 1000 < len(bed.finished) <= 1030
+    queue = FairQueue()
+    tenants = [Tenant("vital", 1.0, -1)] * 2000 + [Tenant("usual")]
+    for arrival, tenant in enumerate(tenants):
+        queue.add(RequestState.of(Request(str(arrival), [1], 1, SamplingParams(1), tenant=tenant), arrival))
+    taken: list[str] = []
+    while queue:
+        state = queue.take()
+        taken.append(state.tenant.name)
+        queue.remove(state)
+    assert taken.index("usual") == PLACES_PER_PRIORITY + 1
+    assert len(taken) == 2001 and not queue.live_accounts
+
+
+def test_tenants_that_come_and_go_without_end_cost_bounded_memory() -> None:
+    queue = FairQueue()
+    heavy = RequestState.of(Request("h", [1] * 100, 100, SamplingParams(1), tenant=Tenant("heavy")), 0)
+    queue.add(heavy)
+    queue.take().account.charge_prompt(heavy, 0, 100)
+    queue.remove(heavy)
+    for arrival in range(1, 3 * MAX_IDLE_ACCOUNTS):
+        tenant = Tenant(f"t{arrival}")
+        state = RequestState.of(Request(str(arrival), [1], 1, SamplingParams(1), tenant=tenant), arrival)
+        queue.add(state)
+        queue.remove(state)
+    assert len(queue._accounts) <= MAX_IDLE_ACCOUNTS + 1
+    again = RequestState.of(Request("again", [1], 1, SamplingParams(1), tenant=heavy.tenant), arrival + 1)
+    queue.add(again)
+    assert again.account.served >= 100, "and nobody gains by having been forgotten"
 
 
 def test_a_requests_own_priority_orders_only_its_tenants() -> None:

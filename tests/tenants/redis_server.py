@@ -1,0 +1,58 @@
+"""Debian's redis-server, on a free port, stopped and started by tests."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+PASSWORD = "not-a-secret-but-long"
+
+
+class RedisServer:
+    """Asks for a password, keeps nothing on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            self.port = taken.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.password_file = folder / "redis-password"
+        self.password_file.write_text(PASSWORD + "\n")
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        program = shutil.which("redis-server")
+        if program is None:
+            if os.environ.get("CI"):
+                pytest.fail("redis-server is not installed (Debian package redis-server)")
+            pytest.skip("needs the Debian package redis-server")
+        arguments = f"--port {self.port} --bind 127.0.0.1 --save --appendonly no --requirepass {PASSWORD}"
+        self._process = subprocess.Popen(
+            [program, *arguments.replace("--save ", "--save  ").split(" ")],
+            cwd=self._folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline_s = time.monotonic() + 10
+        while time.monotonic() < deadline_s:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.01)
+        raise AssertionError("redis-server did not listen within 10 s")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def freeze(self, is_frozen: bool) -> None:
+        """It takes connections and answers nothing."""
+        assert self._process is not None
+        os.kill(self._process.pid, 19 if is_frozen else 18)

@@ -1,0 +1,134 @@
+"""What a request meets on its way: rate, running and waiting requests, tokens reserved and given back."""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+
+from cluster.tenants.config import Policies, TenantPolicy
+from cluster.tenants.limiter import Limiter, LimitExceeded
+from cluster.tenants.memory_store import MemoryStore
+from cluster.tenants.report import LimitReport, duration_text
+from engine.errors import InvalidRequest
+
+
+class Bed:
+    def __init__(self, **policy: object) -> None:
+        self.now_s = 0.0
+        self.store = MemoryStore(lambda: self.now_s)
+        self.policies = Policies(TenantPolicy(), {"a": TenantPolicy.model_validate(policy)})
+        self.limiter = Limiter(lambda: self.policies, self.store)
+        self.report = LimitReport()
+
+    def stay(self, name: str, num_used: int = 0, tenant: str = "a"):  # type: ignore[no-untyped-def]
+        return self.limiter.stay(tenant, name, self.report, lambda: num_used)
+
+    async def tokens(self) -> int:
+        return (await self.store.take("a", "tokens", 1000, 0)).remaining
+
+
+async def test_tokens_are_reserved_and_what_is_left_comes_back() -> None:
+    bed = Bed(tokens_per_minute=1000)
+    async with bed.stay("r", num_used=130) as stay:
+        await stay.reserve(100, 400, is_asked_for=True)
+        assert await bed.tokens() == 500
+        assert bed.report.headers() == {
+            "x-ratelimit-limit-tokens": "1000",
+            "x-ratelimit-remaining-tokens": "500",
+            "x-ratelimit-reset-tokens": "30s",
+        }
+        async with bed.stay("other") as other:
+            with pytest.raises(LimitExceeded, match=r"may need 600; try again in 6.0 s") as caught:
+                await other.reserve(300, 300, is_asked_for=True)
+            assert caught.value.retry_after_s == pytest.approx(6.0)
+    assert await bed.tokens() == 870
+
+
+async def test_a_request_that_fails_or_is_cancelled_gives_back_what_it_did_not_use() -> None:
+    bed = Bed(tokens_per_minute=1000, max_concurrent_requests=1)
+    for error in (RuntimeError, asyncio.CancelledError):
+        with pytest.raises(error):
+            async with bed.stay("r") as stay:
+                await stay.reserve(500, 500, is_asked_for=True)
+                raise error
+        assert await bed.tokens() == 1000
+
+
+async def test_more_than_the_bucket_is_the_clients_fault_unless_it_named_no_length() -> None:
+    bed = Bed(tokens_per_minute=1000)
+    async with bed.stay("r", num_used=1500) as stay:
+        with pytest.raises(InvalidRequest) as caught:
+            await stay.reserve(100, 901, is_asked_for=True)
+        assert caught.value.param == "max_tokens"
+        with pytest.raises(InvalidRequest):
+            await stay.reserve(1001, 10, is_asked_for=False)
+        await stay.reserve(100, 100_000, is_asked_for=False)
+        assert await bed.tokens() == 0
+    level = await bed.store.take("a", "tokens", 1000, 1)
+    assert level.wait_s == pytest.approx(501 * 60 / 1000), "what went beyond is owed"
+
+
+async def test_requests_a_minute_count_whether_they_succeed_or_not() -> None:
+    bed = Bed(requests_per_minute=2)
+    for number in range(2):
+        async with bed.stay(f"r{number}"):
+            pass
+    with pytest.raises(LimitExceeded) as caught:
+        async with bed.stay("r2"):
+            pytest.fail("it is one too many")
+    assert caught.value.retry_after_s == pytest.approx(30.0)
+    assert bed.report.headers()["x-ratelimit-remaining-requests"] == "0"
+    bed.now_s = 30.0
+    async with bed.stay("r3"):
+        pass
+    async with bed.stay("r4", tenant="b"):
+        pass
+
+
+async def test_those_that_wait_run_in_their_order_and_the_queue_has_an_end() -> None:
+    bed = Bed(max_concurrent_requests=2, max_queued_requests=3)
+    order: list[str] = []
+    ends = {name: asyncio.Event() for name in "abcde"}
+
+    async def run(name: str) -> None:
+        async with bed.stay(name):
+            order.append(name)
+            await ends[name].wait()
+
+    async def settled() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    tasks = {}
+    for name in "abcde":
+        tasks[name] = asyncio.create_task(run(name))
+        await settled()
+    assert order == ["a", "b"]
+    with pytest.raises(LimitExceeded, match="2 requests running, which is as many as it may and 3 may wait"):
+        async with bed.stay("f"):
+            pytest.fail("nobody may wait any more")
+    tasks["c"].cancel()
+    await settled()
+    ends["b"].set()
+    await settled()
+    assert order == ["a", "b", "d"], "who went away does not hold the place"
+    for name in "ade":
+        ends[name].set()
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
+    assert order == ["a", "b", "d", "e"]
+    async with AsyncExitStack() as stack:
+        for name in "xy":
+            await stack.enter_async_context(bed.stay(name))
+
+
+async def test_a_changed_policy_holds_for_the_next_request() -> None:
+    bed = Bed(max_concurrent_requests=1)
+    async with bed.stay("one"):
+        bed.policies = Policies(TenantPolicy(), {})
+        async with bed.stay("two"):
+            pass
+
+
+def test_durations_are_written_as_clients_read_them() -> None:
+    texts = {0.0: "0ms", 0.0201: "21ms", 1.0: "1s", 1.5: "1.5s", 59.9999: "1m0s", 360.0: "6m0s", 61.25: "1m1.25s"}
+    assert {seconds: duration_text(seconds) for seconds in texts} == texts
