@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.messages import NO_STEP, BatchPlan, NewRequest, StepResult
+from engine.outputs import Outputs
 from engine.packed import unpack
 from engine.request import FinishReason, Output
 from engine.scheduler.block_pool import BlockPool
@@ -299,7 +300,7 @@ class Scheduler:
 
     # ---- update ---------------------------------------------------------------------------------------------------
 
-    def update(self, result: StepResult) -> list[Output]:
+    def update(self, result: StepResult) -> Outputs:
         """Takes in the result of the oldest plan in flight. At most one Output per request.
 
         Raises ProtocolViolation where the result is not what that plan asked for.
@@ -311,13 +312,14 @@ class Scheduler:
         self._pool.step_returned(result.step)
         self._latency_budget.observe(flight.num_decodes, flight.prompts, result.duration_us * 1e-6)
         self._tables.keep_filled(flight, {error.slot for error in result.errors})
-        outputs: list[Output] = []
+        outputs = Outputs()
         is_plain = not (prompt_logprobs or result.sampled or result.errors or flight.may_end)
         if is_plain and self._stop_ids.isdisjoint(token_ids := unpack(result.token_ids)):
+            outputs.token_ids = token_ids
             for state, token_id in zip(flight.sampling.values(), token_ids, strict=True):
                 state.token_ids.append(token_id)
                 state.num_pending -= 1
-                outputs.append(Output(state.request_id, [token_id]))
+                outputs.request_ids.append(state.request_id)
         else:
             self._take_each(flight, result, prompt_logprobs, outputs)
         for slot, prefilling in flight.prefilling.items():
@@ -331,7 +333,7 @@ class Scheduler:
         return outputs
 
     def _take_each(
-        self, flight: StepInFlight, result: StepResult, prompt_logprobs: PromptEntries, outputs: list[Output]
+        self, flight: StepInFlight, result: StepResult, prompt_logprobs: PromptEntries, outputs: Outputs
     ) -> None:
         """Takes in what was sampled where a request may end, or has log-probabilities."""
         for error in result.errors:
