@@ -4,7 +4,7 @@ of tests.support.rank_pool; imported by each of them."""
 import time
 from typing import Any
 
-from engine.request import Output, Request, SamplingParams
+from engine.request import Request, SamplingParams
 from tests.support.gang_engine import GangEngine
 from tests.support.hosted_gang import leading, serve_as_rank, small_plan
 from tests.support.hosts.bed import Bed
@@ -76,8 +76,7 @@ def _tokens_per_s(served: GangEngine, name: str) -> float:
     began_s = ended_s = 0.0
     num_before = num_tokens = 0
     while served.engine.has_work:
-        outputs: list[Output] = served.engine.step()
-        for output in outputs:
+        for output in served.engine.step():
             counts[output.request_id] += len(output.token_ids)
         if not began_s and min(counts.values()) >= _FIRST:
             began_s, num_before = time.perf_counter(), sum(counts.values())

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 
 from engine.engine import EngineStats
 from engine.errors import AdapterError
+from engine.outputs import Outputs
 from engine.request import AdapterInfo, FinishReason, Output, Request
 
 FIRST_TOKEN_ID = 300
@@ -47,15 +48,19 @@ class MockEngine:
         self._ended.append(Output(request_id, [], FinishReason.ABORT))
         return True
 
-    def step(self, news: Callable[[], None] = lambda: None) -> list[Output]:
+    def step(self, news: Callable[[], None] = lambda: None) -> Outputs:
         self._pace()
         self._num_steps += 1
-        outputs, self._ended = self._ended, []
+        outputs, self._ended = Outputs(self._ended), []
         for request_id, state in self._live.items():
             left, token_id = state
             state[0], state[1] = left - 1, FIRST_TOKEN_ID + (token_id + 1 - FIRST_TOKEN_ID) % NUM_TOKEN_IDS
-            outputs.append(Output(request_id, [token_id], FinishReason.LENGTH if left == 1 else None))
-        if any(output.finish_reason is not None for output in outputs):
+            if left == 1:
+                outputs.append(Output(request_id, [token_id], FinishReason.LENGTH))
+            else:
+                outputs.request_ids.append(request_id)
+                outputs.token_ids.append(token_id)
+        if outputs.others:
             self._live = {request_id: state for request_id, state in self._live.items() if state[0] > 0}
         return outputs
 

@@ -17,6 +17,7 @@ from engine.config import CacheConfig, KvGroupConfig, LoraConfig, SchedulerConfi
 from engine.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, Overloaded, ProtocolViolation
 from engine.executor.executor import Executor, PendingResults
 from engine.messages import ExpertChange, LayerExperts, StepPlan, StepResult
+from engine.outputs import Outputs
 from engine.request import AdapterInfo, FinishReason, Output, Request
 from engine.scheduler.adapter_table import AdapterTable
 from engine.scheduler.break_trials import BreakTrials
@@ -89,7 +90,7 @@ class Engine:
         self._experts = experts
         self._states: dict[str, RequestState] = {}
         self.trials = BreakTrials()
-        self._outputs: list[Output] = []
+        self._outputs = Outputs()
         self._num_arrivals = 0
         self._num_steps_before = 0  # of earlier epochs
         self._num_preemptions_before = 0
@@ -97,7 +98,7 @@ class Engine:
         self._draft: StepPlan | None = None
         self._begin_epoch(epoch, executor, cache_config)
 
-    def step(self, news: Callable[[], None] = lambda: None) -> list[Output]:
+    def step(self, news: Callable[[], None] = lambda: None) -> Outputs:
         """Schedule → submit → update. Blocks until the oldest plan in flight has returned, and no longer.
 
         ``news`` is called then; what it adds or aborts counts for the plan that leaves next.
@@ -127,8 +128,8 @@ class Engine:
         self._broken = False
         return self._take_outputs()
 
-    def _take_outputs(self) -> list[Output]:
-        outputs, self._outputs = self._outputs, []
+    def _take_outputs(self) -> Outputs:
+        outputs, self._outputs = self._outputs, Outputs()
         return outputs
 
     def _submit_plans(self) -> None:
@@ -210,8 +211,8 @@ class Engine:
             self._experts.returned(plan, results[0])
         for scheduler, result in zip(self._schedulers, results, strict=True):
             outputs = scheduler.update(result)
-            self._outputs += outputs
-            for output in outputs:
+            self._outputs.take(outputs)
+            for output in outputs.others:
                 if output.finish_reason is not None:
                     del self._states[output.request_id]
 

@@ -4,12 +4,12 @@ So a slow front end costs at most the tokens of its live requests, and a fast on
 """
 
 import asyncio
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from cluster.replica.outputs import merge
 from cluster.rpc import convert
 from cluster.rpc.generated.remuda.v1 import replica_pb2
+from cluster.rpc.stream_tokens import StreamTokens
 from engine.errors import RemudaError
 from engine.request import Output
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MAX_FRAME_WEIGHT = 1 << 18
 """Bound of one frame's weight, so that it stays far below channel.MAX_MESSAGE_BYTES: a stream weighs 16, a token or an
 alternative in log-probabilities 1 (at most some 25 bytes each)."""
+
+_STREAM_WEIGHT = 16
 
 
 class Attachment:
@@ -34,12 +36,23 @@ class Attachment:
         self.is_closing = False
         self._incarnation = incarnation
         self._sequence = 0
+        self._token_streams: list[int] = []
+        self._tokens: list[int] = []
+        """Single tokens and their streams, as they came. Of a stream that is in ``_outputs`` too they came first."""
         self._outputs: dict[int, Output] = {}
         self._merging: dict[int, list[Output]] = {}
         """Where more than one output waits: all of them, the one in ``_outputs`` first."""
         self._errors: dict[int, RemudaError] = {}
         self._may_be_heavy = False
         """Spares the usual step, one token per stream, the weighing."""
+
+    def put_token(self, stream: int, token_id: int) -> None:
+        """As ``put`` with an output of one token and nothing else: the usual case, and a cheap one."""
+        if stream in self._outputs:
+            self.put(stream, Output("", [token_id]))
+        else:
+            self._token_streams.append(stream)
+            self._tokens.append(token_id)
 
     def put(self, stream: int, output: Output) -> None:
         """The caller sets ``wake`` once for all that a step gave."""
@@ -57,13 +70,16 @@ class Attachment:
 
     def forget(self, stream: int) -> None:
         """Nobody waits for this stream any more."""
+        if stream in self._token_streams:
+            kept = [entry for entry in zip(self._token_streams, self._tokens, strict=True) if entry[0] != stream]
+            self._token_streams, self._tokens = [each for each, _ in kept], [token_id for _, token_id in kept]
         self._outputs.pop(stream, None)
         self._merging.pop(stream, None)
         self._errors.pop(stream, None)
 
     @property
     def has_waiting(self) -> bool:
-        return bool(self._outputs or self._errors)
+        return bool(self._tokens or self._outputs or self._errors)
 
     def close(self) -> None:
         """The stream ends when what waits is sent."""
@@ -72,27 +88,51 @@ class Attachment:
 
     def next_frame(self) -> replica_pb2.LeaderFrame:
         """Takes what waits, up to the bound of a frame. The first frame is empty."""
-        outputs, errors = self._take()
-        frame = convert.frame_to_proto(self._incarnation, self._sequence, outputs, errors)
+        tokens = self._take_tokens()
+        outputs = self._take_outputs()
+        errors = self._take_errors({*tokens.streams, *outputs}) if self._errors else []
+        frame = convert.frame_to_proto(self._incarnation, self._sequence, outputs.items(), errors, tokens)
         self._sequence += 1
         return frame
 
-    def _take(self) -> tuple[Iterable[tuple[int, Output]], list[tuple[int, RemudaError]]]:
-        """An error waits for the frame after its stream's last output: a frame lists a stream once."""
+    def _take_tokens(self) -> StreamTokens:
+        """Each stream once; none where some stream has an output as well, for they are merged into those then."""
+        streams, self._token_streams = self._token_streams, []
+        token_ids, self._tokens = self._tokens, []
+        distinct = set(streams)
+        is_light = (_STREAM_WEIGHT + 1) * len(streams) <= MAX_FRAME_WEIGHT // 2
+        if is_light and distinct.isdisjoint(self._outputs):
+            if len(distinct) == len(streams):
+                return StreamTokens(streams, [1] * len(streams), token_ids)
+            return StreamTokens.grouped(streams, token_ids)
+        outputs, self._outputs, merging, self._merging = self._outputs, {}, self._merging, {}
+        for stream, token_id in zip(streams, token_ids, strict=True):
+            self.put(stream, Output("", [token_id]))
+        for stream, output in outputs.items():
+            for part in merging.get(stream, [output]):
+                self.put(stream, part)
+        self._may_be_heavy = True
+        return StreamTokens([], [], [])
+
+    def _take_outputs(self) -> dict[int, Output]:
         taken, self._outputs = self._outputs, {}
         if self._may_be_heavy:
             merging, self._merging = self._merging, {}
             taken |= {stream: merge(parts) for stream, parts in merging.items()}
             taken, self._outputs = _split(taken)
             self._may_be_heavy = bool(self._outputs)
-        ready: dict[int, RemudaError] = {}
-        if self._errors:
-            for stream, error in self._errors.items():
-                if stream not in taken and stream not in self._outputs:
-                    ready[stream] = error
-            for stream in ready:
-                del self._errors[stream]
-        return taken.items(), list(ready.items())
+        return taken
+
+    def _take_errors(self, streams: set[int]) -> list[tuple[int, RemudaError]]:
+        """An error waits for the frame after its stream's last output: a frame lists a stream once."""
+        ready = [
+            (stream, error)
+            for stream, error in self._errors.items()
+            if stream not in streams and stream not in self._outputs
+        ]
+        for stream, _ in ready:
+            del self._errors[stream]
+        return ready
 
 
 def _split(outputs: dict[int, Output]) -> tuple[dict[int, Output], dict[int, Output]]:
@@ -107,7 +147,7 @@ def _split(outputs: dict[int, Output]) -> tuple[dict[int, Output], dict[int, Out
 
 
 def _weight(output: Output) -> int:
-    weight = 16 + len(output.token_ids)
+    weight = _STREAM_WEIGHT + len(output.token_ids)
     for entries in (output.logprobs, output.prompt_logprobs):
         if entries:
             weight += sum(2 + 2 * len(entry.token_ids) for entry in entries if entry is not None)

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from cluster.errors import Draining, Unavailable
 from cluster.types import ReplicaState
 from engine.engine import EngineStats
 from engine.errors import EngineFailure, InvalidRequest, Overloaded, RemudaError
+from engine.outputs import Outputs
 from engine.request import AdapterInfo, Output, Request
 from engine.scheduler.expert_stats import ExpertStats
 
@@ -33,7 +34,7 @@ class Engine(Protocol):
     def has_work(self) -> bool: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> bool: ...
-    def step(self, news: Callable[[], None]) -> list[Output]: ...
+    def step(self, news: Callable[[], None]) -> Sequence[Output]: ...
     def stats(self) -> EngineStats: ...
     def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]": ...
     def unload_adapter(self, name: str) -> "Future[None]": ...
@@ -48,7 +49,7 @@ class StepOutputs:
     ``failure``: the engine broke; this is the last that comes, and ``errors`` names every request that was live.
     """
 
-    outputs: list[Output]
+    outputs: Outputs
     errors: list[tuple[str, RemudaError]]
     failure: EngineFailure | None = None
 
@@ -284,12 +285,13 @@ class EngineLoop:
             if not self._is_busy:
                 self._is_busy, self._last_progress_s = True, self._clock()
         self._take_in()
-        outputs = []
+        outputs = Outputs()
         if self._engine.has_work:
-            outputs = self._engine.step(self._take_in)
+            given = self._engine.step(self._take_in)
+            outputs = given if isinstance(given, Outputs) else Outputs(given)
             self._num_steps += 1
             self._last_progress_s = self._clock()
-            for output in outputs:
+            for output in outputs.others:
                 if output.finish_reason is not None:
                     self._live.discard(output.request_id)
         self._stats = self._engine.stats()
@@ -365,7 +367,7 @@ class EngineLoop:
                 change.future.set_exception(failure)
         self._begun.clear()
         if errors or self._failure is not None:
-            self._publish(StepOutputs([], errors, self._failure))
+            self._publish(StepOutputs(Outputs(), errors, self._failure))
 
 
 def _discard(outputs: StepOutputs) -> None:

@@ -3,7 +3,7 @@ time is an argument."""
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cluster.replica.stream_history import StreamHistory
 
@@ -50,6 +50,13 @@ class HeldStreams:
 
     def live_one(self, request_id: str) -> StreamHistory | None:
         return self._live.get(request_id)
+
+    def add_tokens(self, request_ids: Sequence[str], token_ids: Sequence[int]) -> None:
+        """One for each; those of requests that are not live (any more) are nobody's."""
+        live_one = self._live.get
+        for request_id, token_id in zip(request_ids, token_ids, strict=True):
+            if (stream := live_one(request_id)) is not None:
+                stream.add_token(token_id)
 
     def find(self, request_id: str) -> StreamHistory | None:
         return self._live.get(request_id) or self._ended.get(request_id)

@@ -11,7 +11,8 @@ from engine.config import CacheConfig, KvGroupConfig, LoraConfig, SchedulerConfi
 from engine.engine import Engine
 from engine.executor.executor import Executor
 from engine.executor.flight_record import FlightRecord
-from engine.request import AdapterInfo, Output, Request
+from engine.outputs import Outputs
+from engine.request import AdapterInfo, Request
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
@@ -60,7 +61,7 @@ class RecordedEngine(Engine):
         """So many calls of ``step`` had begun, and whether the last of them was asking for news."""
         return {"turn": self._num_turns, "is_news": self._is_news}
 
-    def step(self, news: Callable[[], None] = lambda: None) -> list[Output]:
+    def step(self, news: Callable[[], None] = lambda: None) -> Outputs:
         self._num_turns += 1
 
         def told() -> None:

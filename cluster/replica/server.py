@@ -168,7 +168,8 @@ class LeaderServer:
     def _deliver(self, step: StepOutputs) -> None:
         """In the event loop, once per step: sorts what it gave by front end and wakes their writers."""
         streams = self._streams
-        for output in step.outputs:
+        streams.add_tokens(step.outputs.request_ids, step.outputs.token_ids)
+        for output in step.outputs.others:
             stream = streams.live_one(output.request_id)
             if stream is None:
                 continue  # aborted: nobody waits for it

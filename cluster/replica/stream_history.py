@@ -99,6 +99,20 @@ class StreamHistory:
         if self._attachment is not None:
             self._send_waiting(self._attachment)
 
+    def add_token(self, token_id: int) -> None:
+        """As ``add`` with an output that has one token and nothing else."""
+        token_ids = self._token_ids
+        num_before = len(token_ids)
+        token_ids.append(token_id)
+        attachment = self._attachment
+        if attachment is None:
+            return
+        if self._num_sent != num_before or num_before >= self._limit:
+            self._send_waiting(attachment)
+            return
+        self._num_sent = num_before + 1
+        attachment.put_token(self._stream, token_id)
+
     def add(self, output: Output) -> None:
         """What a step gave. The attachment's ``wake`` is the caller's business."""
         token_ids = self._token_ids

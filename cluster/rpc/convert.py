@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from cluster.rpc.generated.remuda.v1 import common_pb2, replica_pb2
 from cluster.rpc.status import ErrorFields, error_of, fields_of
+from cluster.rpc.stream_tokens import StreamTokens
 from cluster.rpc.tenant import tenant_from_proto, tenant_to_proto
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from engine.errors import InvalidRequest, RemudaError, RequestFailure
@@ -168,16 +169,18 @@ def frame_to_proto(
     sequence: int,
     outputs: Iterable[tuple[int, Output]],
     refusals: Sequence[tuple[int, RemudaError]] = (),
+    tokens: StreamTokens = StreamTokens([], [], []),
 ) -> replica_pb2.LeaderFrame:
     """Packs what one step gave the streams of one front end.
 
-    ``outputs`` are (stream, output), each stream at most once over both arguments; ``refusals`` are requests that
-    ended with an error. An output's ``num_cached_tokens`` travels with its finish only.
+    ``outputs`` are (stream, output), each stream at most once over all arguments; ``refusals`` are requests that
+    ended with an error; ``tokens`` are those of streams that got nothing else. An output's ``num_cached_tokens``
+    travels with its finish only.
     """
     entries = list(outputs)
-    streams = [stream for stream, _ in entries]
-    num_tokens = [len(output.token_ids) for _, output in entries]
-    token_ids = [token_id for _, output in entries for token_id in output.token_ids]
+    streams = tokens.streams + [stream for stream, _ in entries]
+    num_tokens = tokens.num_tokens + [len(output.token_ids) for _, output in entries]
+    token_ids = tokens.token_ids + [token_id for _, output in entries for token_id in output.token_ids]
     logprobs = [_stream_logprobs(s, output) for s, output in entries if output.logprobs or output.prompt_logprobs]
     finishes = [_stream_finish(stream, output) for stream, output in entries if output.finish_reason is not None]
     for stream, error in refusals:

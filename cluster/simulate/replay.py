@@ -21,8 +21,9 @@ from engine.errors import EngineFailure, InvalidOption, InvalidRequest, RemudaEr
 from engine.executor.channel_executor import by_dp_group
 from engine.executor.flight_record import FORMAT
 from engine.messages import StepPlan, StepResult, encode
+from engine.outputs import Outputs
 from engine.packed import unpack
-from engine.request import FinishReason, Output, Request
+from engine.request import FinishReason, Request
 
 _NUM_SHOWN = 8
 _LONGEST_SHOWN = 160
@@ -237,7 +238,7 @@ class Replay:
                 cache = msgspec.convert(line["cache_config"], CacheConfig)
                 self._engine.reset(line["epoch"], executor=self._executor, cache_config=cache)
 
-    def _deliver(self, outputs: list[Output]) -> None:
+    def _deliver(self, outputs: Outputs) -> None:
         for output in outputs:
             self.num_tokens += len(output.token_ids)
             if output.finish_reason not in (FinishReason.ABORT, FinishReason.ERROR):

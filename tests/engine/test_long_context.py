@@ -15,7 +15,7 @@ from engine.executor.in_process import InProcessExecutor
 from engine.executor.worker_config import WorkerConfig
 from engine.messages import StepPlan, StepResult, encode
 from engine.model_config import ModelConfig, kv_groups
-from engine.request import Request, SamplingParams
+from engine.request import Output, Request, SamplingParams
 from tests.support.long_context import MAX_POSITIONS, expected_tokens, make_checkpoint, make_prompt
 
 NUM_PROMPT, NUM_NEW = 131_000, 24
@@ -75,7 +75,7 @@ class Bed:
     def run(self, prompt: list[int], **options: float) -> tuple[list[int], int]:
         """Its tokens, and how many of the prompt's came from the cache."""
         self.add(prompt, **options)
-        outputs = []
+        outputs: list[Output] = []
         while self.engine.has_work:
             outputs += self.engine.step()
         self.engine.check_integrity()

@@ -67,4 +67,4 @@ class Bed:
         sampled = [SampledToken(slot, token) for slot, token in (tokens or {}).items()]
         outputs = self.scheduler.update(StepResult(0, step, 0, sampled, list(prompt_logprobs), list(errors)))
         self.scheduler.check_integrity()
-        return outputs
+        return list(outputs)

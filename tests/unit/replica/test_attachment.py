@@ -1,5 +1,9 @@
 """What waits on a leader for one front end, frame by frame."""
 
+import random
+
+import pytest
+
 from cluster.replica import attachment as module
 from cluster.replica.attachment import Attachment
 from cluster.rpc import convert
@@ -87,3 +91,51 @@ async def test_every_frame_stays_below_grpcs_bound() -> None:
         sizes.append(attachment.next_frame().ByteSize())
     assert len(sizes) > 1
     assert max(sizes) < MAX_MESSAGE_BYTES / 2, module.MAX_FRAME_WEIGHT
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("bound", [module.MAX_FRAME_WEIGHT, 200])
+async def test_single_tokens_go_the_way_of_outputs(seed: int, bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever came before them on their stream, and whatever has been sent meanwhile."""
+    monkeypatch.setattr(module, "MAX_FRAME_WEIGHT", bound)
+    choice = random.Random(seed)
+    attachment = Attachment("f", 1)
+    expected: dict[int, list[int]] = {}
+    found: dict[int, list[int]] = {}
+    ended: set[int] = set()
+    for token_id in range(300):
+        stream = choice.randrange(12)
+        kind = choice.choice(["token"] * 6 + ["output", "end", "error", "forget", "frames"])
+        if kind == "frames":
+            take_frames(attachment, found, ended)
+        elif kind == "forget":
+            take_frames(attachment, found, ended)
+            attachment.put_token(stream, token_id)
+            attachment.forget(stream)
+        elif stream not in ended:
+            expected.setdefault(stream, [])
+            if kind == "error":
+                attachment.put_error(stream, EngineFailure("lost"))
+                ended.add(stream)
+                continue
+            expected[stream].append(token_id)
+            if kind == "token":
+                attachment.put_token(stream, token_id)
+            else:
+                attachment.put(stream, Output("", [token_id], FinishReason.LENGTH if kind == "end" else None))
+                ended |= {stream} if kind == "end" else set()
+    take_frames(attachment, found, ended)
+    assert {stream: found.get(stream, []) for stream in expected} == expected
+
+
+def take_frames(attachment: Attachment, found: dict[int, list[int]], ended: set[int]) -> None:
+    """All that waits: each stream once in a frame, and nothing behind its end."""
+    while attachment.has_waiting:
+        frame = attachment.next_frame()
+        assert len(set(frame.streams)) == len(frame.streams) == len(frame.num_tokens)
+        assert {finish.stream for finish in frame.finishes} <= ended & set(frame.streams)
+        at = 0
+        for stream, count in zip(frame.streams, frame.num_tokens, strict=True):
+            found.setdefault(stream, []).extend(frame.token_ids[at : at + count])
+            at += count
+        assert at == len(frame.token_ids)

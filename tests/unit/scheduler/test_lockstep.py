@@ -44,7 +44,7 @@ class Bed:
         tokens = [SampledToken(slot, (token_ids or {}).get(slot, 7)) for slot in self.plans[step].sampling_slots]
         outputs = self.scheduler.update(StepResult.of(0, step, 0, tokens))
         self.scheduler.check_integrity()
-        return outputs
+        return list(outputs)
 
 
 def test_a_plan_names_each_member_by_its_slot_alone_and_looks_at_it_once_a_block() -> None:
