@@ -47,6 +47,17 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
         },
         "insecure": {"auth": {"insecure": True}},
     },
+    "tenants": {
+        "unlimited": {},
+        "limited": {"tenants": {"limits": {"tenants": {"search": {"weight": 2, "models": ["llama"]}}}}},
+        "together": {
+            "tenants": {
+                "limits": {"default": {"requests_per_minute": 60}},
+                "store": "rediss://redis.llm:6380/0",
+                "storeSecret": "redis",
+            }
+        },
+    },
     "clients": {"plain": {}, "secret": {"tls": {"clients": _TLS}}, "issued": {"tls": {"clients": _ISSUED}}},
     "secrets": {"made": {}, "given": {"secrets": {"existingSecret": "cluster"}}},
     "route": {

@@ -12,6 +12,7 @@ import yaml
 from cluster.cli.main import app
 from cluster.config import load_serve_config
 from cluster.identity.config import load_security
+from cluster.tenants.config import parse_policies
 from tests.chart.option_matrix import combinations, values_of
 from tests.chart.rendering import (
     NAMESPACE,
@@ -112,6 +113,20 @@ def test_the_security_file_is_one_that_remuda_reads(tmp_path: Path) -> None:
     assert str(read["tls"]["client_ca_file"]) == "/etc/remuda/tls/ca.crt" and read["tls"]["health_port"] == 8080
     assert read["jwt"][0]["tenant_claim"] == "org" and read["gateways"][0]["name"] == "dns:edge.example"
     assert _security(at("auth.insecure", True), tmp_path)[0] == {}
+
+
+def test_the_tenants_file_is_one_that_remuda_reads() -> None:
+    limits = {
+        "default": {"requests_per_minute": 60},
+        "tenants": {
+            "search": {"tokens_per_minute": 200_000, "max_queued_requests": 0, "models": ["llama"], "weight": 2},
+            "batch": {"weight": 0.5, "priority": 10, "max_concurrent_requests": 4},
+        },
+    }
+    documents = render(merged(preset("405b-bf16"), at("tenants.limits", limits)))
+    policies = parse_policies(only(documents, "ConfigMap", "security")["data"]["tenants.yaml"], "values")
+    assert policies.default.requests_per_minute == 60 and policies.of("search").tokens_per_minute == 200_000
+    assert policies.engine_tenant("batch").priority == 10
 
 
 def test_every_file_that_a_command_names_is_mounted() -> None:

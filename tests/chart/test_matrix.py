@@ -12,7 +12,7 @@ from tests.chart.policies import violations
 from tests.chart.rendering import Document, all_pods, at, merged, of_kind, only, preset, render
 from tests.chart.schemas import problems, versions
 
-GIVEN = {"keys", "cluster", "a-tls", "front", "eng", "scrape", "tester", "ca"}
+GIVEN = {"keys", "cluster", "a-tls", "front", "eng", "scrape", "tester", "ca", "redis"}
 """Names that the matrix's values say exist already."""
 NEWER_FIELDS = {"1.30": {"image"}}
 """Volumes of a kind that the version does not know: `lint` at that version refuses them (test_values)."""

@@ -11,8 +11,8 @@ from tests.chart.rendering import CHART, PRESETS, Values, chart, merged, preset,
 from tests.chart.schemas import OLDEST, versions
 
 SECTIONS_THAT_SPEAK_FOR_THEMSELVES = {
-    *"image model parallel engine kuberay weights secrets tls serviceAccount rbac networkPolicy gateway".split(),
-    *"ingress inferencePool autoscaling monitoring tests engine.rdma frontend.service".split(),
+    *"image model parallel engine kuberay weights tenants secrets tls serviceAccount rbac networkPolicy".split(),
+    *"gateway ingress inferencePool autoscaling monitoring tests engine.rdma frontend.service".split(),
     "tls.clients.certManager",
 }
 

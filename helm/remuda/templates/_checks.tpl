@@ -70,6 +70,9 @@
 
 {{- define "remuda.checkAuth" -}}
 {{- $a := .Values.auth -}}
+{{- if and .Values.tenants.storeSecret (not .Values.tenants.store) -}}
+{{- fail "tenants.storeSecret is the password of tenants.store, which is empty" -}}
+{{- end -}}
 {{- if and $a.insecure (or $a.existingSecret $a.jwt $a.certificates $a.gateways) -}}
 {{- fail "auth.insecure lets everybody in: leave auth.existingSecret, auth.jwt, auth.certificates and auth.gateways empty, or insecure false" -}}
 {{- end -}}

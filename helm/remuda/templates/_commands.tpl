@@ -90,6 +90,15 @@ args:
 {{- if .Values.auth.insecure }}
 - --insecure
 {{- end }}
+{{- if .Values.tenants.limits }}
+- --tenants=/etc/remuda/security/tenants.yaml
+{{- end }}
+{{- with .Values.tenants.store }}
+- --limits-store={{ . }}
+{{- end }}
+{{- if .Values.tenants.storeSecret }}
+- --limits-store-password-file=/etc/remuda/limits-store/password
+{{- end }}
 {{- end -}}
 
 {{/* What `remuda engine` and `remuda serve` have in common: the model and how it is divided. */}}

@@ -23,6 +23,12 @@
 {{- with include "remuda.keysVolume" . }}
 {{ . }}
 {{- end }}
+{{- with .Values.tenants.storeSecret }}
+- name: limits-store
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+{{- end }}
 {{- if .Values.tls.clients.enabled }}
 - name: tls
   secret:
@@ -37,6 +43,11 @@
   readOnly: true
 {{- with include "remuda.keysMount" . }}
 {{ . }}
+{{- end }}
+{{- if .Values.tenants.storeSecret }}
+- name: limits-store
+  mountPath: /etc/remuda/limits-store
+  readOnly: true
 {{- end }}
 {{- if .Values.tls.clients.enabled }}
 - name: tls
