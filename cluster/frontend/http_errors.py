@@ -37,6 +37,8 @@ def log_defect(error: BaseException) -> None:
     """Errors that no caller can cause belong in the log."""
     if not isinstance(error, RemudaError):
         _log.error("a request failed in our own code", exc_info=error)
+    elif mapping_of(error).http_status == 500:
+        _log.error("a request failed: %s: %s", type(error).__name__, error)
 
 
 _SHAPES: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {

@@ -11,6 +11,7 @@ The same fields travel in a StreamFinish, so that one request of a multiplexed s
 """
 
 import asyncio
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
@@ -44,6 +45,8 @@ _MAX_HEADER_BYTES = 4 << 10
 _MAX_PARAM_CHARS = 80
 _PLAIN = frozenset(map(chr, range(0x20, 0x7F))) - {"%"}
 """What gRPC's percent-encoding leaves as one byte."""
+_PATH = re.compile(r"(?<![^\s'\"(=\[])/(?:[^\s/'\"(),:;\]]+/)+[^\s'\"(),:;\]]*")
+"""An absolute one, of two parts or more."""
 _ABORT_WAIT_S = 3.0
 
 _CLASS_BY_NAME = {kind.__name__: kind for kind in ERROR_TABLE}
@@ -67,7 +70,14 @@ def fields_of(error: BaseException) -> ErrorFields:
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded | Unavailable) else None
     # A class that only one module knows (NoReplica) travels as the nearest one of the table, which all know.
     kind = next(kind for kind in type(error).__mro__ if kind in ERROR_TABLE)
-    return ErrorFields(kind.__name__, fitting(str(error)), param, retry_after_s)
+    return ErrorFields(kind.__name__, fitting(_told(error)), param, retry_after_s)
+
+
+def _told(error: RemudaError) -> str:
+    """What others may read. A fault of ours may quote an exception with a trace, or a path of this host: those stay
+    in the log."""
+    text = str(error)
+    return text if mapping_of(error).http_status < 500 else _PATH.sub("(a file)", text.partition("\n")[0])
 
 
 def fitting(message: str) -> str:
