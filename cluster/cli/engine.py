@@ -63,6 +63,7 @@ def engine(
     spare_ranks: options.SpareRanks = None,
     deterministic: options.Deterministic = None,
     drain_timeout: options.DrainTimeout = None,
+    security_file: options.SecurityFile = None,
     config: options.Config = None,
 ) -> None:
     """Run one replica whose ranks are on this host and on those where remuda worker runs; no clients' API.

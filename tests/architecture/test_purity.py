@@ -15,6 +15,7 @@ PURE = (
     "engine/scheduler/",
     "cluster/router/",
     "cluster/frontend/journal",
+    "cluster/identity/",
     "cluster/control/placement",
     "cluster/control/autoscal",
     "engine/parallel/expert_balance",
