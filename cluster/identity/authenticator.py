@@ -108,7 +108,8 @@ class Authenticator:
         priority = _priority(shown.one(PRIORITY))
         tenant = shown.one(TENANT)
         if tenant is not None:
-            return Principal(_tenant(tenant), f"gateway:{gateway.name}", "gateway", frozenset(gateway.scopes), priority)
+            key_id, scopes = f"gateway:{gateway.name}"[:128], frozenset(gateway.scopes)
+            return Principal(_tenant(tenant), key_id, "gateway", scopes, priority)
         forwarded = shown.one(FORWARDED_CERTIFICATE)
         client_names = forwarded_names(forwarded) if forwarded is not None else names
         return replace(await self._of_client(shown, client_names), priority=priority)

@@ -315,7 +315,7 @@ async def test_deep_json_is_refused(unit: bytes, depth: int) -> None:
         for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/api/generate"):
             answer = await one.http.post(path, content=b'{"prompt":' + unit * depth)
             assert answer.status_code == 400, (path, answer.text[:200])
-            assert answer.elapsed.total_seconds() < 2
+            assert answer.elapsed.total_seconds() < 5
 
 
 async def test_oversized_bodies_and_messages() -> None:
