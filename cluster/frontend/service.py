@@ -29,7 +29,7 @@ from cluster.frontend.tools.grammar import TOKENS as TOOL_TOKENS
 from cluster.frontend.tools.parser import ToolCallParser
 from cluster.identity.principal import Principal, acting_as, current_principal
 from cluster.tenants.limiter import Stay
-from cluster.tenants.record import UsageRecord
+from cluster.tenants.record import UsageRecord, shown
 from cluster.tenants.tenancy import Tenancy
 from engine.errors import RemudaError
 from engine.grammar import check_grammar
@@ -214,9 +214,9 @@ class Service:
         record = UsageRecord(
             time_unix_s=time.time(),
             request_id=call.request_id,
-            tenant=run.principal.tenant,
-            key_id=run.principal.key_id,
-            model=call.model or self.name,
+            tenant=shown(run.principal.tenant),
+            key_id=shown(run.principal.key_id),
+            model=shown(call.model or self.name),
             outcome=outcome,
             status=status,
             num_prompt_tokens=usage.num_prompt_tokens,

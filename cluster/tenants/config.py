@@ -1,5 +1,6 @@
 """What each tenant may do: ``--tenants FILE``, YAML or JSON, read again when it changes."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,15 @@ class Policies:
     def engine_tenant(self, tenant: str) -> Tenant:
         """As its requests carry it to the scheduler."""
         policy = self.of(tenant)
-        return Tenant(tenant, policy.weight, policy.priority)
+        return Tenant(_fitting(tenant), policy.weight, policy.priority)
+
+
+def _fitting(tenant: str) -> str:
+    """Identity providers may have longer names than the engine takes: the end of these is a hash."""
+    if len(tenant) <= MAX_TENANT_CHARS:
+        return tenant
+    digest = hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return f"{tenant[: MAX_TENANT_CHARS - len(digest)]}{digest}"
 
 
 NO_POLICIES = Policies(TenantPolicy(), {})

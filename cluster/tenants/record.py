@@ -2,6 +2,13 @@
 
 import msgspec
 
+MAX_MODEL_CHARS = 256
+
+
+def shown(text: str) -> str:
+    """What a client wrote, as it can stand in a log: bounded, and without what UTF-8 does not know."""
+    return text[:MAX_MODEL_CHARS].encode("utf-8", "replace").decode()
+
 
 class UsageRecord(msgspec.Struct, frozen=True):
     """Written when a request has ended, however it ended. No text of prompt or answer is in it.

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
@@ -159,6 +160,8 @@ class Tenancy:
 
 
 def _connect(url: str, password_file: Path | None) -> Redis:
+    if urlsplit(url).password is not None:
+        raise InvalidOption("--limits-store holds a password, which others can see; use --limits-store-password-file")
     password = None
     if password_file is not None:
         password = read_file(password_file, "--limits-store-password-file").decode().strip()

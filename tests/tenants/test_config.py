@@ -35,6 +35,10 @@ def test_each_tenant_has_its_own_and_others_have_the_defaults() -> None:
     assert policies.of("team b") == TenantPolicy(), "who is named has what is said, not the defaults"
     assert policies.of("stranger") == TenantPolicy(requests_per_minute=60)
     assert policies.engine_tenant("team-a") == Tenant("team-a", 2.0, -1)
+    long = [policies.engine_tenant("x" * 200 + end) for end in "ab"]
+    assert len({each.name for each in long}) == 2
+    for each in long:
+        each.validate()
     assert parse_policies('{"tenants": {"x": {"weight": 0.5}}}', "json").of("x").weight == 0.5
     assert parse_policies("", "empty").of("x") == TenantPolicy()
 

@@ -13,6 +13,8 @@ from cluster.tenants.fallback_store import RETRY_S, FallbackStore
 from cluster.tenants.memory_store import MemoryStore
 from cluster.tenants.redis_store import TIMEOUT_S, RedisStore, connect
 from cluster.tenants.store import LimitStore, StoreUnavailable
+from cluster.tenants.tenancy import Tenancy, TenancyConfig
+from engine.errors import InvalidOption
 from tests.tenants.redis_server import PASSWORD, RedisServer
 
 
@@ -143,3 +145,11 @@ async def test_a_redis_that_hangs_holds_up_nobody_for_long(redis_server: RedisSe
     finally:
         redis_server.freeze(False)
     await client.aclose()
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(InvalidOption) as caught:
+        Tenancy(TenancyConfig(limits_store="redis://:hidden@127.0.0.1/0"))
+    assert "hidden" not in str(caught.value)
+    with pytest.raises(InvalidOption, match="write redis://HOST:PORT/NUMBER"):
+        Tenancy(TenancyConfig(limits_store="127.0.0.1:6379"))
