@@ -5,9 +5,11 @@ import random
 from cluster.simulate.faults import Scenario
 from cluster.simulate.record import Record
 from cluster.simulate.vocabulary import NUM_PLAIN, STRUCTURES, VOCAB_SIZE, Structure, text_of
-from engine.request import Request, SamplingParams
+from engine.request import NO_TENANT, Request, SamplingParams, Tenant
 
 LONGEST_PROMPT = 40
+TENANTS = (NO_TENANT, Tenant("heavy", 2.0), Tenant("light"), Tenant("late", 1.0, 1))
+"""Whose requests they are: so the schedulers' fairness is at work while things break."""
 
 
 def draw_record(scenario: Scenario, number: int) -> Record:
@@ -18,7 +20,13 @@ def draw_record(scenario: Scenario, number: int) -> Record:
     is_poison = scenario.has_poison and number == 0
     structure = chance.choice([None, None, None, *STRUCTURES[-1:], chance.choice(STRUCTURES[:-1])])
     requests = [
-        Request(f"c{number}.{choice}", prompt, length, _sampling(scenario, chance, number, choice, structure))
+        Request(
+            f"c{number}.{choice}",
+            prompt,
+            length,
+            _sampling(scenario, chance, number, choice, structure),
+            tenant=TENANTS[number % len(TENANTS)],
+        )
         for choice in range(chance.choice([1, 1, 2, 4 if is_poison else 2]))
     ]
     stops = (text_of([chance.randrange(VOCAB_SIZE)]),) if structure is None and chance.random() < 0.3 else ()
