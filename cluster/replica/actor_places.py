@@ -1,5 +1,6 @@
 """Where a replica's actors go, and the ones that stand by: all that the supervisor asks of Ray to have a process."""
 
+import contextlib
 import logging
 import secrets
 import uuid
@@ -14,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import StartFailed
 from cluster.replica.actor import RANK_LEASE_S, LeaderActor, RankActor
+from cluster.replica.control_service import ControlService, ControlServiceSilent
 from cluster.replica.placed_rank import PlacedRank
 from cluster.replica.ray_reason import ray_reason
 from cluster.replica.side_door import knock
@@ -81,6 +83,7 @@ class ActorPlaces:
         # Ray shows no GPU to a process that was not given one.
         self._num_spares = 0 if on_gpu else num_spares
         self._device = "GPU" if on_gpu else "CPU"
+        self.control = ControlService(ray.get_runtime_context().gcs_address)
         group = self._reserve([{self._device: 1.0, f"node:{placed.host}": _SMALL_SHARE} for placed in ranks], timeout_s)
         self._places = [_Place(group, placed.rank, placed.host) for placed in ranks]
         self._spares: dict[str, list[_Spare]] = {}
@@ -93,19 +96,22 @@ class ActorPlaces:
 
     def new_leader(self, config: bytes) -> Any:
         """Beside rank 0, whose place must be on a living host."""
-        return LeaderActor.options(name=self._actor_name("leader"), **self._options(0, 0.0)).remote(
-            config, *self._door(0)
-        )
+        options = LeaderActor.options(name=self._actor_name("leader"), **self._options(0, 0.0))
+        return self.control.ask(lambda: options.remote(config, *self._door(0)))
 
     def new_rank(self, rank: int) -> Any:
-        """A spare where one is ready on the rank's host. Raises NotReserved where there is no place."""
-        self.find(rank)
+        """A spare where one is ready on the rank's host. Raises NotReserved where there is no place, and
+        ControlServiceSilent."""
+        if self.control.answers() or not self._has_spare(self._places[rank].host):
+            self.find(rank)
         spare = self._take_spare(self._places[rank].host)
         if spare is not None:
             return spare
-        return RankActor.options(name=self._actor_name(f"rank-{rank}"), **self._options(rank, 1.0)).remote(
-            *self._door(rank)
-        )
+        return self._new_actor(f"rank-{rank}", rank, 1.0)
+
+    def _new_actor(self, role: str, rank: int, share: float) -> Any:
+        options = RankActor.options(name=self._actor_name(role), **self._options(rank, share))
+        return self.control.ask(lambda: options.remote(*self._door(rank)))
 
     def _door(self, rank: int) -> tuple[str, str]:
         """Of an actor on the rank's host: where it is to listen, and the secret."""
@@ -118,7 +124,7 @@ class ActorPlaces:
 
     def _reserve(self, bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
         name = f"remuda-{self._name}-{uuid.uuid4().hex[:12]}"
-        group = placement_group(bundles, strategy="PACK", name=name, lifetime="detached")
+        group = self.control.ask(lambda: placement_group(bundles, strategy="PACK", name=name, lifetime="detached"))
         try:
             ray.get(group.ready(), timeout=timeout_s)
         except GetTimeoutError:
@@ -130,15 +136,22 @@ class ActorPlaces:
         return group
 
     def has_room(self, rank: int) -> bool:
-        """Whether the rank's host lives, or another one has room for it at this moment."""
-        if self._places[rank].host in living_hosts():
-            return True
-        free = available_resources_per_node()
-        return any(free.get(node["NodeID"], {}).get(self._device, 0.0) >= 1 for node in ray.nodes() if node["Alive"])
+        """Whether the rank's host lives, or another one has room for it at this moment. Where Ray cannot be asked, only
+        a spare has room."""
+        host = self._places[rank].host
+        if not self.control.answers():
+            return self._has_spare(host)
+        try:
+            if host in self._living_hosts():
+                return True
+            free, nodes = self.control.ask(lambda: (available_resources_per_node(), ray.nodes()))
+        except ControlServiceSilent:
+            return False
+        return any(free.get(node["NodeID"], {}).get(self._device, 0.0) >= 1 for node in nodes if node["Alive"])
 
     def find(self, rank: int) -> None:
-        """Another host, where the rank's own is gone. Raises NotReserved."""
-        if self._places[rank].host in living_hosts():
+        """Another host, where the rank's own is gone. Raises NotReserved or ControlServiceSilent."""
+        if self._places[rank].host in self._living_hosts():
             return
         group = self._reserve([{self._device: 1.0}], MOVE_TIMEOUT_S)
         node_id = placement_group_table(group)["bundles_to_node_id"][0]
@@ -159,11 +172,15 @@ class ActorPlaces:
 
     def keep_spares(self, now_s: float) -> None:
         """As many as wanted on each host of the gang, each with its lease renewed."""
+        self.control.look(now_s)
+        with contextlib.suppress(ControlServiceSilent):  # spares are no necessity
+            self._keep_spares(now_s)
+
+    def _keep_spares(self, now_s: float) -> None:
         for rank, place in enumerate(self._places):
             spares = self._spares.setdefault(place.host, [])
-            while len(spares) < self._num_spares:
-                name = self._actor_name("spare")
-                actor = RankActor.options(name=name, **self._options(rank, 0.0)).remote(*self._door(rank))
+            while len(spares) < self._num_spares and self.control.answers():
+                actor = self._new_actor("spare", rank, 0.0)
                 spares.append(_Spare(actor, actor.stand_by.remote(), now_s))
             for spare in [spare for spare in spares if now_s > spare.asked_s + RANK_LEASE_S / 3]:
                 if _has_answered(spare.ready):
@@ -171,6 +188,9 @@ class ActorPlaces:
                 elif now_s > spare.asked_s + RANK_LEASE_S:
                     spares.remove(spare)
                     ray.kill(spare.actor, no_restart=True)
+
+    def _has_spare(self, host: str) -> bool:
+        return any(_has_answered(spare.ready) for spare in self._spares.get(host, []))
 
     def _take_spare(self, host: str) -> Any:
         """None where none is ready there."""
@@ -186,13 +206,23 @@ class ActorPlaces:
         for spares in self._spares.values():
             for spare in spares:
                 ray.kill(spare.actor, no_restart=True)
-        for group in {place.group.id: place.group for place in self._places}.values():
-            remove_placement_group(group)
+        if self.control.answers():
+            for group in {place.group.id: place.group for place in self._places}.values():
+                remove_placement_group(group)
 
+    def lost(self) -> list[tuple[int, str]]:
+        """Ranks whose host is gone, with the host; none where nobody can be asked."""
+        if not self.control.answers():
+            return []
+        try:
+            living = self._living_hosts()
+        except ControlServiceSilent:
+            return []
+        return [(rank, place.host) for rank, place in enumerate(self._places) if place.host not in living]
 
-def living_hosts() -> set[str]:
-    """Addresses."""
-    return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    def _living_hosts(self) -> set[str]:
+        """Addresses. Raises ControlServiceSilent."""
+        return {node["NodeManagerAddress"] for node in self.control.ask(ray.nodes) if node["Alive"]}
 
 
 def tell_rank(door: Any, secret: str, name: str, argument: bytes) -> None:

@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster.errors import StartFailed
 from cluster.replica.actor import OpenCall, RankCall
-from cluster.replica.actor_places import ActorPlaces, NotReserved, living_hosts, tell_rank
+from cluster.replica.actor_places import ActorPlaces, tell_rank
 from cluster.replica.events import (
     BreaksExplained,
     Event,
@@ -225,10 +225,9 @@ class Supervisor:
             return
         self._looked_s = now_s
         assert self._places is not None
-        living = living_hosts()
         newcomers = self._newcomers()
-        for rank, host in enumerate(self._places.hosts):
-            if host not in living and rank not in newcomers:
+        for rank, host in self._places.lost():
+            if rank not in newcomers:
                 reason = f"rank {rank} is lost with its host {host}"
                 life = self._recovery.life_of(rank)
                 self._carry_out(self._recovery.rank_ended(rank, life, reason, now_s))
@@ -247,8 +246,8 @@ class Supervisor:
             action = self._due.popleft()
             try:
                 self._do(action)
-            except NotReserved as error:
-                self._due = deque(self._recovery.impossible(str(error)))
+            except StartFailed as error:
+                self._due = deque(self._recovery.impossible(f"{self._recovery.reason}; {error}"))
             except (RayError, ChannelClosed) as error:
                 reason = f"the leader is gone: {ray_reason(error)}"
                 self._want(self._recovery.leader_ended(self._recovery.leader_life, reason, time.monotonic()))

@@ -1,40 +1,68 @@
-"""Ray's control service dies under a gang on one host: requests run on; once Ray's patience is over, all of it ends."""
+"""Ray's own processes die under a gang on one host, where there is no other."""
 
 import dataclasses
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.chaos.cell import Moment, Row, Strike, unfaulted
-from tests.chaos.clients import run_all
-from tests.chaos.comparison import judge
-from tests.chaos.processes import OPTIONS
-from tests.chaos.site import Site, one_host, settle
+from tests.chaos.cell import Cell, Moment, Row, Strike, run_cell, unfaulted
+from tests.chaos.clients import Client, run_all
+from tests.chaos.comparison import Outcome
+from tests.chaos.processes import OPTIONS, kill, kill_program, only
+from tests.chaos.site import OneHost, one_host, settle
 
+SILENT_S = 65.0
+"""Ray's own patience with its control service is 60 s."""
 END_TIMEOUT_S = 100.0
-"""Of which Ray takes 60."""
-
-
-def kill_gcs(site: Site) -> None:
-    (victim,) = [each for each in site.processes() if "gcs_server" in " ".join(each.cmdline()[:1])]
-    victim.kill()
 
 
 def control_plane(directory: Path) -> Iterator[Row]:
+    """The control service dies, and stays away. A rank that is lost then is replaced by the process that stands by; a
+    leader cannot be."""
     with one_host(directory, *OPTIONS) as site:
-        expected, rows = unfaulted(site, (Moment.DECODE,))
+        expected, rows = unfaulted(site)
         yield from (dataclasses.replace(row, site="tp2") for row in rows)
-        settle(site)
-        strike = Strike(Moment.DECODE, site.num_live, lambda: kill_gcs(site))
-        clients = run_all(Moment.bodies(Moment.DECODE), site.urls, None, strike)
-        outcome = judge(clients, expected[Moment.DECODE], strike.struck_s)
-        wrong = [*strike.wrong, *outcome.notes]
-        assert site.served.process is not None
-        try:
-            status = site.served.process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            wrong.append("the server did not end")
-        else:
-            wrong += [] if status == 1 else [f"status {status}"]
-        wrong += site.served.left_processes(30.0)
-        yield Row("tp2", "kill -9 GCS", Moment.DECODE, outcome, (), tuple(wrong))
+        gone_s = time.monotonic()
+        yield run_cell("tp2", site, Cell("kill -9 GCS", Moment.DECODE, kill_program("gcs_server")), expected)
+        time.sleep(max(0.0, gone_s + SILENT_S - time.monotonic()))  # the fault itself
+        yield run_cell("tp2", site, Cell(f"no GCS for {SILENT_S:g} s", Moment.PREFILL, lambda site: None), expected)
+        killed = Cell("no GCS, kill -9 rank 1", Moment.DECODE, kill("rank 1"), only("rank 1"))
+        yield run_cell("tp2", site, killed, expected)
+        yield _ended(site, "no GCS, kill -9 leader", "leader", "control service")
+
+
+def raylet(directory: Path) -> Iterator[Row]:
+    """All ranks and the leader are its children."""
+    with one_host(directory, *OPTIONS) as site:
+        yield _ended(site, "kill -9 raylet", "raylet/raylet", "")
+
+
+def _ended(site: OneHost, fault: str, program: str, reason: str) -> Row:
+    """What is right: each request ends with one error, and the server with status 1 and the reason; nothing is left."""
+    settle(site)
+    strike = Strike(Moment.DECODE, site.num_live, lambda: _kill(site, program))
+    clients = run_all(Moment.bodies(Moment.DECODE), site.urls, None, strike)
+    ended = [client for client in clients if len(client.reading.errors) == 1 and client.failure is None]
+    gap_s = max(client.gap_s(strike.struck_s) for client in clients)
+    wrong = [*strike.wrong, *(_how(client) for client in clients if client not in ended)]
+    assert site.served.process is not None
+    try:
+        status = site.served.process.wait(END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        wrong.append("the server did not end")
+    else:
+        wrong += [] if status == 1 else [f"status {status}"]
+    if reason not in site.log or "Traceback" in site.log:
+        wrong.append(site.log)
+    wrong += site.served.left_processes(30.0)
+    outcome = Outcome(len(clients), len(clients), 0, 0, gap_s, ())
+    return Row("tp2", fault, Moment.DECODE, outcome, (), tuple(wrong))
+
+
+def _kill(site: OneHost, program: str) -> None:
+    (kill("leader") if program == "leader" else kill_program(program))(site)
+
+
+def _how(client: Client) -> str:
+    return f"{client.name}: {client.failure or client.reading.errors or 'no error'}"

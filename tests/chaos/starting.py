@@ -44,7 +44,7 @@ FAULTS = (
         "kill -9 leader", on(signal.SIGKILL, "remuda: leader", "ray::LeaderProcess"), survives=True, replaced="leader"
     ),
     StartFault("kill -9 raylet", on(signal.SIGKILL, "raylet/raylet")),
-    StartFault("kill -9 GCS", on(signal.SIGKILL, "gcs_server")),
+    StartFault("kill -9 GCS", on(signal.SIGKILL, "gcs_server"), survives=True),
     StartFault("kill -9 control process", on(signal.SIGKILL, "remuda: control")),
     StartFault("kill -9 serve", on(signal.SIGKILL, "bin/remuda serve"), status=-signal.SIGKILL),
 )

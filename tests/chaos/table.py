@@ -26,6 +26,7 @@ GROUPS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "disk": disk.disk_full,
     "disk-at-start": disk.disk_full_at_start,
     "control-plane": control_plane.control_plane,
+    "raylet": control_plane.raylet,
     "starting": starting.starting,
     "starting-hosts": hosts.starting_hosts,
     "front-ends": front_ends.front_ends,
