@@ -75,6 +75,8 @@ class FairQueue:
         self._accounts: dict[tuple[str, int], Account] = {}
         self._live: dict[Account, None] = {}
         """Those with a request."""
+        self._busy: dict[Account, None] = {}
+        """Those of them with one that runs."""
         self._levels: dict[int, _Level] = {}
         self._num_waiting = 0
         self._num_picks = 0
@@ -123,7 +125,7 @@ class FairQueue:
     def put_back(self, state: RequestState) -> None:
         """It ran, and waits again."""
         state.account.charge_outputs(state)
-        del state.account.running[state]
+        self._stop(state)
         self._put(state)
 
     def _put(self, state: RequestState) -> None:
@@ -159,6 +161,7 @@ class FairQueue:
         account.last_pick = self._levels[account.priority].last_pick = self._num_picks
         self._unqueue(state)
         account.running[state] = None
+        self._busy[account] = None
         return state
 
     def remove(self, state: RequestState) -> None:
@@ -171,7 +174,7 @@ class FairQueue:
                 account.waiting = [entry for entry in account.waiting if entry[2].is_queued]
                 heapq.heapify(account.waiting)
         else:
-            del account.running[state]
+            self._stop(state)
         if not account.is_live:
             account.waiting.clear()
             del self._live[account]
@@ -184,10 +187,16 @@ class FairQueue:
         if not account.num_waiting:
             self._levels[account.priority].leave(account)
 
+    def _stop(self, state: RequestState) -> None:
+        account = state.account
+        del account.running[state]
+        if not account.running:
+            del self._busy[account]
+
     def settle(self) -> None:
         """Charges what was generated since; needed before an order is asked for. With one tenant it can wait."""
         if self.is_shared:
-            for account in self._live:
+            for account in self._busy:
                 for state in account.running:
                     account.charge_outputs(state)
 
