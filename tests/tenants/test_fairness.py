@@ -20,13 +20,13 @@ BEDS: dict[str, dict[str, Any]] = {
     "two plans in flight": {"depth": 2},
     "long decodes hold all slots": {"max_num_seqs": 4},
     "measured steps": {"seconds_per_token": 1e-4},
-    "few blocks": {"num_blocks": 120, "max_num_seqs": 8},
+    "few blocks": {"num_blocks": 180, "max_num_seqs": 8},
 }
 
 
 @pytest.mark.parametrize("num_steps_before", [0, 1, 7, 40])
 @pytest.mark.parametrize("num_prompt_tokens", [1, 60, 200])
-@pytest.mark.parametrize("noisy_prompt", [5, 120])
+@pytest.mark.parametrize("noisy_prompt", [5, 120, 350])
 @pytest.mark.parametrize("bed", BEDS)
 def test_a_single_request_is_not_held_up_by_anothers_hundred(
     bed: str, noisy_prompt: int, num_prompt_tokens: int, num_steps_before: int
