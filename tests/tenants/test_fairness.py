@@ -42,6 +42,17 @@ def test_a_single_request_is_not_held_up_by_anothers_hundred(
     assert shared.steps_to_first_token(QUIET, num_prompt_tokens, 4) <= 2 * alone + 2
 
 
+def test_a_prompt_under_way_keeps_the_blocks_that_it_has_yet_to_take() -> None:
+    """Else the other tenant's next request would take them, and both would be computed again and again."""
+    alone = EngineBed(num_blocks=120).steps_to_first_token(QUIET, 200, 4)
+    shared = EngineBed(num_blocks=120)
+    for _ in range(100):
+        shared.add(NOISY, 120, 100)
+    for _ in range(7):
+        shared.run_step()
+    assert shared.steps_to_first_token(QUIET, 200, 4) <= 2 * alone + 2
+
+
 @pytest.mark.parametrize("bed", BEDS)
 def test_who_makes_way_gets_all_its_tokens_and_pays_once(bed: str) -> None:
     shared = EngineBed(**BEDS[bed])
