@@ -13,6 +13,7 @@ from cluster.frontend.meter import Meter
 from cluster.frontend.stored_call import Holder, StoredCall
 from cluster.identity.principal import Principal, current_principal
 from cluster.replica.keep import Keep
+from cluster.tenants.limiter import Visit
 from cluster.tenants.report import LimitReport, current_report
 from engine.request import Output, Request, SamplingParams
 
@@ -39,6 +40,16 @@ class Run:
     principal: Principal = field(default_factory=current_principal)
     report: LimitReport = field(default_factory=current_report)
     meter: Meter = field(default_factory=Meter)
+
+    def visit(self, request_id: str) -> Visit:
+        """As the tenant's limits see it."""
+        return Visit(
+            request_id,
+            self.report,
+            self.meter.num_tokens,
+            may_return=self.stored is not None,
+            comes_back=self.holders is not None,
+        )
 
     @property
     def created_unix_s(self) -> float:

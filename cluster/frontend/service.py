@@ -189,9 +189,8 @@ class Service:
             with acting_as(run.principal):
                 self.check_model(call.model)
             check_call(call)
-            comes_back = run.holders is not None
             async with (
-                self.tenancy.stay(run.principal, call.request_id, run.report, run.meter.num_tokens, comes_back) as stay,
+                self.tenancy.stay(run.principal, run.visit(call.request_id)) as stay,
                 aclosing(self._events(call, arrived_s, run, stay)) as events,
             ):
                 async for event in events:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 from cluster.tenants.config import Policies, TenantPolicy
 from cluster.tenants.report import LimitReport
@@ -15,23 +16,36 @@ POLL_S = 0.1
 QUEUE_RETRY_S = 1.0
 """What a client is told that finds the queue full: nobody knows when requests end."""
 RENEW_INTERVAL_S = LEASE_S / 4
+NO_BOUND = 2**31
 
 
 class LimitExceeded(Overloaded):
     """A tenant has used up what it may use now."""
 
 
+@dataclass(frozen=True)
+class Visit:
+    """One request. ``report``: for what its response says of limits. ``num_used``: tokens that it has been given, asked
+    when it ends. ``may_return``: its client may come back for it, and its leaders go on meanwhile. ``comes_back``: it
+    has, and was let in before.
+    """
+
+    request_id: str
+    report: LimitReport
+    num_used: Callable[[], int]
+    may_return: bool = False
+    comes_back: bool = False
+
+
 class Stay:
     """One request, while it is here."""
 
-    def __init__(
-        self, tenant: str, policy: TenantPolicy, store: LimitStore, report: LimitReport, num_used: Callable[[], int]
-    ) -> None:
+    def __init__(self, tenant: str, policy: TenantPolicy, store: LimitStore, visit: Visit) -> None:
         self.tenant = tenant
         self._policy = policy
         self._store = store
-        self._report = report
-        self._num_used = num_used
+        self._visit = visit
+        self._report = visit.report
         self._num_reserved = 0
 
     async def take_request(self) -> None:
@@ -56,7 +70,7 @@ class Stay:
             InvalidRequest: there never is.
         """
         bound = self._policy.tokens_per_minute
-        if bound is None:
+        if bound is None or self._visit.comes_back:
             return
         num_tokens = num_prompt_tokens + max_new_tokens
         if not is_asked_for and num_prompt_tokens <= bound:
@@ -77,12 +91,17 @@ class Stay:
             )
         self._num_reserved = num_tokens
 
+    def cut_off(self) -> None:
+        """Its client has left. If it may return, what it may yet use stays taken."""
+        if self._visit.may_return:
+            self._num_reserved = 0
+
     async def settle(self) -> None:
         """Gives back what was not used."""
         bound = self._policy.tokens_per_minute
         if bound is None or not self._num_reserved:
             return
-        num_left, self._num_reserved = self._num_reserved - self._num_used(), 0
+        num_left, self._num_reserved = self._num_reserved - self._visit.num_used(), 0
         if num_left:
             await self._store.give(self.tenant, "tokens", bound, num_left)
 
@@ -100,14 +119,16 @@ class Limiter:
         self._running: defaultdict[str, set[str]] = defaultdict(set)
 
     @contextlib.asynccontextmanager
-    async def stay(
-        self, tenant: str, request_id: str, report: LimitReport, num_used: Callable[[], int]
-    ) -> AsyncIterator[Stay]:
-        """``num_used``: tokens that it is charged for, asked when it ends. Raises LimitExceeded."""
-        policy = self._policies().of(tenant)
-        stay = Stay(tenant, policy, self._store, report, num_used)
-        await stay.take_request()
+    async def stay(self, tenant: str, visit: Visit) -> AsyncIterator[Stay]:
+        """While a request is here. Raises LimitExceeded."""
+        policy, request_id = self._policies().of(tenant), visit.request_id
+        stay = Stay(tenant, policy, self._store, visit)
         max_running = policy.max_concurrent_requests
+        if visit.comes_back:
+            # It runs, whatever there is room for; others wait for its end.
+            max_running = None if max_running is None else NO_BOUND
+        else:
+            await stay.take_request()
         if max_running is not None:
             try:
                 await self._enter(tenant, request_id, max_running, policy.max_queued_requests)
@@ -117,6 +138,9 @@ class Limiter:
                 raise
         try:
             yield stay
+        except (asyncio.CancelledError, GeneratorExit):
+            stay.cut_off()
+            raise
         finally:
             # In a task of its own: who is cancelled gives back all the same.
             await asyncio.shield(asyncio.ensure_future(self._end(stay, request_id, max_running is not None)))

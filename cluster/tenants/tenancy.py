@@ -14,16 +14,15 @@ from redis.asyncio import Redis
 from cluster.errors import PermissionDenied
 from cluster.identity.principal import ADMIN, Principal
 from cluster.identity.reloaded import Reloaded, read_file
-from cluster.tenants.config import NO_POLICIES, Policies, TenantPolicy, load_policies
+from cluster.tenants.config import NO_POLICIES, Policies, load_policies
 from cluster.tenants.fallback_store import FallbackStore
 from cluster.tenants.ledger import UsageLedger
-from cluster.tenants.limiter import RENEW_INTERVAL_S, Limiter, LimitExceeded, Stay
+from cluster.tenants.limiter import RENEW_INTERVAL_S, Limiter, LimitExceeded, Stay, Visit
 from cluster.tenants.line_log import LineLog
 from cluster.tenants.memory_store import MemoryStore
 from cluster.tenants.metrics import TenantMetrics
 from cluster.tenants.record import UsageRecord, UsageTotal
 from cluster.tenants.redis_store import RedisStore, connect
-from cluster.tenants.report import LimitReport
 from cluster.tenants.store import LimitStore
 from cluster.tenants.usage_store import MemoryUsage, RedisUsage, UsageStore
 from engine.errors import InvalidOption
@@ -98,22 +97,12 @@ class Tenancy:
         return self.policies.engine_tenant(principal.tenant)
 
     @contextlib.asynccontextmanager
-    async def stay(
-        self,
-        principal: Principal,
-        request_id: str,
-        report: LimitReport,
-        num_used: Callable[[], int],
-        comes_back: bool = False,
-    ) -> AsyncIterator[Stay]:
-        """While a request is here. ``num_used``: tokens that it has been given, asked when it ends. One whose client
-        ``comes_back`` was let in before; it is counted here from now on. Raises LimitExceeded."""
-        if comes_back:
-            await self.ledger.came_back(request_id)
-            yield Stay(principal.tenant, TenantPolicy(), MemoryStore(self._now_s), report, num_used)
-            return
+    async def stay(self, principal: Principal, visit: Visit) -> AsyncIterator[Stay]:
+        """While a request is here. Raises LimitExceeded."""
+        if visit.comes_back:
+            await self.ledger.came_back(visit.request_id)
         try:
-            async with self._limiter.stay(principal.tenant, request_id, report, num_used) as stay:
+            async with self._limiter.stay(principal.tenant, visit) as stay:
                 yield stay
         except LimitExceeded:
             self._metrics.refused(principal.tenant)

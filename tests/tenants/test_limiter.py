@@ -1,12 +1,12 @@
 """What a request meets on its way: rate, running and waiting requests, tokens reserved and given back."""
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 import pytest
 
 from cluster.tenants.config import Policies, TenantPolicy
-from cluster.tenants.limiter import Limiter, LimitExceeded
+from cluster.tenants.limiter import Limiter, LimitExceeded, Stay, Visit
 from cluster.tenants.memory_store import MemoryStore
 from cluster.tenants.report import LimitReport, duration_text
 from engine.errors import InvalidRequest
@@ -20,8 +20,10 @@ class Bed:
         self.limiter = Limiter(lambda: self.policies, self.store)
         self.report = LimitReport()
 
-    def stay(self, name: str, num_used: int = 0, tenant: str = "a"):  # type: ignore[no-untyped-def]
-        return self.limiter.stay(tenant, name, self.report, lambda: num_used)
+    def stay(
+        self, name: str, num_used: int = 0, tenant: str = "a", **options: bool
+    ) -> AbstractAsyncContextManager[Stay]:
+        return self.limiter.stay(tenant, Visit(name, self.report, lambda: num_used, **options))
 
     async def tokens(self) -> int:
         return (await self.store.take("a", "tokens", 1000, 0)).remaining
@@ -52,6 +54,24 @@ async def test_a_request_that_fails_or_is_cancelled_gives_back_what_it_did_not_u
                 await stay.reserve(500, 500, is_asked_for=True)
                 raise error
         assert await bed.tokens() == 1000
+
+
+async def test_limits_are_not_evaded_by_leaving_and_coming_back() -> None:
+    bed = Bed(tokens_per_minute=1000, requests_per_minute=1, max_concurrent_requests=1)
+    with pytest.raises(asyncio.CancelledError):
+        async with bed.stay("r", num_used=10, may_return=True) as stay:
+            await stay.reserve(100, 400, is_asked_for=True)
+            raise asyncio.CancelledError
+    assert await bed.tokens() == 500, "the leaders go on with it: what it may use stays taken"
+    bed.now_s = 30.0
+    assert await bed.tokens() == 1000
+    async with bed.stay("r", num_used=500, may_return=True, comes_back=True) as stay:
+        await stay.reserve(100, 400, is_asked_for=True)
+        bed.now_s = 60.0
+        with pytest.raises(LimitExceeded, match="1 requests running"):
+            async with bed.stay("other"):
+                pytest.fail("the one that came back runs")
+    assert await bed.tokens() == 1000, "it has paid before"
 
 
 async def test_more_than_the_bucket_is_the_clients_fault_unless_it_named_no_length() -> None:
