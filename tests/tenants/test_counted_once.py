@@ -62,19 +62,19 @@ async def test_a_replica_that_fails_under_a_request(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         beds = [await stack.enter_async_context(serving(SmallVocabulary())) for _ in range(2)]
         one = await stack.enter_async_context(front_end_of(beds, tmp_path, "first"))
-        body = completion(max_tokens=400, ignore_eos=True)
+        body = completion(max_tokens=3000, ignore_eos=True)
         asked = asyncio.create_task(one.http.post("/v1/completions", json=body, headers=bearer(key)))
         await until(lambda: any(bed.engine.num_steps > 20 for bed in beds))
         (busy,) = [bed for bed in beds if bed.engine.num_steps]
         busy.engine.fails_with = RankFailure("rank 1 died", rank=1)
         answer = (await asked).json()
-        assert answer["usage"]["completion_tokens"] == 400
+        assert answer["usage"]["completion_tokens"] == 3000
         assert all(bed.engine.num_steps for bed in beds), "it went on at the other"
         (total,) = await usage(one, key)
-        assert (total["num_requests"], total["num_completion_tokens"]) == (1, 400)
+        assert (total["num_requests"], total["num_completion_tokens"]) == (1, 3000)
         assert total["num_prompt_tokens"] == answer["usage"]["prompt_tokens"]
     (line,) = lines(tmp_path)
-    assert line["num_completion_tokens"] == 400 and line["outcome"] == "completed"
+    assert line["num_completion_tokens"] == 3000 and line["outcome"] == "completed"
 
 
 async def test_a_client_that_comes_back_to_another_front_end(tmp_path: Path, redis_server: RedisServer) -> None:
