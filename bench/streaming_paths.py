@@ -1,6 +1,7 @@
 """The ways from an engine to a reader that bench/streaming.py compares, each with server processes of its own."""
 
 import asyncio
+import bisect
 import json
 import sys
 import time
@@ -34,6 +35,11 @@ class Received:
     @property
     def total(self) -> int:
         return self.num_tokens[-1] if self.num_tokens else 0
+
+    def num_at(self, at_s: float) -> int:
+        """Tokens that had come by then."""
+        num_messages = bisect.bisect_right(self.times_s, at_s)
+        return self.num_tokens[num_messages - 1] if num_messages else 0
 
     def delays_s(self, step_s: float) -> list[float]:
         """Of each message, how much later than the stream's quickest it came after the step of its oldest token."""

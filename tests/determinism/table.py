@@ -5,9 +5,9 @@ same steps without it. Ends with 1 where anything differs.
 """
 
 import argparse
-import gc
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -96,41 +96,47 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _cost(console: Console, model: Path, tp: int) -> None:
-    """In bfloat16, one mode after another."""
-    seconds = {mode: _seconds(model, tp, mode) for mode in Determinism}
+    """In bfloat16. The modes take turns, step by step: minutes of one machine differ by more than they do."""
+    gangs: dict[Determinism, GangSteps] = {}
+    try:
+        for mode in Determinism:
+            gangs[mode] = GangSteps(model, tp, None, InProcessExecutor if tp == 1 else ProcessGang, mode)
+        found = [_decode_seconds(gangs, batch, context) for batch, context in _DECODES]
+        found.append(_in_turns(gangs, lambda steps: steps.admit(range(1), _PREFILL)))
+    finally:
+        for steps in gangs.values():
+            steps.gang.close()
     table = Table(title=f"{model.name}, tp={tp}: tokens/s, and the ratio to the same without")
-    table.add_column("mode")
-    for batch, context in _DECODES:
-        table.add_column(f"{batch} decode at {context}")
-        table.add_column("ratio")
-    table.add_column(f"prefill of {_PREFILL}")
-    table.add_column("ratio")
     numbers = [batch for batch, _ in _DECODES] + [_PREFILL]
-    for mode, found in seconds.items():
-        cells = [
-            cell
-            for number, ours, plain in zip(numbers, found, seconds[Determinism.OFF], strict=True)
-            for cell in (f"{number / ours:.1f}", f"{plain / ours:.2f}")
-        ]
+    names = [f"{batch} decode at {context}" for batch, context in _DECODES]
+    for column in ("mode", *(name for case in [*names, f"prefill of {_PREFILL}"] for name in (case, "ratio (spread)"))):
+        table.add_column(column)
+    for mode in Determinism:
+        cells = []
+        for number, seconds in zip(numbers, found, strict=True):
+            ratios = [plain / ours for plain, ours in zip(seconds[Determinism.OFF], seconds[mode], strict=True)]
+            rate = number / median(seconds[mode])
+            cells += [f"{rate:.1f}", f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"]
         table.add_row(mode.value, *cells)
     console.print(table)
 
 
-def _seconds(model: Path, tp: int, mode: Determinism) -> list[float]:
-    """Of decoding steps, and of a prefill."""
-    steps = GangSteps(model, tp, None, InProcessExecutor if tp == 1 else ProcessGang, mode)
-    try:
-        steps.admit(range(1), _PREFILL)
-        prefill = median(steps.admit(range(1), _PREFILL) for _ in range(3))
-        decodes = []
-        for batch, context in _DECODES:
-            steps.admit(range(batch), context)
-            steps.decode()
-            decodes.append(median(steps.decode() for _ in range(_NUM_STEPS)))
-        return [*decodes, prefill]
-    finally:
-        steps.gang.close()
-        gc.collect()
+def _decode_seconds(gangs: dict[Determinism, GangSteps], batch: int, context: int) -> dict[Determinism, list[float]]:
+    for steps in gangs.values():
+        steps.admit(range(batch), context)
+    return _in_turns(gangs, lambda steps: steps.decode())
+
+
+def _in_turns(
+    gangs: dict[Determinism, GangSteps], step: Callable[[GangSteps], float]
+) -> dict[Determinism, list[float]]:
+    """Seconds of each mode's steps; the first of each does not count."""
+    found: dict[Determinism, list[float]] = {mode: [] for mode in gangs}
+    for number in range(_NUM_STEPS + 1):
+        for mode, steps in gangs.items():
+            seconds = step(steps)
+            found[mode] += [seconds] if number else []
+    return found
 
 
 if __name__ == "__main__":
