@@ -35,6 +35,7 @@ def engine(
     ] = 600.0,
     ray_port: Annotated[int, typer.Option(help="Where this host's Ray head listens for the others.")] = 6379,
     leader_port: Annotated[int, typer.Option(help="Where the leader listens for front ends.")] = 50052,
+    ray_token_file: group_options.RayTokenFile = None,
     health_port: group_options.HealthPort = 0,
     tensor_parallel_size: options.TensorParallelSize = None,
     pipeline_parallel_size: options.PipelineParallelSize = None,
@@ -76,7 +77,7 @@ def engine(
     flags["address"] = f"{node_ip}:{ray_port}"
     serve_config = load_serve_config(flags, config)
     checked = _for_group(preflight(serve_config), hosts, devices, leader_port, host_wait)
-    here = GroupHost(node_ip, checked.launch.replica.device, devices, checked.launch.secret)
+    here = GroupHost(node_ip, checked.launch.replica.device, devices, checked.launch.secret, ray_token_file)
     with head(here, ray_port):
         raise typer.Exit(_run(serve_config, checked, node_ip, health_port))
 

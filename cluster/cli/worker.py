@@ -24,6 +24,7 @@ def worker(
     secret_file: options.GroupSecret,
     devices: options.Devices = 1,
     device: Annotated[Device, typer.Option(help="cpu or cuda.")] = Device.CUDA,
+    ray_token_file: options.RayTokenFile = None,
     health_port: options.HealthPort = 0,
 ) -> None:
     """Hold ranks of the replica whose remuda engine runs at --head; wait for it as long as it takes.
@@ -32,7 +33,7 @@ def worker(
     status 0, and with 1 when it is no member any more: whoever started it starts it anew.
     """
     parse_address(head)
-    host = GroupHost(node_ip, device, devices, options.read_group_secret(secret_file))
+    host = GroupHost(node_ip, device, devices, options.read_group_secret(secret_file), ray_token_file)
     raise typer.Exit(asyncio.run(_run(host, head, health_port)))
 
 

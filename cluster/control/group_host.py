@@ -21,13 +21,15 @@ from cluster.control.ray_settings import NodeSpec, authentication_environment
 @dataclass(frozen=True)
 class GroupHost:
     """``node_ip``: this host, as the others reach it. ``device``: cpu or cuda. ``devices``: ranks that it may hold, one
-    for each GPU or CPU thread. ``secret``: the group's.
+    for each GPU or CPU thread. ``secret``: the group's. ``ray_token_file``: holds Ray's token, where others
+    than the group's hosts must know it (KubeRay's do); None: it is made from the secret.
     """
 
     node_ip: str
     device: str
     devices: int
     secret: str
+    ray_token_file: Path | None = None
 
     def spec(self, head_address: str | None, port: int = 0) -> NodeSpec:
         on_gpus = self.device == Device.CUDA
@@ -47,11 +49,15 @@ def ray_token(secret: str) -> str:
 
 
 @contextmanager
-def group_token(secret: str) -> Iterator[Path]:
-    """A private file with the token, and this process's environment (its children's, that is) such that Ray uses it."""
+def group_token(host: GroupHost) -> Iterator[Path]:
+    """A file with the token, and this process's environment (its children's, that is) such that Ray uses it."""
+    if host.ray_token_file is not None:
+        os.environ.update(authentication_environment(host.ray_token_file))
+        yield host.ray_token_file
+        return
     with tempfile.TemporaryDirectory(prefix="remuda-token-") as directory:
         file = Path(directory) / "token"
-        write_private(file, ray_token(secret))
+        write_private(file, ray_token(host.secret))
         os.environ.update(authentication_environment(file))
         yield file
 
@@ -59,5 +65,5 @@ def group_token(secret: str) -> Iterator[Path]:
 @contextmanager
 def head(host: GroupHost, port: int) -> Iterator[str]:
     """Ray's head on this host, for the time of the context. Gives its address. Raises StartFailed."""
-    with group_token(host.secret) as token, RayNode.start(host.spec(None, port), token_file=token) as node:
+    with group_token(host) as token, RayNode.start(host.spec(None, port), token_file=token) as node:
         yield node.address

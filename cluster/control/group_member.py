@@ -27,7 +27,7 @@ def stay(host: GroupHost, head_address: str, stop: Event, tell: Callable[[str], 
         StartFailed: this host is no member any more; start anew.
     """
     name, port = parse_address(head_address)
-    with group_token(host.secret) as token:
+    with group_token(host) as token:
         refresh_ray()
         _await_head(name, port, stop, tell)
         if stop.is_set():

@@ -12,6 +12,7 @@ args:
   - --ray-port=6379
   - --leader-port=50052
   - --health-port=8080
+  {{- include "remuda.rayTokenArgs" . | nindent 2 }}
   {{- include "remuda.extraModelArgs" . | nindent 2 }}
 {{- end -}}
 
@@ -25,6 +26,7 @@ args:
   - --devices={{ .Values.engine.devicesPerHost }}
   - --node-ip=$(POD_IP)
   - --health-port=8080
+  {{- include "remuda.rayTokenArgs" . | nindent 2 }}
 {{- end -}}
 
 {{/* Of the pods of engine.mode single: front end, leader and ranks. */}}
@@ -98,6 +100,13 @@ args:
 {{- end }}
 {{- if .Values.tenants.storeSecret }}
 - --limits-store-password-file=/etc/remuda/limits-store/password
+{{- end }}
+{{- end -}}
+
+{{/* KubeRay's own init container must reach the group's Ray; else its token is made from the group's secret. */}}
+{{- define "remuda.rayTokenArgs" -}}
+{{- if eq .Values.engine.mode "kuberay" }}
+- --ray-token-file=/etc/remuda/cluster/ray-token
 {{- end }}
 {{- end -}}
 

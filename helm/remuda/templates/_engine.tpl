@@ -169,10 +169,13 @@ volumes:
   valueFrom:
     fieldRef:
       fieldPath: spec.nodeName
+{{- if eq .Values.engine.mode "kuberay" }}
+# KubeRay gives its init container the same variables and volumes.
 - name: RAY_AUTH_MODE
   value: token
 - name: RAY_AUTH_TOKEN_PATH
   value: /etc/remuda/cluster/ray-token
+{{- end }}
 {{- end }}
 {{- with .Values.engine.extraEnv }}
 {{ toYaml . }}

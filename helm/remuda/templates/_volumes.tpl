@@ -79,7 +79,7 @@
   secret:
     secretName: {{ include "remuda.clusterSecret" .root }}
     defaultMode: 0440
-    {{- if eq .component "frontend" }}
+    {{- if or (eq .component "frontend") (ne .root.Values.engine.mode "kuberay") }}
     items:
       - key: cluster-secret
         path: cluster-secret
