@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.frontend.calls import SamplingOptions, StructuredOutput
-from cluster.frontend.openai_schema import MAX_MESSAGES, MAX_PROMPTS, Body
+from cluster.frontend.openai_schema import MAX_MESSAGES, Body
 from cluster.frontend.structured import json_schema_output
 from engine.errors import InvalidRequest
 
@@ -135,15 +135,6 @@ class ChatBody(_AnswerBody):
 
     messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES, fail_fast=True)] = Field(default_factory=list)
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
-
-
-class EmbedBody(_ModelBody):
-    """POST /api/embed."""
-
-    input: str | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
-    truncate: bool = True
-    dimensions: int | None = None
-    options: Options | None = None
 
 
 class ShowBody(_ModelBody):

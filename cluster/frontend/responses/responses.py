@@ -29,7 +29,6 @@ class _Kept(msgspec.Struct, frozen=True):
     """What leaders keep of a response's request, so that any front end can go on with it. ``before``: the messages of
     the conversation before it."""
 
-    owner: str
     body: bytes
     before: list[dict[str, Any]]
 
@@ -58,7 +57,7 @@ class Responses:
         """
         body = parse_body(CreateBody, raw)
         before = [] if body.previous_response_id is None else await self._conversation(body.previous_response_id)
-        kept = _Kept(current_principal().tenant, raw, before)
+        kept = _Kept(raw, before)
         encoded = msgspec.msgpack.encode(kept)
         stored = _stored(response_id, kept, body, created_unix_s, len(encoded))
         call = response_call(body, stored.messages, response_id)
@@ -108,8 +107,6 @@ class Responses:
             kept = msgspec.msgpack.decode(found.stored.body, type=_Kept)
         except msgspec.MsgspecError as error:
             raise UnknownStream(f"another version of the server keeps this response: {error}") from error
-        if kept.owner != current_principal().tenant:
-            raise unknown(response_id)
         if not self._store.knows(response_id):
             size = len(found.stored.body)
             body = parse_body(CreateBody, kept.body)
@@ -155,4 +152,4 @@ async def _told(stored: StoredResponse) -> AsyncGenerator[Event, None]:
 def _stored(response_id: str, kept: _Kept, body: CreateBody, created_unix_s: int, size: int) -> StoredResponse:
     items = input_items(body.input)
     messages = [*kept.before, *messages_of(items)]
-    return StoredResponse(response_id, kept.owner, body, items, messages, created_unix_s, size)
+    return StoredResponse(response_id, current_principal().tenant, body, items, messages, created_unix_s, size)
