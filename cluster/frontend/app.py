@@ -210,7 +210,10 @@ class FrontEnd:
         """Keys, certificates and limits that change hold from the next request, and the next connection."""
         while True:
             await asyncio.sleep(_FILES_INTERVAL_S)
-            await asyncio.to_thread(self._poll_files)
+            try:
+                await asyncio.to_thread(self._poll_files)
+            except Exception:  # noqa: BLE001  whatever it is, the next look must come, or revoked keys stay good
+                _log.exception("the files of keys and certificates cannot be looked at; trying again")
             await self._tenancy.poll()
 
     def _poll_files(self) -> None:

@@ -51,6 +51,8 @@ class JwksCache:
         self._fetched_s: float | None = None
         self._tried_s: float | None = None
         self._fetching: asyncio.Task[None] | None = None
+        self._is_down = False
+        """The last attempt failed."""
 
     async def find(self, key_id: str | None) -> Key | None:
         """The key of that id, or the only key there is where the token names none. None: there is no such key.
@@ -58,7 +60,8 @@ class JwksCache:
         Raises Unavailable while there are no keys at all, or only ones that are too old to be trusted.
         """
         if self._age_s() > self._max_age_s:
-            await self._refresh()
+            # An issuer that does not answer costs one request its patience, not every one.
+            await self._refresh(waits=not self._is_down or self._age_s() > MAX_STALE_S)
         key = self._lookup(key_id)
         if key is None and key_id is not None:
             # The issuer may have begun to sign with a key that it did not have before.
@@ -76,22 +79,25 @@ class JwksCache:
             return self._keys[0] if len(self._keys) == 1 else None
         return next((key for key in self._keys if key.kid == key_id), None)
 
-    async def _refresh(self) -> None:
+    async def _refresh(self, *, waits: bool = True) -> None:
         """One attempt for all who wait for it, none in the cooldown. What was known stays where it fails."""
         if self._fetching is None:
             if self._tried_s is not None and self._now_s() - self._tried_s < self._cooldown_s:
                 return
             self._tried_s = self._now_s()
             self._fetching = asyncio.create_task(self._try())
-        # A request that goes away must not end what others wait for.
-        await asyncio.shield(self._fetching)
+        if waits:
+            # A request that goes away must not end what others wait for.
+            await asyncio.shield(self._fetching)
 
     async def _try(self) -> None:
         try:
             keys = parse_key_set(await self._fetch())
         except (OSError, httpx.HTTPError, BadKeySet) as error:
             _log.warning("a token issuer's keys cannot be fetched; those known stay: %s", error)
+            self._is_down = True
         else:
+            self._is_down = False
             self._keys = keys
             self._fetched_s = self._now_s()
         finally:

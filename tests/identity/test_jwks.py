@@ -84,6 +84,28 @@ async def test_while_the_issuer_is_down_known_keys_stay_for_a_day() -> None:
     assert await issuer.cache.find("one") is not None
 
 
+async def test_an_issuer_that_does_not_answer_costs_one_request_its_patience() -> None:
+    issuer = Issuer()
+    await issuer.cache.find("one")
+    issuer.is_down, issuer.now_s = True, 301.0
+    await issuer.cache.find("one")
+    answers = asyncio.Event()
+
+    async def wait() -> None:
+        await answers.wait()
+
+    issuer.wait, issuer.now_s = wait, 311.0
+    async with asyncio.timeout(5):
+        assert await issuer.cache.find("one") is not None
+    await asyncio.sleep(0)
+    assert issuer.num_fetches == 3
+    issuer.is_down, issuer.signers = False, [TWO]
+    answers.set()
+    # It waits for the attempt that is under way.
+    assert await issuer.cache.find("two") is not None and issuer.num_fetches == 3
+    assert await issuer.cache.find("one") is None
+
+
 async def test_without_keys_nobody_is_told_that_their_token_is_wrong() -> None:
     issuer = Issuer()
     issuer.is_down = True
