@@ -15,7 +15,10 @@ CASES: dict[str, Values] = {
             "engine": {"replicas": 2, "rdma": {"enabled": True}, "exclusiveTopologyKey": "example.com/rack"},
             "auth": {"existingSecret": "keys"},
             "secrets": {"existingSecret": "cluster"},
-            "tls": {"clients": {"enabled": True, "certManager": {"enabled": True, "issuerName": "ca"}}},
+            "tls": {
+                "clients": {"enabled": True, "certManager": {"enabled": True, "issuerName": "ca"}},
+                "internal": {"enabled": True, "existingSecret": "in"},
+            },
             "gateway": {"enabled": True, "parentRefs": [{"name": "edge"}], "caConfigMap": "ca"},
             "autoscaling": {"mode": "keda", "prometheusUrl": "http://prometheus:9090"},
             "monitoring": {"podMonitor": True, "rules": True, "tokenSecret": "scrape"},

@@ -59,6 +59,7 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
         },
     },
     "clients": {"plain": {}, "secret": {"tls": {"clients": _TLS}}, "issued": {"tls": {"clients": _ISSUED}}},
+    "internal": {"plain": {}, "secret": {"tls": {"internal": _TLS}}, "issued": {"tls": {"internal": _ISSUED}}},
     "secrets": {"made": {}, "given": {"secrets": {"existingSecret": "cluster"}}},
     "route": {
         "none": {},
@@ -134,7 +135,7 @@ def is_legal(chosen: Combination) -> bool:
     is_single, is_kuberay = get("mode") == "single", get("mode") == "kuberay"
     has_tls = get("clients") in ("secret", "issued") or get("auth") == "certificates"
     return not (
-        (is_single and get("preset") == "405b-bf16")
+        (is_single and (get("preset") == "405b-bf16" or get("internal") in ("secret", "issued")))
         or (get("mode") in ("single", "kuberay") and get("placement") == "exclusive")
         or (is_kuberay and get("scaling") in ("hpa", "keda"))
         or (get("preset") == "cpu-demo" and (get("placement") == "rdma" or get("weights") == "empty disk"))

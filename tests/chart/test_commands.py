@@ -11,6 +11,7 @@ import yaml
 
 from cluster.cli.main import app
 from cluster.config import load_serve_config
+from cluster.identity.cluster_tls import CLUSTER_NAME
 from cluster.identity.config import load_security
 from cluster.tenants.config import parse_policies
 from tests.chart.option_matrix import combinations, values_of
@@ -113,6 +114,19 @@ def test_the_security_file_is_one_that_remuda_reads(tmp_path: Path) -> None:
     assert str(read["tls"]["client_ca_file"]) == "/etc/remuda/tls/ca.crt" and read["tls"]["health_port"] == 8080
     assert read["jwt"][0]["tenant_claim"] == "org" and read["gateways"][0]["name"] == "dns:edge.example"
     assert _security(at("auth.insecure", True), tmp_path)[0] == {}
+
+
+def test_front_ends_and_leaders_know_each_others_certificates(tmp_path: Path) -> None:
+    values = merged(preset("405b-bf16"), at("tls.internal", {"enabled": True, "existingSecret": "a-tls"}))
+    files = only(render(values), "ConfigMap", "security")["data"]
+    found = []
+    for name in ("security.yaml", "engine.yaml"):
+        (tmp_path / name).write_text(files[name])
+        found.append(load_security(tmp_path / name, None).cluster)
+    assert found[0] == found[1] and found[0] is not None and str(found[0].ca_file) == "/etc/remuda/internal-tls/ca.crt"
+    issued = {"enabled": True, "certManager": {"enabled": True, "issuerName": "ca"}}
+    certificate = only(render(merged(preset("405b-bf16"), at("tls.internal", issued))), "Certificate", "internal-tls")
+    assert certificate["spec"]["dnsNames"] == [CLUSTER_NAME]
 
 
 def test_the_tenants_file_is_one_that_remuda_reads() -> None:

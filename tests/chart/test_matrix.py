@@ -132,3 +132,14 @@ def test_autoscalers_own_the_number_of_replicas() -> None:
         assert only(render(values), kind, "engine")["spec"]["replicas"] == 1
         scaled = render(merged(values, at("autoscaling.mode", "hpa")))
         assert "replicas" not in only(scaled, kind, "engine")["spec"]
+
+
+def test_workers_stay_while_their_leader_drains() -> None:
+    documents = render(merged(preset("405b-bf16"), {"engine": {"unreadySeconds": 7, "drainSeconds": 90}}))
+    template = only(documents, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
+    seconds = {
+        name: template[name]["spec"]["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+        for name in ("leaderTemplate", "workerTemplate")
+    }
+    assert seconds == {"leaderTemplate": 7, "workerTemplate": 97}
+    assert {template[name]["spec"]["terminationGracePeriodSeconds"] for name in seconds} == {127}

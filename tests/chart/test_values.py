@@ -13,7 +13,7 @@ from tests.chart.schemas import OLDEST, versions
 SECTIONS_THAT_SPEAK_FOR_THEMSELVES = {
     *"image model parallel engine kuberay weights tenants secrets tls serviceAccount rbac networkPolicy".split(),
     *"gateway ingress inferencePool autoscaling monitoring tests engine.rdma frontend.service".split(),
-    "tls.clients.certManager",
+    *"tls.clients.certManager tls.internal.certManager".split(),
 }
 
 

@@ -50,20 +50,25 @@
 {{- end -}}
 
 {{- define "remuda.checkTls" -}}
-{{- $tls := .Values.tls.clients -}}
+{{- range $key := list "clients" "internal" -}}
+{{- $tls := index $.Values.tls $key -}}
 {{- if and $tls.enabled (not $tls.existingSecret) (not $tls.certManager.enabled) -}}
-{{- fail "tls.clients.enabled needs tls.clients.existingSecret or tls.clients.certManager.enabled" -}}
+{{- fail (printf "tls.%s.enabled needs tls.%s.existingSecret or tls.%s.certManager.enabled" $key $key $key) -}}
 {{- end -}}
 {{- if and $tls.certManager.enabled (not $tls.enabled) -}}
-{{- fail "tls.clients.certManager.enabled makes a certificate that nothing uses: set tls.clients.enabled" -}}
+{{- fail (printf "tls.%s.certManager.enabled makes a certificate that nothing uses: set tls.%s.enabled" $key $key) -}}
 {{- end -}}
 {{- if and $tls.certManager.enabled $tls.existingSecret -}}
-{{- fail "tls.clients.existingSecret and tls.clients.certManager.enabled exclude each other" -}}
+{{- fail (printf "tls.%s.existingSecret and tls.%s.certManager.enabled exclude each other" $key $key) -}}
 {{- end -}}
 {{- if and $tls.certManager.enabled (not $tls.certManager.issuerName) -}}
-{{- fail "tls.clients.certManager.issuerName is empty" -}}
+{{- fail (printf "tls.%s.certManager.issuerName is empty" $key) -}}
 {{- end -}}
-{{- if and $tls.requireCertificate (not $tls.enabled) -}}
+{{- end -}}
+{{- if and .Values.tls.internal.enabled (eq .Values.engine.mode "single") -}}
+{{- fail "tls.internal.enabled is for engine.mode lws and kuberay: a pod of single talks to no other" -}}
+{{- end -}}
+{{- if and .Values.tls.clients.requireCertificate (not .Values.tls.clients.enabled) -}}
 {{- fail "tls.clients.requireCertificate needs tls.clients.enabled" -}}
 {{- end -}}
 {{- end -}}

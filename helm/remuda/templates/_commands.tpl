@@ -13,6 +13,9 @@ args:
   - --leader-port=50052
   - --health-port=8080
   {{- include "remuda.rayTokenArgs" . | nindent 2 }}
+  {{- if .Values.tls.internal.enabled }}
+  - --security-file=/etc/remuda/security/engine.yaml
+  {{- end }}
   {{- include "remuda.extraModelArgs" . | nindent 2 }}
 {{- end -}}
 

@@ -61,6 +61,11 @@ volumes:
   {{- end }}
   {{- if include "remuda.leaderServes" . }}
   {{- include "remuda.securityVolumes" $root | nindent 2 }}
+  {{- else if include "remuda.leaderHasTls" . }}
+  {{- include "remuda.securityFileVolume" $root | nindent 2 }}
+  {{- end }}
+  {{- if include "remuda.leaderHasTls" . }}
+  {{- include "remuda.internalTlsVolume" $root | nindent 2 }}
   {{- end }}
   {{- with include "remuda.weightsVolume" (dict "root" $root "component" "engine") }}
   {{- . | nindent 2 }}
@@ -68,6 +73,11 @@ volumes:
   {{- if include "remuda.fills" $root }}
   {{- include "remuda.fillVolume" $root | nindent 2 }}
   {{- end }}
+{{- end -}}
+
+{{/* Whether this pod shows front ends a certificate. */}}
+{{- define "remuda.leaderHasTls" -}}
+{{- if and (eq .role "leader") .root.Values.tls.internal.enabled -}}yes{{- end -}}
 {{- end -}}
 
 {{/* Whether this pod answers clients. */}}
@@ -121,6 +131,9 @@ volumes:
     {{- end }}
     {{- if eq $e.mode "single" }}
     {{- include "remuda.securityMounts" $root | nindent 4 }}
+    {{- else if include "remuda.leaderHasTls" . }}
+    {{- include "remuda.securityFileMount" $root | nindent 4 }}
+    {{- include "remuda.internalTlsMount" $root | nindent 4 }}
     {{- end }}
     {{- with include "remuda.weightsMount" $root }}
     {{- . | nindent 4 }}

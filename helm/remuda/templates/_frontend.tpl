@@ -71,6 +71,9 @@
     {{- include "remuda.scratchMounts" $root | nindent 4 }}
     {{- include "remuda.clusterMounts" $root | nindent 4 }}
     {{- include "remuda.securityMounts" $root | nindent 4 }}
+    {{- if $root.Values.tls.internal.enabled }}
+    {{- include "remuda.internalTlsMount" $root | nindent 4 }}
+    {{- end }}
     {{- with include "remuda.weightsMount" $root }}
     {{- . | nindent 4 }}
     {{- end }}

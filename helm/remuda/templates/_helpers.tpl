@@ -93,6 +93,10 @@ labels:
 {{- default (printf "%s-tls" (include "remuda.fullname" .)) .Values.tls.clients.existingSecret -}}
 {{- end -}}
 
+{{- define "remuda.internalTlsSecret" -}}
+{{- default (printf "%s-internal-tls" (include "remuda.fullname" .)) .Values.tls.internal.existingSecret -}}
+{{- end -}}
+
 {{/* What an autoscaler scales: apiVersion, kind and name. */}}
 {{- define "remuda.scaleTarget" -}}
 {{- if eq .Values.engine.mode "lws" -}}

@@ -15,11 +15,21 @@
   mountPath: /home/remuda
 {{- end -}}
 
-{{/* Of pods that answer clients: who may call, API keys, and the certificate. */}}
-{{- define "remuda.securityVolumes" -}}
+{{- define "remuda.securityFileVolume" -}}
 - name: security
   configMap:
     name: {{ include "remuda.fullname" . }}-security
+{{- end -}}
+
+{{- define "remuda.securityFileMount" -}}
+- name: security
+  mountPath: /etc/remuda/security
+  readOnly: true
+{{- end -}}
+
+{{/* Of pods that answer clients: who may call, API keys, and the certificate. */}}
+{{- define "remuda.securityVolumes" -}}
+{{ include "remuda.securityFileVolume" . }}
 {{- with include "remuda.keysVolume" . }}
 {{ . }}
 {{- end }}
@@ -38,9 +48,7 @@
 {{- end -}}
 
 {{- define "remuda.securityMounts" -}}
-- name: security
-  mountPath: /etc/remuda/security
-  readOnly: true
+{{ include "remuda.securityFileMount" . }}
 {{- with include "remuda.keysMount" . }}
 {{ . }}
 {{- end }}
@@ -71,6 +79,20 @@
   mountPath: /etc/remuda/keys
   readOnly: true
 {{- end -}}
+{{- end -}}
+
+{{/* The certificate that front ends and leaders show each other. */}}
+{{- define "remuda.internalTlsVolume" -}}
+- name: internal-tls
+  secret:
+    secretName: {{ include "remuda.internalTlsSecret" . }}
+    defaultMode: 0440
+{{- end -}}
+
+{{- define "remuda.internalTlsMount" -}}
+- name: internal-tls
+  mountPath: /etc/remuda/internal-tls
+  readOnly: true
 {{- end -}}
 
 {{/* What pods of one release show each other. Front ends do not get Ray's token. */}}
