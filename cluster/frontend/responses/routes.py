@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from contextlib import aclosing
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -50,6 +51,8 @@ class ResponsesApi:
         if stored.body.stream:
             return self._answers.shown(live.follow(), live.failed, form, form)
         if stored.body.background:
+            async with aclosing(live.follow()) as events:
+                await anext(events)  # refused requests say so at once
             return JsonResponse(form.response([]))
 
         async def collect() -> list[Event]:

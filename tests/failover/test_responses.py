@@ -1,0 +1,98 @@
+"""A stored response outlives the front end that began it: another one takes it over from the leaders."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import openai
+import pytest
+
+from cluster.frontend.fleet import Fleet
+from cluster.replica.client import ReplicaClient
+from tests.frontend.servers import Served, served
+from tests.support.leader_bed import Bed, serving, until
+from tests.tenants.test_counted_once import SmallVocabulary
+
+NUM_TOKENS = 400
+
+
+@asynccontextmanager
+async def front_end_of(bed: Bed, name: str) -> AsyncIterator[Served]:
+    fleet = Fleet()
+    try:
+        await fleet.add("r0", ReplicaClient(bed.address, name))
+        async with served(fleet) as one:
+            yield one
+    finally:
+        await fleet.close()
+
+
+def text_of(events: list[Any]) -> str:
+    return "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+
+
+async def read(response: Any, num_deltas: int | None = None) -> list[dict[str, Any]]:
+    """All events, or those until so many deltas came."""
+    events: list[dict[str, Any]] = []
+    async for line in response.aiter_lines():
+        if line.startswith("data: "):
+            events.append(json.loads(line.removeprefix("data: ")))
+            if num_deltas is not None and sum("delta" in event for event in events) == num_deltas:
+                return events
+    return events
+
+
+async def test_a_response_goes_on_at_another_front_end() -> None:
+    body: Any = {"model": "m", "input": "Hello", "max_output_tokens": NUM_TOKENS}
+    async with AsyncExitStack() as stack:
+        bed = await stack.enter_async_context(serving(SmallVocabulary()))
+        second = await stack.enter_async_context(front_end_of(bed, "second"))
+        async with front_end_of(bed, "first") as first:
+            earlier = await first.openai.responses.create(model="m", input="Before", max_output_tokens=4)
+            body["previous_response_id"] = earlier.id
+            async with first.http.stream("POST", "/v1/responses", json={**body, "stream": True}) as response:
+                had = await read(response, num_deltas=1)
+                bed.engine.gate.clear()
+        # The client had half of what came.
+        response_id, delta = had[0]["response"]["id"], had[-1]["delta"]
+        num_had = (len(delta) + 1) // 2
+        number = had[-1]["sequence_number"] - len(delta) + num_had
+        bed.engine.gate.set()
+        path = f"/v1/responses/{response_id}?stream=true&starting_after={number}"
+        async with second.http.stream("GET", path) as response:
+            rest = await read(response)
+        assert rest[0]["sequence_number"] > number and rest[-1]["type"] == "response.incomplete"
+        whole = rest[-1]["response"]["output"][0]["content"][0]["text"]
+        assert delta[:num_had] + text_of(rest) == whole
+        assert rest[-1]["response"]["usage"]["output_tokens"] == NUM_TOKENS
+        assert bed.engine.num_steps <= NUM_TOKENS + 4 + 8, "nothing was computed twice"
+        # It is this front end's now, its conversation included.
+        kept = await second.openai.responses.retrieve(response_id)
+        assert kept.output_text == whole and kept.previous_response_id == earlier.id
+        more = await second.openai.responses.create(
+            model="m", input="After", previous_response_id=response_id, max_output_tokens=4
+        )
+        assert more.usage and kept.usage and more.usage.input_tokens > kept.usage.input_tokens
+        with pytest.raises(openai.NotFoundError):
+            await second.openai.responses.retrieve("resp_unknown")
+        await second.openai.responses.delete(response_id)
+        with pytest.raises(openai.NotFoundError):
+            await second.openai.responses.retrieve(response_id)
+
+
+async def test_a_cancelled_response_stops_at_the_leader() -> None:
+    async with AsyncExitStack() as stack:
+        bed = await stack.enter_async_context(serving(SmallVocabulary()))
+        one = await stack.enter_async_context(front_end_of(bed, "only"))
+        create: Any = one.openai.responses.create
+        with pytest.raises(openai.BadRequestError, match="context length"):
+            await create(model="m", input="Hello", background=True, max_output_tokens=10**6)
+        bed.engine.gate.clear()
+        begun = await create(model="m", input="Hello", background=True, max_output_tokens=NUM_TOKENS)
+        await until(lambda: bed.server.num_live_requests == 1)
+        cancelled = await one.openai.responses.cancel(begun.id)
+        assert cancelled.status == "cancelled"
+        bed.engine.gate.set()
+        await until(lambda: bool(bed.engine.aborted))
+        await until(lambda: bed.server.num_live_requests == 0)
