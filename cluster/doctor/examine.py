@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from cluster.control.host_calls import HostCalls
 from cluster.control.memory import plan_memory
-from cluster.control.placement import HostInfo, place_gangs
+from cluster.control.nearby import place_nearby
+from cluster.control.placement import HostInfo
 from cluster.doctor import check_hosts, check_links, check_network
 from cluster.doctor.ask_hosts import ask_clocks, ask_hosts
 from cluster.doctor.ask_ranks import ask_ranks
 from cluster.doctor.facts import HostFacts, LinkFacts, RankFacts
 from cluster.doctor.finding import Finding, Level
+from cluster.doctor.host_links import measure_host_links
 from cluster.doctor.quick import bytes_needed, check_facts
 from cluster.plan.link_cost import expert_exchange_traffic, tensor_parallel_traffic
 from cluster.plan.link_notices import DECODING_REQUESTS
@@ -50,13 +52,7 @@ def examine(calls: HostCalls, launch: LaunchConfig, model: ModelConfig | None) -
         placed = everywhere(calls.nodes(), on_gpus=on_gpus)
         gangs = [placed]
     else:
-        gangs = place_gangs(
-            plan.parallel,
-            calls.nodes(),
-            on_gpus=on_gpus,
-            num_gangs=launch.num_replicas,
-            tp_across_hosts=launch.tp_across_hosts,
-        )
+        gangs, _ = place_nearby(calls, launch, measure_host_links)
         placed = gangs[0]
         num_local = sum(host.address == calls.host for gang in gangs for host in gang)
         weights = plan_memory(plan, num_local).weight_bytes
