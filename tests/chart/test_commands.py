@@ -185,6 +185,6 @@ def test_names_reach_discovery() -> None:
         one["metadata"]["name"] for one in of_kind(documents, "Service")
     }
     (role,) = of_kind(documents, "Role")
-    assert {"endpointslices", "pods"} == {name for rule in role["rules"] for name in rule["resources"]}
-    assert {verb for rule in role["rules"] for verb in rule["verbs"]} == {"get", "list", "watch"}
+    assert {"endpointslices"} == {name for rule in role["rules"] for name in rule["resources"]}
+    assert {verb for rule in role["rules"] for verb in rule["verbs"]} == {"list", "watch"}
     assert only(documents, "RoleBinding")["subjects"][0]["namespace"] == NAMESPACE
