@@ -308,6 +308,7 @@ class Fleet:
             view.is_connected
             and view.info.state is ReplicaState.READY
             and view.info.num_running + view.info.num_waiting == 0
+            and view.info.progress_age_s == 0.0  # gauges are those of the last step, and the first may take long
             for view in self._table.views()
         )
 

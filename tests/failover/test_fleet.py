@@ -5,8 +5,10 @@ import asyncio
 import pytest
 
 from cluster.errors import Unavailable, UnknownStream
+from cluster.frontend import fleet as fleet_module
 from cluster.frontend.fleet import Fleet
 from cluster.replica.client import ReplicaClient
+from cluster.types import ReplicaInfo
 from engine.errors import EngineFailure, InvalidRequest, Overloaded, RankFailure
 from tests.failover.fleet_bed import POLICY, busy, collect, fleet_of
 from tests.failover.wire import wire_to
@@ -169,3 +171,28 @@ async def test_a_request_is_unknown_only_where_everybody_could_be_asked() -> Non
         await cut(beds[0])
         with pytest.raises(Unavailable, match="try again"):
             await fleet.find("c")
+
+
+async def test_idle_replicas_are_left_in_peace_until_somebody_asks_for_something(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fleet_module, "REFRESH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(fleet_module, "IDLE_REFRESH_INTERVAL_S", 3600.0)
+    num_questions = 0
+    asked = ReplicaClient.info
+
+    async def noted(self: ReplicaClient, timeout_s: float = 5.0) -> ReplicaInfo:
+        nonlocal num_questions
+        num_questions += 1
+        return await asked(self, timeout_s)
+
+    async with fleet_of(1) as (fleet, (bed,)):
+        monkeypatch.setattr(ReplicaClient, "info", noted)
+        await asyncio.sleep(0.2)
+        assert num_questions <= 1
+        bed.engine.gate.clear()
+        wanted = request("a", 10)
+        reading = asyncio.create_task(collect(fleet, wanted))
+        await until(lambda: num_questions >= 5)  # while it runs, at the usual pace
+        bed.engine.gate.set()
+        assert tokens_of(await reading) == answer(wanted)
