@@ -89,7 +89,7 @@ class Engine:
         self._adapters = AdapterTable(lora_config)
         self._experts = experts
         self._states: dict[str, RequestState] = {}
-        self.trials = BreakTrials()
+        self.trials = BreakTrials(scheduler_config.depth)
         self._outputs = Outputs()
         self._num_arrivals = 0
         self._num_steps_before = 0  # of earlier epochs

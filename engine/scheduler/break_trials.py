@@ -1,11 +1,11 @@
 """Finds the request that breaks the gang whenever it is computed, and ends no other. Pure.
 
 A request that was being computed at a break, and has no new token since the last break at which it was, is suspect.
-Suspects are tried one at a time: one runs until it has a token, beside nothing but those that were tried before it; all
-others wait so long. One that breaks the gang again, alone or on trial, is ended, for it would use up all repairs. So a
-culprit costs two repairs where it runs alone and three among others, and what merely ran beside it goes on. As soon as
-another has a token, those repairs have been explained: it was not the gang. So one of those that are not suspect goes
-first, before the next suspect is tried.
+Suspects are tried one at a time: one runs until it has come beyond what was in flight at the break, beside nothing but
+those that were tried before it; all others wait so long. One that breaks the gang again, alone or on trial, is ended,
+for it would use up all repairs. So a culprit costs two repairs where it runs alone and three among others, and what
+merely ran beside it goes on, suspect no more. As soon as another has a token, those repairs have been explained: it was
+not the gang.
 """
 
 from collections import deque
@@ -18,11 +18,18 @@ SUSPECT_AFTER = 2
 
 
 class BreakTrials:
-    """One object for an engine's whole life."""
+    """One object for an engine's whole life.
 
-    def __init__(self) -> None:
+    Args:
+        depth: plans that may be in flight.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
         self.on_explained: Callable[[int], None] = lambda num_breaks: None
         """Called when so many of the last breaks have turned out to be the doing of requests that were ended."""
+        self._is_explained = False
+        """The last break has a culprit: the others were beside it."""
         self._num_unproven = 0
         """Breaks of culprits behind whom nobody has had a token yet."""
         self._num_tokens: dict[str, int] = {}
@@ -47,19 +54,21 @@ class BreakTrials:
         is_trial = bool(self._suspects) and self._suspects[0] in suspects
         if not is_trial and len(live) > 1:
             return None
-        self._num_unproven += suspects[0].num_breaks
-        return suspects[0]
+        culprit = suspects[0]
+        self._num_unproven += culprit.num_breaks
+        self._is_explained = True
+        return culprit
 
     def begin(self, states: Iterable[RequestState]) -> list[RequestState]:
         """A new epoch with these requests, in their order. Returns those that may run at once."""
         states = list(states)
+        if self._is_explained:
+            self._is_explained = False
+            for state in states:
+                state.num_breaks = 0
         self._suspects = deque(state for state in states if state.num_breaks >= SUSPECT_AFTER)
         self._held = [state for state in states if state.num_breaks < SUSPECT_AFTER]
         self._num_tokens = {state.request_id: len(state.token_ids) for state in states} if self._num_unproven else {}
-        if self._num_unproven and self._suspects and self._held:
-            first = min(self._held, key=lambda state: state.num_breaks)
-            self._held.remove(first)
-            self._suspects.appendleft(first)
         return self._next()
 
     def _next(self) -> list[RequestState]:
@@ -86,12 +95,12 @@ class BreakTrials:
         return False
 
     def released(self, live: Mapping[str, RequestState]) -> list[RequestState]:
-        """Those that may run from now on, since the one on trial has a token or has ended. ``live``: by id."""
+        """Those that may run from now on, since the one on trial has passed it or has ended. ``live``: by id."""
         self._explain(live)
         if not self._suspects:
             return []
         trial = self._suspects[0]
-        if live.get(trial.request_id) is trial and len(trial.token_ids) == self._num_tokens_at_trial:
+        if live.get(trial.request_id) is trial and len(trial.token_ids) < self._num_tokens_at_trial + self._depth:
             return []
         trial.num_breaks = 0
         self._suspects.popleft()
