@@ -25,6 +25,8 @@ def draw_record(scenario: Scenario, number: int) -> Record:
             prompt,
             length,
             _sampling(scenario, chance, number, choice, structure),
+            # What others computed before must not spare it its own end.
+            cache_salt="poison" if is_poison else "",
             tenant=TENANTS[number % len(TENANTS)],
         )
         for choice in range(chance.choice([1, 1, 2, 4 if is_poison else 2]))
