@@ -1,5 +1,6 @@
 """Calls that reach an actor while its thread is in another one."""
 
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -79,6 +80,33 @@ def test_nonsense_ends_its_own_connection_only(door: SideDoor, message: bytes) -
         link.settimeout(WAIT_S)
         assert link.recv(1) == b""
     assert knock(door.address, SECRET, "turn", b"ab", WAIT_S) == b"ba"
+
+
+def test_nobody_on_the_way_reads_what_is_said() -> None:
+    told, answer = b"the gang's own secret", b"and what is said to it"
+    opened = SideDoor("tcp:127.0.0.1:0", SECRET, {"form": lambda data: answer if data == told else b""})
+    heard = bytearray()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        relay = threading.Thread(target=_relay, args=(listener, opened.address, heard))
+        relay.start()
+        address = f"tcp:127.0.0.1:{listener.getsockname()[1]}"
+        assert knock(address, SECRET, "form", told, WAIT_S) == answer
+        relay.join(WAIT_S)
+    opened.close()
+    assert len(heard) > 300 and told not in heard and answer not in heard and SECRET.encode() not in heard
+
+
+def _relay(listener: socket.socket, address: str, heard: bytearray) -> None:
+    """One connection, both ways, until its caller has what it wanted."""
+    caller, _ = listener.accept()
+    with caller, connect(address, WAIT_S) as actor:
+        while True:
+            for link in select.select([caller, actor], [], [], WAIT_S)[0]:
+                data = link.recv(1 << 16)
+                heard += data
+                if not data:
+                    return
+                (actor if link is caller else caller).sendall(data)
 
 
 def test_nobody_behind_the_door_is_an_error() -> None:
