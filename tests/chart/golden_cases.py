@@ -1,5 +1,6 @@
 """A few whole renders that are kept, so that a change of the chart shows what it changes: one for each engine mode."""
 
+import copy
 from pathlib import Path
 
 import yaml
@@ -31,7 +32,7 @@ CASES: dict[str, Values] = {
 
 def golden_text(values: Values) -> str:
     """Sorted by kind and name, with made secrets blanked."""
-    documents = sorted(render(values), key=lambda one: (one["kind"], one["metadata"]["name"]))
+    documents = sorted(copy.deepcopy(render(values)), key=lambda one: (one["kind"], one["metadata"]["name"]))
     for one in documents:
         if one["kind"] == "Secret":
             one["data"] = dict.fromkeys(one["data"], "random")

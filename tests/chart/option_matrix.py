@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 from tests.chart.rendering import PRESETS, Values, merged, preset
 
@@ -149,28 +150,29 @@ def values_of(chosen: Combination) -> Values:
     return merged(preset(chosen["preset"]), *(FACTORS[factor][level] for factor, level in chosen.items()))
 
 
-def combinations(seed: int = 0) -> Iterator[Combination]:
+@cache
+def combinations() -> tuple[Combination, ...]:
     """The product of preset and mode, each with other levels, then as many as it takes until every legal pair of levels
     of different factors has come. Greedy: of some random completions the one with most new pairs."""
-    source = random.Random(seed)
+    source = random.Random(0)
     missing = set(_legal_pairs())
+    found = []
     for name, mode in itertools.product(FACTORS["preset"], FACTORS["mode"]):
         if is_legal({"preset": name, "mode": mode}):
-            yield from _best({"preset": name, "mode": mode}, missing, source)
+            found.append(_best({"preset": name, "mode": mode}, missing, source))
     while missing:
         (first, level), (second, other) = sorted(missing)[0]
-        yield from _best({first: level, second: other}, missing, source)
+        found.append(_best({first: level, second: other}, missing, source))
+    return tuple(found)
 
 
-def _best(
-    start: Combination, missing: set[tuple[tuple[str, str], ...]], source: random.Random
-) -> Iterator[Combination]:
+def _best(start: Combination, missing: set[tuple[tuple[str, str], ...]], source: random.Random) -> Combination:
     tried = [found for _ in range(30) if (found := _completed(start, source)) is not None]
     best = max(tried, key=lambda found: len(_pairs(found) & missing), default=None)
     if best is None:
         raise AssertionError(f"{start} is legal by itself and with nothing else")
     missing -= _pairs(best)
-    yield best
+    return best
 
 
 def _completed(start: Combination, source: random.Random) -> Combination | None:

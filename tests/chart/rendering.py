@@ -1,6 +1,7 @@
 """helm/remuda as Helm itself renders it (helm-python-sdk), no cluster needed."""
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -57,15 +58,20 @@ def render_text(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def render(values: Mapping[str, Any]) -> list[Document]:
-    """All objects, hooks included. Raises helm_python.HelmError."""
-    texts = render_text(values)
-    return [
+    """All objects, hooks too; for equal values the same ones: copy what you change. Raises helm_python.HelmError."""
+    return list(_documents(json.dumps(values, sort_keys=True)))
+
+
+@cache
+def _documents(values: str) -> tuple[Document, ...]:
+    texts = render_text(json.loads(values))
+    return tuple(
         document
         for path in sorted(texts)
         if path != "NOTES.txt"
         for document in yaml.load_all(texts[path], Loader=yaml.CSafeLoader)
         if document
-    ]
+    )
 
 
 def of_kind(documents: list[Document], kind: str) -> list[Document]:

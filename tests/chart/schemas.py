@@ -9,10 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import referencing
-from jsonschema import Draft202012Validator
+from jsonschema_rs import Draft202012Validator, Registry
 from kubernetes_validate.utils import all_versions, major_minor
-from referencing.jsonschema import DRAFT202012
 
 from tests.chart.rendering import Document
 
@@ -51,13 +49,18 @@ def _problems(text: str, version: str) -> tuple[str, ...]:
     group = document["apiVersion"].rpartition("/")[0]
     is_custom = (group, document["kind"]) in _custom_kinds()
     validator = _custom_validator(group, document["kind"]) if is_custom else _builtin_validator(version, document)
-    found = [_path(error.absolute_path) + error.message[:300] for error in validator.iter_errors(document)]
-    metadata = Draft202012Validator(_METADATA).iter_errors(document["metadata"])
+    found = [f"{_path(error.instance_path)}: {error.message[:300]}" for error in validator.iter_errors(document)]
+    metadata = _metadata_validator().iter_errors(document["metadata"])
     return (*found, *(f"metadata: {error.message[:300]}" for error in metadata))
 
 
-def _path(parts: Any) -> str:
-    return ".".join(str(part) for part in parts) + ": "
+def _path(parts: list[Any]) -> str:
+    return ".".join(str(part) for part in parts)
+
+
+@cache
+def _metadata_validator() -> Draft202012Validator:
+    return Draft202012Validator(_METADATA)
 
 
 @cache
@@ -103,10 +106,9 @@ def _folder(version: str) -> Any:
 
 
 @cache
-def _definitions(version: str) -> Any:
+def _definitions(version: str) -> Registry:
     content = json.loads(_folder(version).joinpath("_definitions.json").read_text())
-    resource = referencing.Resource.from_contents(content, default_specification=DRAFT202012)
-    return referencing.Registry().with_resource("_definitions.json", resource)
+    return Registry([(content["$id"], content)])
 
 
 @cache

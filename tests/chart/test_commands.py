@@ -13,6 +13,7 @@ from cluster.cli.main import app
 from cluster.config import load_serve_config
 from cluster.identity.cluster_tls import CLUSTER_NAME
 from cluster.identity.config import load_security
+from cluster.k8s.leaders import PORT_NAME
 from cluster.tenants.config import parse_policies
 from tests.chart.option_matrix import combinations, values_of
 from tests.chart.rendering import (
@@ -184,6 +185,7 @@ def test_names_reach_discovery() -> None:
     assert namespace == "$(POD_NAMESPACE)" and service in {
         one["metadata"]["name"] for one in of_kind(documents, "Service")
     }
+    assert [port["name"] for port in only(documents, "Service", "leaders")["spec"]["ports"]] == [PORT_NAME]
     (role,) = of_kind(documents, "Role")
     assert {"endpointslices"} == {name for rule in role["rules"] for name in rule["resources"]}
     assert {verb for rule in role["rules"] for verb in rule["verbs"]} == {"list", "watch"}

@@ -1,5 +1,6 @@
 """deploy/monitoring/alerts.yaml: the chart's alerts for a Prometheus outside Kubernetes, made from them."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -14,7 +15,9 @@ _HEAD = "# Made from helm/remuda/templates/alerts.yaml (make chart-golden).\n"
 
 def alerts_text() -> str:
     """Of all models of the scraped job: only the label ``namespace`` selects, which prometheus.yaml sets."""
-    groups: list[Document] = only(render(at("monitoring.rules", True)), "PrometheusRule")["spec"]["groups"]
+    groups: list[Document] = copy.deepcopy(only(render(at("monitoring.rules", True)), "PrometheusRule"))["spec"][
+        "groups"
+    ]
     for rule in groups[0]["rules"]:
         rule["expr"] = re.sub(r'namespace="llm",?(model_name="[^"]*",?)?', 'namespace="remuda",', rule["expr"])
         rule["expr"] = rule["expr"].replace(",}", "}").replace(" ,", "")
