@@ -23,15 +23,15 @@ class Subject:
 _FAILOVER = (tests("tests/failover/test_fleet.py"), EXPLORATION, SIMULATION)
 
 SUBJECTS = (
-    Subject("cluster/frontend/journal.py", 26, (tests("tests/property/test_journal.py"), *_FAILOVER)),
+    Subject("cluster/frontend/journal.py", 13, (tests("tests/property/test_journal.py"), *_FAILOVER)),
     Subject(
         "cluster/replica/recovery.py",
-        26,
+        13,
         (tests("tests/property/test_recovery.py"), EXPLORATION, SIMULATION),
     ),
     Subject(
         "engine/scheduler/block_pool.py",
-        26,
+        13,
         (
             tests("tests/property/test_block_pool.py"),
             tests("tests/unit/scheduler/test_prefix_cache.py", "tests/unit/scheduler/test_scheduler.py"),
@@ -39,8 +39,8 @@ SUBJECTS = (
             SIMULATION,
         ),
     ),
-    Subject("cluster/replica/stream_history.py", 10, _FAILOVER),
-    Subject("cluster/replica/held_streams.py", 8, _FAILOVER),
+    Subject("cluster/replica/stream_history.py", 2, _FAILOVER),
+    Subject("cluster/replica/held_streams.py", 2, _FAILOVER),
 )
 
 
