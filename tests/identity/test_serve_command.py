@@ -46,7 +46,6 @@ def security_file(directory: Path, probes_port: int) -> Path:
     return path
 
 
-@pytest.mark.timeout(100)
 def test_everything_at_once(tmp_path: Path) -> None:
     probes_port = free_port()
     path = security_file(tmp_path, probes_port)
