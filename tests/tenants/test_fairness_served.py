@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -15,7 +16,7 @@ from tests.frontend.servers import TINY, Served, served
 from tests.tenants.test_served import bearer, key_of
 
 FLOOD = 100
-NUM_NEW = 6
+NUM_NEW = 4
 MANY = httpx.Limits(max_connections=2 * FLOOD)
 PROMPT = "Once upon a time there was a horse that nobody could ride, " * 2
 
@@ -56,7 +57,7 @@ async def first_token_steps(one: Served, backend: CountingBackend, key: str) -> 
 async def test_a_single_request_beside_a_hundred_gets_its_first_token_soon(tmp_path: Path) -> None:
     noisy, quiet = key_of(tmp_path, "noisy"), key_of(tmp_path, "quiet")
     security = SecurityConfig.model_validate({"api_keys": {"file": tmp_path / "keys"}})
-    backend = CountingBackend()
+    backend: Any = CountingBackend()
     async with (
         served(backend, security=security) as one,
         httpx.AsyncClient(
