@@ -174,14 +174,6 @@ volumes:
   valueFrom:
     fieldRef:
       fieldPath: status.podIP
-- name: POD_NAME
-  valueFrom:
-    fieldRef:
-      fieldPath: metadata.name
-- name: NODE_NAME
-  valueFrom:
-    fieldRef:
-      fieldPath: spec.nodeName
 {{- if eq .Values.engine.mode "kuberay" }}
 # KubeRay gives its init container the same variables and volumes.
 - name: RAY_AUTH_MODE
