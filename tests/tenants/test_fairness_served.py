@@ -16,9 +16,9 @@ from tests.frontend.servers import TINY, Served, served
 from tests.tenants.test_served import bearer, key_of
 
 FLOOD = 100
-NUM_NEW = 4
+NUM_NEW = 3
 MANY = httpx.Limits(max_connections=2 * FLOOD)
-PROMPT = "Once upon a time there was a horse that nobody could ride, " * 2
+PROMPT = "Once upon a time there was a horse that nobody could ride, " * 6
 
 
 class CountingBackend(RealBackend):
@@ -67,7 +67,7 @@ async def test_a_single_request_beside_a_hundred_gets_its_first_token_soon(tmp_p
         alone = await first_token_steps(one, backend, quiet)
 
         async def flood(number: int) -> int:
-            body = completion(prompt=f"{number} {PROMPT}", max_tokens=NUM_NEW, ignore_eos=True)
+            body = completion(prompt=f"{number} horses", max_tokens=NUM_NEW, ignore_eos=True)
             answer = await client.post("/v1/completions", json=body, headers=bearer(noisy))
             return int(json.loads(answer.text)["usage"]["completion_tokens"])
 
@@ -82,5 +82,5 @@ async def test_a_single_request_beside_a_hundred_gets_its_first_token_soon(tmp_p
                 await asyncio.sleep(0)
         assert backend._engine.stats().num_waiting > FLOOD - 10
         beside = await first_token_steps(one, backend, quiet)
-        assert beside <= 2 * alone + 2
+        assert alone > 1 and beside <= 2 * alone + 2, (alone, beside)
         assert await asyncio.gather(*flooding) == [NUM_NEW] * FLOOD, "and the flood loses nothing"
