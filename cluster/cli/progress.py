@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from cluster.cli.errors import rebuild_error
+from cluster.errors import StartFailed
 from cluster.replica.events import (
     Event,
     Failed,
@@ -31,6 +32,7 @@ from cluster.replica.events import (
     RankPlaced,
     Repairing,
     ReplicaReady,
+    Stopped,
 )
 
 PHASE_TEXT = {
@@ -93,10 +95,12 @@ class StartProgress:
         """Returns whether all replicas are ready; False when the start was stopped. Raises what made it fail."""
         with self._bar:
             for event in events:
+                if isinstance(event, Stopped):
+                    return False
                 self._show(event)
                 if len(self.ready) == self._num_replicas:
                     return True
-        return False
+        raise StartFailed("the control process died; what it had started has been stopped")
 
     def _show(self, event: Event) -> None:
         if isinstance(event, Failed):
