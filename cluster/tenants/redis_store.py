@@ -14,10 +14,11 @@ from redis.exceptions import RedisError
 
 from cluster.tenants.store import LEASE_S, Kind, Level, StoreUnavailable
 
-TIMEOUT_S: Final = 0.25
-"""Nobody waits longer for Redis: without it the request goes on by this front end's own limits."""
+TIMEOUT_S: Final = 0.5
+"""For an answer: without it the request goes on by this front end's own limits."""
 MAX_CONNECTIONS: Final = 32
-"""Of one front end; who finds all in use waits for one."""
+QUEUE_TIMEOUT_S: Final = 2.0
+"""Of one front end; who finds all in use waits so long for one: a burst of requests does not mean that it is away."""
 
 _NOW = "local t = redis.call('TIME') local now = t[1] + t[2] / 1000000 "
 
@@ -67,15 +68,15 @@ redis.call('EXPIRE', KEYS[1], math.ceil(ARGV[1]) + 60)
 )
 
 
-def connect(url: str, password: str | None) -> Redis:
+def connect(url: str, password: str | None, timeout_s: float = TIMEOUT_S) -> Redis:
     """A client that connects when it is first asked, and again after a loss. Raises ValueError for a bad address."""
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=MAX_CONNECTIONS,
-        timeout=TIMEOUT_S,
+        timeout=max(QUEUE_TIMEOUT_S, timeout_s),
         password=password,
-        socket_timeout=TIMEOUT_S,
-        socket_connect_timeout=TIMEOUT_S,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
         retry=Retry(NoBackoff(), 0),
         decode_responses=True,
     )

@@ -28,7 +28,8 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture
 async def redis(shared_redis: RedisServer) -> AsyncIterator[Redis]:
-    client = connect(shared_redis.url, PASSWORD)
+    # On a busy machine an answer may take longer than a front end would wait.
+    client = connect(shared_redis.url, PASSWORD, timeout_s=20.0)
     await client.flushall()
     yield client
     await client.aclose()
