@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from cluster.errors import Unauthenticated
 from cluster.identity.api_keys import ApiKeys, KeyTable, make_table
 from cluster.identity.key_file import KeyFile, KeyRecord, new_key
 from cluster.identity.principal import ALL_SCOPES
+from cluster.identity.reloaded import Reloaded
 from engine.errors import InvalidOption
 
 PEPPER = b"p" * 32
@@ -63,6 +65,32 @@ def test_expiry_is_to_the_second_and_told_to_the_keys_holder_alone() -> None:
         keys.check(text, 1060.0)
     with pytest.raises(Unauthenticated, match="not valid"):
         keys.check(wrong_secret(text), 1060.0)
+
+
+def test_a_revoked_key_is_none() -> None:
+    text, record = key()
+    keys = table(msgspec.structs.replace(record, revoked_unix_s=1))
+    with pytest.raises(Unauthenticated, match="was revoked"):
+        keys.check(text, 1000.0)
+    with pytest.raises(Unauthenticated, match="not valid"):
+        keys.check(wrong_secret(text), 1000.0)
+
+
+def test_what_could_not_be_read_is_tried_again_though_it_looks_the_same(tmp_path: Path) -> None:
+    """As on a network file system that answers with an error for a while."""
+    path, answers = tmp_path / "keys", ["one", None, "two"]
+    path.write_text("")
+
+    def load() -> str:
+        answer = answers.pop(0)
+        if answer is None:
+            raise InvalidOption("not now")
+        return answer
+
+    file = Reloaded([path], load)
+    path.write_text("changed")
+    assert not file.poll() and file.value == "one"
+    assert file.poll() and file.value == "two" and not file.poll()
 
 
 def test_keys_in_plain_text_may_do_everything_for_the_default_tenant() -> None:
