@@ -25,6 +25,10 @@ class Backend(Protocol):
         """Who has a request that its client came back for. Raises UnknownStream."""
         ...
 
+    def abandon(self, found: FoundCall) -> None:
+        """Nobody wants the request any more, wherever it runs."""
+        ...
+
     def replicas(self) -> Sequence[ReplicaInfo]:
         """What each replica last said of itself. Does not wait."""
         ...

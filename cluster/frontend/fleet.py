@@ -133,6 +133,12 @@ class Fleet:
             raise UnknownStream(f"nobody has request {call_id!r} (any more); ask anew")
         return FoundCall(stored, holders)
 
+    def abandon(self, found: FoundCall) -> None:
+        """As cluster.frontend.backend.Backend says."""
+        for holder in found.holders.values():
+            if (client := self._clients.get(holder.replica)) is not None:
+                client.abandon(holder.request_id, even_if_read=True)
+
     async def _run(self, journal: Journal, keep: Keep | None) -> AsyncGenerator[Output, None]:
         self._has_work.set()
         try:

@@ -67,6 +67,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             log_defect(error)
             await abort(context, error)
 
+    async def Cancel(self, request: inference_pb2.CancelRequest, context: Context) -> inference_pb2.CancelResponse:
+        try:
+            await self._service.cancel(request.request_id)
+            return inference_pb2.CancelResponse()
+        except Exception as error:  # noqa: BLE001  as above
+            log_defect(error)
+            await abort(context, error)
+
     async def _resume(self, point: inference_pb2.ResumePoint, context: Context) -> None:
         """Raises UnknownStream, and as ``_stream`` does."""
         had = cursor_of(point)

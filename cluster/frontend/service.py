@@ -182,6 +182,13 @@ class Service:
             raise UnknownStream(f"nobody has request {call_id!r} (any more); ask anew")
         return found
 
+    async def cancel(self, call_id: str) -> None:
+        """End a request whose client could come back for it, whoever reads it now. Raises as ``find`` does."""
+        found = await self.find(call_id)
+        for live in [live for live in self._live if live.call_id == call_id]:
+            live.fail(Cancelled("the request was cancelled"))
+        self.backend.abandon(found)
+
     async def _counted(self, call: Call, run: Run) -> AsyncGenerator[Event, None]:
         arrived_s = self._clock.now_s()
         outcome, status = "cancelled", mapping_of(Cancelled).http_status

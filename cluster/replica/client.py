@@ -188,10 +188,12 @@ class ReplicaClient(LeaderCalls):
 
         return self._read(request_id, resume, num_tokens, keep)
 
-    def abandon(self, request_id: str) -> None:
-        """Nobody waits for this request, which was lost with the connection and may still run there."""
+    def abandon(self, request_id: str, even_if_read: bool = False) -> None:
+        """Nobody waits for this request, which was lost with the connection and may still run there. ``even_if_read``:
+        by another front end."""
         if self.is_connected:
-            self._send(replica_pb2.FrontEndFrame(abort=replica_pb2.AbortRequest(request_id=request_id)))
+            abort = replica_pb2.AbortRequest(request_id=request_id, even_if_read=even_if_read)
+            self._send(replica_pb2.FrontEndFrame(abort=abort))
         else:
             self._abandoned.append(request_id)
 

@@ -296,8 +296,9 @@ class LeaderServer:
         if abort.request_id:
             stream = self._streams.live_one(abort.request_id)
             # Somebody else may read it by now.
-            if stream is None or stream.has_reader:
+            if stream is None or (stream.has_reader and not abort.even_if_read):
                 return
+            stream.turn_away("the request was cancelled")
         else:
             stream = attachment.streams.get(abort.stream)
             attachment.forget(abort.stream)

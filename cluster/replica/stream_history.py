@@ -74,17 +74,21 @@ class StreamHistory:
     ) -> None:
         """From now on everything behind this position goes to ``stream``, and nothing to whoever read it before.
         ``window``: tokens until the first credit; 0 is no bound."""
-        if self._attachment is not None:
-            before, number = self._attachment, self._stream
-            self.detach()
-            before.put_error(number, Cancelled("somebody else goes on reading this request"))
-            before.wake.set()
+        self.turn_away("somebody else goes on reading this request")
         self._attachment = attachment
         self._stream = stream
         attachment.streams[stream] = self
         self._num_sent, self._num_sent_prompt = num_tokens, num_prompt_logprobs
         self._limit = num_tokens + window if window else _NO_BOUND
         self._send_waiting(attachment)
+
+    def turn_away(self, why: str) -> None:
+        """Whoever reads it gets no more."""
+        if self._attachment is not None:
+            before, number = self._attachment, self._stream
+            self.detach()
+            before.put_error(number, Cancelled(why))
+            before.wake.set()
 
     def detach(self) -> None:
         """Nobody reads it."""

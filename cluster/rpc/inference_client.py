@@ -1,5 +1,6 @@
 """A blocking client of remuda.v1, for the command line: plain values in and out, errors of our tree."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ DUMP_TIMEOUT_S = 60.0
 COME_BACK_S = 25.0
 """So long a broken stream is gone on with; leaders keep what nobody reads for a little longer."""
 COME_BACK_INTERVAL_S = 0.2
+_CANCEL_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,20 @@ class InferenceClient:
                     raise self._explained(error) from error
                 point = inference_pb2.ResumePoint(request_id=request_id, choices=[place])
                 request = inference_pb2.GenerateRequest(resume=point)
+            except (GeneratorExit, KeyboardInterrupt):
+                self._end_work(request_id)
+                raise
             finally:
                 call.cancel()
             # gRPC's own backoff spaces out the attempts to connect; this, those that are refused.
             time.sleep(COME_BACK_INTERVAL_S)
+
+    def _end_work(self, request_id: str) -> None:
+        """Of a stream that its reader leaves. Where the server cannot be told, it ends the request after a while."""
+        if request_id:
+            with contextlib.suppress(grpc.RpcError, ValueError):  # ValueError: the channel is closed already
+                request = inference_pb2.CancelRequest(request_id=request_id)
+                self._inference.Cancel(request, timeout=_CANCEL_TIMEOUT_S, metadata=self._metadata)
 
     def status(self) -> ServerStatus:
         try:

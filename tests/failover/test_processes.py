@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
+from cluster.rpc.generated.remuda.v1 import inference_pb2
+from cluster.rpc.inference_client import GenerateOptions, InferenceClient
 from tests.failover.processes import Cluster, cluster_of
 from tests.failover.requests import PROMPT, REQUESTS, assert_same
 from tests.failover.streams import Reading, read
@@ -109,6 +112,42 @@ def test_who_asks_for_what_nobody_has_is_told(shared: Cluster) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "request_not_found")
     answer = httpx.post(url, json={}, headers={"last-event-id": "no id of ours"})
     assert answer.status_code == httpx.codes.BAD_REQUEST
+
+
+def test_a_client_that_leaves_a_resumable_request_ends_its_work(shared: Cluster) -> None:
+    """As Ctrl-C does, long before the grace time is over; and so does anybody who knows its name, at any front end."""
+    first, second = shared.front_ends
+    with (
+        InferenceClient(f"127.0.0.1:{first.grpc_port}") as client,
+        InferenceClient(f"127.0.0.1:{second.grpc_port}") as other,
+    ):
+        stream = client.generate(PROMPT, GenerateOptions(max_tokens=1900, temperature=0.0))
+        next(stream)
+        _wait_until_running(client, 1)
+        stream.close()  # type: ignore[attr-defined]
+        _wait_until_running(client, 0)
+
+        request = inference_pb2.GenerateRequest(text=PROMPT, resumable=True)
+        request.sampling.max_tokens = 1900
+        call = client._inference.Generate(request)
+        name = next(call).request_id
+        _wait_until_running(client, 1)
+        other._inference.Cancel(inference_pb2.CancelRequest(request_id=name), timeout=10)
+        _wait_until_running(client, 0)
+        with pytest.raises(grpc.RpcError) as cancelled:
+            list(call)
+        assert cancelled.value.code() == grpc.StatusCode.CANCELLED
+        with pytest.raises(grpc.RpcError) as unknown:
+            other._inference.Cancel(inference_pb2.CancelRequest(request_id="nobody"), timeout=10)
+        assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def _wait_until_running(client: InferenceClient, number: int) -> None:
+    """Replicas are asked now and then."""
+    deadline_s = time.monotonic() + 5
+    while client.status().replicas[0].num_running != number:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
 
 
 def test_a_request_that_is_not_resumable_ends_with_its_connection(shared: Cluster) -> None:

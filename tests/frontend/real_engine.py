@@ -73,6 +73,9 @@ class RealBackend:
     async def find(self, call_id: str) -> FoundCall:
         raise UnknownStream(f"nobody has the request {call_id!r}")
 
+    def abandon(self, found: FoundCall) -> None:
+        raise NotImplementedError("what nobody has is abandoned by nobody")
+
     def replicas(self) -> Sequence[ReplicaInfo]:
         return [replica_info(max_model_len=self.max_model_len)]
 

@@ -63,6 +63,9 @@ class ScriptedBackend:
     async def find(self, call_id: str) -> FoundCall:
         raise UnknownStream(f"nobody has the request {call_id!r}")
 
+    def abandon(self, found: FoundCall) -> None:
+        raise NotImplementedError("what nobody has is abandoned by nobody")
+
     def replicas(self) -> Sequence[ReplicaInfo]:
         return self.infos
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.rpc.generated.remuda.v1 import common_pb2 as remuda_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19remuda/v1/inference.proto\x12\tremuda.v1\x1a\x16remuda/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.remuda.v1.ChatMessage\"\x82\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.remuda.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0f.remuda.v1.ChatH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.remuda.v1.SamplingParams\x12\x0e\n\x01n\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x11\n\x04\x65\x63ho\x18\x08 \x01(\x08H\x02\x88\x01\x01\x12\x17\n\nrequest_id\x18\t \x01(\tH\x03\x88\x01\x01\x12\"\n\x15\x66irst_token_timeout_s\x18\n \x01(\x01H\x04\x88\x01\x01\x12\x15\n\x08priority\x18\x0b \x01(\x11H\x05\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0c \x01(\tH\x06\x88\x01\x01\x12\x16\n\tresumable\x18\r \x01(\x08H\x07\x88\x01\x01\x12+\n\x06resume\x18\x0e \x01(\x0b\x32\x16.remuda.v1.ResumePointH\x08\x88\x01\x01\x42\x08\n\x06promptB\x04\n\x02_nB\x07\n\x05_echoB\r\n\x0b_request_idB\x18\n\x16_first_token_timeout_sB\x0b\n\t_priorityB\r\n\x0b_cache_saltB\x0c\n\n_resumableB\t\n\x07_resume\"M\n\x0bResumePoint\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x19.remuda.v1.ChoicePosition\"^\n\x0e\x43hoicePosition\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x16\n\x0enum_characters\x18\x03 \x01(\r\x12\x10\n\x08\x66inished\x18\x04 \x01(\x08\"\xc5\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x07started\x18\x02 \x01(\x0b\x32\x12.remuda.v1.StartedH\x00\x12!\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x10.remuda.v1.DeltaH\x00\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x13.remuda.v1.FinishedH\x00\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x10.remuda.v1.UsageH\x00\x42\x07\n\x05\x65vent\"3\n\x07Started\x12\r\n\x05model\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\"v\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.remuda.v1.TokenLogprobs\x12\x10\n\x08position\x18\x05 \x01(\r\"\x9b\x01\n\x08\x46inished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.remuda.v1.FinishReason\x12\x18\n\x0bstop_string\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x01\x88\x01\x01\x42\x0e\n\x0c_stop_stringB\x10\n\x0e_stop_token_id\"\\\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\"\x92\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0f.remuda.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.remuda.v1.Model\"R\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x04\x12\x0e\n\x06parent\x18\x04 \x01(\t2\xad\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.remuda.v1.GenerateRequest\x1a\x1b.remuda.v1.GenerateResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.remuda.v1.TokenizeRequest\x1a\x1b.remuda.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.remuda.v1.DetokenizeRequest\x1a\x1d.remuda.v1.DetokenizeResponse\x12I\n\nListModels\x12\x1c.remuda.v1.ListModelsRequest\x1a\x1d.remuda.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19remuda/v1/inference.proto\x12\tremuda.v1\x1a\x16remuda/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.remuda.v1.ChatMessage\"\x82\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.remuda.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0f.remuda.v1.ChatH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.remuda.v1.SamplingParams\x12\x0e\n\x01n\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x11\n\x04\x65\x63ho\x18\x08 \x01(\x08H\x02\x88\x01\x01\x12\x17\n\nrequest_id\x18\t \x01(\tH\x03\x88\x01\x01\x12\"\n\x15\x66irst_token_timeout_s\x18\n \x01(\x01H\x04\x88\x01\x01\x12\x15\n\x08priority\x18\x0b \x01(\x11H\x05\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0c \x01(\tH\x06\x88\x01\x01\x12\x16\n\tresumable\x18\r \x01(\x08H\x07\x88\x01\x01\x12+\n\x06resume\x18\x0e \x01(\x0b\x32\x16.remuda.v1.ResumePointH\x08\x88\x01\x01\x42\x08\n\x06promptB\x04\n\x02_nB\x07\n\x05_echoB\r\n\x0b_request_idB\x18\n\x16_first_token_timeout_sB\x0b\n\t_priorityB\r\n\x0b_cache_saltB\x0c\n\n_resumableB\t\n\x07_resume\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"M\n\x0bResumePoint\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x19.remuda.v1.ChoicePosition\"^\n\x0e\x43hoicePosition\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x16\n\x0enum_characters\x18\x03 \x01(\r\x12\x10\n\x08\x66inished\x18\x04 \x01(\x08\"\xc5\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x07started\x18\x02 \x01(\x0b\x32\x12.remuda.v1.StartedH\x00\x12!\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x10.remuda.v1.DeltaH\x00\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x13.remuda.v1.FinishedH\x00\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x10.remuda.v1.UsageH\x00\x42\x07\n\x05\x65vent\"3\n\x07Started\x12\r\n\x05model\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\"v\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.remuda.v1.TokenLogprobs\x12\x10\n\x08position\x18\x05 \x01(\r\"\x9b\x01\n\x08\x46inished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\'\n\x06reason\x18\x02 \x01(\x0e\x32\x17.remuda.v1.FinishReason\x12\x18\n\x0bstop_string\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x01\x88\x01\x01\x42\x0e\n\x0c_stop_stringB\x10\n\x0e_stop_token_id\"\\\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\"\x92\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0f.remuda.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.remuda.v1.Model\"R\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x04\x12\x0e\n\x06parent\x18\x04 \x01(\t2\xec\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.remuda.v1.GenerateRequest\x1a\x1b.remuda.v1.GenerateResponse0\x01\x12=\n\x06\x43\x61ncel\x12\x18.remuda.v1.CancelRequest\x1a\x19.remuda.v1.CancelResponse\x12\x43\n\x08Tokenize\x12\x1a.remuda.v1.TokenizeRequest\x1a\x1b.remuda.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.remuda.v1.DetokenizeRequest\x1a\x1d.remuda.v1.DetokenizeResponse\x12I\n\nListModels\x12\x1c.remuda.v1.ListModelsRequest\x1a\x1d.remuda.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,34 +40,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHAT']._serialized_end=183
   _globals['_GENERATEREQUEST']._serialized_start=186
   _globals['_GENERATEREQUEST']._serialized_end=700
-  _globals['_RESUMEPOINT']._serialized_start=702
-  _globals['_RESUMEPOINT']._serialized_end=779
-  _globals['_CHOICEPOSITION']._serialized_start=781
-  _globals['_CHOICEPOSITION']._serialized_end=875
-  _globals['_GENERATERESPONSE']._serialized_start=878
-  _globals['_GENERATERESPONSE']._serialized_end=1075
-  _globals['_STARTED']._serialized_start=1077
-  _globals['_STARTED']._serialized_end=1128
-  _globals['_DELTA']._serialized_start=1130
-  _globals['_DELTA']._serialized_end=1248
-  _globals['_FINISHED']._serialized_start=1251
-  _globals['_FINISHED']._serialized_end=1406
-  _globals['_USAGE']._serialized_start=1408
-  _globals['_USAGE']._serialized_end=1500
-  _globals['_TOKENIZEREQUEST']._serialized_start=1503
-  _globals['_TOKENIZEREQUEST']._serialized_end=1649
-  _globals['_TOKENIZERESPONSE']._serialized_start=1651
-  _globals['_TOKENIZERESPONSE']._serialized_end=1711
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1713
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1766
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1768
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1802
-  _globals['_LISTMODELSREQUEST']._serialized_start=1804
-  _globals['_LISTMODELSREQUEST']._serialized_end=1823
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1825
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1879
-  _globals['_MODEL']._serialized_start=1881
-  _globals['_MODEL']._serialized_end=1963
-  _globals['_INFERENCE']._serialized_start=1966
-  _globals['_INFERENCE']._serialized_end=2267
+  _globals['_CANCELREQUEST']._serialized_start=702
+  _globals['_CANCELREQUEST']._serialized_end=737
+  _globals['_CANCELRESPONSE']._serialized_start=739
+  _globals['_CANCELRESPONSE']._serialized_end=755
+  _globals['_RESUMEPOINT']._serialized_start=757
+  _globals['_RESUMEPOINT']._serialized_end=834
+  _globals['_CHOICEPOSITION']._serialized_start=836
+  _globals['_CHOICEPOSITION']._serialized_end=930
+  _globals['_GENERATERESPONSE']._serialized_start=933
+  _globals['_GENERATERESPONSE']._serialized_end=1130
+  _globals['_STARTED']._serialized_start=1132
+  _globals['_STARTED']._serialized_end=1183
+  _globals['_DELTA']._serialized_start=1185
+  _globals['_DELTA']._serialized_end=1303
+  _globals['_FINISHED']._serialized_start=1306
+  _globals['_FINISHED']._serialized_end=1461
+  _globals['_USAGE']._serialized_start=1463
+  _globals['_USAGE']._serialized_end=1555
+  _globals['_TOKENIZEREQUEST']._serialized_start=1558
+  _globals['_TOKENIZEREQUEST']._serialized_end=1704
+  _globals['_TOKENIZERESPONSE']._serialized_start=1706
+  _globals['_TOKENIZERESPONSE']._serialized_end=1766
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1768
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1821
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1823
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1857
+  _globals['_LISTMODELSREQUEST']._serialized_start=1859
+  _globals['_LISTMODELSREQUEST']._serialized_end=1878
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1880
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1934
+  _globals['_MODEL']._serialized_start=1936
+  _globals['_MODEL']._serialized_end=2018
+  _globals['_INFERENCE']._serialized_start=2021
+  _globals['_INFERENCE']._serialized_end=2385
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,11 @@ class InferenceStub:
                 request_serializer=remuda_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=remuda_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/remuda.v1.Inference/Cancel',
+                request_serializer=remuda_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
+                response_deserializer=remuda_dot_v1_dot_inference__pb2.CancelResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/remuda.v1.Inference/Tokenize',
                 request_serializer=remuda_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -63,6 +68,13 @@ class InferenceServicer:
 
     def Generate(self, request, context):
         """Streams the answer. Cancelling the call stops the work.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Ends a resumable request, which would else outlive its call for a grace time; whoever reads it gets CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,6 +105,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=remuda_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=remuda_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=remuda_dot_v1_dot_inference__pb2.CancelRequest.FromString,
+                    response_serializer=remuda_dot_v1_dot_inference__pb2.CancelResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -138,6 +155,33 @@ class Inference:
             '/remuda.v1.Inference/Generate',
             remuda_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             remuda_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/remuda.v1.Inference/Cancel',
+            remuda_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
+            remuda_dot_v1_dot_inference__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -217,20 +217,24 @@ class AbortRequest(_message.Message):
     STREAM_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
+    EVEN_IF_READ_FIELD_NUMBER: _builtins.int
     stream: _builtins.int
     request_id: _builtins.str
     keep: _builtins.bool
     """Nobody reads it now, but its client may come back: it ends after the grace time."""
+    even_if_read: _builtins.bool
+    """Also where somebody else reads the request `request_id`, who then gets CANCELLED."""
     def __init__(
         self,
         *,
         stream: _builtins.int = ...,
         request_id: _builtins.str = ...,
         keep: _builtins.bool = ...,
+        even_if_read: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep", "request_id", b"request_id", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["even_if_read", b"even_if_read", "keep", b"keep", "request_id", b"request_id", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
