@@ -44,9 +44,8 @@ def answers(
     """Of the cases that this run has selected, two at once: a gang of more ranks than cores mostly waits for one of
     its own to be woken."""
     items = (item for item in request.session.items if isinstance(item, pytest.Function))
-    chosen: list[Case] = [
-        item.callspec.params["case"] for item in items if getattr(item.function, "__name__", "") == "test_layout"
-    ]
+    params = [item.callspec.params["case"] for item in items if getattr(item.function, "__name__", "") == "test_layout"]
+    chosen = [case for case in params if isinstance(case, Case)]
     with ThreadPoolExecutor(2) as pool:
         futures = {
             case: pool.submit(run_layout, references(case.model), case.parallel, hosts(case.num_hosts))
