@@ -56,7 +56,7 @@ def record(config: ServeConfig) -> Recorded:
         prompts = [(text, ids) for text, ids in prompts if len(ids) + NUM_TOKENS <= max_model_len]
         if not prompts:
             raise CheckpointError(f"{directory} is served with {max_model_len} tokens, too few for any golden prompt")
-        test = SelfTest(plan, directory, checked.model.vocab_size, max_model_len)
+        test = SelfTest(plan, directory, checked.model, max_model_len)
         golden = test.record(_engine(plan, checked.model, gang), prompts)
     finally:
         gang.close()

@@ -192,7 +192,7 @@ class Leader:
         golden = read_golden(directory)
         begun_s = time.monotonic()
         while True:
-            test = SelfTest(self._config.plan, directory, self._model.vocab_size, self._ready.max_model_len)
+            test = SelfTest(self._config.plan, directory, self._model, self._ready.max_model_len)
             try:
                 done = test.run(engine, golden)
             except EngineFailure as error:
