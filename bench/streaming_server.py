@@ -46,6 +46,9 @@ class ReferenceService(inference_pb2_grpc.InferenceServicer):
             delta = inference_pb2.Delta(choice=0, token_ids=[token_id], position=token_id)
             yield inference_pb2.GenerateResponse(request_id=request.request_id, delta=delta)
 
+    async def Cancel(self, request: object, context: object) -> inference_pb2.CancelResponse:
+        raise NotImplementedError
+
     async def Tokenize(self, request: object, context: object) -> inference_pb2.TokenizeResponse:
         raise NotImplementedError
 

@@ -55,7 +55,7 @@ def test_every_dependency_is_pinned_within_its_bounds() -> None:
 
 def test_extras_are_the_promised_ones() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {"test", "clients", "gpu"} <= set(project["optional-dependencies"])
+    assert {"test", "gpu", "xgrammar"} <= set(project["optional-dependencies"])
 
 
 @pytest.mark.parametrize(
