@@ -182,7 +182,8 @@ class FrontEnd:
         if not self._admission.num_requests:
             return True
         try:
-            await asyncio.wait_for(self._admission.wait_idle(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._admission.wait_idle()
         except TimeoutError:
             return False
         return True

@@ -303,8 +303,10 @@ class Fleet:
     async def _pause(self) -> None:
         """Until it is time to ask the replicas again: a request ends the long pause of idle ones."""
         if self._is_idle:
+            # Not wait_for: in Python 3.11 it forgets that it is cancelled where the event has just been set.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._has_work.wait(), IDLE_REFRESH_INTERVAL_S - REFRESH_INTERVAL_S)
+                async with asyncio.timeout(IDLE_REFRESH_INTERVAL_S - REFRESH_INTERVAL_S):
+                    await self._has_work.wait()
         self._has_work.clear()
         await asyncio.sleep(REFRESH_INTERVAL_S)
 

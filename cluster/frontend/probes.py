@@ -55,7 +55,8 @@ class EngineFront:
         for replica in self._fleet.replicas():
             await self._fleet.drain(replica.id, migrate_after_s=timeout_s)
         try:
-            await asyncio.wait_for(self._wait_idle(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._wait_idle()
         except TimeoutError:
             return False
         return True

@@ -92,7 +92,8 @@ class ReplicaClient(LeaderCalls):
             self._channel, self._stub = self._dial()
             self._task = asyncio.create_task(self._stay_attached())
         try:
-            await asyncio.wait_for(self._attached.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._attached.wait()
         except TimeoutError:
             raise Unavailable(f"no leader answers at {self.address}: {self._last_error}") from None
 
