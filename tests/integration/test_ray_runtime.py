@@ -182,10 +182,10 @@ sys.stdin.read()
 
 
 def test_a_ray_that_cannot_start_says_why_and_leaves_nothing() -> None:
-    before = {path.name for path in Path("/tmp").glob("remuda-*")}
+    before = {path.name for path in Path("/tmp").glob("remuda-????????")}
     with pytest.raises(StartFailed, match=r"^Ray did not start: ray start ended with 1: .*negative"):
         RayNode.start(NodeSpec(cpu_slots=-1))
-    assert {path.name for path in Path("/tmp").glob("remuda-*")} <= before
+    assert {path.name for path in Path("/tmp").glob("remuda-????????")} <= before
 
 
 def test_a_guardian_told_to_end_stops_its_node() -> None:
