@@ -19,7 +19,7 @@ from cluster.plan.link_cost import pipeline_loss
 from cluster.plan.link_notices import parse_link
 from cluster.plan.make_report import make_report, plan_options
 from cluster.plan.source import find_model
-from engine.errors import CheckpointError, InvalidOption
+from engine.errors import CheckpointError, InvalidOption, LayoutError
 from tests.plan.models import DATA, found
 
 
@@ -61,7 +61,7 @@ def test_bad_input_is_one_line_and_status_2() -> None:
 )
 def test_bad_options_are_named(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["plan", "remuda-tiny", *arguments])
-    assert isinstance(result.exception, InvalidOption)
+    assert isinstance(result.exception, InvalidOption | LayoutError)
     assert message in str(result.exception)
 
 
