@@ -208,14 +208,11 @@ class Journal:
         self._num_to_skip = self._num_prompt_logprobs
         if not self._num_sent and not self._has_begun:
             return request
-        sampling = request.sampling
-        if self._token_ids and sampling.prompt_logprobs is not None:
-            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+        # The prompt's log-probabilities come again, though all are here: another front end may ask for them there.
         return msgspec.structs.replace(
             request,
             request_id=f"{request.request_id}~{self._num_sent}",
             token_ids=[*request.token_ids, *self._token_ids],
-            sampling=sampling,
         )
 
     def sent(self, replica: str, incarnation: int, request_id: str) -> None:

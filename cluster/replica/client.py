@@ -166,7 +166,7 @@ class ReplicaClient(LeaderCalls):
                 message.resumable, message.client_request = True, keep.client_request
             return replica_pb2.FrontEndFrame(submit=message)
 
-        return self._read(request.request_id, submit, 0, keep)
+        return self._read(request.request_id, submit, len(request.token_ids) - request.num_prompt_tokens, keep)
 
     def resume(
         self, request_id: str, num_tokens: int, num_prompt_logprobs: int, keep: Keep | None = None

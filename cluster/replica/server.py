@@ -274,9 +274,11 @@ class LeaderServer:
             except RemudaError as refusal:
                 error = refusal
             else:
-                stream = StreamHistory(request.request_id, submit.resumable, submit.client_request)
+                given = request.token_ids[request.num_prompt_tokens :]
+                has_logprobs = request.sampling.logprobs is not None
+                stream = StreamHistory(request.request_id, submit.resumable, submit.client_request, given, has_logprobs)
                 self._streams.add(stream)
-                stream.attach(attachment, submit.stream, window=submit.window)
+                stream.attach(attachment, submit.stream, len(given), window=submit.window)
                 return
         attachment.put_error(submit.stream, error)
         attachment.wake.set()
@@ -284,8 +286,8 @@ class LeaderServer:
     def _resume(self, attachment: Attachment, resume: replica_pb2.Resume) -> None:
         _check_free(attachment, resume.stream)
         stream = self._streams.find(resume.request_id)
-        if stream is None or resume.num_tokens > stream.num_tokens:
-            error = UnknownStream(f"this replica has no more of request {resume.request_id!r}")
+        if stream is None or not stream.first_position <= resume.num_tokens <= stream.num_tokens:
+            error = UnknownStream(f"this replica does not have what follows of request {resume.request_id!r}")
             attachment.put_error(resume.stream, error)
         else:
             self._streams.note_read(stream)

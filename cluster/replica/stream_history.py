@@ -1,6 +1,7 @@
 """All that the engine gave one request, kept by its leader: for a reader that is slow, and for one that comes back."""
 
 from array import array
+from collections.abc import Sequence
 
 from cluster.errors import Cancelled
 from cluster.replica.attachment import Attachment
@@ -13,12 +14,16 @@ _NO_BOUND = 1 << 62
 class StreamHistory:
     """What came so far, and how much of it went where. Belongs to the event loop's thread.
 
-    Tokens take 4 bytes each. Those that the reader's credit does not cover wait here.
+    Tokens take 4 bytes each. Those that the reader's credit does not cover wait here. Positions count from the first
+    token that was ever generated for the request, also where another leader had it before: so they mean the same to
+    whoever comes back for it.
 
     Args:
         request_id: as the engine knows it.
         is_resumable: its client may come back, so it is not aborted when nobody reads it.
         client_request: what the front end said of it, for whoever goes on with it.
+        given: tokens that were generated elsewhere, and that it came with.
+        has_logprobs: the engine gives log-probabilities of what it generates. Nobody here has those of ``given``.
     """
 
     __slots__ = (
@@ -27,24 +32,36 @@ class StreamHistory:
         "_error",
         "_limit",
         "_logprobs",
+        "_num_given",
         "_num_sent",
         "_num_sent_prompt",
         "_prompt_logprobs",
         "_stream",
         "_token_ids",
         "client_request",
+        "first_position",
         "is_resumable",
         "kept_until_s",
         "request_id",
     )
 
-    def __init__(self, request_id: str, is_resumable: bool = False, client_request: bytes = b"") -> None:
+    def __init__(
+        self,
+        request_id: str,
+        is_resumable: bool = False,
+        client_request: bytes = b"",
+        given: Sequence[int] = (),
+        has_logprobs: bool = False,
+    ) -> None:
         self.request_id = request_id
         self.is_resumable = is_resumable
         self.client_request = client_request
         self.kept_until_s = float("inf")
         """When it may be forgotten, as nobody reads it; set by whoever keeps it."""
-        self._token_ids = array("I")
+        self.first_position = len(given) if has_logprobs else 0
+        """From here on a reader can be given all that is due to it."""
+        self._num_given = len(given)
+        self._token_ids = array("I", given)
         self._logprobs: list[TopLogprobs] = []
         self._prompt_logprobs: list[TopLogprobs | None] = []
         self._end: Output | None = None
@@ -57,6 +74,7 @@ class StreamHistory:
 
     @property
     def num_tokens(self) -> int:
+        """Generated, here and before."""
         return len(self._token_ids)
 
     @property
@@ -165,7 +183,7 @@ class StreamHistory:
             self._token_ids[start:stop].tolist(),
             finish_reason=end.finish_reason if end is not None else None,
             stop_token_id=end.stop_token_id if end is not None else None,
-            logprobs=self._logprobs[start:stop] or None,
+            logprobs=self._logprobs[max(0, start - self._num_given) : max(0, stop - self._num_given)] or None,
             prompt_logprobs=prompt or None,
             num_cached_tokens=end.num_cached_tokens if end is not None else 0,
             error=end.error if end is not None else None,

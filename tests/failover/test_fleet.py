@@ -1,13 +1,16 @@
 """Streams outlive what produces them: leaders are cut off, broken and drained under a fleet, and nothing is lost."""
 
 import asyncio
+from contextlib import aclosing
 
+import msgspec
 import pytest
 
 from cluster.errors import Unavailable, UnknownStream
 from cluster.frontend import fleet as fleet_module
 from cluster.frontend.fleet import Fleet
 from cluster.replica.client import ReplicaClient
+from cluster.replica.keep import Keep
 from cluster.types import ReplicaInfo
 from engine.errors import EngineFailure, InvalidRequest, Overloaded, RankFailure
 from tests.failover.fleet_bed import POLICY, busy, collect, fleet_of
@@ -55,6 +58,24 @@ async def test_a_cut_connection_costs_no_computation_twice() -> None:
         assert bed.engine.aborted == []
         assert bed.engine.num_steps <= 400 + 2
         await fleet.close()
+
+
+async def test_positions_count_from_the_first_token_also_where_it_was_generated_elsewhere() -> None:
+    """More came with it than a window holds, so the reader's credit must count from there too."""
+    wanted = request("a.0", 8000)
+    given, whole = 3000, answer(wanted)
+    moved = msgspec.structs.replace(wanted, request_id="a.0~1", token_ids=[*wanted.token_ids, *whole[:given]])
+    async with serving() as bed:
+        found: list[int] = []
+        async with aclosing(bed.client.generate(moved, Keep(b"call"))) as first:
+            async for output in first:
+                found += output.token_ids
+                if len(found) > 3000:
+                    break
+        assert found == whole[given : given + len(found)]
+        for position in (0, given - 1, given, given + len(found)):
+            rest = [output async for output in bed.client.resume("a.0~1", position, 0, Keep())]
+            assert tokens_of(rest) == whole[position:]
 
 
 async def test_what_moved_away_ends_where_it_was() -> None:

@@ -230,3 +230,18 @@ def test_another_life_of_the_leader_is_not_asked() -> None:
     action = journal.next_action(10.1, [view("r0", incarnation=2)])
     assert isinstance(action, Wait)
     assert isinstance(journal.next_action(10.6, [view("r0", incarnation=2)]), Submit)
+
+
+def test_what_goes_on_elsewhere_brings_the_prompt_s_log_probabilities_for_other_front_ends() -> None:
+    sampling = SamplingParams(max_tokens=5, prompt_logprobs=1)
+    journal = Journal(Request("a.0", PROMPT, 4, sampling), POLICY)
+    journal.next_action(0.0, [view("r0"), view("r1")])
+    journal.sent("r0", 1, "a.0")
+    entries = [None, *map(logprob, range(1, len(PROMPT)))]
+    journal.take(Output("", whole(2), prompt_logprobs=entries))
+    journal.lost(RankFailure("died"), 1.0)
+    action = journal.next_action(1.0, [view("r0"), view("r1")])
+    assert isinstance(action, Submit) and action.request.sampling == sampling
+    journal.sent("r1", 1, action.request.request_id)
+    assert journal.take(Output("", [], prompt_logprobs=list(entries))) is None
+    assert journal.take(Output("", whole(3)[2:])) == Output("", whole(3)[2:])

@@ -1,0 +1,37 @@
+"""What a leader keeps of one request, for a reader that comes back."""
+
+import pytest
+
+from cluster.replica.attachment import Attachment
+from cluster.replica.stream_history import StreamHistory
+from cluster.rpc import convert
+from engine.request import FinishReason, Output, TopLogprobs
+
+
+def read(history: StreamHistory, position: int) -> Output:
+    """All that there is from here on."""
+    attachment = Attachment("f", 1)
+    history.attach(attachment, 0, position)
+    ((_, output, _),) = convert.frame_from_proto(attachment.next_frame(), {0: history.request_id})
+    return output
+
+
+def logprob(token_id: int) -> TopLogprobs:
+    return TopLogprobs(-float(token_id), 1, [token_id], [-float(token_id)])
+
+
+@pytest.mark.parametrize("has_logprobs", [False, True])
+def test_tokens_that_were_generated_elsewhere_keep_their_positions(has_logprobs: bool) -> None:
+    history = StreamHistory("r~1", given=[10, 11, 12], has_logprobs=has_logprobs)
+    for token_id in (13, 14):
+        if has_logprobs:
+            history.add(Output("r~1", [token_id], logprobs=[logprob(token_id)]))
+        else:
+            history.add_token(token_id)
+    history.add(Output("r~1", [], FinishReason.LENGTH))
+    assert history.num_tokens == 5
+    assert history.first_position == (3 if has_logprobs else 0)
+    for position in range(history.first_position, 5):
+        output = read(history, position)
+        assert output.token_ids == [10, 11, 12, 13, 14][position:] and output.finish_reason is FinishReason.LENGTH
+        assert output.logprobs == ([logprob(each) for each in output.token_ids] if has_logprobs else None)
