@@ -10,12 +10,14 @@ is told of an earlier formation, or of an earlier life of a rank, comes too late
 """
 
 import enum
+import math
 from collections import deque
 from dataclasses import dataclass
 
 MAX_REPAIRS = 5
 REPAIR_WINDOW_S = 600.0
-"""A gang that had to be repaired more often in so long has a reason for it that repairs do not mend."""
+"""A gang that had to be repaired more often in so long has a reason for it that repairs do not mend. Leaders that were
+lost are counted apart, and as many: they say nothing against the gang, which may be trying requests meanwhile."""
 JOIN_TIMEOUT_S = 20.0
 """A survivor that has not joined a formation by then hangs."""
 SAME_FAULT_S = 10.0
@@ -87,6 +89,10 @@ class Recovery:
         self.reason = ""
         """Why the last repair began."""
         self._repairs: deque[float] = deque()
+        """When the gang broke."""
+        self._leader_losses: deque[float] = deque()
+        self._fault_at_s = -math.inf
+        """When the last of either began."""
         self._began_at_s = [now_s] * num_ranks
         """When each rank's present life began."""
 
@@ -169,11 +175,13 @@ class Recovery:
     def _repair(self, lost: set[int], reason: str, now_s: float, *, loses_leader: bool = False) -> list[Action]:
         self.reason = reason
         if not self._is_same_fault(lost, now_s):
-            while self._repairs and now_s - self._repairs[0] > REPAIR_WINDOW_S:
-                self._repairs.popleft()
-            if len(self._repairs) == MAX_REPAIRS:
+            repairs = self._leader_losses if loses_leader else self._repairs
+            while repairs and now_s - repairs[0] > REPAIR_WINDOW_S:
+                repairs.popleft()
+            if len(repairs) == MAX_REPAIRS:
                 return self._give_up(f"{reason}; {MAX_REPAIRS} repairs in {REPAIR_WINDOW_S:g} s did not help")
-            self._repairs.append(now_s)
+            repairs.append(now_s)
+            self._fault_at_s = now_s
         actions: list[Action] = []
         if loses_leader:
             self._leader_life += 1
@@ -190,9 +198,9 @@ class Recovery:
 
     def _is_same_fault(self, lost: set[int], now_s: float) -> bool:
         """As the last repair's: nobody is lost who was new in it."""
-        if self._phase is not Phase.FORMING or not self._repairs or now_s - self._repairs[-1] > SAME_FAULT_S:
+        if self._phase is not Phase.FORMING or now_s - self._fault_at_s > SAME_FAULT_S:
             return False
-        return bool(lost) and all(self._began_at_s[rank] < self._repairs[-1] for rank in lost)
+        return bool(lost) and all(self._began_at_s[rank] < self._fault_at_s for rank in lost)
 
     def _give_up(self, reason: str) -> list[Action]:
         if self._phase is Phase.FAILED:

@@ -154,6 +154,7 @@ class SimulatedLeader:
         self._gang = self._new_gang(self._epoch)
         self.engine = Engine(
             executor=self._gang,
+            epoch=self._epoch,
             kv_groups=_KV_GROUPS,
             vocab_size=VOCAB_SIZE,
             scheduler_config=SchedulerConfig(NUM_SLOTS, 32, MAX_MODEL_LEN, depth=self._replica.depth),

@@ -206,3 +206,28 @@ def test_repairs_that_were_the_doing_of_requests_do_not_count() -> None:
         world.form()
     world.carry_out(world.recovery.gang_broke(world.epoch, 1, "it breaks by itself", world.now_s))
     assert world.has_given_up()
+
+
+def test_lost_leaders_do_not_use_up_the_gang_s_repairs_and_have_an_end_of_their_own() -> None:
+    world = World(2)
+    world.form()
+    for _ in range(MAX_REPAIRS):
+        assert not world.has_given_up()
+        world.now_s += 1.0
+        world.carry_out(world.recovery.gang_broke(world.epoch, 1, "a request breaks it", world.now_s))
+        world.form()
+        world.carry_out(world.recovery.leader_ended(world.leader, "killed", world.now_s))
+        world.form()
+    assert world.recovery.phase is Phase.SERVING
+    world.carry_out(world.recovery.leader_ended(world.leader, "killed again", world.now_s))
+    assert world.reasons == [f"killed again; {MAX_REPAIRS} repairs in 600 s did not help"]
+    alike = World(2)
+    alike.form()
+    for _ in range(MAX_REPAIRS):
+        alike.now_s += SAME_FAULT_S + 1
+        alike.carry_out(alike.recovery.leader_ended(alike.leader, "its host died", alike.now_s))
+        life = alike.recovery.life_of(0)
+        alike.carry_out(alike.recovery.rank_ended(0, life, "its host died", alike.now_s + 0.3))
+        alike.form()
+    alike.carry_out(alike.recovery.gang_broke(alike.epoch, 1, "the first break of its own", alike.now_s + 20.0))
+    assert not alike.has_given_up()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.frontend.journal import Journal
-from cluster.replica.recovery import Recovery
+from cluster.replica.recovery import Action, Recovery
 from cluster.simulate.draw import draw_record
 from cluster.simulate.explore import Case
 from cluster.simulate.faults import FaultKind, draw_scenario
@@ -31,6 +31,29 @@ def test_every_promise_holds_under_the_faults_of_many_seeds(first: int) -> None:
         outcome = run_seed(seed)
         assert not outcome.error, f"python -m cluster.simulate --seed {seed}\n{outcome.error}"
         assert outcome.num_messages > 0
+
+
+@pytest.mark.parametrize("seed", [1522, 1803])
+def test_promises_that_were_broken_once(seed: int) -> None:
+    """A leader lost while its engine was trying requests; a client that came back for a stream that had moved."""
+    assert not (outcome := run_seed(seed)).error, outcome.error
+
+
+def test_a_new_leader_goes_on_in_the_epoch_of_its_gang(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons: list[str] = []
+    broke = Recovery.gang_broke
+
+    def noted(self: Recovery, epoch: int, culprit: int | None, reason: str, now_s: float) -> list[Action]:
+        reasons.append(reason)
+        return broke(self, epoch, culprit, reason, now_s)
+
+    monkeypatch.setattr(Recovery, "gang_broke", noted)
+    seeds = [
+        seed for seed in range(60) if FaultKind.LEADER_DIES in {each.kind for each in draw_scenario(seed, 2, 2).faults}
+    ]
+    for seed in seeds[:8]:
+        assert not run_seed(seed).error
+    assert seeds and not [reason for reason in reasons if "of epoch" in reason]
 
 
 def test_the_seeds_draw_every_kind_of_fault() -> None:
