@@ -65,7 +65,10 @@ async def test_every_class_survives_the_wire(raiser: tuple[Raiser, grpc.aio.Chan
         failed = await call(channel)
         assert failed.code() is mapping_of(kind).grpc_status
         found = status.error_from_rpc(failed)
-        assert type(found) is kind and str(found) == str(servant.error)
+        told = str(servant.error)
+        if mapping_of(kind).http_status >= 500:
+            told = told.partition("\n")[0]  # of a fault of ours what it was, and no trace behind it
+        assert type(found) is kind and str(found) == told
         assert vars(found) == vars(servant.error)
         assert dict(failed.trailing_metadata() or ())[status.CODE_KEY] == mapping_of(kind).code
 
