@@ -49,6 +49,8 @@ class Fleet:
         migrate_after_s: float = 10.0,
     ) -> None:
         self._clients: dict[str, ReplicaClient] = {}
+        self._expected: set[str] = set()
+        """Replicas that are to join and have not answered yet: any request may be theirs."""
         self._on_all_lost = on_all_lost
         self._policy = policy
         self._clock = clock
@@ -64,9 +66,11 @@ class Fleet:
 
     async def add(self, replica_id: str, client: ReplicaClient) -> None:
         """Connect to a leader and give it work from now on. One that was known as this replica has been replaced by it.
-        Raises Unavailable where it does not answer."""
+        Raises Unavailable where it does not answer; until it is added or removed, it is expected to answer later."""
+        self._expected.add(replica_id)
         await client.connect()
         await self._bring_adapters(client)
+        self._expected.discard(replica_id)
         before, self._clients[replica_id] = self._clients.get(replica_id), client
         client.on_change = lambda: self._ask_soon(replica_id, client)
         await self._ask(replica_id, client)
@@ -85,6 +89,7 @@ class Fleet:
 
     async def remove(self, replica_id: str) -> None:
         """The replica is gone; what still streams from it ends with Unavailable."""
+        self._expected.discard(replica_id)
         client = self._clients.pop(replica_id, None)
         if client is not None:
             self._table.remove(replica_id)
@@ -110,10 +115,10 @@ class Fleet:
     async def find(self, call_id: str) -> FoundCall:
         """As cluster.frontend.backend.Backend says. All leaders are asked: a request may have moved."""
         ids = list(self._clients)
+        num_silent = len(self._expected.difference(ids))
         answers = await asyncio.gather(*(self._clients[each].find(call_id) for each in ids), return_exceptions=True)
         holders: dict[int, Holder] = {}
         stored: StoredCall | None = None
-        num_silent = 0
         for replica_id, answer in zip(ids, answers, strict=True):
             if isinstance(answer, BaseException):
                 if not isinstance(answer, RemudaError):

@@ -194,6 +194,20 @@ async def test_a_request_is_unknown_only_where_everybody_could_be_asked() -> Non
             await fleet.find("c")
 
 
+async def test_a_request_may_be_with_a_replica_that_could_not_join_yet() -> None:
+    """A front end that has just started, and one of the two leaders does not answer it."""
+    async with fleet_of(1) as (fleet, _):
+        late = ReplicaClient("127.0.0.1:9", "front-end")
+        with pytest.raises(Unavailable):
+            await fleet.add("late", late)
+        await late.close()
+        with pytest.raises(Unavailable, match="try again"):
+            await fleet.find("c")
+        await fleet.remove("late")
+        with pytest.raises(UnknownStream):
+            await fleet.find("c")
+
+
 async def test_idle_replicas_are_left_in_peace_until_somebody_asks_for_something(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
