@@ -5,7 +5,8 @@ Suspects are tried one at a time: one runs until it has come beyond what was in 
 those that were tried before it; all others wait so long. One that breaks the gang again, alone or on trial, is ended,
 for it would use up all repairs. So a culprit costs two repairs where it runs alone and three among others, and what
 merely ran beside it goes on, suspect no more. As soon as another has a token, those repairs have been explained: it was
-not the gang.
+not the gang. For that, one of those that remain is tried first behind a culprit: one with another prompt, as the
+culprit's siblings are likely to break the gang as well, and at the fewest of its breaks.
 """
 
 from collections import deque
@@ -30,6 +31,10 @@ class BreakTrials:
         """Called when so many of the last breaks have turned out to be the doing of requests that were ended."""
         self._is_explained = False
         """The last break has a culprit: the others were beside it."""
+        self._culprit_prompt: list[int] = []
+        """The last one's."""
+        self._broke_alone: set[str] = set()
+        """Those whose last break was nobody else's doing."""
         self._num_unproven = 0
         """Breaks of culprits behind whom nobody has had a token yet."""
         self._num_tokens: dict[str, int] = {}
@@ -48,6 +53,8 @@ class BreakTrials:
             has_moved = len(state.token_ids) > state.num_tokens_at_break
             state.num_breaks = 1 if has_moved else state.num_breaks + 1
             state.num_tokens_at_break = len(state.token_ids)
+        names = {state.request_id for state in computed}
+        self._broke_alone = self._broke_alone | names if len(computed) == 1 else self._broke_alone - names
         suspects = [state for state in live if state.num_breaks >= SUSPECT_AFTER]
         if len(suspects) != 1 or len(live) < len(computed):
             return None  # it may have been one that was aborted and is still being computed
@@ -57,19 +64,30 @@ class BreakTrials:
         culprit = suspects[0]
         self._num_unproven += culprit.num_breaks
         self._is_explained = True
+        self._culprit_prompt = _prompt(culprit)
         return culprit
 
     def begin(self, states: Iterable[RequestState]) -> list[RequestState]:
         """A new epoch with these requests, in their order. Returns those that may run at once."""
         states = list(states)
+        witness = min(states, key=self._doubt, default=None) if self._num_unproven else None
         if self._is_explained:
             self._is_explained = False
             for state in states:
-                state.num_breaks = 0
+                if state.request_id not in self._broke_alone:
+                    state.num_breaks = 0
+        self._broke_alone &= {state.request_id for state in states}
         self._suspects = deque(state for state in states if state.num_breaks >= SUSPECT_AFTER)
         self._held = [state for state in states if state.num_breaks < SUSPECT_AFTER]
         self._num_tokens = {state.request_id: len(state.token_ids) for state in states} if self._num_unproven else {}
+        if witness is not None and not self._suspects:
+            self._held.remove(witness)
+            self._suspects.append(witness)
         return self._next()
+
+    def _doubt(self, state: RequestState) -> tuple[bool, int]:
+        """Least for the one that will most likely have a token."""
+        return _prompt(state) == self._culprit_prompt, state.num_breaks
 
     def _next(self) -> list[RequestState]:
         if self._suspects:
@@ -117,3 +135,7 @@ class BreakTrials:
     @property
     def num_held(self) -> int:
         return len(self._held) + max(0, len(self._suspects) - 1)
+
+
+def _prompt(state: RequestState) -> list[int]:
+    return state.token_ids[: state.num_prompt_tokens]

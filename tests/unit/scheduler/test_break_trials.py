@@ -57,10 +57,12 @@ class Bed:
             dies_at=self._dies_at,
         )
 
-    def add(self, *seeds: int) -> None:
+    def add(self, *seeds: int, of: int | None = None) -> None:
+        """``of``: whose prompt they have; None: each its own."""
         for seed in seeds:
             self.outputs[f"r{seed}"] = []
-            self.engine.add(Request(f"r{seed}", prompt(seed), NUM_PROMPT_TOKENS, SamplingParams(MAX_TOKENS, seed=seed)))
+            ids = prompt(seed if of is None else of)
+            self.engine.add(Request(f"r{seed}", ids, NUM_PROMPT_TOKENS, SamplingParams(MAX_TOKENS, seed=seed)))
 
     def step(self) -> None:
         try:
@@ -187,6 +189,22 @@ def test_an_end_is_told_before_the_next_trial_so_that_its_siblings_can_be_stoppe
         assert bed.engine.abort(request_id)
     bed.run()
     assert bed.num_breaks == num_breaks <= 3
+
+
+@pytest.mark.parametrize("healthy", [0, 4])
+def test_behind_each_of_several_another_has_a_token_so_that_no_gang_gives_up(healthy: int) -> None:
+    """Four of the same prompt, and nobody who stops the others where one has ended. A gang gives up at its sixth
+    repair."""
+    deadly = [seed for seed in range(5) if seed != healthy]
+    bed = Bed({(seed, 12) for seed in deadly})
+    for seed in range(5):
+        bed.add(seed, of=healthy if seed == healthy else deadly[0])
+    num_unexplained = []
+    while bed.engine.has_work:
+        bed.step()
+        num_unexplained.append(bed.num_breaks - sum(bed.explained))
+    assert all("times in a row" in bed.error(seed) for seed in deadly) and bed.has_its_tokens(healthy)
+    assert max(num_unexplained) <= 5
 
 
 def test_one_that_breaks_it_a_token_later_does_not_pass_its_trial_for_that() -> None:
