@@ -1,5 +1,6 @@
 """The engine on real checkpoints: scheduler, executor, ranks, model and sampler together, against transformers."""
 
+import ipaddress
 import os
 import signal
 import time
@@ -184,8 +185,15 @@ def _listens_beyond_loopback(gang: ProcessGang) -> list[str]:
         connection.laddr.ip
         for process in processes
         for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip not in ("127.0.0.1", "::1")
+        if connection.status == psutil.CONN_LISTEN and not _is_loopback(connection.laddr.ip)
     ]
+
+
+def _is_loopback(address: str) -> bool:
+    """Written as IPv6 too, as gRPC's sockets are."""
+    parsed = ipaddress.ip_address(address)
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return (mapped or parsed).is_loopback
 
 
 def test_a_sampled_stream_depends_on_nothing_but_its_request(mixture: Reference, serve: Serve) -> None:
