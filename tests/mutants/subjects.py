@@ -22,6 +22,7 @@ class Subject:
 
 # Virtual time first: the fleet's tests wait in real time, and a busy machine is no defect.
 _FAILOVER = (SIMULATION, EXPLORATION, tests("tests/failover/test_fleet.py"))
+_HISTORIES = tests("tests/unit/replica/test_held_streams.py", "tests/unit/replica/test_stream_history.py")
 
 SUBJECTS = (
     Subject("cluster/frontend/journal.py", 13, (tests("tests/property/test_journal.py"), *_FAILOVER)),
@@ -35,13 +36,17 @@ SUBJECTS = (
         13,
         (
             tests("tests/property/test_block_pool.py"),
-            tests("tests/unit/scheduler/test_prefix_cache.py", "tests/unit/scheduler/test_scheduler.py"),
+            tests(
+                "tests/unit/scheduler/test_block_pool.py",
+                "tests/unit/scheduler/test_prefix_cache.py",
+                "tests/unit/scheduler/test_scheduler.py",
+            ),
             tests("tests/property/test_scheduler.py"),
             SIMULATION,
         ),
     ),
-    Subject("cluster/replica/stream_history.py", 2, _FAILOVER),
-    Subject("cluster/replica/held_streams.py", 2, _FAILOVER),
+    Subject("cluster/replica/stream_history.py", 2, (_HISTORIES, *_FAILOVER)),
+    Subject("cluster/replica/held_streams.py", 2, (_HISTORIES, *_FAILOVER)),
 )
 
 

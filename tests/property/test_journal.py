@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ConnectionLost, DeadlineExceeded, Draining, ModelNotFound, Unavailable, UnknownStream
-from cluster.frontend.journal import Attach, FailoverPolicy, Finish, Journal, Submit, Wait
+from cluster.frontend.journal import (
+    Attach,
+    FailoverPolicy,
+    Finish,
+    Journal,
+    Submit,
+    Wait,
+    attempt_of,
+    index_of,
+)
 from cluster.router.replica_table import ReplicaView
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.errors import (
@@ -245,3 +254,20 @@ def test_what_goes_on_elsewhere_brings_the_prompt_s_log_probabilities_for_other_
     journal.sent("r1", 1, action.request.request_id)
     assert journal.take(Output("", [], prompt_logprobs=list(entries))) is None
     assert journal.take(Output("", whole(3)[2:])) == Output("", whole(3)[2:])
+
+
+def test_a_request_that_nobody_has_any_more_waits_for_a_replica_that_takes_it() -> None:
+    journal = Journal(Request("a.0", PROMPT, 4, SamplingParams(max_tokens=5)), POLICY)
+    journal.sent("r0", 1, "a.0")
+    journal.take(Output("", whole(2)))
+    journal.lost(UnknownStream("forgotten"), 10.0)
+    assert isinstance(journal.next_action(11.0, [view("r0")]), Submit)
+    journal.lost(Unavailable("no replica can take the request now"), 11.0)  # before it was sent anywhere
+    action = journal.next_action(12.0, [view("r0")])
+    assert isinstance(action, Submit) and action.tried == frozenset()
+    assert action.request.request_id == "a.0~1" and action.request.token_ids == PROMPT + whole(2)
+
+
+@pytest.mark.parametrize(("name", "attempt", "index"), [("c.0", 0, 0), ("c.1~2", 2, 1), ("c.12.3~10", 10, 3)])
+def test_names_tell_sequence_and_attempt(name: str, attempt: int, index: int) -> None:
+    assert (attempt_of(name), index_of(name)) == (attempt, index)

@@ -231,3 +231,12 @@ def test_lost_leaders_do_not_use_up_the_gang_s_repairs_and_have_an_end_of_their_
         alike.form()
     alike.carry_out(alike.recovery.gang_broke(alike.epoch, 1, "the first break of its own", alike.now_s + 20.0))
     assert not alike.has_given_up()
+
+
+def test_what_is_given_up_is_not_begun_again() -> None:
+    recovery = Recovery(2, 0.0)
+    assert recovery.impossible("no host has room") == [GiveUp("no host has room")]
+    assert recovery.leader_ended(recovery.leader_life, "the leader is gone", 1.0) == []
+    assert recovery.rank_ended(1, recovery.life_of(1), "rank 1 died", 1.0) == []
+    assert recovery.gang_broke(recovery.epoch, 0, "broken", 1.0) == []
+    assert recovery.phase is Phase.FAILED

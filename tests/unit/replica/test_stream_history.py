@@ -35,3 +35,18 @@ def test_tokens_that_were_generated_elsewhere_keep_their_positions(has_logprobs:
         output = read(history, position)
         assert output.token_ids == [10, 11, 12, 13, 14][position:] and output.finish_reason is FinishReason.LENGTH
         assert output.logprobs == ([logprob(each) for each in output.token_ids] if has_logprobs else None)
+
+
+def test_a_reader_gets_no_more_than_it_has_credit_for() -> None:
+    history, attachment = StreamHistory("r"), Attachment("f", 1)
+    history.attach(attachment, 0, window=3)
+    history.add(Output("r", [1, 2]))
+    history.add(Output("r", [3, 4, 5], FinishReason.LENGTH))
+
+    def sent() -> list[int]:
+        frames = convert.frame_from_proto(attachment.next_frame(), {0: "r"})
+        return [token_id for _, output, _ in frames if output is not None for token_id in output.token_ids]
+
+    assert sent() == [1, 2, 3]
+    history.credit(5)
+    assert sent() == [4, 5]
