@@ -45,7 +45,7 @@ def test_a_reader_gets_no_more_than_it_has_credit_for() -> None:
 
     def sent() -> list[int]:
         frames = convert.frame_from_proto(attachment.next_frame(), {0: "r"})
-        return [token_id for _, output, _ in frames if output is not None for token_id in output.token_ids]
+        return [token_id for _, output, _ in frames for token_id in output.token_ids]
 
     assert sent() == [1, 2, 3]
     history.credit(5)
