@@ -256,7 +256,9 @@ class Resume(_message.Message):
     stream: _builtins.int
     request_id: _builtins.str
     num_tokens: _builtins.int
-    """Generated tokens, and entries of the prompt's log-probabilities, that are not to be sent (again)."""
+    """Generated tokens, those that the request came with among them, and entries of the prompt's log-probabilities, that
+    are not to be sent (again). UnknownStream also where the log-probabilities of tokens from here on are elsewhere.
+    """
     num_prompt_logprobs: _builtins.int
     window: _builtins.int
     def __init__(
