@@ -271,3 +271,23 @@ def test_a_request_that_nobody_has_any_more_waits_for_a_replica_that_takes_it() 
 @pytest.mark.parametrize(("name", "attempt", "index"), [("c.0", 0, 0), ("c.1~2", 2, 1), ("c.12.3~10", 10, 3)])
 def test_names_tell_sequence_and_attempt(name: str, attempt: int, index: int) -> None:
     assert (attempt_of(name), index_of(name)) == (attempt, index)
+
+
+def test_what_the_engine_could_not_go_on_with_is_said_in_its_words() -> None:
+    journal = Journal(Request("a.0", PROMPT, 4, SamplingParams(max_tokens=5)), POLICY)
+    journal.sent("r0", 1, "a.0")
+    with pytest.raises(RequestFailure, match="it broke the gang three times"):
+        journal.take(Output("a.0", [], FinishReason.ERROR, error="it broke the gang three times"))
+
+
+def test_lost_connections_are_no_replays() -> None:
+    journal = Journal(Request("a.0", PROMPT, 4, SamplingParams(max_tokens=5)), POLICY)
+    journal.sent("r0", 1, "a.0")
+    journal.take(Output("", whole(2)))
+    for attempt in range(POLICY.max_replays + 2):
+        now_s = 10.0 + 0.1 * attempt
+        journal.lost(ConnectionLost("cut"), now_s)
+        assert journal.next_action(now_s + 0.05, [view("r0"), view("r1")]) == Attach("r0", "a.0", 2, 0)
+    journal.lost(ConnectionLost("cut for good"), 10.9)
+    action = journal.next_action(13.6, [view("r0", connected=False), view("r1")])
+    assert isinstance(action, Submit) and action.tried == {"r0"}
