@@ -10,7 +10,7 @@ import typer
 import uvloop
 from rich.console import Console
 
-from cluster.cli import options, serve_options
+from cluster.cli import serve_options
 from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.fleet import Fleet
 from cluster.frontend.leader_set import LeaderSet
@@ -19,6 +19,7 @@ from cluster.identity.config import load_security
 from cluster.k8s.endpoint_slices import ServiceName
 from cluster.replica.client import ReplicaClient
 from cluster.replica.model_source import ModelSource
+from cluster.rpc.shared_secret import read_secret
 from cluster.tenants.tenancy import TenancyConfig
 from engine.errors import InvalidOption
 
@@ -72,7 +73,7 @@ def frontend(
         insecure=bool(insecure),
         tenancy=TenancyConfig(tenants, limits_store, limits_store_password_file, usage_log, audit_log),
     )
-    secret = options.read_secret(secret_file)
+    secret = "" if secret_file is None else read_secret(secret_file)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(config, known, watch_nodes, secret, drain_timeout))
 

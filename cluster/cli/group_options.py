@@ -5,9 +5,6 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import options
-from engine.errors import InvalidOption
-
 NodeIp = Annotated[str, typer.Option(help="This host's address, as the group's others reach it.", envvar="POD_IP")]
 Devices = Annotated[int, typer.Option(min=1, help="Ranks that this host may hold: its GPUs, or CPU threads.")]
 GroupSecret = Annotated[Path, typer.Option("--secret-file", help="File with the secret that the group shares.")]
@@ -18,13 +15,3 @@ RayTokenFile = Annotated[
     ),
 ]
 HealthPort = Annotated[int, typer.Option(help="HTTP port of /livez and /readyz; 0 takes a free one.")]
-
-
-def read_group_secret(file: Path) -> str:
-    """Raises InvalidOption."""
-    secret = options.read_secret(file)
-    if not secret:
-        raise InvalidOption(
-            f"--secret-file {file} is empty; write a secret into it, for example of openssl rand -hex 32"
-        )
-    return secret

@@ -56,13 +56,3 @@ def connect(
     if credentials is None and certificate_file is not None:
         raise InvalidOption("--certificate-file goes with --ca-file: only TLS shows certificates")
     return InferenceClient(target, read_api_key(api_key_file), credentials=credentials)
-
-
-def read_secret(file: Path | None) -> str:
-    """What leaders ask of front ends; empty where there is no file. Raises InvalidOption."""
-    if file is None:
-        return ""
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise InvalidOption(f"--secret-file {file} cannot be read: {error.strerror}") from error

@@ -13,6 +13,7 @@ from cluster.config import Device
 from cluster.control.group_host import GroupHost
 from cluster.control.ray_settings import parse_address
 from cluster.frontend.probes import serve_probes
+from cluster.rpc.shared_secret import required_secret
 from engine.errors import RemudaError
 
 EXAMPLES = "Example: remuda worker --head 10.0.0.1:6379 --node-ip 10.0.0.2 --devices 8 --secret-file SECRET"
@@ -33,7 +34,7 @@ def worker(
     status 0, and with 1 when it is no member any more: whoever started it starts it anew.
     """
     parse_address(head)
-    host = GroupHost(node_ip, device, devices, options.read_group_secret(secret_file), ray_token_file)
+    host = GroupHost(node_ip, device, devices, required_secret(secret_file), ray_token_file)
     raise typer.Exit(asyncio.run(_run(host, head, health_port)))
 
 

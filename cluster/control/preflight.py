@@ -11,6 +11,7 @@ from cluster.identity.cluster_tls import ClusterTls
 from cluster.identity.config import check_exposure, load_security
 from cluster.replica.events import LaunchConfig, ReplicaPlan
 from cluster.replica.model_source import ModelSource, resolve
+from cluster.rpc.shared_secret import required_secret
 from engine.config import Determinism, ParallelConfig, SchedulerConfig
 from engine.deterministic import deterministic_layout
 from engine.errors import InvalidOption, LayoutError
@@ -99,17 +100,7 @@ def _check_backend(config: ServeConfig) -> None:
 
 def _secret(file: Path | None) -> str:
     """What leaders ask of front ends. Raises InvalidOption."""
-    if file is None:
-        return secrets.token_hex(32)
-    try:
-        secret = file.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise InvalidOption(f"--secret-file {file} cannot be read: {error.strerror}") from error
-    if not secret:
-        raise InvalidOption(
-            f"--secret-file {file} is empty; write a secret into it, for example of openssl rand -hex 32"
-        )
-    return secret
+    return secrets.token_hex(32) if file is None else required_secret(file)
 
 
 def _check_exposure(config: ServeConfig) -> None:
