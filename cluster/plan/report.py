@@ -85,8 +85,7 @@ def as_object(report: PlanReport) -> dict[str, Any]:
         "max_num_batched_tokens": report.options.max_num_batched_tokens,
         "ranks": [_rank(rank) for rank in plan.ranks],
         "nearest": _nearest(report.nearest),
-        "quantized": report.quantized
-        and {"quantization": report.quantized[0], **(_nearest(report.quantized[1]) or {})},
+        "quantized": _quantized(report.quantized),
         "notices": report.notices(),
         "licence": {"name": licence.name, "attribution": licence.attribution, "notices": list(licence.notices)},
     }
