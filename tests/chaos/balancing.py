@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.chaos.cell import Moment, Row, unfaulted
+from tests.chaos.cell import Choice, Moment, Row, unfaulted
 from tests.chaos.clients import Client, run_all
 from tests.chaos.comparison import judge
 from tests.chaos.mix import short_prompts
@@ -39,8 +39,8 @@ class StrikeAtMove:
             time.sleep(POLL_S)
 
 
-def balancing(directory: Path) -> Iterator[Row]:
-    for number, (name, (fault, victim)) in enumerate(FAULTS.items()):
+def balancing(directory: Path, choice: Choice) -> Iterator[Row]:
+    for number, (name, (fault, victim)) in enumerate(choice.of(list(FAULTS.items()))):
         yield _struck(directory / str(number), name, fault, victim)
 
 

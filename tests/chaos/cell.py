@@ -1,9 +1,9 @@
 """One cell of the table: a fault, the moment at which it strikes, and what must be true afterwards."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.chaos.clients import Client, run_all
 from tests.chaos.comparison import Outcome, judge
@@ -14,8 +14,24 @@ from tests.failover.streams import Reading
 BEGIN_TIMEOUT_S = 60.0
 TOKENS_BEFORE = 20
 
+T = TypeVar("T")
 Expected = dict[str, dict[str, Reading]]
 """Moment → request → its answer without a fault."""
+
+
+class Choice:
+    """Which cells of a group are run: the one with this number, from 1; None: all."""
+
+    def __init__(self, number: int | None = None) -> None:
+        self._number = number
+
+    def of(self, cells: Sequence[T]) -> list[T]:
+        """Raises ValueError where there is no such cell."""
+        if self._number is None:
+            return list(cells)
+        if not 1 <= self._number <= len(cells):
+            raise ValueError(f"no cell {self._number}: this group has {len(cells)}")
+        return [cells[self._number - 1]]
 
 
 class Moment:
@@ -96,6 +112,11 @@ class Strike:
         if all(not client.is_alive() for client in clients):
             self.wrong.append("all requests had ended")
         self._fault()
+
+
+def moments_of(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """Each once."""
+    return tuple(dict.fromkeys(cell.moment for cell in cells))
 
 
 def unfaulted(site: Site, moments: tuple[str, ...] = (Moment.DECODE, Moment.PREFILL)) -> tuple[Expected, list[Row]]:

@@ -50,6 +50,7 @@ class Client(threading.Thread):
         """When something of the answer came; the first is when it was asked for."""
         self.failure: Exception | None = None
         self.num_connections = 0
+        self._num_events = 0
         self._urls = urls
         self._network = network
 
@@ -81,7 +82,9 @@ class Client(threading.Thread):
                 time.sleep(COME_BACK_INTERVAL_S)
 
     def _note(self, reading: Reading) -> None:
-        self.times_s.append(time.monotonic())
+        if reading.num_events > self._num_events:  # anything else only keeps the connection alive
+            self._num_events = reading.num_events
+            self.times_s.append(time.monotonic())
 
     def gap_s(self, since_s: float) -> float:
         """The longest pause that ended after ``since_s``."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.chaos.cell import Cell, Moment, Row, Strike, run_cell, unfaulted
+from tests.chaos.cell import Cell, Choice, Moment, Row, Strike, moments_of, run_cell, unfaulted
 from tests.chaos.clients import Client, run_all
 from tests.chaos.comparison import Outcome
 from tests.chaos.processes import OPTIONS, kill, kill_program, only
@@ -17,25 +17,36 @@ SILENT_S = 65.0
 END_TIMEOUT_S = 100.0
 
 
-def control_plane(directory: Path) -> Iterator[Row]:
+def control_plane(directory: Path, choice: Choice) -> Iterator[Row]:
     """The control service dies, and stays away. A rank that is lost then is replaced by the process that stands by; a
     leader cannot be."""
+    kill_gcs = kill_program("gcs_server")
+    first = Cell("kill -9 GCS", Moment.DECODE, kill_gcs)
+    silent = Cell(f"no GCS for {SILENT_S:g} s", Moment.PREFILL, lambda site: None)
+    without_rank = Cell("no GCS, kill -9 rank 1", Moment.DECODE, kill("rank 1"), only("rank 1"))
+    leader = "no GCS, kill -9 leader"
+    chosen = choice.of([first, silent, without_rank, leader])
+    cells = [cell for cell in chosen if isinstance(cell, Cell)]
     with one_host(directory, *OPTIONS) as site:
-        expected, rows = unfaulted(site)
+        expected, rows = unfaulted(site, moments_of(cells))
         yield from (dataclasses.replace(row, site="tp2") for row in rows)
         gone_s = time.monotonic()
-        yield run_cell("tp2", site, Cell("kill -9 GCS", Moment.DECODE, kill_program("gcs_server")), expected)
-        time.sleep(max(0.0, gone_s + SILENT_S - time.monotonic()))  # the fault itself
-        yield run_cell("tp2", site, Cell(f"no GCS for {SILENT_S:g} s", Moment.PREFILL, lambda site: None), expected)
-        killed = Cell("no GCS, kill -9 rank 1", Moment.DECODE, kill("rank 1"), only("rank 1"))
-        yield run_cell("tp2", site, killed, expected)
-        yield _ended(site, "no GCS, kill -9 leader", "leader", "control service")
+        if first not in cells:
+            settle(site)
+            kill_gcs(site)
+        for cell in cells:
+            if cell is silent:
+                time.sleep(max(0.0, gone_s + SILENT_S - time.monotonic()))  # the fault itself
+            yield run_cell("tp2", site, cell, expected)
+        if leader in chosen:
+            yield _ended(site, leader, "leader", "control service")
 
 
-def raylet(directory: Path) -> Iterator[Row]:
+def raylet(directory: Path, choice: Choice) -> Iterator[Row]:
     """All ranks and the leader are its children."""
     with one_host(directory, *OPTIONS) as site:
-        yield _ended(site, "kill -9 raylet", "raylet/raylet", "")
+        for fault in choice.of(["kill -9 raylet"]):
+            yield _ended(site, fault, "raylet/raylet", "")
 
 
 def _ended(site: OneHost, fault: str, program: str, reason: str) -> Row:

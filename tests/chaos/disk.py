@@ -1,16 +1,15 @@
 """A full disk: what the cluster writes (flight records, temporary files) has no room left while requests run."""
 
 import contextlib
-import dataclasses
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.chaos.cell import Cell, Moment, Row, run_cell, unfaulted
-from tests.chaos.processes import OPTIONS, kill, only
+from tests.chaos.cell import Cell, Choice, Moment, Row
+from tests.chaos.processes import OPTIONS, kill, only, struck
 from tests.chaos.site import Site, one_host
-from tests.chaos.starting import StartFault, struck
+from tests.chaos.starting import StartFault, struck_at_start
 from tests.failover.processes import copy_model
 
 SIZE = "64m"
@@ -41,7 +40,7 @@ def fill(directory: Path) -> None:
             pass
 
 
-def disk_full(directory: Path) -> Iterator[Row]:
+def disk_full(directory: Path, choice: Choice) -> Iterator[Row]:
     """One disk for Ray's session with its logs, all temporary files and the flight records."""
     small = directory / "d"
 
@@ -55,17 +54,19 @@ def disk_full(directory: Path) -> Iterator[Row]:
         Cell("disk full, kill -9 rank 1", Moment.DECODE, fill_and_kill, only("rank 1")),
     ]
     with small_disk(small), one_host(directory / "server", *OPTIONS, temporary=small) as site:
-        expected, rows = unfaulted(site)
-        yield from (dataclasses.replace(row, site="tp2") for row in rows)
-        for cell in cells:
-            yield run_cell("tp2", site, cell, expected)
+        yield from struck("tp2", site, choice.of(cells))
 
 
-def disk_full_at_start(directory: Path) -> Iterator[Row]:
+def disk_full_at_start(directory: Path, choice: Choice) -> Iterator[Row]:
     """While the model loads, and from the beginning."""
     copy_model(directory / "model")
     small = directory / "d"
+    faults = {
+        False: StartFault("disk full", lambda served: fill(small), survives=True),
+        True: StartFault("disk full from the beginning", lambda served: None),
+    }
     with small_disk(small):
-        yield struck(directory, StartFault("disk full", lambda served: fill(small), survives=True), small)
-        fill(small)
-        yield struck(directory, StartFault("disk full from the beginning", lambda served: None), small)
+        for from_the_beginning, fault in choice.of(list(faults.items())):
+            if from_the_beginning:
+                fill(small)
+            yield struck_at_start(directory, fault, small)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from tests.chaos.cell import Moment, Row, Strike, unfaulted
+from tests.chaos.cell import Choice, Moment, Row, Strike, unfaulted
 from tests.chaos.clients import run_all
 from tests.chaos.comparison import judge
 from tests.chaos.processes import OPTIONS
@@ -15,16 +15,17 @@ from tests.chaos.site import live_requests, one_host, settle
 from tests.failover.processes import front_end, wait_ready
 
 
-def front_ends(directory: Path) -> Iterator[Row]:
+def front_ends(directory: Path, choice: Choice) -> Iterator[Row]:
     """Only streams can be gone on with, so only they are asked for."""
+    moments = choice.of((Moment.DECODE, Moment.PREFILL))
     secret = directory / "secret"
     secret.write_text(secrets.token_hex(32))
     with ExitStack() as stack:
         site = stack.enter_context(one_host(directory, *OPTIONS, "--secret-file", str(secret)))
-        expected, rows = unfaulted(site)
+        expected, rows = unfaulted(site, tuple(moments))
         yield from (dataclasses.replace(row, site="tp2") for row in rows)
         leader = f"r0={site.status()['address']}"
-        for moment in (Moment.DECODE, Moment.PREFILL):
+        for moment in moments:
             before = settle(site)
             log = directory / f"front-end-{moment}.log"
             victim = front_end(stack, leader, log, "--secret-file", str(secret))

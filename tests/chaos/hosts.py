@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.chaos.cell import Cell, Moment, Row, run_cell, unfaulted
+from tests.chaos.cell import Cell, Choice, Moment, Row, moments_of, run_cell, unfaulted
 from tests.chaos.comparison import Outcome
 from tests.chaos.several_hosts import RayHosts, SeveralHosts, ray_hosts, several_hosts
 from tests.chaos.site import NotSettled, Site, settle
@@ -82,46 +82,48 @@ SHORT_FAULTS: dict[str, Fault] = {
 BOTH = (Moment.DECODE, Moment.PREFILL)
 
 
-def links(directory: Path) -> Iterator[Row]:
+def links(directory: Path, choice: Choice) -> Iterator[Row]:
     """Faults that heal by themselves."""
-    yield from _struck(directory, _short(Moment.DECODE))
+    yield from _struck(directory, choice.of(_short(Moment.DECODE)))
 
 
-def links_in_prefill(directory: Path) -> Iterator[Row]:
-    yield from _struck(directory, _short(Moment.PREFILL))
+def links_in_prefill(directory: Path, choice: Choice) -> Iterator[Row]:
+    yield from _struck(directory, choice.of(_short(Moment.PREFILL)))
 
 
 def _short(moment: str) -> list[Cell]:
     return [Cell(name, moment, on_rank_1(fault)) for name, fault in SHORT_FAULTS.items()]
 
 
-def head(directory: Path) -> Iterator[Row]:
+def head(directory: Path, choice: Choice) -> Iterator[Row]:
     """Ray's control service, on a host without ranks, for good."""
-    yield from _struck(directory, [Cell("kill -9 GCS", moment, kill_gcs) for moment in BOTH])
+    cells = [Cell("kill -9 GCS", moment, kill_gcs) for moment in BOTH]
+    yield from _struck(directory, choice.of(cells))
 
 
-def lost_raylet(directory: Path) -> Iterator[Row]:
+def lost_raylet(directory: Path, choice: Choice) -> Iterator[Row]:
     """It takes the rank of its host with it, which moves to another host."""
     fault = on_rank_1(kill_raylet)
-    yield from _struck(directory, [Cell("kill -9 raylet of rank 1", moment, fault, RANK_1) for moment in BOTH])
+    cells = [Cell("kill -9 raylet of rank 1", moment, fault, RANK_1) for moment in BOTH]
+    yield from _struck(directory, choice.of(cells))
 
 
-def lost_link(directory: Path) -> Iterator[Row]:
+def lost_link(directory: Path, choice: Choice) -> Iterator[Row]:
     """So long that the host is given up."""
     fault = on_rank_1(link_down(LONG_S))
-    yield from _struck(directory, [Cell(f"link down {LONG_S:g} s", Moment.DECODE, fault, RANK_1)])
+    yield from _struck(directory, choice.of([Cell(f"link down {LONG_S:g} s", Moment.DECODE, fault, RANK_1)]))
 
 
-def lost_packets(directory: Path) -> Iterator[Row]:
+def lost_packets(directory: Path, choice: Choice) -> Iterator[Row]:
     """The same without a word."""
     fault = on_rank_1(silence(LONG_S))
-    yield from _struck(directory, [Cell(f"100 % loss {LONG_S:g} s", Moment.PREFILL, fault, RANK_1)])
+    yield from _struck(directory, choice.of([Cell(f"100 % loss {LONG_S:g} s", Moment.PREFILL, fault, RANK_1)]))
 
 
 def _struck(directory: Path, cells: list[Cell]) -> Iterator[Row]:
     """A host that was given up joins again: it is the spare place of the next cell."""
     with several_hosts(directory) as site:
-        expected, rows = unfaulted(site, tuple(dict.fromkeys(cell.moment for cell in cells)))
+        expected, rows = unfaulted(site, moments_of(cells))
         yield from (dataclasses.replace(row, site=NAME) for row in rows)
         for cell in cells:
             former = site.host_of(1)
@@ -133,11 +135,11 @@ def _struck(directory: Path, cells: list[Cell]) -> Iterator[Row]:
                 site.hosts.join_again(former)
 
 
-def starting_hosts(directory: Path) -> Iterator[Row]:
+def starting_hosts(directory: Path, choice: Choice) -> Iterator[Row]:
     """Faults of rank 1's host while the model loads: the server becomes ready all the same."""
     faults = {**SHORT_FAULTS, "kill -9 raylet of rank 1": kill_raylet}
     with ray_hosts(directory) as hosts:
-        for name, fault in faults.items():
+        for name, fault in choice.of(list(faults.items())):
             yield _started(hosts, name, fault)
 
 

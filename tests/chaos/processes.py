@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.chaos.cell import Cell, Moment, Row, run_cell, unfaulted
+from tests.chaos.cell import Cell, Choice, Moment, Row, moments_of, run_cell, unfaulted
 from tests.chaos.site import Site, one_host, pids
 
 SHORT_STOP_S = 0.5
@@ -60,24 +60,24 @@ STOPS = [
 ]
 
 
-def ranks(directory: Path) -> Iterator[Row]:
+def ranks(directory: Path, choice: Choice) -> Iterator[Row]:
     with one_host(directory, *OPTIONS) as site:
-        yield from struck("tp2", site, KILLS)
+        yield from struck("tp2", site, choice.of(KILLS))
 
 
-def experts(directory: Path) -> Iterator[Row]:
+def experts(directory: Path, choice: Choice) -> Iterator[Row]:
     with one_host(directory, *OPTIONS, "--ep", "2") as site:
-        yield from struck("tp2 ep2", site, KILLS)
+        yield from struck("tp2 ep2", site, choice.of(KILLS))
 
 
-def stops(directory: Path) -> Iterator[Row]:
+def stops(directory: Path, choice: Choice) -> Iterator[Row]:
     with one_host(directory, *OPTIONS, "--ep", "2") as site:
-        yield from struck("tp2 ep2", site, STOPS)
+        yield from struck("tp2 ep2", site, choice.of(STOPS))
 
 
 def struck(name: str, site: Site, cells: list[Cell]) -> Iterator[Row]:
     """First without a fault."""
-    expected, rows = unfaulted(site)
+    expected, rows = unfaulted(site, moments_of(cells))
     yield from (dataclasses.replace(row, site=name) for row in rows)
     for cell in cells:
         yield run_cell(name, site, cell, expected)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.chaos.cell import Row
+from tests.chaos.cell import Choice, Row
 from tests.chaos.comparison import Outcome
 from tests.failover.processes import copy_model
 from tests.support.served import Served, processes_with, shared_memory_files
@@ -50,13 +50,13 @@ FAULTS = (
 )
 
 
-def starting(directory: Path) -> Iterator[Row]:
+def starting(directory: Path, choice: Choice) -> Iterator[Row]:
     copy_model(directory / "model")
-    for fault in FAULTS:
-        yield struck(directory, fault)
+    for fault in choice.of(FAULTS):
+        yield struck_at_start(directory, fault)
 
 
-def struck(directory: Path, fault: StartFault, temporary: Path = Path("/tmp")) -> Row:
+def struck_at_start(directory: Path, fault: StartFault, temporary: Path = Path("/tmp")) -> Row:
     """``directory`` has the model. ``temporary``: the server's TMPDIR."""
     files = shared_memory_files()
     served = Served((str(directory / "model"), "--tp", "2", "--dtype", "float32"), directory / "serve.log", temporary)

@@ -1,18 +1,16 @@
 """``make chaos``: every fault, at every moment, with every kind of request; prints the rows and writes them down."""
 
 import argparse
-import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tests.chaos import balancing, control_plane, disk, front_ends, hosts, processes, starting
-from tests.chaos.cell import Row
+from tests.chaos.cell import Choice, Row
 
-GROUPS: dict[str, Callable[[Path], Iterator[Row]]] = {
+GROUPS: dict[str, Callable[[Path, Choice], Iterator[Row]]] = {
     "ranks": processes.ranks,
     "experts": processes.experts,
     "stops": processes.stops,
@@ -42,12 +40,16 @@ COLUMNS = (
     "differ",
     "longest pause, s",
     "new",
+    "held",
+    "commit",
 )
+NUM_KEY_COLUMNS = 3
 
 
-def cells_of(row: Row) -> list[str]:
+def line_of(row: Row, commit: str) -> str:
+    """Of the table."""
     outcome = row.outcome
-    return [
+    cells = [
         row.site,
         row.fault,
         row.moment,
@@ -57,50 +59,67 @@ def cells_of(row: Row) -> list[str]:
         str(outcome.differing),
         f"{outcome.gap_s:.2f}",
         ", ".join(row.replaced) or "nobody",
+        "no" if row.wrong else "yes",
+        commit,
     ]
+    return _line(cells)
 
 
-def as_table(rows: list[Row]) -> str:
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS), *map(cells_of, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
-def with_section(text: str, group: str, found: str) -> str:
-    """The document with what was found in place of what was found before: in the section ``## `GROUP` …``, from the
-    line that begins with "Commit" to the next heading. Raises ValueError where it has no such section."""
-    section = re.compile(rf"(^## `{group}`.*?\n)(Commit .*?)?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
-    if len(section.findall(text)) != 1:
+def _key(line: str) -> tuple[str, ...]:
+    return tuple(cell.strip() for cell in line.split("|")[1 : 1 + NUM_KEY_COLUMNS])
+
+
+def with_row(text: str, group: str, line: str) -> str:
+    """The document with this row in the section ``## `GROUP` …``, in the place of the one of the same cluster, fault
+    and moment, or as the last of its table. Raises ValueError where it has no such section."""
+    head, heading, rest = text.partition(f"\n## `{group}`")
+    if not heading:
         raise ValueError(f"no section `{group}`")
-    return section.sub(lambda match: f"{match[1].rstrip()}\n\n{found}\n\n", text).rstrip() + "\n"
+    section, next_heading, tail = rest.partition("\n## ")
+    lines = section.rstrip().split("\n")
+    words = [each for each in lines if not each.startswith("|")]
+    rows = {_key(each): each for each in [*[each for each in lines if each.startswith("|")][2:], line]}
+    table = [_line(COLUMNS), _line(["---"] * len(COLUMNS)), *rows.values()]
+    section = "\n".join(["\n".join(words).rstrip(), "", *table, ""])
+    return head + heading + section + next_heading + tail
 
 
-def run(group: str) -> list[Row]:
-    """Prints each row as it comes."""
-    rows = []
+def run(group: str, choice: Choice, commit: str) -> Iterator[tuple[Row, str]]:
+    """Each row with its line of the table, which is printed as it comes."""
     with tempfile.TemporaryDirectory(prefix="remuda-chaos-") as directory:
-        for row in GROUPS[group](Path(directory)):
-            rows.append(row)
-            print("  ".join(cells_of(row)), *(f"\n    {line}" for line in row.wrong), flush=True)
-    return rows
+        for row in GROUPS[group](Path(directory), choice):
+            line = line_of(row, commit)
+            print(line, *(f"\n    {wrong}" for wrong in row.wrong), flush=True)
+            yield row, line
+
+
+def present_commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> int:
     """Exit status 1 where anything was not as it should be."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python -m tests.chaos ranks --no-write", prog="python -m tests.chaos"
+        description=__doc__,
+        epilog="examples: python -m tests.chaos ranks stops; python -m tests.chaos lost-raylet --cell 2 --no-write",
+        prog="python -m tests.chaos",
     )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; default: all")
+    parser.add_argument("--cell", type=int, metavar="N", help="of each group this one alone, from 1; default: all")
     parser.add_argument("--no-write", action="store_true", help="leave docs/chaos.md as it is")
     arguments = parser.parse_args()
+    commit = present_commit()
     is_wrong = False
     for group in arguments.groups or GROUPS:
-        began_s = time.monotonic()
-        rows = run(group)
-        is_wrong |= any(row.wrong for row in rows)
-        if not arguments.no_write:
-            git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-            found = f"Commit {git.stdout.strip()}, {time.monotonic() - began_s:.0f} s.\n\n{as_table(rows)}"
-            FILE.write_text(with_section(FILE.read_text(), group, found))
+        for row, line in run(group, Choice(arguments.cell), commit):
+            is_wrong |= bool(row.wrong)
+            if not arguments.no_write:
+                FILE.write_text(with_row(FILE.read_text(), group, line))
     return int(is_wrong)
 
 

@@ -2,30 +2,43 @@
 
 import pytest
 
-from tests.chaos.cell import Row
+from tests.chaos.cell import Choice, Row
 from tests.chaos.comparison import Outcome
-from tests.chaos.table import FILE, GROUPS, as_table, with_section
+from tests.chaos.table import FILE, GROUPS, line_of, with_row
 
-TEXT = "# Head\n\nWords.\n\n## `one`: first\n\nWhy.\n\nCommit abc, 3 s.\n\n| old |\n\n## `two`\n\n## Last\n\nEnd.\n"
+HEADER = (
+    "| cluster | fault | in the middle of | requests | lost | duplicated | differ | longest pause, s | new | held | "
+    "commit |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+)
+OLD, OTHER, NEW, LAST = "| a | b | c | 1 |", "| a | b | d | 2 |", "| a | b | c | 3 |", "| a | e | d | 4 |"
+TEXT = f"# Head\n\nWords.\n\n## `one`: first\n\nWhy.\n\n{HEADER}{OLD}\n{OTHER}\n\n## `two`\n\n## Last\n\nEnd.\n"
 
 
-def test_what_was_found_replaces_what_was_found_before_and_nothing_else() -> None:
-    once = with_section(with_section(TEXT, "one", "Commit def, 4 s.\n\n| new |"), "two", "Commit 1\n\n| two |")
-    assert once == (
-        "# Head\n\nWords.\n\n## `one`: first\n\nWhy.\n\nCommit def, 4 s.\n\n| new |\n\n"
-        "## `two`\n\nCommit 1\n\n| two |\n\n## Last\n\nEnd.\n"
-    )
-    assert with_section(once, "one", "Commit def, 4 s.\n\n| new |") == once
+def test_a_row_replaces_the_one_of_the_same_cell_and_nothing_else() -> None:
+    once = with_row(TEXT, "one", NEW)
+    assert once == TEXT.replace(OLD, NEW)
+    assert with_row(once, "one", LAST) == once.replace(OTHER, f"{OTHER}\n{LAST}")
+
+
+def test_the_first_row_of_a_group_makes_its_table() -> None:
+    assert with_row(TEXT, "two", NEW) == TEXT.replace("## `two`\n", f"## `two`\n\n{HEADER}{NEW}\n")
 
 
 def test_every_group_has_its_section() -> None:
     text = FILE.read_text()
     for group in GROUPS:
-        with_section(text, group, "Commit")
+        assert NEW in with_row(text, group, NEW)
     with pytest.raises(ValueError, match="no section"):
-        with_section(text, "nothing", "Commit")
+        with_row(text, "nothing", NEW)
 
 
 def test_a_row_shows_what_clients_saw() -> None:
     row = Row("tp2", "a fault", "decode", Outcome(9, 1, 2, 3, 0.5, ("why",)), ("rank 1", "leader"), ("why",))
-    assert as_table([row]).splitlines()[2] == "| tp2 | a fault | decode | 9 | 1 | 2 | 3 | 0.50 | rank 1, leader |"
+    assert line_of(row, "abc") == "| tp2 | a fault | decode | 9 | 1 | 2 | 3 | 0.50 | rank 1, leader | no | abc |"
+
+
+def test_one_cell_of_a_group_can_be_chosen() -> None:
+    assert (Choice().of("abc"), Choice(3).of("abc")) == (["a", "b", "c"], ["c"])
+    for number in (0, 4):
+        with pytest.raises(ValueError, match="this group has 3"):
+            Choice(number).of("abc")
