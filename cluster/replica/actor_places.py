@@ -230,7 +230,7 @@ def tell_rank(door: Any, secret: str, name: str, argument: bytes) -> None:
     try:
         knock(ray.get(door, timeout=TELL_TIMEOUT_S), secret, name, argument, TELL_TIMEOUT_S)
     except (RayError, ChannelClosed) as error:
-        _log.warning("a rank was not told of the next formation: %s", ray_reason(error))
+        _log.warning("a rank was not told to %s: %s", name, ray_reason(error))
 
 
 def _has_answered(reference: Any) -> bool:

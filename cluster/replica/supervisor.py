@@ -255,6 +255,8 @@ class Supervisor:
     def _waits_for_host(self, action: Action) -> bool:
         """Whether nobody has room for a newcomer yet, and somebody may still come who has. The others are told to
         stay meanwhile."""
+        if not self._plan.host_wait_s:
+            return False
         assert self._places is not None
         now_s = time.monotonic()
         has_room = not isinstance(action, StartRank) or self._places.has_room(action.rank)
