@@ -22,7 +22,6 @@ from cluster.control.autoscaling import DOWN_DELAY_S, UP_DELAY_S, ReplicaLoad, w
 from cluster.control.placement import place_gangs
 from cluster.control.ray_runtime import NAMESPACE, living_hosts
 from cluster.errors import StartFailed
-from cluster.replica.actor_places import NotReserved
 from cluster.replica.events import (
     Event,
     Failed,
@@ -35,6 +34,7 @@ from cluster.replica.events import (
 )
 from cluster.replica.leader_load import LeaderLoad
 from cluster.replica.placed_rank import PlacedRank
+from cluster.replica.reservations import NotReserved
 from cluster.replica.supervisor import Supervisor
 from engine.errors import RemudaError
 

@@ -8,39 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.errors import StartFailed
 from cluster.replica.actor import RANK_LEASE_S, LeaderActor, RankActor
 from cluster.replica.control_service import ControlService, ControlServiceSilent
 from cluster.replica.placed_rank import PlacedRank
 from cluster.replica.ray_reason import ray_reason
+from cluster.replica.reservations import Reservations
 from cluster.replica.side_door import knock
 from engine.executor.channel import ChannelClosed
 
 _log = logging.getLogger(__name__)
 
-MOVE_TIMEOUT_S = 20.0
-"""How long Ray may take to find another host for a rank."""
 TELL_TIMEOUT_S = 60.0
-_SMALL_SHARE = 0.001
-"""Of a node's own ``node:IP`` resource: pins a bundle to that host."""
-
-
-class NotReserved(StartFailed):
-    """The places that a gang was to have were not free."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a rank's process goes: a bundle of a placement group, on a host."""
-
-    group: PlacementGroup
-    bundle: int
-    host: str
 
 
 @dataclass
@@ -82,17 +63,15 @@ class ActorPlaces:
         self._on_gpu = on_gpu
         # Ray shows no GPU to a process that was not given one.
         self._num_spares = 0 if on_gpu else num_spares
-        self._device = "GPU" if on_gpu else "CPU"
         self.control = ControlService(ray.get_runtime_context().gcs_address)
-        group = self._reserve([{self._device: 1.0, f"node:{placed.host}": _SMALL_SHARE} for placed in ranks], timeout_s)
-        self._places = [_Place(group, placed.rank, placed.host) for placed in ranks]
+        self._reserved = Reservations(name, ranks, "GPU" if on_gpu else "CPU", self.control, timeout_s)
         self._spares: dict[str, list[_Spare]] = {}
         """By host."""
 
     @property
     def hosts(self) -> list[str]:
         """Each rank's."""
-        return [place.host for place in self._places]
+        return [place.host for place in self._reserved.places]
 
     def new_leader(self, config: bytes) -> Any:
         """Beside rank 0, whose place must be on a living host."""
@@ -102,9 +81,9 @@ class ActorPlaces:
     def new_rank(self, rank: int) -> Any:
         """A spare where one is ready on the rank's host. Raises NotReserved where there is no place, and
         ControlServiceSilent."""
-        if self.control.answers() or not self._has_spare(self._places[rank].host):
+        if self.control.answers() or not self._has_spare(self.hosts[rank]):
             self.find(rank)
-        spare = self._take_spare(self._places[rank].host)
+        spare = self._take_spare(self.hosts[rank])
         if spare is not None:
             return spare
         return self._new_actor(f"rank-{rank}", rank, 1.0)
@@ -115,52 +94,29 @@ class ActorPlaces:
 
     def _door(self, rank: int) -> tuple[str, str]:
         """Of an actor on the rank's host: where it is to listen, and the secret."""
-        host = self._places[rank].host
+        host = self.hosts[rank]
         is_near = host == self._host
         return f"unix:@remuda-{secrets.token_hex(12)}" if is_near else f"tcp:{host}:0", self._secret
 
     def _actor_name(self, role: str) -> str:
         return f"remuda-{self._name}-{role}-{uuid.uuid4().hex[:12]}"
 
-    def _reserve(self, bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
-        name = f"remuda-{self._name}-{uuid.uuid4().hex[:12]}"
-        group = self.control.ask(lambda: placement_group(bundles, strategy="PACK", name=name, lifetime="detached"))
-        try:
-            ray.get(group.ready(), timeout=timeout_s)
-        except GetTimeoutError:
-            remove_placement_group(group)
-            raise NotReserved(
-                f"Ray did not reserve {len(bundles)} × {self._device} for replica {self._name} within "
-                f"{timeout_s:.0f} s; something else holds them, see ray status"
-            ) from None
-        return group
-
     def has_room(self, rank: int) -> bool:
         """Whether the rank's host lives, or another one has room for it at this moment. Where Ray cannot be asked, only
         a spare has room."""
-        host = self._places[rank].host
         if not self.control.answers():
-            return self._has_spare(host)
+            return self._has_spare(self.hosts[rank])
         try:
-            if host in self._living_hosts():
-                return True
-            free, nodes = self.control.ask(lambda: (available_resources_per_node(), ray.nodes()))
+            return self._reserved.has_room(rank)
         except ControlServiceSilent:
             return False
-        return any(free.get(node["NodeID"], {}).get(self._device, 0.0) >= 1 for node in nodes if node["Alive"])
 
     def find(self, rank: int) -> None:
         """Another host, where the rank's own is gone. Raises NotReserved or ControlServiceSilent."""
-        if self._places[rank].host in self._living_hosts():
-            return
-        group = self._reserve([{self._device: 1.0}], MOVE_TIMEOUT_S)
-        node_id = placement_group_table(group)["bundles_to_node_id"][0]
-        host = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
-        _log.warning("replica %s: rank %d moves from %s to %s", self._name, rank, self._places[rank].host, host)
-        self._places[rank] = _Place(group, 0, host)
+        self._reserved.find(rank)
 
     def _options(self, rank: int, share: float) -> dict[str, Any]:
-        place = self._places[rank]
+        place = self._reserved.places[rank]
         return {
             "lifetime": "detached",
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
@@ -177,8 +133,8 @@ class ActorPlaces:
             self._keep_spares(now_s)
 
     def _keep_spares(self, now_s: float) -> None:
-        for rank, place in enumerate(self._places):
-            spares = self._spares.setdefault(place.host, [])
+        for rank, host in enumerate(self.hosts):
+            spares = self._spares.setdefault(host, [])
             while len(spares) < self._num_spares and self.control.answers():
                 actor = self._new_actor("spare", rank, 0.0)
                 spares.append(_Spare(actor, actor.stand_by.remote(), now_s))
@@ -207,22 +163,16 @@ class ActorPlaces:
             for spare in spares:
                 ray.kill(spare.actor, no_restart=True)
         if self.control.answers():
-            for group in {place.group.id: place.group for place in self._places}.values():
-                remove_placement_group(group)
+            self._reserved.release()
 
     def lost(self) -> list[tuple[int, str]]:
         """Ranks whose host is gone, with the host; none where nobody can be asked."""
         if not self.control.answers():
             return []
         try:
-            living = self._living_hosts()
+            return self._reserved.lost()
         except ControlServiceSilent:
             return []
-        return [(rank, place.host) for rank, place in enumerate(self._places) if place.host not in living]
-
-    def _living_hosts(self) -> set[str]:
-        """Addresses. Raises ControlServiceSilent."""
-        return {node["NodeManagerAddress"] for node in self.control.ask(ray.nodes) if node["Alive"]}
 
 
 def tell_rank(door: Any, secret: str, name: str, argument: bytes) -> None:

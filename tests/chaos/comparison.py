@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tests.chaos.clients import Client
+from tests.chaos.clients import TIMEOUT_S, Client
 from tests.failover.requests import assert_same
 from tests.failover.streams import Reading
 
@@ -41,6 +41,11 @@ def judge(clients: list[Client], expected: dict[str, Reading], since_s: float) -
 
 def _judge_one(client: Client, expected: Reading) -> tuple[str, str]:
     found = client.reading
+    if client.is_alive():
+        return (
+            "lost",
+            f"did not end in {TIMEOUT_S:g} s: {found.num_tokens} of {expected.num_tokens} tokens",
+        )
     if client.failure is not None:
         return "lost", f"{type(client.failure).__name__}: {client.failure}"
     if found.errors:

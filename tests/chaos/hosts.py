@@ -48,6 +48,10 @@ def slow_link(site: SeveralHosts, host: Host) -> None:
 
 
 def kill_raylet(site: SeveralHosts, host: Host) -> None:
+    kill_raylet_of(host)
+
+
+def kill_raylet_of(host: Host) -> None:
     kill_program(host, "raylet/raylet")
 
 

@@ -23,11 +23,12 @@ def long_prompts() -> dict[str, dict[str, Any]]:
     """The same kinds behind prompts that take seconds to prefill."""
     found = short_prompts()
     for number, body in enumerate(found.values()):
+        body["max_tokens"] = NUM_TOKENS_AFTER_LONG_PROMPT
         text = " ".join(f"{(index * 7 + number) % 10}" for index in range(LONG_PROMPT_WORDS))
         if "messages" in body:
             body["messages"] = [{"role": "user", "content": text}, *body["messages"]]
         else:
-            body |= {"prompt": text, "max_tokens": NUM_TOKENS_AFTER_LONG_PROMPT, "echo": False}
+            body |= {"prompt": text, "echo": False}
     return found
 
 

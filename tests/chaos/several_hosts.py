@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,18 @@ OPTIONS = ("--tp", "2", "--tp-across-hosts", "--max-num-batched-tokens", "64", "
 
 @dataclass
 class RayHosts:
-    """``head_settings``: variables of the head's Ray."""
+    """``nodes``, ``cpu_slots``: of the hosts, in order."""
 
     bed: Bed
     nodes: list[RayNode]
-    """Of the hosts, in order."""
     directory: Path
+    cpu_slots: Sequence[int] = CPU_SLOTS
 
     def join_again(self, host: Host) -> None:
         """A host whose node Ray has given up becomes a new node."""
         index = self.bed.hosts.index(host)
         self.nodes[index].close()
-        self.nodes[index] = self.bed.join_ray(self.nodes[0], host, CPU_SLOTS[index])
+        self.nodes[index] = self.bed.join_ray(self.nodes[0], host, self.cpu_slots[index])
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ OTHERS = [
 ]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("cells", [pytest.param([KILL], id="kill"), pytest.param(OTHERS, id="others")])
+@pytest.mark.parametrize(
+    "cells", [pytest.param([KILL], id="kill"), pytest.param(OTHERS, id="others", marks=pytest.mark.full)]
+)
 @pytest.mark.timeout(240)
 def test_nothing_is_lost_and_nothing_comes_twice(cells: list[Cell], tmp_path: Path) -> None:
     """The rest is in ``make chaos``."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from cluster.cli.golden import record
@@ -49,6 +50,28 @@ def copy_of_tiny(directory: Path, change: Callable[[Weights], None] | None = Non
         weights = load_file(copy / "model.safetensors")
         change(weights)
         save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+def dense_model(directory: Path) -> Path:
+    """Random weights, and remuda-tiny's tokenizer."""
+    copy = copy_of_tiny(directory)
+    for name in ("model.safetensors", "remuda-golden.json"):
+        (copy / name).unlink()
+    config = transformers.LlamaConfig(
+        vocab_size=ModelConfig.from_directory(TINY).vocab_size,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        eos_token_id=None,
+    )
+    torch.manual_seed(1)
+    config.dtype = torch.bfloat16
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(copy)
     return copy
 
 
@@ -138,6 +161,21 @@ def test_in_float32_a_record_of_another_layout_is_met(tmp_path: Path) -> None:
     assert golden is not None and golden.layout["tp"] == 2
     with under_test(checkpoint, Dtype.FLOAT32) as (test, engine):
         assert test.run(engine, golden) == "4 golden prompts reproduced"
+
+
+def test_in_bfloat16_a_record_of_another_layout_of_a_dense_model_is_met(tmp_path: Path) -> None:
+    """And a wrong weight is found by it."""
+    checkpoint = dense_model(tmp_path)
+    record(config_of(checkpoint, Dtype.BFLOAT16, tp=2))
+    golden = read_golden(checkpoint)
+    assert golden is not None and (golden.layout["tp"], golden.dtype) == (2, Dtype.BFLOAT16)
+    with under_test(checkpoint) as (test, engine):
+        assert test.run(engine, golden) == "4 golden prompts reproduced"
+    weights = load_file(checkpoint / "model.safetensors")
+    zero_a_projection(weights)
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    with under_test(checkpoint) as (test, engine), pytest.raises(SelfTestFailed, match="expected .* found"):
+        test.run(engine, golden)
 
 
 def test_a_near_tie_is_followed_as_it_was_recorded() -> None:
