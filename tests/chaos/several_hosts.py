@@ -104,6 +104,10 @@ class SeveralHosts:
     def log(self) -> str:
         return self._log_file.read_text()
 
+    @property
+    def exit_status(self) -> int | None:
+        return self.server.poll()
+
     def status(self) -> dict[str, Any]:
         done = self.serving.run([REMUDA, "status", "--json"], timeout_s=60)
         assert done.returncode == 0, done.stderr

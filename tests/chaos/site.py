@@ -36,6 +36,10 @@ class Site(Protocol):
     def log(self) -> str:
         """What the server has printed."""
 
+    @property
+    def exit_status(self) -> int | None:
+        """None while the server runs."""
+
     def status(self) -> dict[str, Any]:
         """The replica, as ``remuda status --json`` has it."""
 
@@ -62,6 +66,11 @@ class OneHost:
     @property
     def log(self) -> str:
         return self.served.log.read_text()
+
+    @property
+    def exit_status(self) -> int | None:
+        assert self.served.process is not None
+        return self.served.process.poll()
 
     def status(self) -> dict[str, Any]:
         replica: dict[str, Any] = self.served.status()["replicas"][0]
@@ -96,6 +105,8 @@ def settle(site: Site) -> dict[str, int]:
     deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
     reason = ""
     while time.monotonic() < deadline_s:
+        if site.exit_status is not None:
+            raise NotSettled(f"the server ended with status {site.exit_status}\n{site.log}")
         try:
             replica = site.status()
             alive = {process.pid for process in site.processes()}
