@@ -20,18 +20,16 @@ Expected = dict[str, dict[str, Reading]]
 
 
 class Choice:
-    """Which cells of a group are run: the one with this number, from 1; None: all."""
+    """Which cells of a group are run: those with these numbers, from 1; none: all."""
 
-    def __init__(self, number: int | None = None) -> None:
-        self._number = number
+    def __init__(self, *numbers: int) -> None:
+        self._numbers = numbers
 
     def of(self, cells: Sequence[T]) -> list[T]:
         """Raises ValueError where there is no such cell."""
-        if self._number is None:
-            return list(cells)
-        if not 1 <= self._number <= len(cells):
-            raise ValueError(f"no cell {self._number}: this group has {len(cells)}")
-        return [cells[self._number - 1]]
+        if missing := [number for number in self._numbers if not 1 <= number <= len(cells)]:
+            raise ValueError(f"no cell {missing[0]}: this group has {len(cells)}")
+        return [cells[number - 1] for number in self._numbers] or list(cells)
 
 
 class Moment:

@@ -110,13 +110,15 @@ def main() -> int:
         prog="python -m tests.chaos",
     )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; default: all")
-    parser.add_argument("--cell", type=int, metavar="N", help="of each group this one alone, from 1; default: all")
+    parser.add_argument(
+        "--cell", type=int, action="append", default=[], metavar="N", help="of each group these; default: all"
+    )
     parser.add_argument("--no-write", action="store_true", help="leave docs/chaos.md as it is")
     arguments = parser.parse_args()
     commit = present_commit()
     is_wrong = False
     for group in arguments.groups or GROUPS:
-        for row, line in run(group, Choice(arguments.cell), commit):
+        for row, line in run(group, Choice(*arguments.cell), commit):
             is_wrong |= bool(row.wrong)
             if not arguments.no_write:
                 FILE.write_text(with_row(FILE.read_text(), group, line))
