@@ -9,10 +9,10 @@ from tests.chaos.clients import Client, run_all
 from tests.chaos.comparison import judge
 from tests.chaos.mix import short_prompts
 from tests.chaos.processes import kill, stop
-from tests.chaos.site import POLL_S, OneHost, Site, metric, one_host, pids, settle
+from tests.chaos.site import POLL_S, OneHost, Site, metric, one_host, settle
 
 OPTIONS = ("--tp", "2", "--ep", "2", "--enable-eplb", "--num-redundant-experts", "4", "--spare-ranks", "1")
-MAX_WAVES = 6
+MAX_WAVES = 12
 """Of requests, until loads have told the balancer that something should move."""
 FAULTS: dict[str, tuple[Callable[[Site], None], str]] = {
     "kill -9 rank 1": (kill("rank 1"), "rank 1"),
@@ -53,8 +53,7 @@ def _struck(directory: Path, name: str, fault: Callable[[Site], None], victim: s
         while strike.struck_s is None and waves < MAX_WAVES:
             waves += 1
             clients = run_all(short_prompts(), site.urls, None, strike)
-        settle(site)
-        after = pids(site)
+        after = settle(site)
         expected, rows = unfaulted(site, (Moment.DECODE,))
         outcome = judge(clients, expected[Moment.DECODE], strike.struck_s or 0.0)
         replaced = tuple(name for name in before if before[name] != after[name])

@@ -129,10 +129,11 @@ def _struck(directory: Path, cells: list[Cell]) -> Iterator[Row]:
     with several_hosts(directory) as site:
         expected, rows = unfaulted(site, moments_of(cells))
         yield from (dataclasses.replace(row, site=NAME) for row in rows)
+        settle(site)
         for cell in cells:
             former = site.host_of(1)
             row = run_cell(NAME, site, cell, expected)
-            if cell.replaced and site.host_of(1) is former:
+            if cell.replaced and not row.wrong and site.host_of(1) is former:
                 row = dataclasses.replace(row, wrong=(*row.wrong, "rank 1 did not move"))
             yield row
             if cell.replaced and cell is not cells[-1]:

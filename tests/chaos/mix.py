@@ -7,7 +7,7 @@ from tests.failover.requests import REQUESTS
 
 WHOLE = ("greedy", "two choices", "tools")
 """Kinds that are also asked for without a stream."""
-NUM_TOKENS = 240
+NUM_TOKENS = 120
 LONG_PROMPT_WORDS = 200
 NUM_TOKENS_AFTER_LONG_PROMPT = 40
 

@@ -8,24 +8,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.chaos.cell import Cell, Choice, Moment, Row, moments_of, run_cell, unfaulted
-from tests.chaos.site import Site, one_host, pids
+from tests.chaos.site import Site, one_host
 
 SHORT_STOP_S = 0.5
 OPTIONS = ("--tp", "2", "--spare-ranks", "1", "--max-num-batched-tokens", "64", "--deterministic")
 
 
 def kill(name: str) -> Callable[[Site], None]:
-    """``kill -9`` of a rank or of the leader."""
-    return lambda site: os.kill(pids(site)[name], signal.SIGKILL)
+    """``kill -9`` of a rank or of the leader of a cluster that was whole when its requests began."""
+    return lambda site: os.kill(site.whole[name], signal.SIGKILL)
 
 
 def stop(name: str) -> Callable[[Site], None]:
-    return lambda site: os.kill(pids(site)[name], signal.SIGSTOP)
+    return lambda site: os.kill(site.whole[name], signal.SIGSTOP)
 
 
 def stop_shortly(name: str) -> Callable[[Site], None]:
     def strike(site: Site) -> None:
-        pid = pids(site)[name]
+        pid = site.whole[name]
         os.kill(pid, signal.SIGSTOP)
         time.sleep(SHORT_STOP_S)  # the fault itself
         os.kill(pid, signal.SIGCONT)

@@ -60,6 +60,7 @@ class SeveralHosts:
 
     hosts: RayHosts
     server: "subprocess.Popen[str]" = field(init=False)
+    whole: dict[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> "SeveralHosts":
         self._log_file = self.hosts.directory / "serve.log"
@@ -126,9 +127,8 @@ class SeveralHosts:
         return in_network(self.network, lambda: live_requests(self.urls[0]))
 
     def host_of(self, rank: int) -> Host:
-        """Once it is ready."""
-        address = str(self.status()["ranks"][rank]["host"]).rpartition("(")[2].rstrip(")")
-        return next(host for host in self.bed.hosts if host.address == address)
+        """When the cluster was last seen whole."""
+        return next(host for host in self.bed.hosts if self.whole[f"rank {rank}"] in host.pids())
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,13 @@ class NotSettled(AssertionError):
 
 
 class Site(Protocol):
-    """A served cluster."""
+    """A served cluster.
+
+    ``whole``: the process of each rank and of the leader when it was last seen whole (``settle``). Asking for them
+    takes a process of its own, which is too long for the moment of a fault.
+    """
+
+    whole: dict[str, int]
 
     @property
     def urls(self) -> list[str]:
@@ -54,6 +60,7 @@ class OneHost:
     """A ``remuda serve`` of this machine."""
 
     served: Served
+    whole: dict[str, int] = field(default_factory=dict)
 
     @property
     def network(self) -> None:
@@ -94,14 +101,8 @@ def live_requests(url: str) -> int:
     return metric(url, "remuda_live_requests")
 
 
-def pids(site: Site) -> dict[str, int]:
-    """Of each rank and of the leader."""
-    found = {f"rank {rank['rank']}": int(rank["pid"]) for rank in site.status()["ranks"]}
-    return found | {"leader": leader_of(site.processes()).pid}
-
-
 def settle(site: Site) -> dict[str, int]:
-    """Wait until all ranks are ready and nothing runs. Returns their processes. Raises NotSettled."""
+    """Wait until all ranks are ready and nothing runs. Returns their and the leader's processes. Raises NotSettled."""
     deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
     reason = ""
     while time.monotonic() < deadline_s:
@@ -109,9 +110,12 @@ def settle(site: Site) -> dict[str, int]:
             raise NotSettled(f"the server ended with status {site.exit_status}\n{site.log}")
         try:
             replica = site.status()
-            alive = {process.pid for process in site.processes()}
-            found = pids(site)
+            processes = site.processes()
+            found = {f"rank {rank['rank']}": int(rank["pid"]) for rank in replica["ranks"]}
+            found["leader"] = leader_of(processes).pid
+            alive = {process.pid for process in processes}
             if replica["state"] == "ready" and not replica["num_running"] and set(found.values()) <= alive:
+                site.whole = found
                 return found
             reason = f"{replica['state']}, {replica['num_running']} running, {found}"
         except (AssertionError, ValueError) as error:

@@ -22,8 +22,8 @@ OTHERS = [
 @pytest.mark.timeout(240)
 def test_nothing_is_lost_and_nothing_comes_twice(cells: list[Cell], tmp_path: Path) -> None:
     """The rest is in ``make chaos``."""
-    with one_host(tmp_path, *OPTIONS, "--ep", "2") as site:
+    with one_host(tmp_path, *OPTIONS) as site:
         expected, rows = unfaulted(site, (Moment.DECODE,))
-        rows += [run_cell("tp2 ep2", site, cell, expected) for cell in cells]
+        rows += [run_cell("tp2", site, cell, expected) for cell in cells]
         assert [(row.fault, row.moment, row.wrong) for row in rows if row.wrong] == []
     assert site.served.left_processes() == []

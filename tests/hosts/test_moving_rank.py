@@ -7,6 +7,7 @@ import pytest
 from tests.chaos.cell import Cell, Moment, run_cell, unfaulted
 from tests.chaos.hosts import RANK_1, kill_raylet, on_rank_1
 from tests.chaos.several_hosts import several_hosts
+from tests.chaos.site import settle
 
 pytestmark = pytest.mark.netns
 
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.netns
 @pytest.mark.timeout(280)
 def test_a_rank_moves_to_a_host_with_room_when_its_own_is_lost(tmp_path: Path) -> None:
     with several_hosts(tmp_path) as site:
+        settle(site)
         lost = site.host_of(1)
         expected, rows = unfaulted(site, (Moment.DECODE,))
         cell = Cell("kill -9 raylet", Moment.DECODE, on_rank_1(kill_raylet), RANK_1)
