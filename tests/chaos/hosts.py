@@ -100,9 +100,9 @@ def _short(moment: str) -> list[Cell]:
 
 
 def head(directory: Path, choice: Choice) -> Iterator[Row]:
-    """Ray's control service, on a host without ranks, for good."""
-    cells = [Cell("kill -9 GCS", moment, kill_gcs) for moment in BOTH]
-    yield from _struck(directory, choice.of(cells))
+    """Ray's control service, on a host without ranks, for good: a cluster for each cell."""
+    for cell in choice.of([Cell("kill -9 GCS", moment, kill_gcs) for moment in BOTH]):
+        yield from _struck(directory / cell.moment, [cell])
 
 
 def lost_raylet(directory: Path, choice: Choice) -> Iterator[Row]:
@@ -126,6 +126,7 @@ def lost_packets(directory: Path, choice: Choice) -> Iterator[Row]:
 
 def _struck(directory: Path, cells: list[Cell]) -> Iterator[Row]:
     """A host that was given up joins again: it is the spare place of the next cell."""
+    directory.mkdir(exist_ok=True)
     with several_hosts(directory) as site:
         expected, rows = unfaulted(site, moments_of(cells))
         yield from (dataclasses.replace(row, site=NAME) for row in rows)
