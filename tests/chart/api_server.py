@@ -8,10 +8,12 @@ order.
 
 import asyncio
 import json
+import socket
+import ssl
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import attrs
@@ -23,7 +25,7 @@ from tests.chart.rendering import Document
 
 _PLURALS = {"NetworkPolicy": "networkpolicies", "Ingress": "ingresses"}
 _VERBS = {"create", "delete", "get", "list", "patch", "update", "watch"}
-_CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding"}
+_CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding", "Node"}
 
 
 def plural(kind: str) -> str:
@@ -42,6 +44,8 @@ class MockApiServer(kmock.KubernetesEmulator):
 
     git_version: str = "v1.37.0"
     seen: list[tuple[str, str]] = attrs.field(factory=list)
+    tokens: set[str] = attrs.field(factory=set)
+    """What was shown in ``Authorization``."""
 
     def serve_kinds_of(self, documents: list[Document]) -> None:
         for document in documents:
@@ -52,6 +56,7 @@ class MockApiServer(kmock.KubernetesEmulator):
 
     async def _handle(self, request: Any) -> Any:
         self.seen.append((request.method.value, request.url.path))
+        self.tokens.update(value for key, value in request.headers.items() if key.lower() == "authorization")
         if request.url.path.startswith("/openapi/v3"):
             return await self._openapi(request.url.path)
         self._interpret(request)
@@ -127,14 +132,14 @@ class RunningServer:
 
     def __init__(self, api: MockApiServer, url: str) -> None:
         self.api = api
-        self._url = url.rstrip("/")
+        self.url = url.rstrip("/")
 
     def kubeconfig(self, namespace: str) -> str:
         return json.dumps(
             {
                 "apiVersion": "v1",
                 "kind": "Config",
-                "clusters": [{"name": "mock", "cluster": {"server": self._url}}],
+                "clusters": [{"name": "mock", "cluster": {"server": self.url}}],
                 "users": [{"name": "anybody", "user": {}}],
                 "contexts": [{"name": "c", "context": {"cluster": "mock", "user": "anybody", "namespace": namespace}}],
                 "current-context": "c",
@@ -142,9 +147,20 @@ class RunningServer:
         )
 
 
+@attrs.define(frozen=True)
+class TlsEntry:
+    """``socket``: bound already, in whatever network."""
+
+    socket: socket.socket
+    context: ssl.SSLContext
+
+
 @contextmanager
-def running_server(documents: list[Document], git_version: str = "v1.37.0") -> Iterator[RunningServer]:
-    """On a free port of this machine, in a thread of its own, serving the kinds of ``documents``."""
+def running_server(
+    documents: list[Document], git_version: str = "v1.37.0", entry: TlsEntry | None = None
+) -> Iterator[RunningServer]:
+    """On a free port of this machine, in a thread of its own, serving the kinds of ``documents``; with ``entry`` also
+    there."""
     ready, found = threading.Event(), list[RunningServer]()
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
@@ -152,7 +168,7 @@ def running_server(documents: list[Document], git_version: str = "v1.37.0") -> I
     async def serve() -> None:
         api = MockApiServer(git_version=git_version)
         api.serve_kinds_of(documents)
-        async with api, kmock.Server(api) as server:
+        async with api, kmock.Server(api) as server, _entered(api, entry):
             found.append(RunningServer(api, str(server.url)))
             ready.set()
             await stop.wait()
@@ -171,3 +187,18 @@ def running_server(documents: list[Document], git_version: str = "v1.37.0") -> I
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(20)
+
+
+@asynccontextmanager
+async def _entered(api: MockApiServer, entry: TlsEntry | None) -> AsyncIterator[None]:
+    if entry is None:
+        yield
+        return
+    # Watches never end by themselves: nobody waits for them at the end.
+    runner = web.ServerRunner(web.Server(api), shutdown_timeout=0.0)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, entry.socket, ssl_context=entry.context).start()
+        yield
+    finally:
+        await runner.cleanup()
