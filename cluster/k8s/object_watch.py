@@ -1,5 +1,6 @@
 """Follows a list of objects at the API server: list, watch from there, resume, and list anew where that is refused."""
 
+import json
 import logging
 import threading
 import time
@@ -17,6 +18,8 @@ READ_TIMEOUT_S = WATCH_TIMEOUT_S + 30
 """A connection that says nothing for so long has died without telling."""
 MIN_INTERVAL_S = 1.0
 MAX_DELAY_S = 30.0
+PAGE_SIZE = 100
+"""Of a list: a large cluster's nodes at once are 100 MB of JSON, and whoever decodes them lets nobody else run."""
 GONE = 410
 
 Objects = Sequence[dict[str, Any]]
@@ -28,7 +31,8 @@ class ObjectWatch(threading.Thread):
     Args:
         name: of what is watched, for the log.
         list_call: a ``list_…`` method of the kubernetes package (it tells by the method's documentation what to read).
-        on_change: called in this thread with all objects, once they are known and after every change.
+        on_change: called in this thread with all objects, once they are known and after every change of what is kept
+            of them: nothing of their status, which changes often and is long.
         selectors: arguments of ``list_call``.
     """
 
@@ -73,11 +77,24 @@ class ObjectWatch(threading.Thread):
 
     def _list(self) -> str:
         """Returns the version from which to watch."""
-        listed = self._list_call(_request_timeout=READ_TIMEOUT_S, **self._selectors)
-        plain = client.ApiClient().sanitize_for_serialization(listed)
-        self._objects = {each["metadata"]["name"]: each for each in plain.get("items") or ()}
+        objects: dict[str, dict[str, Any]] = {}
+        page: dict[str, str] = {}
+        while True:
+            answer = self._list_call(
+                limit=PAGE_SIZE,
+                **page,
+                **self._selectors,
+                _request_timeout=READ_TIMEOUT_S,
+                _preload_content=False,
+            )
+            listed = json.loads(answer.data)
+            objects |= {each["metadata"]["name"]: _kept(each) for each in listed.get("items") or ()}
+            if not listed["metadata"].get("continue"):
+                break
+            page = {"_continue": listed["metadata"]["continue"]}
+        self._objects = objects
         self._tell()
-        version: str = plain["metadata"]["resourceVersion"]
+        version: str = listed["metadata"]["resourceVersion"]
         return version
 
     def _follow(self, version: str) -> str:
@@ -95,14 +112,26 @@ class ObjectWatch(threading.Thread):
                 break
             if event is None or event["type"] == "BOOKMARK":
                 continue
-            raw = event["raw_object"]
-            if event["type"] == "DELETED":
-                self._objects.pop(raw["metadata"]["name"], None)
-            else:
-                self._objects[raw["metadata"]["name"]] = raw
-            self._tell()
+            self._take(event["type"], event["raw_object"])
         return str(watcher.resource_version or version)
+
+    def _take(self, kind: str, raw: dict[str, Any]) -> None:
+        name = raw["metadata"]["name"]
+        before, now = self._objects.get(name), None if kind == "DELETED" else _kept(raw)
+        if now == before:
+            return
+        if now is None:
+            del self._objects[name]
+        else:
+            self._objects[name] = now
+        self._tell()
 
     def _tell(self) -> None:
         if not self._stopping.is_set():
             self._on_change(list(self._objects.values()))
+
+
+def _kept(raw: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in raw.items() if key not in ("metadata", "status")} | {
+        "metadata": {"name": raw["metadata"]["name"]}
+    }

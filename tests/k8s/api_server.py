@@ -28,6 +28,8 @@ class ApiServer:
         self._events: list[tuple[int, str, str, Json]] = []
         self._cut = 0
         """How often all watches were cut off."""
+        self.is_away = False
+        """Connections that are still open end with their next request."""
         self.requests: list[str] = []
         self.port = 0
 
@@ -60,10 +62,14 @@ class ApiServer:
         self._events.append((self._version, kind, path, item))
         self._changed.notify_all()
 
-    def listed(self, path: str, selector: str) -> Json:
+    def listed(self, path: str, selector: str, limit: int, begin: int) -> Json:
+        """At most ``limit`` of them, from the number ``begin`` on."""
         with self._changed:
             items = [item for item in self._objects.get(path, {}).values() if _matches(item, selector)]
-            return {"kind": "List", "metadata": {"resourceVersion": str(self._version)}, "items": items}
+            metadata = {"resourceVersion": str(self._version)}
+            if begin + limit < len(items):
+                metadata["continue"] = str(begin + limit)
+            return {"kind": "List", "metadata": metadata, "items": items[begin : begin + limit]}
 
     def watched(self, path: str, selector: str, since: int) -> Iterator[Json]:
         """Events after that version, as they come, until the watches are cut off."""
@@ -91,14 +97,17 @@ def _matches(item: Json, selector: str) -> bool:
 
 
 @contextmanager
-def serve_api(host: str = "127.0.0.1") -> Iterator[ApiServer]:
-    """For the time of the context, at ``server.port``."""
-    api = ApiServer()
+def serve_api(host: str = "127.0.0.1", before: ApiServer | None = None) -> Iterator[ApiServer]:
+    """For the time of the context, at ``server.port``. ``before``: one that was served already, at its port again."""
+    api = before or ApiServer()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            if api.is_away:
+                self.close_connection = True
+                return
             url = urlsplit(self.path)
             query = {key: values[0] for key, values in parse_qs(url.query).items()}
             selector = query.get("labelSelector", "")
@@ -106,7 +115,8 @@ def serve_api(host: str = "127.0.0.1") -> Iterator[ApiServer]:
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             if query.get("watch") != "true":
-                body = json.dumps(api.listed(url.path, selector)).encode()
+                limit, begin = int(query.get("limit", 1_000_000)), int(query.get("continue", 0))
+                body = json.dumps(api.listed(url.path, selector, limit, begin)).encode()
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -124,14 +134,16 @@ def serve_api(host: str = "127.0.0.1") -> Iterator[ApiServer]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer((host, 0), Handler)
+    server = ThreadingHTTPServer((host, api.port), Handler)
     server.daemon_threads = True
     api.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
+    api.is_away = False
     try:
         yield api
     finally:
+        api.is_away = True
         api.cut_watches()
         server.shutdown()
         server.server_close()

@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from kubernetes import client
 
 from cluster.k8s.endpoint_slices import ServiceName
 from cluster.k8s.leaders import KubernetesLeaders
+from cluster.k8s.object_watch import PAGE_SIZE
 from tests.k8s.api_server import ApiServer, serve_api
 from tests.k8s.objects import NODES, SERVICE, SLICES, endpoint, endpoint_slice, node
+from tests.support.leader_bed import until
 
 TIMEOUT_S = 20.0
 
@@ -27,6 +30,8 @@ class Seen:
     def __init__(self) -> None:
         self.leaders: dict[str, str] | None = None
         self.leaving: dict[str, str] = {}
+        self.num_told = 0
+        """How often, of nodes."""
         self._told = asyncio.Event()
 
     def take_leaders(self, leaders: dict[str, str]) -> None:
@@ -35,6 +40,7 @@ class Seen:
 
     def take_leaving(self, leaving: dict[str, str]) -> None:
         self.leaving = leaving
+        self.num_told += 1
         self._told.set()
 
     async def until(self, is_true: Callable[["Seen"], bool]) -> None:
@@ -102,6 +108,23 @@ def test_what_happened_before_the_oldest_version_is_listed_anew(api: ApiServer) 
     asyncio.run(scenario())
 
 
+def test_leaders_stay_while_the_api_server_is_away(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        with ExitStack() as served:
+            api = served.enter_context(serve_api())
+            api.put(SLICES, endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7")))
+            async with followed(api) as seen:
+                await seen.until(lambda seen: len(seen.leaders or {}) == 1)
+                served.close()
+                await until(lambda: "the API server cannot be reached" in caplog.text)
+                assert seen.leaders == {"llama-0": "10.0.0.7:50052"}
+                api.put(SLICES, endpoint_slice("s-2", endpoint("llama-1", "10.0.0.8")))
+                served.enter_context(serve_api(before=api))
+                await seen.until(lambda seen: len(seen.leaders or {}) == 2)
+
+    asyncio.run(scenario())
+
+
 def test_leaders_on_a_cordoned_node_are_about_to_leave(api: ApiServer) -> None:
     async def scenario() -> None:
         api.put(NODES, node("gpu-1"))
@@ -114,5 +137,35 @@ def test_leaders_on_a_cordoned_node_are_about_to_leave(api: ApiServer) -> None:
             await seen.until(lambda seen: seen.leaving == {"llama-1": "cordoned"})
             api.put(NODES, node("gpu-2"))
             await seen.until(lambda seen: seen.leaving == {})
+
+    asyncio.run(scenario())
+
+
+def test_the_nodes_of_a_large_cluster_come_in_pages(api: ApiServer) -> None:
+    async def scenario() -> None:
+        for number in range(2 * PAGE_SIZE + 7):
+            api.put(NODES, node(f"gpu-{number}", unschedulable=number == 2 * PAGE_SIZE + 3))
+        api.put(SLICES, endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7", f"gpu-{2 * PAGE_SIZE + 3}")))
+        async with followed(api) as seen:
+            await seen.until(lambda seen: seen.leaving == {"llama-0": "cordoned"})
+        lists = [path for path in api.requests if path.startswith(NODES) and "watch" not in path]
+        asked = [parse_qs(urlsplit(path).query) for path in lists]
+        assert [one.get("continue") for one in asked] == [None, ["100"], ["200"]]
+
+    asyncio.run(scenario())
+
+
+def test_nobody_is_told_of_a_status(api: ApiServer) -> None:
+    """Each node of a cluster reports its own every few minutes."""
+
+    async def scenario() -> None:
+        api.put(NODES, node("gpu-1"))
+        api.put(SLICES, endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7", "gpu-1")))
+        async with followed(api) as seen:
+            await seen.until(lambda seen: seen.num_told == 2)  # the slices and the nodes, as they are
+            api.put(NODES, {**node("gpu-1"), "status": {"phase": "Running"}})
+            api.put(NODES, node("gpu-1", unschedulable=True))
+            await seen.until(lambda seen: seen.leaving == {"llama-0": "cordoned"})
+            assert seen.num_told == 3
 
     asyncio.run(scenario())
