@@ -124,6 +124,8 @@ class ServeConfig(BaseSettings):
     limits_store_password_file: Path | None = None
     usage_log: Path | None = None
     audit_log: Path | None = None
+    otlp_endpoint: str | None = None
+    log_format: Literal["text", "json"] = "text"
     address: str | None = None
     cpu_slots: Degree = 8
     spare_ranks: Annotated[int, Field(ge=0, le=64)] = 0

@@ -64,3 +64,5 @@ class ReplicaInfo:
     """While there is work: beyond that it is a stall. 0: not known."""
     adapters: tuple[AdapterInfo, ...] = ()
     experts: ExpertStats | None = None
+    max_loras: int = 0
+    """Adapters that may be loaded at once."""

@@ -26,6 +26,7 @@ from engine.scheduler.expert_balancer import ExpertBalancer
 from engine.scheduler.expert_stats import ExpertStats
 from engine.scheduler.request_state import RequestState
 from engine.scheduler.scheduler import Scheduler
+from engine.timeline import Clock, no_clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Engine:
         lora_config: bounds of adapters.
         experts: of a mixture whose experts are on several ranks.
         model_identity: differs for any two models whose KV blocks must not be taken for each other.
+        clock: for the requests' timelines; decides nothing.
     """
 
     def __init__(
@@ -79,7 +81,9 @@ class Engine:
         lora_config: LoraConfig = LoraConfig(),
         experts: ExpertBalancer | None = None,
         model_identity: str = "",
+        clock: Clock = no_clock,
     ) -> None:
+        self._clock = clock
         self._kv_groups = tuple(kv_groups)
         self._vocab_size = vocab_size
         self._model_identity = model_identity
@@ -214,7 +218,8 @@ class Engine:
             self._outputs.take(outputs)
             for output in outputs.others:
                 if output.finish_reason is not None:
-                    del self._states[output.request_id]
+                    state = self._states.pop(output.request_id)
+                    self._outputs.ended.append((output, state.timeline.end()))
 
     def _end_without_adapter(self, slots: set[int]) -> None:
         """Only after a reset can requests have an adapter that cannot be loaded (again)."""
@@ -252,7 +257,7 @@ class Engine:
         """
         self._validate(request)
         adapter = self._adapters.slot_of(request.adapter)
-        state = RequestState.of(request, self._num_arrivals, adapter=adapter)
+        state = RequestState.of(request, self._num_arrivals, adapter=adapter, clock=self._clock)
         adapter_identity = self._adapters.identity_of(request.adapter)
         state.root_hash = root_hash(self._model_identity, adapter_identity, request.cache_salt)
         state.dp_group = self._choose_group(state)
@@ -306,7 +311,7 @@ class Engine:
         if state is None:
             return False
         self._withdraw(state)
-        self._outputs.append(Output(request_id, [], FinishReason.ABORT))
+        self._outputs.end(Output(request_id, [], FinishReason.ABORT), state.timeline)
         return True
 
     def _withdraw(self, state: RequestState) -> None:
@@ -346,7 +351,7 @@ class Engine:
 
     def _end_with_error(self, state: RequestState, message: str) -> None:
         del self._states[state.request_id]
-        self._outputs.append(Output(state.request_id, [], FinishReason.ERROR, error=message))
+        self._outputs.end(Output(state.request_id, [], FinishReason.ERROR, error=message), state.timeline)
 
     def _begin_epoch(self, epoch: int, executor: Executor, cache_config: CacheConfig) -> None:
         self._epoch = epoch
@@ -357,12 +362,7 @@ class Engine:
         self._broken = False
         self._in_flight: deque[tuple[StepPlan, PendingResults]] = deque()
         self._schedulers = [
-            Scheduler(
-                self._config,
-                cache_config,
-                self._kv_groups,
-                input_references=self._input_references,
-            )
+            Scheduler(self._config, cache_config, self._kv_groups, input_references=self._input_references)
             for _ in range(self._num_dp_groups)
         ]
 

@@ -8,6 +8,7 @@ import enum
 import msgspec
 
 from engine.errors import InvalidRequest
+from engine.timeline import Waits
 
 MAX_LOGPROBS = 20
 """Most alternatives per position that a client may ask for (OpenAI's own bound)."""
@@ -172,6 +173,8 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     cache_salt: str = ""
     """Requests with different ones share no cached prefix (vLLM's field)."""
     tenant: Tenant = NO_TENANT
+    trace: str = ""
+    """W3C ``traceparent`` of whoever asks for it; empty where nobody traces it."""
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, gc=False):
@@ -198,7 +201,8 @@ class Output(msgspec.Struct, frozen=True, gc=False):
     """What one step gave one request: zero or more tokens, and the end if it is the last.
 
     ``prompt_logprobs`` are appended chunk by chunk while the prompt is prefilled; the entry of the first prompt token
-    is None. ``num_cached_tokens`` counts prompt tokens served from the prefix cache.
+    is None. ``num_cached_tokens`` counts prompt tokens served from the prefix cache. ``waits`` comes once, about when
+    the first token does.
     """
 
     request_id: str
@@ -209,3 +213,4 @@ class Output(msgspec.Struct, frozen=True, gc=False):
     prompt_logprobs: list[TopLogprobs | None] | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    waits: Waits | None = None

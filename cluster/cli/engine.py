@@ -6,10 +6,10 @@ from typing import Annotated
 import msgspec
 import typer
 import uvloop
-from rich.console import Console
 
 from cluster.cli import group_options
 from cluster.cli import serve_options as options
+from cluster.cli.console import open_console
 from cluster.cli.serve_run import Serving
 from cluster.config import ServeConfig, load_serve_config
 from cluster.control.group_host import GroupHost, head
@@ -65,6 +65,8 @@ def engine(
     deterministic: options.Deterministic = None,
     drain_timeout: options.DrainTimeout = None,
     security_file: options.SecurityFile = None,
+    otlp_endpoint: options.OtlpEndpoint = None,
+    log_format: options.LogFormat = None,
     config: options.Config = None,
 ) -> None:
     """Run one replica whose ranks are on this host and on those where remuda worker runs; no clients' API.
@@ -97,7 +99,7 @@ def _for_group(checked: Preflight, num_hosts: int, num_devices: int, leader_port
 
 
 def _run(config: ServeConfig, checked: Preflight, node_ip: str, health_port: int) -> int:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = open_console(config.log_format, "remuda-engine")
 
     def probes(fleet: Fleet) -> EngineFront:
         return EngineFront(node_ip, health_port, fleet)

@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,8 @@ import uvloop
 from rich.console import Console
 
 from cluster.cli import serve_options
+from cluster.cli.console import open_console
+from cluster.cli.serve_run import new_front_end_id
 from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.fleet import Fleet
 from cluster.frontend.leader_set import LeaderSet
@@ -20,6 +21,8 @@ from cluster.k8s.endpoint_slices import ServiceName
 from cluster.replica.client import ReplicaClient
 from cluster.replica.model_source import ModelSource
 from cluster.rpc.shared_secret import read_secret
+from cluster.telemetry.config import otlp_endpoint as chosen_endpoint
+from cluster.telemetry.tracing import open_telemetry
 from cluster.tenants.tenancy import TenancyConfig
 from engine.errors import InvalidOption
 
@@ -56,12 +59,16 @@ def frontend(
     limits_store_password_file: serve_options.LimitsStorePasswordFile = None,
     usage_log: serve_options.UsageLog = None,
     audit_log: serve_options.AuditLog = None,
+    otlp_endpoint: serve_options.OtlpEndpoint = None,
+    log_format: serve_options.LogFormat = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get at the end.")] = 30.0,
 ) -> None:
     """Serve clients for leaders that run already, beside other front ends.
 
     Any front end can go on with a resumable request that another one began. It stops at SIGTERM; leaders go on.
     """
+    console = open_console(log_format, "remuda-frontend")
+    endpoint = chosen_endpoint(otlp_endpoint)
     known = _source(leaders, discover, watch_nodes)
     config = FrontEndConfig(
         name=served_model_name or model,
@@ -75,7 +82,7 @@ def frontend(
     )
     secret = "" if secret_file is None else read_secret(secret_file)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(config, known, watch_nodes, secret, drain_timeout))
+        runner.run(_serve(console, config, endpoint, known, watch_nodes, secret, drain_timeout))
 
 
 def _source(leaders: str | None, discover: str | None, watch_nodes: bool) -> dict[str, str] | ServiceName:
@@ -103,26 +110,27 @@ def parse_leaders(text: str) -> dict[str, str]:
 
 
 async def _serve(
+    console: Console,
     config: FrontEndConfig,
+    endpoint: str | None,
     leaders: dict[str, str] | ServiceName,
     watch_nodes: bool,
     secret: str,
     drain_timeout_s: float,
 ) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-
     def tell(text: str) -> None:
         console.print(text, markup=False)
 
     tls = ClusterTls.of(config.security.cluster)
-    fleet = Fleet()
-    front_end = FrontEnd(config, fleet)
+    front_end_id = new_front_end_id()
+    telemetry = open_telemetry(endpoint, "remuda-frontend", front_end_id)
+    fleet = Fleet(tracer=telemetry.tracer)
+    front_end = FrontEnd(config, fleet, telemetry)
     await front_end.start()
     console.print(front_end.addresses)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    front_end_id = f"front-end-{uuid.uuid4().hex[:12]}"
     known = LeaderSet(fleet, lambda address: ReplicaClient(address, front_end_id, secret, tls), tell)
     discovery: KubernetesLeaders | None = None
     if isinstance(leaders, ServiceName):

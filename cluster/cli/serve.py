@@ -63,13 +63,14 @@ def serve(
     queue_timeout: options.QueueTimeout = None,
     first_token_timeout: options.FirstTokenTimeout = None,
     drain_timeout: options.DrainTimeout = None,
+    otlp_endpoint: options.OtlpEndpoint = None,
+    log_format: options.LogFormat = None,
     config: options.Config = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API and over gRPC.
 
-    Every option can also be set in the environment (REMUDA_TENSOR_PARALLEL_SIZE=2) or in a --config file; a flag wins
-    over the environment, which wins over the file. Ctrl-C or SIGTERM finishes running requests and stops everything
-    that was started.
+    Options may also stand in the environment (REMUDA_TENSOR_PARALLEL_SIZE=2), which wins over a --config file. Ctrl-C or
+    SIGTERM finishes running requests and stops everything that was started.
     """
     flags = {name: value for name, value in locals().items() if name != "config"}
     raise typer.Exit(run(load_serve_config(flags, config)))

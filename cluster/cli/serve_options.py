@@ -112,6 +112,16 @@ UsageLog = Annotated[Path | None, typer.Option(help="File that gets one JSON lin
 AuditLog = Annotated[
     Path | None, typer.Option(help="File that gets one JSON line per request, however it ended; no text. [none]")
 ]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="http://HOST:PORT",
+        help="OpenTelemetry collector (OTLP over gRPC) that gets traces. [OTEL_EXPORTER_OTLP_ENDPOINT, or none]",
+    ),
+]
+LogFormat = Annotated[
+    str | None, typer.Option(metavar="text|json", help="json: a line of JSON per event, with request and trace. [text]")
+]
 Address = Annotated[str | None, typer.Option(help="host:port of a running Ray to join. [a private one is started]")]
 CpuSlots = Annotated[int | None, typer.Option(help="CPU ranks this host may hold. [8]")]
 Deterministic = Annotated[

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 import uvloop
+from opentelemetry.trace import Tracer
 from rich.console import Console
 
+from cluster.cli.console import open_console
 from cluster.cli.progress import StartProgress
 from cluster.config import Device, ServeConfig, misspelt_variables
 from cluster.control.launcher import Launcher
@@ -24,6 +26,7 @@ from cluster.licence import licence_of
 from cluster.replica.client import ReplicaClient
 from cluster.replica.events import Failed, GangFormed, Repairing, ReplicaEnded, ReplicaReady
 from cluster.replica.heap import settle_heap
+from cluster.telemetry.tracing import NO_TRACER, open_telemetry
 from cluster.tenants.tenancy import TenancyConfig
 from engine.errors import RemudaError
 from engine.kernels.native_library import is_built
@@ -37,13 +40,19 @@ def run(config: ServeConfig) -> int:
     """Serve until SIGINT or SIGTERM. Status 0; 1 if that came before it was ready, or if no replica was left to serve.
 
     Raises errors of our tree."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = open_console(config.log_format, "remuda-frontend")
     for warning in misspelt_variables():
         console.print(warning, style="yellow")
     checked = preflight(config)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        front_end = functools.partial(FrontEnd, _front_end_config(config, checked.directory))
-        return runner.run(Serving(console, config, checked, front_end).run())
+        telemetry = open_telemetry(checked.launch.replica.otlp_endpoint, "remuda-frontend", new_front_end_id())
+        front_end = functools.partial(FrontEnd, _front_end_config(config, checked.directory), telemetry=telemetry)
+        return runner.run(Serving(console, config, checked, front_end, telemetry.tracer).run())
+
+
+def new_front_end_id() -> str:
+    """A name for one life of a front end."""
+    return f"front-end-{uuid.uuid4().hex[:12]}"
 
 
 def _front_end_config(config: ServeConfig, directory: Path) -> FrontEndConfig:
@@ -85,13 +94,19 @@ class Serving:
     """One run, from open ports to the end. While the model loads, the health endpoints answer already."""
 
     def __init__(
-        self, console: Console, config: ServeConfig, checked: Preflight, new_front: Callable[[Fleet], Front]
+        self,
+        console: Console,
+        config: ServeConfig,
+        checked: Preflight,
+        new_front: Callable[[Fleet], Front],
+        tracer: Tracer = NO_TRACER,
     ) -> None:
+        self._tracer = tracer
         self._console = console
         self._new_front = new_front
         self._config = config
         self._checked = checked
-        self._front_end_id = f"front-end-{uuid.uuid4().hex[:12]}"
+        self._front_end_id = new_front_end_id()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._is_ready = False
@@ -102,7 +117,7 @@ class Serving:
         """Why what still runs is ended."""
 
     async def run(self) -> int:
-        fleet = Fleet(None if self._checked.launch.is_managed else self._lose_all)
+        fleet = Fleet(None if self._checked.launch.is_managed else self._lose_all, tracer=self._tracer)
         front_end = self._new_front(fleet)
         await front_end.start()
         self._greet(front_end)

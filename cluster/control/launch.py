@@ -34,6 +34,7 @@ from cluster.replica.events import (
     encode_event,
 )
 from cluster.replica.placed_rank import PlacedRank
+from cluster.telemetry.logs import log_as_json
 from engine.errors import RemudaError
 
 if TYPE_CHECKING:
@@ -172,6 +173,8 @@ def main(examine: Examine | None = None, measure_links: MeasureLinks | None = No
     # Unbuffered: while the thread waits in a buffered read it holds a lock that the interpreter's own end would want.
     commands = os.fdopen(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
     config = decode_config(commands.readline())
+    if config.replica.log_format == "json":
+        log_as_json("remuda-control")
     stop = threading.Event()
     threading.Thread(target=_set_at_end, args=(commands, stop), daemon=True).start()
     launch = Launch(config, events, stop, examine, measure_links)

@@ -12,6 +12,7 @@ from cluster.identity.config import check_exposure, load_security
 from cluster.replica.events import LaunchConfig, ReplicaPlan
 from cluster.replica.model_source import ModelSource, resolve
 from cluster.rpc.shared_secret import required_secret
+from cluster.telemetry.config import otlp_endpoint
 from engine.config import Determinism, ParallelConfig, SchedulerConfig
 from engine.deterministic import deterministic_layout
 from engine.errors import InvalidOption, LayoutError
@@ -162,6 +163,8 @@ def _launch_config(
         cluster_tls=ClusterTls.of(load_security(config.security_file, config.api_key_file).cluster),
         depth=plans_in_flight(device.value, parallel.pp, config.async_scheduling),
         spare_ranks=config.spare_ranks,
+        otlp_endpoint=otlp_endpoint(config.otlp_endpoint),
+        log_format=config.log_format,
     )
     return LaunchConfig(
         replica=plan,

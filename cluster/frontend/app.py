@@ -34,6 +34,7 @@ from cluster.frontend.vllm_grpc.servicer import VllmServicer
 from cluster.identity.authenticator import make_authenticator
 from cluster.identity.config import SecurityConfig, check_exposure
 from cluster.identity.tls import make_server_tls
+from cluster.telemetry.tracing import Telemetry
 from cluster.tenants.tenancy import Tenancy, TenancyConfig
 from engine.config import LoraConfig
 from engine.errors import InvalidOption, RemudaError
@@ -79,6 +80,7 @@ class FrontEnd:
     Args:
         config: what to serve, where and within which bounds.
         backend: the replicas. Whoever made it closes it, after ``stop``.
+        telemetry: where spans go; closed by ``stop``.
 
     Raises:
         InvalidOption: a port that is taken, keys or certificates that cannot be used, an open address that nothing
@@ -86,8 +88,9 @@ class FrontEnd:
         CheckpointError: the checkpoint's tokenizer cannot be used.
     """
 
-    def __init__(self, config: FrontEndConfig, backend: Backend) -> None:
+    def __init__(self, config: FrontEndConfig, backend: Backend, telemetry: Telemetry | None = None) -> None:
         self._config = config
+        self._telemetry = telemetry or Telemetry()
         check_exposure(config.host, config.security, config.insecure)
         self._authenticator = make_authenticator(config.security, time.time, time.monotonic, secrets.token_bytes)
         self._tls = make_server_tls(config.security.tls)
@@ -110,9 +113,11 @@ class FrontEnd:
             config.limits,
             adapters=adapters,
             tenancy=self._tenancy,
+            tracer=self._telemetry.tracer,
         )
         self.health = Health(backend.replicas, lambda: self._admission.is_closed, clock, config.stall_s)
-        http_app = build_http_app(self.service, self.health, metrics, self._authenticator, config.http)
+        tracer = self._telemetry.tracer
+        http_app = build_http_app(self.service, self.health, metrics, self._authenticator, config.http, tracer)
         self._listen(config, http_app)
         self._watchers: list[asyncio.Task[None]] = []
 
@@ -121,7 +126,7 @@ class FrontEnd:
         version = importlib.metadata.version("remuda")
         inference, admin = InferenceServicer(self.service), AdminServicer(self.service, version)
         vllm = VllmServicer(self.service, self.health.ready, version)
-        gate = GrpcGate(self._authenticator)
+        gate = GrpcGate(self._authenticator, tracer=self._telemetry.tracer)
         health_port = None if config.security.tls is None else config.security.tls.health_port
         self._http = HttpListener(http_app, config.host, config.port, config.http_limits, self._tls)
         self._probes: HttpListener | None = None
@@ -201,6 +206,7 @@ class FrontEnd:
         await asyncio.gather(*(listener.stop() for listener in self._http_listeners), self._grpc.stop())
         await self._tenancy.close()
         self._encoder.close()
+        await asyncio.to_thread(self._telemetry.close)
 
     async def _watch(self) -> None:
         while True:

@@ -7,6 +7,7 @@ from cluster.frontend.detokenizer import Detokenizer
 from cluster.frontend.stop_strings import StopStrings
 from cluster.frontend.tools.parser import Piece, ToolCallParser
 from engine.request import FinishReason, Output, TopLogprobs
+from engine.timeline import Waits
 
 
 class EchoedPrompt:
@@ -58,6 +59,8 @@ class Choice:
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         """When tokens came, for whoever measures."""
+        self.waits: Waits | None = None
+        """Before the first of them, at the replica that gave it."""
         self._detokenizer = detokenizer
         self._stops = stops
         self._min_tokens = min_tokens

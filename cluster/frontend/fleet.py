@@ -8,7 +8,11 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import replace
 
+import msgspec
+from opentelemetry.trace import Tracer
+
 from cluster.errors import Draining, Unavailable, UnknownStream
+from cluster.frontend.attempts import Attempts
 from cluster.frontend.clock import Clock, LoopClock
 from cluster.frontend.journal import Attach, FailoverPolicy, Finish, Journal, Submit, Wait, attempt_of, index_of
 from cluster.frontend.stored_call import FoundCall, Holder, StoredCall
@@ -17,6 +21,7 @@ from cluster.replica.keep import Keep
 from cluster.router.query import RoutingQuery
 from cluster.router.replica_table import ReplicaTable
 from cluster.router.router import default_router
+from cluster.telemetry.tracing import NO_TRACER
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.errors import EngineFailure, InvalidRequest, RemudaError
 from engine.request import AdapterInfo, Output, Request
@@ -38,6 +43,7 @@ class Fleet:
         clock: for that.
         lost_after_s: a leader may be replaced within it.
         migrate_after_s: so long what runs at a replica that drains may finish there.
+        tracer: for the spans of attempts.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class Fleet:
         clock: Clock = LoopClock(),
         lost_after_s: float = 30.0,
         migrate_after_s: float = 10.0,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._clients: dict[str, ReplicaClient] = {}
         self._expected: set[str] = set()
@@ -56,6 +63,7 @@ class Fleet:
         self._clock = clock
         self._lost_after_s = lost_after_s
         self._migrate_after_s = migrate_after_s
+        self._tracer = tracer
         self._changed = asyncio.Event()
         self._has_work = asyncio.Event()
         self._asking: set[asyncio.Task[None]] = set()
@@ -146,8 +154,10 @@ class Fleet:
 
     async def _run(self, journal: Journal, keep: Keep | None) -> AsyncGenerator[Output, None]:
         self._has_work.set()
+        attempts = Attempts(self._tracer, journal.trace)
         try:
             while not journal.is_finished:
+                attempts.routing()
                 action = journal.next_action(self._clock.now_s(), self._table.views())
                 self._abandon(journal)
                 if isinstance(action, Wait):
@@ -157,7 +167,7 @@ class Fleet:
                     yield action.output
                     return
                 try:
-                    stream = self._open(action, journal, keep)
+                    stream = self._open(action, journal, keep, attempts)
                     async with contextlib.aclosing(stream) as outputs:
                         async for output in outputs:
                             if (news := journal.take(output)) is not None:
@@ -165,24 +175,30 @@ class Fleet:
                     if not journal.is_finished:
                         raise EngineFailure("the replica's stream ended before the request did")
                 except RemudaError as error:
+                    attempts.lost(error, journal.num_tokens)
                     journal.lost(error, self._clock.now_s())
                     _log.info("request %s was lost at token %d: %s", journal.request_id, journal.num_tokens, error)
         finally:
+            attempts.close(journal.num_tokens)
             if keep is None or not keep.is_wanted:
                 journal.close()
             self._abandon(journal)
 
-    def _open(self, action: Submit | Attach, journal: Journal, keep: Keep | None) -> AsyncGenerator[Output, None]:
+    def _open(
+        self, action: Submit | Attach, journal: Journal, keep: Keep | None, attempts: Attempts
+    ) -> AsyncGenerator[Output, None]:
         """Raises Unavailable where there is nobody to send it to."""
         if isinstance(action, Attach):
             client = self._client(action.replica)
+            attempts.sent(action.replica, action.request_id, action.num_tokens)
             return client.resume(action.request_id, action.num_tokens, action.num_prompt_logprobs, keep)
         request = action.request
         query = RoutingQuery(request.token_ids, action.tried, request.adapter, request.cache_salt)
         replica_id = self._router.route(query)
         client = self._client(replica_id)
         journal.sent(replica_id, client.incarnation, request.request_id)
-        return client.generate(request, keep)
+        trace = attempts.sent(replica_id, request.request_id, journal.num_tokens)
+        return client.generate(msgspec.structs.replace(request, trace=trace) if trace else request, keep)
 
     def _client(self, replica_id: str) -> ReplicaClient:
         client = self._clients.get(replica_id)

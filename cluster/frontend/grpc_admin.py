@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from cluster.frontend.grpc_stream import Context
 from cluster.frontend.http_errors import log_defect
 from cluster.frontend.service import Service
-from cluster.rpc.convert import adapter_to_proto, replica_info_to_proto
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, replica_pb2
+from cluster.rpc.replica_info import adapter_to_proto, replica_info_to_proto
 from cluster.rpc.status import abort
 
 

@@ -3,10 +3,12 @@
 import asyncio
 import inspect
 import ssl
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias, cast
 
 import grpc
+from opentelemetry.trace import Span, Status, StatusCode, Tracer
 
 from cluster.errors import DeadlineExceeded
 from cluster.frontend.http_errors import log_defect
@@ -14,10 +16,16 @@ from cluster.identity.authenticator import Authenticator, Credentials
 from cluster.identity.principal import ADMIN, INFER, NOBODY, Principal, acting_as
 from cluster.identity.principal import Scope as Permission
 from cluster.rpc.status import abort
+from cluster.telemetry import names
+from cluster.telemetry.propagation import context_of, serving
+from cluster.telemetry.request_id import handling
+from cluster.telemetry.tracing import NO_TRACER
 from engine.errors import InvalidRequest
 
 MESSAGE_TIMEOUT_S = 60.0
 """A call whose one message has not come by then is ended."""
+
+MAX_REQUEST_ID_CHARS = 128
 
 _OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
 _PERMISSIONS: dict[str, Permission] = {"remuda.v1.Admin": ADMIN}
@@ -34,9 +42,16 @@ class GrpcGate(grpc.aio.ServerInterceptor):
     Args:
         authenticator: who is who.
         message_timeout_s: for the one message of a call that has one.
+        tracer: for the spans of calls.
     """
 
-    def __init__(self, authenticator: Authenticator, message_timeout_s: float = MESSAGE_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        message_timeout_s: float = MESSAGE_TIMEOUT_S,
+        tracer: Tracer = NO_TRACER,
+    ) -> None:
+        self._tracer = tracer
         self._authenticator = authenticator
         self._message_timeout_s = message_timeout_s
 
@@ -48,10 +63,11 @@ class GrpcGate(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None  # gRPC answers UNIMPLEMENTED
-        service = handler_call_details.method.rpartition("/")[0].removeprefix("/")
+        method = handler_call_details.method.removeprefix("/")
+        service = method.rpartition("/")[0]
         behaviour = _behaviour(handler)
 
-        async def serve(messages: AsyncIterator[Any], context: Context) -> None:
+        async def answer(messages: AsyncIterator[Any], context: Context) -> None:
             try:
                 principal = await self._admitted(service, context)
                 given = messages if handler.request_streaming else await self._only(messages)
@@ -63,6 +79,20 @@ class GrpcGate(grpc.aio.ServerInterceptor):
             with acting_as(principal):
                 await _answer(behaviour, given, context)
 
+        async def serve(messages: AsyncIterator[Any], context: Context) -> None:
+            if service in _OPEN_SERVICES:
+                await answer(messages, context)
+                return
+            metadata = _pairs(context)
+            given = next((value for key, value in metadata if key == "x-request-id"), "")
+            request_id = given[:MAX_REQUEST_ID_CHARS] or uuid.uuid4().hex
+            with handling(request_id), serving(self._tracer, method, context_of(metadata)) as span:
+                try:
+                    await answer(messages, context)
+                finally:
+                    if span.is_recording():
+                        _describe(span, method, request_id, context)
+
         return grpc.stream_stream_rpc_method_handler(
             cast(Any, serve), handler.request_deserializer, handler.response_serializer
         )
@@ -71,11 +101,8 @@ class GrpcGate(grpc.aio.ServerInterceptor):
         """Raises Unauthenticated, PermissionDenied, Unavailable."""
         if service in _OPEN_SERVICES:
             return NOBODY
-        pairs = (
-            (key, value if isinstance(value, str) else value.decode("latin-1"))
-            for key, value in context.invocation_metadata() or ()
-        )
-        principal = await self._authenticator.authenticate(Credentials.of(pairs, _peer_certificate(context)))
+        shown = Credentials.of(_pairs(context), _peer_certificate(context))
+        principal = await self._authenticator.authenticate(shown)
         principal.require(_PERMISSIONS.get(service, INFER))
         return principal
 
@@ -89,6 +116,20 @@ class GrpcGate(grpc.aio.ServerInterceptor):
         if message is None:
             raise InvalidRequest("the call has no message")
         return message
+
+
+def _pairs(context: Context) -> list[tuple[str, str]]:
+    return [
+        (key, value if isinstance(value, str) else value.decode("latin-1"))
+        for key, value in context.invocation_metadata() or ()
+    ]
+
+
+def _describe(span: Span, method: str, request_id: str, context: Context) -> None:
+    span.set_attributes({names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method, names.REQUEST_ID: request_id})
+    code = context.code()
+    if code not in (None, 0, grpc.StatusCode.OK):
+        span.set_status(Status(StatusCode.ERROR, getattr(code, "name", str(code))))
 
 
 def _behaviour(handler: "_Handler") -> Callable[[Any, Context], Any]:

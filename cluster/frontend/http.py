@@ -4,6 +4,7 @@ import importlib.metadata
 import time
 import uuid
 
+from opentelemetry.trace import Tracer
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -42,6 +43,7 @@ from cluster.frontend.sse import OpenAiFraming
 from cluster.frontend.stored_call import StoredCall
 from cluster.frontend.usage_routes import UsageApi
 from cluster.identity.authenticator import Authenticator
+from cluster.telemetry.tracing import NO_TRACER
 
 
 class HttpApi:
@@ -213,13 +215,14 @@ def build_http_app(
     metrics: Metrics,
     authenticator: Authenticator,
     settings: HttpSettings = HttpSettings(),
+    tracer: Tracer = NO_TRACER,
 ) -> Starlette:
     """The ASGI application."""
     answers = Answers(service, settings)
     apis = (HttpApi(answers, health, metrics), OllamaApi(answers), AnthropicApi(answers), ResponsesApi(answers))
     routes = [route for api in (*apis, UsageApi(service)) for route in api.routes()]
     paths = frozenset(route.path for route in routes)
-    gate = Middleware(Gate, authenticator=authenticator, metrics=metrics, paths=paths)
+    gate = Middleware(Gate, authenticator=authenticator, metrics=metrics, paths=paths, tracer=tracer)
     return Starlette(
         routes=routes, middleware=[Middleware(LimitHeaders), gate], exception_handlers={HTTPException: _refused_by_http}
     )

@@ -2,8 +2,10 @@
 
 import re
 import uuid
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
+from opentelemetry.trace import INVALID_SPAN, Span, Status, StatusCode, Tracer
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,6 +16,10 @@ from cluster.frontend.metrics import Metrics
 from cluster.identity.authenticator import IDENTITY_HEADERS, Authenticator, Credentials
 from cluster.identity.principal import ADMIN, INFER, METRICS, NOBODY, Principal, acting_as
 from cluster.identity.principal import Scope as Permission
+from cluster.telemetry import names
+from cluster.telemetry.propagation import context_of, serving
+from cluster.telemetry.request_id import handling
+from cluster.telemetry.tracing import NO_TRACER
 
 OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"})
 """Probes have no credentials."""
@@ -26,8 +32,11 @@ PERMISSIONS: Final[dict[str, Permission]] = {
 ALSO_ADMIN: Final = frozenset({"/v1/usage"})
 """Paths that show a caller what is its own, and an administrator everything."""
 
+_UNTRACED = OPEN_PATHS | {"/metrics"}
+"""Probes and scrapes come without end, and nobody asks where their time went."""
 _NAMING_PATHS = ("/v1/models", "/v1/responses")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
 _IDENTITY_HEADERS = frozenset(name.encode() for name in IDENTITY_HEADERS)
 
 
@@ -37,19 +46,43 @@ class Gate:
     authenticator: who is who.
     metrics: counts responses.
     paths: known paths, which may be labels.
+    tracer: for the spans of requests.
     """
 
-    def __init__(self, app: ASGIApp, authenticator: Authenticator, metrics: Metrics, paths: frozenset[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        authenticator: Authenticator,
+        metrics: Metrics,
+        paths: frozenset[str],
+        tracer: Tracer = NO_TRACER,
+    ) -> None:
         self._app = app
         self._authenticator = authenticator
         self._metrics = metrics
         self._paths = paths
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id, label = _request_id(scope), self._label(scope["path"])
+        with handling(request_id), self._serving(scope, label) as span:
+            status = await self._answer(scope, receive, send, request_id)
+            if span.is_recording():
+                _describe(span, scope["method"], label, status, request_id)
+        self._metrics.http_response(label, status)
+
+    def _serving(self, scope: Scope, label: str) -> AbstractContextManager[Span]:
+        if label in _UNTRACED:
+            return nullcontext(INVALID_SPAN)
+        given = ((name, value) for name, value in scope["headers"] if name in _TRACE_HEADERS)
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in given]
+        return serving(self._tracer, f"{scope['method']} {label}", context_of(headers))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> int:
+        """The response's status; of one that never began, that of the error."""
         status: int | None = None
 
         async def send_with_id(message: Message) -> None:
@@ -68,7 +101,7 @@ class Gate:
             if status is None and not isinstance(error, Cancelled):
                 await error_response(error, path)(scope, receive, send_with_id)
             status = mapping_of(error).http_status
-        self._metrics.http_response(self._label(path), status or 500)
+        return status or 500
 
     def _label(self, path: str) -> str:
         """Of a path that names a thing, what kind of thing."""
@@ -93,6 +126,13 @@ def _request_id(scope: Scope) -> str:
     """The client's, where it can stand in a header and a log as it is."""
     given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _describe(span: Span, method: str, label: str, status: int, request_id: str) -> None:
+    span.set_attributes({names.HTTP_METHOD: method, names.HTTP_ROUTE: label, names.HTTP_STATUS: status})
+    span.set_attribute(names.REQUEST_ID, request_id)
+    if status >= 500:
+        span.set_status(Status(StatusCode.ERROR))
 
 
 def _without_identity(scope: Scope) -> Scope:

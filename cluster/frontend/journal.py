@@ -144,6 +144,11 @@ class Journal:
         return self._request.request_id
 
     @property
+    def trace(self) -> str:
+        """Whose attempts these are; empty where nobody traces them."""
+        return self._request.trace
+
+    @property
     def num_tokens(self) -> int:
         """Generated and taken."""
         return len(self._token_ids)

@@ -70,7 +70,18 @@ class LiveRequest:
         """Set when the reader has taken what there was."""
         self._changed: dict[int, Choice] = {}
         self._error: BaseException | None = None
+        self._has_begun = False
         self._timers: dict[str, Timer] = {}
+
+    @property
+    def adapter(self) -> str:
+        """That it asks for; empty: the base model."""
+        return self._requests[0].adapter
+
+    @property
+    def has_begun(self) -> bool:
+        """Some choice has come out of the queue."""
+        return self._has_begun
 
     @property
     def call_id(self) -> str:
@@ -166,12 +177,16 @@ class LiveRequest:
         await self._read.wait()
 
     def _take(self, output: Output, choice: Choice) -> None:
+        self._has_begun = True
         self._disarm("queue")
         if output.finish_reason is FinishReason.ERROR:
             raise EngineFailure(output.error or "the engine could not go on with this request")
         if output.finish_reason is FinishReason.ABORT:
             raise Unavailable("the replica stopped this request; try again")
         now_s = self._clock.now_s()
+        if output.waits is not None and choice.waits is None:
+            choice.waits = output.waits
+            self._metrics.begun(output.waits)
         if output.token_ids:
             self._disarm("first token")
             if choice.last_token_s is None:
@@ -182,7 +197,7 @@ class LiveRequest:
             choice.last_token_s = now_s
         choice.feed(output)
         if choice.finished is not None and choice.first_token_s is not None:
-            self._metrics.decoded(now_s - choice.first_token_s)
+            self._metrics.decoded(now_s - choice.first_token_s, choice.waits)
         self._changed[choice.index] = choice
         self._wake.set()
 

@@ -20,6 +20,11 @@ class Meter:
         self._choices = choices
         self._num_choices_each = len(choices) // len(prompt_lengths)
 
+    @property
+    def choices(self) -> Sequence[Choice]:
+        """Those that it measures."""
+        return self._choices
+
     def usage(self) -> Usage:
         """Prompts count once, whatever ``n``, and as soon as one of their choices has begun."""
         num_prompt_tokens = num_cached_tokens = 0

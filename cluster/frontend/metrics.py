@@ -1,5 +1,6 @@
 """Prometheus metrics: our own names, and the same values under the names that inference routers already scrape."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,6 +12,7 @@ from cluster.frontend.calls import Usage
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.request import FinishReason
 from engine.scheduler.expert_stats import ExpertStats
+from engine.timeline import Waits
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -22,7 +24,10 @@ _ALSO_AS = {
     "remuda_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
     "remuda_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
     "remuda_e2e_request_latency_seconds": "vllm:e2e_request_latency_seconds",
+    "remuda_request_queue_time_seconds": "vllm:request_queue_time_seconds",
+    "remuda_request_prefill_time_seconds": "vllm:request_prefill_time_seconds",
     "remuda_request_decode_time_seconds": "vllm:request_decode_time_seconds",
+    "remuda_request_inference_time_seconds": "vllm:request_inference_time_seconds",
     "remuda_prompt_tokens": "vllm:prompt_tokens",
     "remuda_generation_tokens": "vllm:generation_tokens",
 }
@@ -40,6 +45,7 @@ class Metrics:
         registry = CollectorRegistry()
         self._registry = registry
         self._model = model
+        self._replicas = replicas
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, ["model_name"], registry=registry, buckets=buckets).labels(model)
@@ -52,6 +58,15 @@ class Metrics:
         )
         self._decode = histogram(
             "remuda_request_decode_time_seconds", "From a choice's first token to its last.", _WHOLE_BUCKETS_S
+        )
+        self._queue = histogram(
+            "remuda_request_queue_time_seconds", "Of a choice at its replica, before its first step.", _WHOLE_BUCKETS_S
+        )
+        self._prefill = histogram(
+            "remuda_request_prefill_time_seconds", "From a choice's first step to its first token.", _WHOLE_BUCKETS_S
+        )
+        self._inference = histogram(
+            "remuda_request_inference_time_seconds", "From a choice's first step to its last token.", _WHOLE_BUCKETS_S
         )
         self._whole = histogram(
             "remuda_e2e_request_latency_seconds", "From arrival to the end, however it ended.", _WHOLE_BUCKETS_S
@@ -78,6 +93,10 @@ class Metrics:
         """For others' metrics, to be shown beside these."""
         return self._registry
 
+    def watch_adapters(self, used: Callable[[], tuple[set[str], set[str]]]) -> None:
+        """``used``: adapters of running and of waiting requests, read at each scrape."""
+        self._registry.register(_AdapterInfo(self._replicas, used))
+
     def first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)
 
@@ -85,9 +104,16 @@ class Metrics:
         """``num_tokens`` that came together, so long after the ones before them."""
         self._next_token.observe(seconds / num_tokens)
 
-    def decoded(self, seconds: float) -> None:
-        """One choice, from its first token to its end."""
+    def begun(self, waits: Waits) -> None:
+        """One choice has its first token."""
+        self._queue.observe(waits.queue_s)
+        self._prefill.observe(waits.prefill_s)
+
+    def decoded(self, seconds: float, waits: Waits | None) -> None:
+        """One choice, from its first token to its end; before that it had waited so long."""
         self._decode.observe(seconds)
+        if waits is not None:
+            self._inference.observe(waits.prefill_s + seconds)
 
     def ended(self, outcome: str, seconds: float) -> None:
         """One request; ``outcome`` is ``completed``, ``cancelled``, ``internal`` or a class of the error tree."""
@@ -113,6 +139,27 @@ class Metrics:
     def render(self) -> bytes:
         """The text that /metrics answers with."""
         return generate_latest(_WithOtherNames(self._registry))
+
+
+class _AdapterInfo:
+    """As routers read it that send requests where their adapter runs already."""
+
+    def __init__(
+        self, replicas: Callable[[], Sequence[ReplicaInfo]], used: Callable[[], tuple[set[str], set[str]]]
+    ) -> None:
+        self._replicas = replicas
+        self._used = used
+
+    def collect(self) -> Iterator[Metric]:
+        running, waiting = self._used()
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters of running and of waiting requests; the value is the time.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        most = max((info.max_loras for info in self._replicas()), default=0)
+        info.add_metric([str(most), ",".join(sorted(running)), ",".join(sorted(waiting))], time.time())
+        yield info
 
 
 class _ReplicaGauges:

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
+from opentelemetry.context import Context
 
 from cluster.frontend.backend import Backend
 from cluster.frontend.calls import Prompt
@@ -13,6 +14,7 @@ from cluster.frontend.meter import Meter
 from cluster.frontend.stored_call import Holder, StoredCall
 from cluster.identity.principal import Principal, current_principal
 from cluster.replica.keep import Keep
+from cluster.telemetry.propagation import current_context
 from cluster.tenants.limiter import Visit
 from cluster.tenants.report import LimitReport, current_report
 from engine.request import Output, Request, SamplingParams
@@ -31,7 +33,8 @@ class Planned:
 class Run:
     """``failed``: set when the request fails. ``stored``: its client may come back. ``holders``: it has come back, and
     these leaders have the request's sequences; those that none has are computed again. ``principal``: who asks.
-    ``report``: for what the response says of limits. ``meter``: of what it has been given.
+    ``report``: for what the response says of limits. ``meter``: of what it has been given. ``context``: the trace
+    that it belongs to.
     """
 
     failed: asyncio.Event | None = None
@@ -40,6 +43,7 @@ class Run:
     principal: Principal = field(default_factory=current_principal)
     report: LimitReport = field(default_factory=current_report)
     meter: Meter = field(default_factory=Meter)
+    context: Context = field(default_factory=current_context)
 
     def visit(self, request_id: str) -> Visit:
         """As the tenant's limits see it."""
@@ -56,6 +60,11 @@ class Run:
         assert self.stored is not None
         return self.stored.created_unix_s
 
+    @property
+    def began(self) -> str:
+        """``traceparent`` of the call that its client has come back for; empty where there is none."""
+        return self.stored.trace if self.stored is not None and self.holders is not None else ""
+
     def as_decided(self, planned: Sequence[Planned]) -> list[Planned]:
         """With the seeds and bounds of the first time."""
         assert self.stored is not None
@@ -65,14 +74,15 @@ class Run:
             for plan, seed, max_tokens in decided
         ]
 
-    def keeps(self, planned: Sequence[Planned], num_sequences: int) -> list[Keep]:
-        """One per sequence, where the client may come back. The first says what was asked."""
+    def keeps(self, planned: Sequence[Planned], num_sequences: int, trace: str = "") -> list[Keep]:
+        """One per sequence, where the client may come back. The first says what was asked, and in which ``trace``."""
         if self.stored is None:
             return []
         decided = msgspec.structs.replace(
             self.stored,
             seeds=[plan.sampling.seed for plan in planned],
             max_tokens=[plan.sampling.max_tokens for plan in planned],
+            trace=self.stored.trace or trace,
         )
         return [Keep(decided.encode()), *(Keep() for _ in range(num_sequences - 1))]
 

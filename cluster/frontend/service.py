@@ -1,18 +1,21 @@
 """The one path of every request, under HTTP and gRPC alike: check → encode → admit → run → events."""
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 
 import msgspec
+from opentelemetry.trace import Tracer
 
 from cluster.errors import Cancelled, ModelNotFound, Unavailable, UnknownStream, mapping_of
 from cluster.frontend.adapters import Adapters
 from cluster.frontend.admission import Admission
 from cluster.frontend.backend import Backend
+from cluster.frontend.call_trace import CallTrace
 from cluster.frontend.calls import Call, Event, Prompt, Started, TextPrompt, TimeLimits, Usage
 from cluster.frontend.choice import Choice, EchoedPrompt
 from cluster.frontend.clock import Clock
@@ -28,12 +31,16 @@ from cluster.frontend.stored_call import FoundCall, StoredCall
 from cluster.frontend.tools.grammar import TOKENS as TOOL_TOKENS
 from cluster.frontend.tools.parser import ToolCallParser
 from cluster.identity.principal import Principal, acting_as, current_principal
+from cluster.telemetry import names
+from cluster.telemetry.tracing import NO_TRACER
 from cluster.tenants.limiter import Stay
 from cluster.tenants.record import UsageRecord, shown
 from cluster.tenants.tenancy import Tenancy
 from engine.errors import RemudaError
 from engine.grammar import check_grammar
 from engine.request import Request
+
+_log = logging.getLogger(__name__)
 
 
 def draw_seed() -> int:
@@ -54,6 +61,7 @@ class Service:
     draw_seed: seeds for requests that name none.
     adapters: LoRA adapters that clients can name as models; None: those that the replicas have, unchangeable.
     tenancy: what callers may do, and what they used; None: everybody everything.
+    tracer: for the spans of calls.
     """
 
     def __init__(
@@ -69,6 +77,7 @@ class Service:
         draw_seed: Callable[[], int] = draw_seed,
         adapters: Adapters | None = None,
         tenancy: Tenancy | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.name = name
         self.created_unix_s = int(time.time())
@@ -88,7 +97,9 @@ class Service:
         self._clock = clock
         self._limits = limits
         self._draw_seed = draw_seed
+        self._tracer = tracer
         self._live: set[LiveRequest] = set()
+        metrics.watch_adapters(self._used_adapters)
 
     @property
     def files(self) -> ModelFiles:
@@ -141,6 +152,12 @@ class Service:
         check_token_ids(token_ids, self.encoder.vocab_size, "tokens")
         return await asyncio.to_thread(self.tokenizer.decode, token_ids, with_special=True)
 
+    def _used_adapters(self) -> tuple[set[str], set[str]]:
+        """Those that requests run with, and those that requests wait for."""
+        with_adapter = [live for live in self._live if live.adapter]
+        running = {live.adapter for live in with_adapter if live.has_begun}
+        return running, {live.adapter for live in with_adapter if not live.has_begun}
+
     def end(self, call_id: str, error: RemudaError) -> bool:
         """A request ends with this error, and nobody can come back for it. False where it does not run."""
         found = [live for live in self._live if live.call_id == call_id]
@@ -192,14 +209,18 @@ class Service:
     async def _counted(self, call: Call, run: Run) -> AsyncGenerator[Event, None]:
         arrived_s = self._clock.now_s()
         outcome, status = "cancelled", mapping_of(Cancelled).http_status
+        traced = CallTrace(self._tracer, call, shown(call.model or self.name), run.context, run.began)
         try:
             with acting_as(run.principal):
                 self.check_model(call.model)
+            traced.found(call.model or self.name)
             check_call(call)
-            async with (
-                self.tenancy.stay(run.principal, run.visit(call.request_id)) as stay,
-                aclosing(self._events(call, arrived_s, run, stay)) as events,
-            ):
+            async with AsyncExitStack() as stack:
+                with traced.part(names.ADMISSION):
+                    visit = self.tenancy.stay(run.principal, run.visit(call.request_id))
+                    stay = await stack.enter_async_context(visit)
+                events = self._events(call, arrived_s, run, stay, traced)
+                await stack.enter_async_context(aclosing(events))
                 async for event in events:
                     if isinstance(event, Usage):
                         outcome, status = "completed", 200
@@ -213,10 +234,13 @@ class Service:
         finally:
             duration_s = self._clock.now_s() - arrived_s
             self._metrics.ended(outcome, duration_s)
-            self._account(call, run, outcome, status, duration_s)
+            usage = run.meter.usage()
+            traced.ended(outcome, status, usage, run.meter.choices, arrived_s)
+            self._account(call, run, usage, outcome, status, duration_s, traced.trace_id)
 
-    def _account(self, call: Call, run: Run, outcome: str, status: int, duration_s: float) -> None:
-        usage = run.meter.usage()
+    def _account(
+        self, call: Call, run: Run, usage: Usage, outcome: str, status: int, duration_s: float, trace_id: str
+    ) -> None:
         record = UsageRecord(
             time_unix_s=time.time(),
             request_id=call.request_id,
@@ -229,21 +253,27 @@ class Service:
             num_cached_tokens=usage.num_cached_tokens,
             num_completion_tokens=usage.num_completion_tokens,
             duration_s=duration_s,
+            trace_id=trace_id,
         )
+        if _log.isEnabledFor(logging.INFO):
+            _log.info("a call of the model has ended", extra={"call": msgspec.structs.asdict(record)})
         self.tenancy.ended(record, may_return=run.stored is not None and outcome == "cancelled")
 
-    async def _events(self, call: Call, arrived_s: float, run: Run, stay: Stay) -> AsyncGenerator[Event, None]:
+    async def _events(
+        self, call: Call, arrived_s: float, run: Run, stay: Stay, traced: CallTrace
+    ) -> AsyncGenerator[Event, None]:
         with self.admission.admitted(len(call.prompts) * call.n, run.principal.tenant):
-            if call.options.structured is not None:
-                structured = call.options.structured
-                await asyncio.to_thread(check_grammar, structured.grammar, structured.param)
-            planned = [await self._plan(prompt, call) for prompt in call.prompts]
+            with traced.part(names.TOKENIZE):
+                if (structured := call.options.structured) is not None:
+                    await asyncio.to_thread(check_grammar, structured.grammar, structured.param)
+                planned = [await self._plan(prompt, call) for prompt in call.prompts]
             if run.holders is not None:
                 planned = run.as_decided(planned)
             num_prompt_tokens = sum(len(plan.token_ids) for plan in planned)
             max_new_tokens = sum(plan.sampling.max_tokens for plan in planned) * call.n
-            await stay.reserve(num_prompt_tokens, max_new_tokens, call.options.max_tokens is not None)
-            requests, choices = await self._sequences(call, planned, run.principal)
+            with traced.part(names.TOKEN_BUDGET):
+                await stay.reserve(num_prompt_tokens, max_new_tokens, call.options.max_tokens is not None)
+            requests, choices = await self._sequences(call, planned, run.principal, traced)
             run.meter.begin([len(plan.token_ids) for plan in planned], choices)
             yield Started(call.model or self.name, [plan.token_ids for plan in planned])
             limits = call.limits.within(self._limits)
@@ -251,7 +281,7 @@ class Service:
                 # It began to run long ago.
                 arrived_s -= max(0.0, time.time() - run.created_unix_s)
                 limits = TimeLimits(total_s=limits.total_s)
-            keeps = run.keeps(planned, len(requests))
+            keeps = run.keeps(planned, len(requests), traced.header)
             open_stream = run.opener(self.backend, requests, keeps)
             live = LiveRequest(
                 requests, choices, open_stream, limits, self._clock, arrived_s, self._metrics, run.failed, keeps
@@ -268,12 +298,13 @@ class Service:
             yield usage
 
     async def _sequences(
-        self, call: Call, planned: list[Planned], principal: Principal
+        self, call: Call, planned: list[Planned], principal: Principal, traced: CallTrace
     ) -> tuple[list[Request], list[Choice]]:
         """What every choice asks of the engine, and what takes its answer."""
         adapter = call.model if call.model != self.name else ""
         tenant = self.tenancy.engine_tenant(principal)
         priority = call.priority if principal.priority is None else principal.priority
+        headers = traced.headers(len(planned) * call.n)
         requests: list[Request] = []
         choices: list[Choice] = []
         for plan in planned:
@@ -292,6 +323,7 @@ class Service:
                         adapter,
                         call.cache_salt,
                         tenant,
+                        next(headers),
                     )
                 )
                 choices.append(self._choice(index, plan, call, echo))

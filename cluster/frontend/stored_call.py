@@ -11,6 +11,7 @@ from cluster.errors import UnknownStream
 class StoredCall(msgspec.Struct, frozen=True):
     """``kind``: which API it came over. ``body``: what came. ``created_unix_s``: when. ``seeds`` and ``max_tokens``: of
     each prompt, as they were decided then. ``tenant``: who may come back for it; empty: earlier versions did not say.
+    ``trace``: W3C ``traceparent`` of the call; empty where nobody traced it.
     """
 
     kind: str
@@ -20,6 +21,7 @@ class StoredCall(msgspec.Struct, frozen=True):
     seeds: list[int] = []
     max_tokens: list[int] = []
     tenant: str = ""
+    trace: str = ""
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

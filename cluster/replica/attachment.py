@@ -12,6 +12,7 @@ from cluster.rpc.generated.remuda.v1 import replica_pb2
 from cluster.rpc.stream_tokens import StreamTokens
 from engine.errors import RemudaError
 from engine.request import Output
+from engine.timeline import Waits
 
 if TYPE_CHECKING:
     from cluster.replica.stream_history import StreamHistory
@@ -43,6 +44,7 @@ class Attachment:
         self._merging: dict[int, list[Output]] = {}
         """Where more than one output waits: all of them, the one in ``_outputs`` first."""
         self._errors: dict[int, RemudaError] = {}
+        self._begun: dict[int, Waits] = {}
         self._may_be_heavy = False
         """Spares the usual step, one token per stream, the weighing."""
 
@@ -65,6 +67,10 @@ class Attachment:
         if output.logprobs or output.prompt_logprobs:
             self._may_be_heavy = True
 
+    def put_begun(self, stream: int, waits: Waits) -> None:
+        """Its first token comes about now."""
+        self._begun[stream] = waits
+
     def put_error(self, stream: int, error: RemudaError) -> None:
         self._errors[stream] = error
 
@@ -76,10 +82,11 @@ class Attachment:
         self._outputs.pop(stream, None)
         self._merging.pop(stream, None)
         self._errors.pop(stream, None)
+        self._begun.pop(stream, None)
 
     @property
     def has_waiting(self) -> bool:
-        return bool(self._tokens or self._outputs or self._errors)
+        return bool(self._tokens or self._outputs or self._errors or self._begun)
 
     def close(self) -> None:
         """The stream ends when what waits is sent."""
@@ -91,7 +98,8 @@ class Attachment:
         tokens = self._take_tokens()
         outputs = self._take_outputs()
         errors = self._take_errors({*tokens.streams, *outputs}) if self._errors else []
-        frame = convert.frame_to_proto(self._incarnation, self._sequence, outputs.items(), errors, tokens)
+        begun, self._begun = self._begun, {}
+        frame = convert.frame_to_proto(self._incarnation, self._sequence, outputs.items(), errors, tokens, begun)
         self._sequence += 1
         return frame
 

@@ -46,6 +46,10 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     """Of the leader's gRPC server, on its host; 0 takes a free one."""
     cluster_tls: ClusterTls | None = None
     """Between front ends and the leader; None: plain text."""
+    otlp_endpoint: str | None = None
+    """Where the leader sends spans; None: nowhere."""
+    log_format: str = "text"
+    """``json``: as cluster.telemetry.logs has it."""
 
     @property
     def parallel(self) -> ParallelConfig:

@@ -12,6 +12,7 @@ from engine.executor.channel_executor import ChannelExecutor
 from engine.executor.flight_record import FlightRecord
 from engine.executor.gang_start import GangReady
 from engine.executor.handshake import new_secret
+from engine.executor.rank_times import RankTimes
 from engine.executor.socket_hub import SocketHub
 
 PATIENCE_S = 120.0
@@ -42,7 +43,8 @@ class Gang:
         self._tell = tell
         self._on_failure = on_failure
         self.record = FlightRecord()
-        """Over all formations."""
+        self.times = RankTimes(parallel.num_ranks)
+        """Both over all formations."""
         self._changed = threading.Condition()
         self._epoch = -1
         self._executor: ChannelExecutor | None = None
@@ -60,6 +62,7 @@ class Gang:
             self._parallel,
             epoch=epoch,
             record=self.record,
+            times=self.times,
             on_failure=lambda error: self._on_failure(epoch, error),
         )
         with self._changed:

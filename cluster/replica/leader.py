@@ -38,6 +38,8 @@ from cluster.replica.record_file import leave_record
 from cluster.replica.recorded_engine import RecordedEngine
 from cluster.replica.self_test import SelfTest
 from cluster.replica.server import LeaderServer
+from cluster.telemetry.logs import log_as_json
+from cluster.telemetry.tracing import open_telemetry
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from engine.config import CacheConfig, Dtype, LoraConfig, SchedulerConfig
 from engine.engine import Engine
@@ -83,6 +85,8 @@ class Leader:
     def __init__(self, config: LeaderConfig) -> None:
         setproctitle.setproctitle(f"remuda: leader {config.replica_id}")
         self._config = config
+        if config.plan.log_format == "json":
+            log_as_json("remuda-leader")
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._bytes_by_rank: dict[int, tuple[int, int]] = {}
         self._gang = Gang(config.replica_id, config.plan.parallel, config.host, self._events.put, self._on_gang_failure)
@@ -231,6 +235,7 @@ class Leader:
             lora_config=LoraConfig(plan.max_loras, plan.max_lora_rank),
             experts=self._experts,
             model_identity=f"{checkpoint_identity(directory)} {plan.dtype} {plan.quantization}",
+            clock=self._gang.times.moment,
         )
         engine.trials.on_explained = self._tell_explained
         self._load_adapters(engine)
@@ -265,6 +270,7 @@ class Leader:
             incarnation=secrets.randbits(63),
             max_model_len=gang.max_model_len,
             max_num_seqs=self._config.plan.num_slots,
+            max_loras=self._config.plan.max_loras,
             block_size=gang.cache.block_size,
             num_blocks=gang.cache.num_blocks,
             ranks=tuple(
@@ -304,6 +310,7 @@ class Leader:
         if (broken := self._formed[1].failure) is not None:  # nobody was told: there was no loop yet
             self._loop.fail(broken)
         tls = self._config.plan.cluster_tls
+        telemetry = open_telemetry(self._config.plan.otlp_endpoint, "remuda-leader", info.id)
         server = self._server = LeaderServer(
             self._loop,
             info,
@@ -313,6 +320,7 @@ class Leader:
             on_failure=failure.set_result,
             gang=lambda: None if self._formed is None else self._formed[1],
             record=self._gang.record,
+            tracer=telemetry.tracer,
         )
         address = await server.start()
         settle_heap()
@@ -325,6 +333,7 @@ class Leader:
             # Front ends learn of it from the server, so it stays until the supervisor says stop.
             await stop
         await server.stop(STOP_GRACE_S)
+        await asyncio.to_thread(telemetry.close)
 
     def _watch_lease(self) -> None:
         while not self._stopping.wait(1.0):

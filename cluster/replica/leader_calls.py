@@ -7,7 +7,7 @@ from typing import TypeVar
 import grpc
 
 from cluster.errors import Unavailable
-from cluster.rpc import convert
+from cluster.rpc import replica_info
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
 from cluster.rpc.shared_secret import secret_metadata
 from cluster.rpc.status import error_from_rpc
@@ -47,19 +47,19 @@ class LeaderCalls:
         """Asks the leader. Raises Unavailable, or DeadlineExceeded where it is silent."""
         request = replica_pb2.GetInfoRequest()
         answer = await self._call(lambda stub: stub.GetInfo(request, timeout=timeout_s, metadata=self._metadata))
-        return self._note(convert.replica_info_from_proto(answer))
+        return self._note(replica_info.replica_info_from_proto(answer))
 
     async def drain(self, timeout_s: float = 5.0) -> ReplicaInfo:
         """Tells the leader to refuse new requests. Raises as ``info`` does."""
         request = replica_pb2.DrainReplicaRequest()
         answer = await self._call(lambda stub: stub.Drain(request, timeout=timeout_s, metadata=self._metadata))
-        return self._note(convert.replica_info_from_proto(answer))
+        return self._note(replica_info.replica_info_from_proto(answer))
 
     async def load_adapter(self, name: str, path: str, timeout_s: float = ADAPTER_TIMEOUT_S) -> AdapterInfo:
         """On all ranks of this replica, or on none. Raises AdapterError, and as ``info`` does."""
         request = replica_pb2.LoadAdapterRequest(name=name, path=path)
         answer = await self._call(lambda stub: stub.LoadAdapter(request, timeout=timeout_s, metadata=self._metadata))
-        return convert.adapter_from_proto(answer)
+        return replica_info.adapter_from_proto(answer)
 
     async def unload_adapter(self, name: str, timeout_s: float = ADAPTER_TIMEOUT_S) -> None:
         """Waits for the requests that use it. Raises AdapterError, and as ``info`` does."""

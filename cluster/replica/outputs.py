@@ -21,6 +21,7 @@ def merge(parts: Sequence[Output]) -> Output:
         prompt_logprobs=_joined([part.prompt_logprobs for part in parts]),
         num_cached_tokens=max(part.num_cached_tokens for part in parts),
         error=last.error,
+        waits=next((part.waits for part in parts if part.waits is not None), None),
     )
 
 

@@ -11,12 +11,14 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 import grpc
+from opentelemetry.trace import Tracer
 
 from cluster.errors import StartFailed, Unauthenticated, Unavailable, UnknownStream
 from cluster.replica.attachment import Attachment
 from cluster.replica.engine_loop import EngineLoop, StepOutputs
 from cluster.replica.held_streams import GRACE_S, HeldStreams
 from cluster.replica.rank_states import WatchedGang, rank_infos
+from cluster.replica.request_spans import record as record_spans
 from cluster.replica.servicer import Context, ReplicaServicer
 from cluster.replica.stream_history import StreamHistory
 from cluster.rpc import convert, status
@@ -24,6 +26,7 @@ from cluster.rpc.channel import SERVER_OPTIONS
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
 from cluster.rpc.health import Health, add_health_and_reflection
 from cluster.rpc.shared_secret import check_secret
+from cluster.telemetry.tracing import NO_TRACER
 from cluster.types import RankInfo, ReplicaInfo
 from engine.errors import EngineFailure, InvalidRequest, RemudaError
 from engine.executor.flight_record import FlightRecord, parts
@@ -47,6 +50,7 @@ class LeaderServer:
         grace_s: so long a request goes on without a reader.
         gang: the ranks that compute now; None: nobody knows where they are.
         record: what ``dump`` gives.
+        tracer: for the spans of requests.
     """
 
     def __init__(
@@ -60,7 +64,9 @@ class LeaderServer:
         grace_s: float = GRACE_S,
         gang: Callable[[], WatchedGang | None] = lambda: None,
         record: FlightRecord | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
+        self._tracer = tracer
         self._engine_loop = engine_loop
         self._info = info
         self._bind = bind
@@ -168,6 +174,9 @@ class LeaderServer:
     def _deliver(self, step: StepOutputs) -> None:
         """In the event loop, once per step: sorts what it gave by front end and wakes their writers."""
         streams = self._streams
+        for request_id, waits in step.outputs.begun:
+            if (begun := streams.live_one(request_id)) is not None:
+                begun.begin(waits)
         streams.add_tokens(step.outputs.request_ids, step.outputs.token_ids)
         for output in step.outputs.others:
             stream = streams.live_one(output.request_id)
@@ -176,6 +185,8 @@ class LeaderServer:
             stream.add(output)
             if output.finish_reason is not None:
                 streams.end(stream, _now_s())
+        for output, timeline in step.outputs.ended:
+            record_spans(self._tracer, self._info.id, output, timeline)
         for request_id, error in step.errors:
             self._fail(request_id, error)
         for attachment in self._attachments:

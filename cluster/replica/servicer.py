@@ -8,7 +8,7 @@ import grpc
 
 from cluster.errors import UnknownStream
 from cluster.replica.attachment import Attachment
-from cluster.rpc import convert, status
+from cluster.rpc import replica_info, status
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
 from engine.errors import InvalidRequest, RemudaError
 
@@ -69,12 +69,12 @@ class ReplicaServicer(replica_pb2_grpc.ReplicaServicer):
 
     async def GetInfo(self, request: replica_pb2.GetInfoRequest, context: Context) -> replica_pb2.ReplicaInfo:
         await self._leader.authenticate(context)
-        return convert.replica_info_to_proto(self._leader.info())
+        return replica_info.replica_info_to_proto(self._leader.info())
 
     async def Drain(self, request: replica_pb2.DrainReplicaRequest, context: Context) -> replica_pb2.ReplicaInfo:
         await self._leader.authenticate(context)
         await self._leader.drain()
-        return convert.replica_info_to_proto(self._leader.info())
+        return replica_info.replica_info_to_proto(self._leader.info())
 
     async def DumpRecord(
         self, request: replica_pb2.DumpRecordRequest, context: Context
@@ -91,7 +91,7 @@ class ReplicaServicer(replica_pb2_grpc.ReplicaServicer):
             loaded = await asyncio.wrap_future(self._leader.load_adapter(request.name, request.path))
         except RemudaError as error:
             await status.abort(context, error)
-        return convert.adapter_to_proto(loaded)
+        return replica_info.adapter_to_proto(loaded)
 
     async def UnloadAdapter(
         self, request: replica_pb2.UnloadAdapterRequest, context: Context

@@ -7,6 +7,7 @@ from cluster.errors import Cancelled
 from cluster.replica.attachment import Attachment
 from engine.errors import RemudaError
 from engine.request import Output, TopLogprobs
+from engine.timeline import Waits
 
 _NO_BOUND = 1 << 62
 
@@ -120,6 +121,11 @@ class StreamHistory:
         self._limit = max(self._limit, position)
         if self._attachment is not None:
             self._send_waiting(self._attachment)
+
+    def begin(self, waits: Waits) -> None:
+        """Its first token comes with this step. Who comes to read it later need not know."""
+        if self._attachment is not None:
+            self._attachment.put_begun(self._stream, waits)
 
     def add_token(self, token_id: int) -> None:
         """As ``add`` with an output that has one token and nothing else."""

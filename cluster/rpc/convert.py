@@ -9,10 +9,8 @@ from cluster.rpc.generated.remuda.v1 import common_pb2, replica_pb2
 from cluster.rpc.status import ErrorFields, error_of, fields_of
 from cluster.rpc.stream_tokens import StreamTokens
 from cluster.rpc.tenant import tenant_from_proto, tenant_to_proto
-from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from engine.errors import InvalidRequest, RemudaError, RequestFailure
 from engine.request import (
-    AdapterInfo,
     FinishReason,
     Grammar,
     GrammarKind,
@@ -21,7 +19,7 @@ from engine.request import (
     SamplingParams,
     TopLogprobs,
 )
-from engine.scheduler.expert_stats import ExpertStats
+from engine.timeline import Waits
 
 _FINISH_TO_PROTO: dict[FinishReason, common_pb2.FinishReason.ValueType] = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
@@ -30,15 +28,6 @@ _FINISH_TO_PROTO: dict[FinishReason, common_pb2.FinishReason.ValueType] = {
     FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
 }
 _FINISH_FROM_PROTO = {value: reason for reason, value in _FINISH_TO_PROTO.items()}
-
-_STATE_TO_PROTO: dict[ReplicaState, replica_pb2.ReplicaState.ValueType] = {
-    ReplicaState.STARTING: replica_pb2.REPLICA_STATE_STARTING,
-    ReplicaState.READY: replica_pb2.REPLICA_STATE_READY,
-    ReplicaState.DRAINING: replica_pb2.REPLICA_STATE_DRAINING,
-    ReplicaState.FAILED: replica_pb2.REPLICA_STATE_FAILED,
-    ReplicaState.REPAIRING: replica_pb2.REPLICA_STATE_REPAIRING,
-}
-_STATE_FROM_PROTO = {value: state for state, value in _STATE_TO_PROTO.items()}
 
 SAMPLING_SCALARS = (
     "max_tokens",
@@ -125,6 +114,7 @@ def request_to_proto(stream: int, request: Request) -> replica_pb2.Submit:
             adapter=request.adapter,
             cache_salt=request.cache_salt,
             tenant=tenant_to_proto(request.tenant),
+            trace=request.trace,
         )
     except InvalidRequest:
         raise
@@ -146,6 +136,7 @@ def request_from_proto(message: replica_pb2.Submit) -> Request:
         adapter=message.adapter,
         cache_salt=message.cache_salt,
         tenant=tenant_from_proto(message),
+        trace=message.trace,
     )
 
 
@@ -170,12 +161,13 @@ def frame_to_proto(
     outputs: Iterable[tuple[int, Output]],
     refusals: Sequence[tuple[int, RemudaError]] = (),
     tokens: StreamTokens = StreamTokens([], [], []),
+    begun: Mapping[int, Waits] = {},
 ) -> replica_pb2.LeaderFrame:
     """Packs what one step gave the streams of one front end.
 
     ``outputs`` are (stream, output), each stream at most once over all arguments; ``refusals`` are requests that
-    ended with an error; ``tokens`` are those of streams that got nothing else. An output's ``num_cached_tokens``
-    travels with its finish only.
+    ended with an error; ``tokens`` are those of streams that got nothing else; ``begun`` says how long streams waited,
+    listed or not. An output's ``num_cached_tokens`` travels with its finish only.
     """
     entries = list(outputs)
     streams = tokens.streams + [stream for stream, _ in entries]
@@ -195,6 +187,10 @@ def frame_to_proto(
         token_ids=token_ids,
         logprobs=logprobs,
         finishes=finishes,
+        begun=[
+            replica_pb2.StreamBegun(stream=stream, queue_s=waits.queue_s, prefill_s=waits.prefill_s)
+            for stream, waits in begun.items()
+        ],
     )
 
 
@@ -236,7 +232,8 @@ def frame_from_proto(
 ) -> list[tuple[int, Output, RemudaError | None]]:
     """Unpacks (stream, output, error). Streams that ``request_ids`` does not name were given up already: left out.
 
-    An error's output still holds the tokens that came before it, with finish reason ERROR.
+    An error's output still holds the tokens that came before it, with finish reason ERROR. A stream that has begun has
+    one more output, before the other.
 
     Raises:
         ValueError: the frame's lists do not fit one another.
@@ -248,6 +245,9 @@ def frame_from_proto(
     logprobs = {entry.stream: entry for entry in frame.logprobs} if frame.logprobs else {}
     finishes = {entry.stream: entry for entry in frame.finishes} if frame.finishes else {}
     unpacked: list[tuple[int, Output, RemudaError | None]] = []
+    for entry in frame.begun:
+        if (request_id := request_ids.get(entry.stream)) is not None:
+            unpacked.append((entry.stream, Output(request_id, [], waits=Waits(entry.queue_s, entry.prefill_s)), None))
     end = 0
     for stream, count in zip(frame.streams, num_tokens, strict=True):
         start, end = end, end + count
@@ -301,100 +301,4 @@ def _finish_error(finish: replica_pb2.StreamFinish) -> RemudaError | None:
             param=finish.error_param if finish.HasField("error_param") else None,
             retry_after_s=finish.retry_after_s if finish.HasField("retry_after_s") else None,
         )
-    )
-
-
-def adapter_to_proto(info: AdapterInfo) -> replica_pb2.Adapter:
-    return replica_pb2.Adapter(name=info.name, path=info.path, num_bytes=info.num_bytes)
-
-
-def adapter_from_proto(message: replica_pb2.Adapter) -> AdapterInfo:
-    return AdapterInfo(message.name, message.path, message.num_bytes)
-
-
-def replica_info_to_proto(info: ReplicaInfo) -> replica_pb2.ReplicaInfo:
-    return replica_pb2.ReplicaInfo(
-        id=info.id,
-        model=info.model,
-        state=_STATE_TO_PROTO[info.state],
-        address=info.address,
-        incarnation=info.incarnation,
-        max_model_len=info.max_model_len,
-        max_num_seqs=info.max_num_seqs,
-        block_size=info.block_size,
-        num_blocks=info.num_blocks,
-        num_running=info.num_running,
-        num_waiting=info.num_waiting,
-        kv_cache_usage=info.kv_cache_usage,
-        num_steps=info.num_steps,
-        ranks=map(_rank_to_proto, info.ranks),
-        phase_seconds=info.phase_seconds,
-        error=info.error,
-        progress_age_s=info.progress_age_s,
-        progress_limit_s=info.progress_limit_s,
-        adapters=map(adapter_to_proto, info.adapters),
-        experts=None if info.experts is None else _experts_to_proto(info.experts),
-    )
-
-
-def _rank_to_proto(rank: RankInfo) -> replica_pb2.Rank:
-    return replica_pb2.Rank(
-        rank=rank.rank,
-        pid=rank.pid,
-        host=rank.host,
-        device=rank.device,
-        state=rank.state,
-        step=rank.step,
-        operation=rank.operation,
-        since_s=rank.since_s,
-    )
-
-
-def _rank_from_proto(rank: replica_pb2.Rank) -> RankInfo:
-    return RankInfo(rank.rank, rank.pid, rank.host, rank.device, rank.state, rank.step, rank.operation, rank.since_s)
-
-
-def _experts_to_proto(experts: ExpertStats) -> replica_pb2.ExpertBalance:
-    return replica_pb2.ExpertBalance(
-        imbalance=experts.imbalance,
-        rank_pairs=experts.rank_pairs,
-        num_moves=experts.num_moves,
-        num_failed_moves=experts.num_failed_moves,
-        num_moved_experts=experts.num_moved_experts,
-    )
-
-
-def _experts_from_proto(experts: replica_pb2.ExpertBalance) -> ExpertStats:
-    return ExpertStats(
-        experts.imbalance,
-        tuple(experts.rank_pairs),
-        experts.num_moves,
-        experts.num_failed_moves,
-        experts.num_moved_experts,
-    )
-
-
-def replica_info_from_proto(message: replica_pb2.ReplicaInfo) -> ReplicaInfo:
-    """A state that this version does not know counts as FAILED: no requests go there."""
-    return ReplicaInfo(
-        id=message.id,
-        model=message.model,
-        state=_STATE_FROM_PROTO.get(message.state, ReplicaState.FAILED),
-        address=message.address,
-        incarnation=message.incarnation,
-        max_model_len=message.max_model_len,
-        max_num_seqs=message.max_num_seqs,
-        block_size=message.block_size,
-        num_blocks=message.num_blocks,
-        num_running=message.num_running,
-        num_waiting=message.num_waiting,
-        kv_cache_usage=message.kv_cache_usage,
-        num_steps=message.num_steps,
-        ranks=tuple(map(_rank_from_proto, message.ranks)),
-        phase_seconds=dict(message.phase_seconds),
-        error=message.error,
-        progress_age_s=message.progress_age_s,
-        progress_limit_s=message.progress_limit_s,
-        adapters=tuple(map(adapter_from_proto, message.adapters)),
-        experts=_experts_from_proto(message.experts) if message.HasField("experts") else None,
     )

@@ -10,7 +10,6 @@ import grpc
 
 from cluster.errors import Unauthenticated, Unavailable
 from cluster.rpc.channel import CLIENT_OPTIONS
-from cluster.rpc.convert import adapter_from_proto, replica_info_from_proto
 from cluster.rpc.generated.remuda.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -19,6 +18,7 @@ from cluster.rpc.generated.remuda.v1 import (
     inference_pb2_grpc,
     replica_pb2,
 )
+from cluster.rpc.replica_info import adapter_from_proto, replica_info_from_proto
 from cluster.rpc.status import error_from_rpc
 from cluster.types import ReplicaInfo
 from engine.errors import InvalidOption, RemudaError

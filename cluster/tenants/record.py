@@ -10,12 +10,12 @@ def shown(text: str) -> str:
     return text[:MAX_MODEL_CHARS].encode("utf-8", "replace").decode()
 
 
-class UsageRecord(msgspec.Struct, frozen=True):
+class UsageRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """Written when a request has ended, however it ended. No text of prompt or answer is in it.
 
     ``outcome``: ``completed``, ``cancelled``, ``internal`` or the class of its error. ``status``: the HTTP status that
     stands for it. Tokens are those that were delivered: of a request that was cut short, what had come until then; the
-    prompt counts as soon as anything was computed of it.
+    prompt counts as soon as anything was computed of it. ``trace_id``: of its trace; left out where there is none.
     """
 
     time_unix_s: float
@@ -29,6 +29,7 @@ class UsageRecord(msgspec.Struct, frozen=True):
     num_cached_tokens: int
     num_completion_tokens: int
     duration_s: float
+    trace_id: str = ""
 
     @property
     def has_used(self) -> bool:

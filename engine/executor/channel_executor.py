@@ -17,6 +17,7 @@ from engine.executor.flight_record import FlightRecord
 from engine.executor.gang_start import GangReady, GangStart, OnMessage
 from engine.executor.gang_watch import GangWatch, RankReport
 from engine.executor.rank_message import decode_message
+from engine.executor.rank_times import RankTimes
 from engine.executor.watchdog import Verdict
 from engine.messages import LayerExperts, RankError, Shutdown, StepPlan, StepResult, encode
 from engine.model_config import ModelConfig
@@ -75,6 +76,7 @@ class ChannelExecutor:
         step_timeout_s: a step of which nobody knows how long it takes has failed when it takes longer; see GangWatch.
         record: of the replica; None keeps one that nobody reads.
         on_failure: called once, from any thread, when the gang broke; also while no plan is on its way.
+        times: of the replica; None keeps some that nobody reads.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class ChannelExecutor:
         step_timeout_s: float = 120.0,
         record: FlightRecord | None = None,
         on_failure: Callable[[RemudaError], None] = lambda error: None,
+        times: RankTimes | None = None,
     ) -> None:
+        self._times = times or RankTimes(parallel.num_ranks)
         self._channel = channel
         self._num_ranks = parallel.num_ranks
         self._num_stages = parallel.pp
@@ -253,6 +257,7 @@ class ChannelExecutor:
             self._pending.popleft()
         now = time.monotonic()
         self._lesson = due.plan, now, now - due.sent_s
+        self._times.answered(due.results)
         due.future.set_result(by_dp_group(due.results, self._sampling_ranks))
 
     def _note_verdict(self, verdict: Verdict) -> None:

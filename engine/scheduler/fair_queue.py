@@ -124,6 +124,7 @@ class FairQueue:
 
     def put_back(self, state: RequestState) -> None:
         """It ran, and waits again."""
+        state.timeline.note("preempted")
         state.account.charge_outputs(state)
         self._stop(state)
         self._put(state)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from engine.messages import NO_ADAPTER, NO_STEP, NewRequest
 from engine.request import NO_TENANT, Request, SamplingParams, Tenant
 from engine.scheduler.account import Account
+from engine.timeline import Clock, Timeline, no_clock
 
 NO_SLOT = -1
 
@@ -40,6 +41,8 @@ class RequestState:
     """Leading positions of the former, and tokens after them, that its tenant was charged for."""
     is_queued: bool = False
     """It is in the waiting queue."""
+
+    timeline: Timeline = field(default_factory=lambda: Timeline(no_clock))
 
     slot: int = NO_SLOT
     num_computed: int = 0
@@ -84,7 +87,14 @@ class RequestState:
     """While it is in lockstep (engine.scheduler.lockstep): after how many plans it leaves."""
 
     @classmethod
-    def of(cls, request: Request, arrival: int, dp_group: int = 0, adapter: int = NO_ADAPTER) -> "RequestState":
+    def of(
+        cls,
+        request: Request,
+        arrival: int,
+        dp_group: int = 0,
+        adapter: int = NO_ADAPTER,
+        clock: Clock = no_clock,
+    ) -> "RequestState":
         return cls(
             request_id=request.request_id,
             token_ids=list(request.token_ids),
@@ -96,6 +106,7 @@ class RequestState:
             dp_group=dp_group,
             adapter=adapter,
             tenant=request.tenant,
+            timeline=Timeline(clock, request.trace),
             num_given_tokens=len(request.token_ids),
             num_prompt_logprobs=request.num_prompt_tokens if request.sampling.prompt_logprobs is None else 0,
         )
@@ -117,6 +128,7 @@ class RequestState:
 
     def restart(self) -> None:
         """A new epoch: the ranks and the cache know nothing of this request; its known tokens stay."""
+        self.timeline.note("the gang formed anew")
         self.slot = NO_SLOT
         self.is_queued = False
         self.num_computed = self.num_pending = self.num_sent = 0

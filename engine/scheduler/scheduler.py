@@ -312,7 +312,7 @@ class Scheduler:
         self._pool.step_returned(result.step)
         self._latency_budget.observe(flight.num_decodes, flight.prompts, result.duration_us * 1e-6)
         self._tables.keep_filled(flight, {error.slot for error in result.errors})
-        outputs = Outputs()
+        outputs = flight.begin_outputs()
         is_plain = not (prompt_logprobs or result.sampled or result.errors or flight.may_end)
         if is_plain and self._stop_ids.isdisjoint(token_ids := unpack(result.token_ids)):
             outputs.token_ids = token_ids

@@ -46,6 +46,9 @@ def share(state: RequestState, num_tokens: int, batch: BatchPlan, flight: StepIn
     state.last_step = flight.step
     if start < state.num_given_tokens:
         state.account.charge_prompt(state, start, end)
+        state.timeline.begin()
+        if sample:
+            flight.answering.append((state.slot, state))
     if end == state.num_block_tokens or num_tokens > 1:
         flight.filled.append((state, state.slot, end))
     if num_tokens == 1:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from engine.errors import ProtocolViolation
 from engine.messages import BatchPlan, StepResult
+from engine.outputs import Outputs
 from engine.packed import pack, unpack
 from engine.request import TopLogprobs
 from engine.scheduler.latency_budget import TokenBudget
@@ -34,6 +35,8 @@ class StepInFlight:
     """What the others compute."""
     prompts_ending: list[tuple[int, RequestState]] = field(default_factory=list)
     """(Slot, request) whose prompt's log-probabilities must be complete with this step."""
+    answering: list[tuple[int, RequestState]] = field(default_factory=list)
+    """(Slot, request) whose prompt is computed with this step."""
 
     def drop(self, slots: set[int]) -> None:
         """The plan, which has not left yet, does not name them."""
@@ -42,6 +45,15 @@ class StepInFlight:
             self.prefilling.pop(slot, None)
         self.filled = [entry for entry in self.filled if entry[1] not in slots]
         self.prompts_ending = [entry for entry in self.prompts_ending if entry[0] not in slots]
+        self.answering = [entry for entry in self.answering if entry[0] not in slots]
+
+    def begin_outputs(self) -> Outputs:
+        """With nothing in them but how long those have waited that get their first token."""
+        outputs = Outputs()
+        for _, state in self.answering:
+            if not state.finished and (waits := state.timeline.answer()) is not None:
+                outputs.begun.append((state.request_id, waits))
+        return outputs
 
     def check_slots(self, result: StepResult) -> None:
         """Raises ProtocolViolation unless every slot to be sampled has one token or error, and no other has any."""

@@ -23,6 +23,7 @@ SERVE_OPTIONS = {
     "--cpu-slots", "--spare-ranks", "--deterministic", "--request-timeout", "--queue-timeout", "--first-token-timeout",
     "--drain-timeout", "--config", "--secret-file", "--security-file", "--insecure",
     "--tenants", "--limits-store", "--limits-store-password-file", "--usage-log", "--audit-log",
+    "--otlp-endpoint", "--log-format",
 }  # fmt: skip
 
 

