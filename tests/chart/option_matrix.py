@@ -77,7 +77,15 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
     },
     "monitoring": {
         "none": {},
-        "all": {"monitoring": {"podMonitor": True, "rules": True, "dashboards": True, "labels": {"release": "p"}}},
+        "all": {
+            "monitoring": {
+                "podMonitor": True,
+                "rules": True,
+                "dashboards": True,
+                "labels": {"release": "p"},
+                "otlpEndpoint": "http://collector.monitoring:4317",
+            }
+        },
     },
     "network": {
         "closed": {"networkPolicy": {"clients": [_PEER], "monitoring": [_PEER], "apiServer": [_PEER]}},

@@ -14,6 +14,7 @@ from cluster.config import load_serve_config
 from cluster.identity.cluster_tls import CLUSTER_NAME
 from cluster.identity.config import load_security
 from cluster.k8s.leaders import PORT_NAME
+from cluster.telemetry.config import otlp_endpoint
 from cluster.tenants.config import parse_policies
 from tests.chart.option_matrix import combinations, values_of
 from tests.chart.rendering import (
@@ -128,6 +129,19 @@ def test_front_ends_and_leaders_know_each_others_certificates(tmp_path: Path) ->
     issued = {"enabled": True, "certManager": {"enabled": True, "issuerName": "ca"}}
     certificate = only(render(merged(preset("405b-bf16"), at("tls.internal", issued))), "Certificate", "internal-tls")
     assert certificate["spec"]["dnsNames"] == [CLUSTER_NAME]
+
+
+@pytest.mark.parametrize("mode", ["lws", "single"])
+def test_front_ends_and_leaders_send_traces_to_one_collector(mode: str) -> None:
+    """Which they may reach, wherever a network policy is."""
+    endpoint = "https://collector.monitoring:4317"
+    traced = {"engine": {"mode": mode}, "monitoring": {"otlpEndpoint": endpoint}, "networkPolicy": {"enabled": True}}
+    documents = render(merged(preset("cpu-demo"), traced))
+    given = {command for command, arguments in _commands(documents) if f"--otlp-endpoint={endpoint}" in arguments}
+    assert given == ({"remuda serve"} if mode == "single" else {"remuda frontend", "remuda engine"})
+    assert otlp_endpoint(endpoint, {}) == endpoint
+    policies = of_kind(documents, "NetworkPolicy")
+    assert policies and all({"ports": [{"port": 4317}]} in policy["spec"]["egress"] for policy in policies)
 
 
 def test_the_tenants_file_is_one_that_remuda_reads() -> None:

@@ -10,9 +10,12 @@ import pytest
 
 from cluster.frontend.calls import Usage
 from cluster.frontend.metrics import Metrics
+from cluster.tenants.metrics import TenantMetrics
+from cluster.tenants.record import UsageRecord
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.request import FinishReason
 from engine.scheduler.expert_stats import ExpertStats
+from engine.timeline import Waits
 from tests.chart.rendering import CHART, Document, at, merged, of_kind, only, preset, render
 
 OF_PROMETHEUS = {"namespace", "pod", "le"}
@@ -27,10 +30,15 @@ def _shown() -> dict[str, set[str]]:
     metrics.watch_live(lambda: 1)
     metrics.first_token(1.0)
     metrics.next_tokens(1.0, 1)
-    metrics.decoded(1.0)
+    metrics.begun(Waits(1.0, 1.0))
+    metrics.decoded(1.0, Waits(1.0, 1.0))
     metrics.ended("completed", 1.0)
     metrics.used(Usage(1, 1, 1), [FinishReason.STOP])
     metrics.http_response("/v1/models", 200)
+    tenants = TenantMetrics(metrics.registry)
+    tenants.used(UsageRecord(0.0, "r", "t", "k", "m", "completed", 200, 1, 1, 1, 1.0))
+    tenants.ended("t", "completed")
+    tenants.refused("t")
     found: dict[str, set[str]] = {}
     for name, labels in re.findall(r"^([a-z0-9_:]+)(?:\{(.*)\})? [^ ]+$", metrics.render().decode(), re.MULTILINE):
         found.setdefault(name, set()).update(re.findall(r"(\w+)=", labels))
@@ -91,7 +99,7 @@ def test_the_check_sees() -> None:
 
 def test_panels_show_what_exists() -> None:
     queries = _panel_queries()
-    assert len(queries) > 25
+    assert len(queries) > 40
     assert {title: _unknown(text) for title, text in queries if _unknown(text)} == {}
 
 
@@ -122,7 +130,7 @@ def test_dashboards_are_installed_as_they_are() -> None:
 
 def test_alerts_look_at_what_exists() -> None:
     rules = _rules()
-    assert len(rules) >= 8 and len({rule["alert"] for rule in rules}) == len(rules)
+    assert len(rules) >= 11 and len({rule["alert"] for rule in rules}) == len(rules)
     assert {rule["alert"]: _unknown(rule["expr"]) for rule in rules if _unknown(rule["expr"])} == {}
     for rule in rules:
         assert rule["labels"]["severity"] in ("critical", "warning") and rule["annotations"]["summary"].endswith(".")

@@ -49,6 +49,7 @@ BY_SCHEMA: list[tuple[str, Any, str]] = [
     ("autoscaling.mode", "vpa", "keda"),
     ("autoscaling.scaleDownSeconds", 7200, "maximum"),
     ("monitoring.firstTokenSeconds", 0, ""),
+    ("monitoring.otlpEndpoint", "collector:4317", ""),
 ]
 
 # By the templates, where only several values together are wrong: values, the keys and words of the message.

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import typer
 import yaml
@@ -17,6 +18,8 @@ import yaml
 from cluster.cli.main import app
 from cluster.config import load_serve_config
 from cluster.identity.config import load_security
+from cluster.telemetry.config import otlp_endpoint
+from cluster.tenants.record import UsageRecord
 from tests.deploy.alerts import ALERTS, DEPLOY, alerts_text
 from tests.identity.authority import Authority, write_pair
 
@@ -138,12 +141,31 @@ def test_scrapers_agree() -> None:
     (scraped,) = collector["receivers"]["prometheus"]["config"]["scrape_configs"]
     assert scraped["static_configs"] == prometheus[0]["static_configs"]
     assert prometheus[0]["static_configs"][0]["labels"] == {"namespace": "remuda"}
-    for pipeline in collector["service"]["pipelines"].values():
-        for part, names in pipeline.items():
-            assert set(names) <= collector[part].keys()
     (provider,) = yaml.safe_load((MONITORING / "grafana" / "dashboards" / "remuda.yaml").read_text())["providers"]
     mounted = yaml.safe_load((COMPOSE / "compose.yaml").read_text())["services"]["grafana"]["volumes"]
     assert f"../../helm/remuda/dashboards:{provider['options']['path']}:ro" in mounted
+
+
+def test_the_collector_takes_what_remuda_sends() -> None:
+    """Traces where --otlp-endpoint sends them; the log of what was used, by the names of its fields."""
+    collector = yaml.safe_load((MONITORING / "otel-collector.yaml").read_text())
+    pipelines = collector["service"]["pipelines"]
+    assert pipelines.keys() == {"metrics", "traces", "logs"}
+    used = {part: {name for pipeline in pipelines.values() for name in pipeline[part]} for part in pipelines["traces"]}
+    assert {part: set(collector[part]) for part in used} == used, "everything is used, and everything used is there"
+    (receiver,) = pipelines["traces"]["receivers"]
+    assert receiver == "otlp" and collector["receivers"][receiver].keys() == {"protocols"}
+    listen = collector["receivers"][receiver]["protocols"]["grpc"]["endpoint"]
+    assert otlp_endpoint(f"http://{listen}", {}) == "http://0.0.0.0:4317"
+    (name,) = pipelines["logs"]["receivers"]
+    log = collector["receivers"][name]
+    assert log["include"] == ["/var/log/remuda/usage.jsonl"]
+    (parser,) = log["operators"]
+    assert parser["type"] == "json_parser" and parser["parse_to"] == "attributes"
+    record = UsageRecord(1.0, "r", "t", "k", "m", "completed", 200, 1, 1, 1, 1.0, "0" * 32)
+    fields = msgspec.json.decode(msgspec.json.encode(record))
+    named = [parser["timestamp"]["parse_from"], parser["trace"]["trace_id"]["parse_from"]]
+    assert {name.removeprefix("attributes.") for name in named} == {"time_unix_s", "trace_id"} <= fields.keys()
 
 
 def test_nginx_reads_its_file(tmp_path: Path) -> None:

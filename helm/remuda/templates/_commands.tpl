@@ -13,6 +13,7 @@ args:
   - --leader-port=50052
   - --health-port=8080
   {{- include "remuda.rayTokenArgs" . | nindent 2 }}
+  {{- include "remuda.otlpArgs" . | nindent 2 }}
   {{- if .Values.tls.internal.enabled }}
   - --security-file=/etc/remuda/security/engine.yaml
   {{- end }}
@@ -41,6 +42,7 @@ args:
   - --port={{ .Values.frontend.httpPort }}
   - --grpc-port={{ .Values.frontend.grpcPort }}
   {{- include "remuda.securityArgs" . | nindent 2 }}
+  {{- include "remuda.otlpArgs" . | nindent 2 }}
   {{- if eq .Values.engine.device "cpu" }}
   - --cpu-slots={{ .Values.engine.devicesPerHost }}
   {{- end }}
@@ -65,6 +67,7 @@ args:
   - --port={{ .Values.frontend.httpPort }}
   - --grpc-port={{ .Values.frontend.grpcPort }}
   {{- include "remuda.securityArgs" . | nindent 2 }}
+  {{- include "remuda.otlpArgs" . | nindent 2 }}
   - --drain-timeout={{ .Values.frontend.drainSeconds }}
   {{- if and .Values.rbac.watchNodes (not $ofLeader) }}
   - --watch-nodes
@@ -136,6 +139,12 @@ args:
 - --max-num-seqs={{ . }}
 {{- end }}
 - --drain-timeout={{ .Values.engine.drainSeconds }}
+{{- end -}}
+
+{{- define "remuda.otlpArgs" -}}
+{{- with .Values.monitoring.otlpEndpoint }}
+- --otlp-endpoint={{ . }}
+{{- end }}
 {{- end -}}
 
 {{- define "remuda.extraModelArgs" -}}
