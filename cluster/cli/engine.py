@@ -13,6 +13,7 @@ from cluster.cli.console import open_console
 from cluster.cli.serve_run import Serving
 from cluster.config import ServeConfig, load_serve_config
 from cluster.control.group_host import GroupHost, head
+from cluster.control.node_topology import parse_topology
 from cluster.control.preflight import Preflight, preflight
 from cluster.frontend.fleet import Fleet
 from cluster.frontend.probes import EngineFront
@@ -37,6 +38,7 @@ def engine(
     leader_port: Annotated[int, typer.Option(help="Where the leader listens for front ends.")] = 50052,
     ray_token_file: group_options.RayTokenFile = None,
     health_port: group_options.HealthPort = 0,
+    topology: group_options.Topology = "",
     tensor_parallel_size: options.TensorParallelSize = None,
     pipeline_parallel_size: options.PipelineParallelSize = None,
     data_parallel_size: options.DataParallelSize = None,
@@ -77,9 +79,11 @@ def engine(
     given = locals()
     flags = {name: given[name] for name in ServeConfig.model_fields if name in given}
     flags["address"] = f"{node_ip}:{ray_port}"
+    levels = parse_topology(topology)
     serve_config = load_serve_config(flags, config)
     checked = _for_group(preflight(serve_config), hosts, devices, leader_port, host_wait)
-    here = GroupHost(node_ip, checked.launch.replica.device, devices, checked.launch.secret, ray_token_file)
+    device, secret = checked.launch.replica.device, checked.launch.secret
+    here = GroupHost(node_ip, device, devices, secret, ray_token_file, levels)
     with head(here, ray_port):
         raise typer.Exit(_run(serve_config, checked, node_ip, health_port))
 

@@ -15,3 +15,11 @@ RayTokenFile = Annotated[
     ),
 ]
 HealthPort = Annotated[int, typer.Option(help="HTTP port of /livez and /readyz; 0 takes a free one.")]
+Topology = Annotated[
+    str,
+    typer.Option(
+        metavar="WIDEST/…/NARROWEST",
+        help="Where this host stands, as zone-a/rack-3; neighbouring ranks go on near hosts. Empty names are left out.",
+        show_default=False,
+    ),
+]

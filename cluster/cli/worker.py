@@ -11,6 +11,7 @@ from rich.console import Console
 from cluster.cli import group_options as options
 from cluster.config import Device
 from cluster.control.group_host import GroupHost
+from cluster.control.node_topology import parse_topology
 from cluster.control.ray_settings import parse_address
 from cluster.frontend.probes import serve_probes
 from cluster.rpc.shared_secret import required_secret
@@ -27,6 +28,7 @@ def worker(
     device: Annotated[Device, typer.Option(help="cpu or cuda.")] = Device.CUDA,
     ray_token_file: options.RayTokenFile = None,
     health_port: options.HealthPort = 0,
+    topology: options.Topology = "",
 ) -> None:
     """Hold ranks of the replica whose remuda engine runs at --head; wait for it as long as it takes.
 
@@ -34,7 +36,8 @@ def worker(
     status 0, and with 1 when it is no member any more: whoever started it starts it anew.
     """
     parse_address(head)
-    host = GroupHost(node_ip, device, devices, required_secret(secret_file), ray_token_file)
+    levels = parse_topology(topology)
+    host = GroupHost(node_ip, device, devices, required_secret(secret_file), ray_token_file, levels)
     raise typer.Exit(asyncio.run(_run(host, head, health_port)))
 
 

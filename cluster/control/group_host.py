@@ -22,7 +22,8 @@ from cluster.control.ray_settings import NodeSpec, authentication_environment
 class GroupHost:
     """``node_ip``: this host, as the others reach it. ``device``: cpu or cuda. ``devices``: ranks that it may hold, one
     for each GPU or CPU thread. ``secret``: the group's. ``ray_token_file``: holds Ray's token, where others
-    than the group's hosts must know it (KubeRay's do); None: it is made from the secret.
+    than the group's hosts must know it (KubeRay's do); None: it is made from the secret. ``topology``: where it stands,
+    from the widest to the narrowest.
     """
 
     node_ip: str
@@ -30,6 +31,7 @@ class GroupHost:
     devices: int
     secret: str
     ray_token_file: Path | None = None
+    topology: tuple[str, ...] = ()
 
     def spec(self, head_address: str | None, port: int = 0) -> NodeSpec:
         on_gpus = self.device == Device.CUDA
@@ -40,6 +42,7 @@ class GroupHost:
             port=port,
             num_gpus=self.devices if on_gpus else 0,
             several_hosts=True,
+            topology=self.topology,
         )
 
 

@@ -86,10 +86,12 @@ def place_gangs(
 
 def may_choose_by_links(gangs: Sequence[Sequence[HostInfo]], hosts: Sequence[HostInfo], *, on_gpus: bool) -> bool:
     """Whether measured links could lead to another placement than ``gangs``: one of them is on several hosts, of which
-    there are more than two to choose from, and labels do not tell where all of these stand."""
+    there are more than two to choose from, and labels do not tell these apart: some have none, or all stand in the same
+    place (a zone, as clouds say it, holds both near hosts and far ones)."""
     free = [host for host in hosts if host.num_free(on_gpus) > 0]
     is_spread = any(len({host.node_id for host in gang}) > 1 for gang in gangs)
-    return is_spread and len(free) > 2 and not all(host.topology for host in free)
+    are_told_apart = all(host.topology for host in free) and len({host.topology for host in free}) > 1
+    return is_spread and len(free) > 2 and not are_told_apart
 
 
 def check_room(

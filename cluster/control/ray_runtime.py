@@ -22,6 +22,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.control.host_calls import HostAnswer, HostCall, run_named
+from cluster.control.node_topology import topology
 from cluster.control.placement import HostInfo
 from cluster.control.ray_node import RayNode
 from cluster.control.ray_settings import (
@@ -194,14 +195,6 @@ def host_info(node: Mapping[str, Any], free: Mapping[str, float] | None) -> Host
         used_gpus=num_gpus - int(free.get("GPU", 0)),
         topology=topology(node.get("Labels") or {}),
     )
-
-
-def topology(labels: Mapping[str, str]) -> tuple[str, ...]:
-    """Where a node stands, from its Ray labels: ``remuda.io/topology``, as in zone-a/rack-3, or region and zone."""
-    if given := labels.get("remuda.io/topology"):
-        return tuple(given.split("/"))
-    names = ("ray.io/availability-region", "ray.io/availability-zone")
-    return tuple(labels[name] for name in names if labels.get(name))
 
 
 def connect(address: str, host: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.control.node_topology import topology_labels
 from engine.errors import InvalidOption
 
 LOOPBACK = "127.0.0.1"
@@ -109,6 +110,7 @@ class NodeSpec:
         port: where a head listens; 0 takes a free one.
         num_gpus: None lets Ray count the GPUs.
         several_hosts: notice a silent host in seconds, as a cluster over several hosts needs it.
+        topology: where it stands, from the widest to the narrowest.
     """
 
     node_ip: str = LOOPBACK
@@ -117,6 +119,7 @@ class NodeSpec:
     port: int = 0
     num_gpus: int | None = None
     several_hosts: bool = False
+    topology: tuple[str, ...] = ()
 
 
 def authentication_environment(token_file: Path) -> dict[str, str]:
@@ -197,6 +200,9 @@ def start_command(spec: NodeSpec, paths: NodePaths, python: str = sys.executable
     ]  # fmt: skip
     if spec.num_gpus is not None:
         command.append(f"--num-gpus={spec.num_gpus}")
+    if spec.topology:
+        labels = topology_labels(spec.topology)
+        command.append(f"--labels={','.join(f'{name}={value}' for name, value in labels.items())}")
     if spec.head_address is None:
         command += ["--head", f"--port={spec.port}", "--include-dashboard=False", "--no-monitor"]
     else:

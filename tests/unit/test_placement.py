@@ -129,6 +129,7 @@ def test_links_are_measured_only_where_they_decide() -> None:
 
     assert decide(bare, ParallelConfig(tp=2, pp=2))
     assert not decide(labelled, ParallelConfig(tp=2, pp=2)), "labels say what is near"
+    assert decide(at("a", "a", "a"), ParallelConfig(tp=2, pp=2)), "a zone alone says nothing of racks"
     assert not decide(bare, ParallelConfig(tp=2)), "one host holds all"
     assert not decide(cluster_of(2, 2, 0), ParallelConfig(tp=2, pp=2)), "there is no other"
 

@@ -6,8 +6,10 @@ import stat
 from pathlib import Path
 
 import pytest
+from ray._private.label_utils import parse_node_labels_string
 
 from cluster.control import ray_node
+from cluster.control.node_topology import parse_topology, topology
 from cluster.control.ray_settings import (
     LOOPBACK,
     MAX_ROOT_BYTES,
@@ -65,6 +67,21 @@ def test_heads_and_others_get_their_own_options() -> None:
     assert {"--address=10.0.0.1:6379", "--num-gpus=2", "--node-ip-address=10.0.0.2"} <= set(other)
     assert not {"--head", "--port=0", "--no-monitor"} & set(other)
     assert not any(option.startswith("--num-gpus") for option in head), "Ray counts the GPUs itself"
+
+
+def test_where_a_node_stands_is_said_by_labels_that_ray_takes() -> None:
+    spec = NodeSpec(topology=parse_topology("zone-a//rack-3"))
+    (labels,) = [option for option in start_command(spec, PATHS, "python") if option.startswith("--labels=")]
+    taken = parse_node_labels_string(labels.removeprefix("--labels="))
+    assert topology(taken) == ("zone-a", "rack-3")
+    assert topology({"ray.io/availability-zone": "a", "ray.io/availability-region": "r"}) == ("r", "a")
+    assert not any(option.startswith("--labels") for option in start_command(NodeSpec(), PATHS, "python"))
+
+
+@pytest.mark.parametrize("text", ["zone a", "zone-a/rack_", "/".join("abcdefghij")])
+def test_a_place_that_ray_would_not_take_is_refused(text: str) -> None:
+    with pytest.raises(InvalidOption, match="zone-a/rack-3"):
+        parse_topology(text)
 
 
 def test_the_longest_directory_still_leaves_room_for_rays_sockets(tmp_path: Path) -> None:
