@@ -1,7 +1,6 @@
 """Where a replica's actors go, and the ones that stand by: all that the supervisor asks of Ray to have a process."""
 
 import contextlib
-import logging
 import secrets
 import uuid
 from dataclasses import dataclass
@@ -14,14 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.replica.actor import RANK_LEASE_S, LeaderActor, RankActor
 from cluster.replica.control_service import ControlService, ControlServiceSilent
 from cluster.replica.placed_rank import PlacedRank
-from cluster.replica.ray_reason import ray_reason
 from cluster.replica.reservations import Reservations
-from cluster.replica.side_door import knock
-from engine.executor.channel import ChannelClosed
-
-_log = logging.getLogger(__name__)
-
-TELL_TIMEOUT_S = 60.0
 
 
 @dataclass
@@ -173,14 +165,6 @@ class ActorPlaces:
             return self._reserved.lost()
         except ControlServiceSilent:
             return []
-
-
-def tell_rank(door: Any, secret: str, name: str, argument: bytes) -> None:
-    """``door``: Ray's reference of its address. Whether it heard of a formation shows by its joining."""
-    try:
-        knock(ray.get(door, timeout=TELL_TIMEOUT_S), secret, name, argument, TELL_TIMEOUT_S)
-    except (RayError, ChannelClosed) as error:
-        _log.warning("a rank was not told to %s: %s", name, ray_reason(error))
 
 
 def _has_answered(reference: Any) -> bool:

@@ -111,6 +111,13 @@ class Recovery:
     def leader_life(self) -> int:
         return self._leader_life
 
+    @property
+    def awaited(self) -> set[int]:
+        """Newcomers of the present formation that the leader has not heard of: they may take their time."""
+        if self._phase is not Phase.FORMING or self._told_at_s is None:
+            return set()
+        return set(range(self._num_ranks)) - self._joined - self._loaded
+
     def rank_ended(self, rank: int, life: int, reason: str, now_s: float) -> list[Action]:
         """The rank's process is gone."""
         if self._phase is Phase.FAILED or life != self._lives[rank]:

@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster.errors import StartFailed
 from cluster.replica.actor import OpenCall, RankCall
-from cluster.replica.actor_places import ActorPlaces, tell_rank
+from cluster.replica.actor_places import ActorPlaces
 from cluster.replica.events import (
     BreaksExplained,
     Event,
@@ -36,6 +36,7 @@ from cluster.replica.host_wait import HostWait
 from cluster.replica.leader import LeaderConfig
 from cluster.replica.leader_load import LeaderLoad
 from cluster.replica.placed_rank import PlacedRank
+from cluster.replica.rank_doors import RankDoors
 from cluster.replica.rank_plan import GangEndpoints, worker_configs
 from cluster.replica.ray_reason import ray_reason
 from cluster.replica.recovery import Action, Form, GiveUp, KillRank, Phase, Recovery, StartLeader, StartRank
@@ -92,8 +93,7 @@ class Supervisor:
         """Ray's reference of its address."""
         self._leader_has_begun = False
         self._actors: dict[int, Any] = {}
-        self._doors: dict[int, Any] = {}
-        """Of ``_actors``."""
+        self._doors = RankDoors(self._door_secret)
         self._runs: dict[Any, tuple[int, int]] = {}
         """Ray's reference of each rank's life → the rank, and which of its lives it is."""
         self._num_blocks = 0
@@ -163,6 +163,9 @@ class Supervisor:
         self._carry_out(self._recovery.tick(now_s))
         if self._recovery.phase is Phase.FORMING:
             self._look_for_hosts(now_s)
+            for rank in self._doors.silent(self._recovery.awaited, now_s):
+                reason = f"rank {rank} does not answer"
+                self._carry_out(self._recovery.rank_ended(rank, self._recovery.life_of(rank), reason, now_s))
         elif self._recovery.phase is Phase.SERVING:
             assert self._places is not None
             self._places.keep_spares(now_s)
@@ -263,18 +266,13 @@ class Supervisor:
         waits = self._host_wait.goes_on(has_room, now_s)
         if waits and self._host_wait.is_time_to_tell(now_s):
             _log.warning("replica %s: %s waits for a host with room for it", self.replica_id, action)
-            for rank in self._doors.keys() - self._newcomers():
-                self._tell(rank, "stay")
+            for rank in self._doors.ranks - self._newcomers():
+                self._doors.tell(rank, "stay")
         return waits
 
     def _newcomers(self) -> set[int]:
         """Ranks that will be started."""
         return {action.rank for action in self._due if isinstance(action, StartRank)}
-
-    def _tell(self, rank: int, name: str, argument: bytes = b"") -> None:
-        """In a thread of its own: one that does not answer must not hold up the others."""
-        arguments = self._doors[rank], self._door_secret, name, argument
-        threading.Thread(target=tell_rank, args=arguments, daemon=True).start()
 
     def _want(self, actions: list[Action]) -> None:
         if not actions:
@@ -315,7 +313,7 @@ class Supervisor:
         """An empty process in the rank's place; ``_form`` gives it something to do."""
         assert self._places is not None
         actor = self._actors[rank] = self._places.new_rank(rank)
-        self._doors[rank] = actor.door.remote()
+        self._doors.add(rank, actor.door.remote())
 
     def _form(self, epoch: int) -> None:
         """Raises RayError or ChannelClosed where the leader is gone."""
@@ -334,7 +332,7 @@ class Supervisor:
             life = self._recovery.life_of(rank)
             call = msgspec.msgpack.encode(RankCall(config.encode(), self._plan.model, self._plan.revision))
             if running.get(rank) == life:
-                self._tell(rank, "form", call)  # whoever does not join is replaced
+                self._doors.tell(rank, "form", call)  # whoever does not join is replaced
             else:
                 self._runs[self._actors[rank].run.remote(call)] = rank, life
         if not self._leader_has_begun:

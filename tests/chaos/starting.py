@@ -15,19 +15,19 @@ from tests.failover.processes import copy_model
 from tests.support.served import Served, processes_with, shared_memory_files
 
 TIMEOUT_S = 150.0
-_BEGINS_TO_LOAD = "connecting ranks"
 
 
 @dataclass(frozen=True)
 class StartFault:
-    """``strike``: called when ranks connect. ``replaced``: the process that is another one afterwards. Where the start
-    does not survive, ``status`` is what the server ends with."""
+    """``strike``: called when the start has come to ``phase``. ``replaced``: the process that is another one
+    afterwards. Where the start does not survive, ``status`` is what the server ends with."""
 
     name: str
     strike: Callable[[Served], object]
     survives: bool = False
     replaced: str | None = None
     status: int = 1
+    phase: str = "connecting ranks"
 
 
 def on(number: signal.Signals, *titles: str) -> Callable[[Served], object]:
@@ -40,6 +40,13 @@ _RANK = ("remuda: rank", "ray::Rank")
 FAULTS = (
     StartFault("kill -9 a rank", on(signal.SIGKILL, *_RANK), survives=True, replaced="a rank"),
     StartFault("SIGSTOP a rank", on(signal.SIGSTOP, *_RANK), survives=True, replaced="a rank"),
+    StartFault(
+        "SIGSTOP a rank before it connects",
+        on(signal.SIGSTOP, "ray::Rank.run"),
+        survives=True,
+        replaced="a rank",
+        phase="starting ranks",
+    ),
     StartFault(
         "kill -9 leader", on(signal.SIGKILL, "remuda: leader", "ray::LeaderProcess"), survives=True, replaced="leader"
     ),
@@ -64,7 +71,7 @@ def struck_at_start(directory: Path, fault: StartFault, temporary: Path = Path("
     assert served.process is not None
     wrong = []
     try:
-        _wait_until_it_loads(served)
+        _wait_until(served, fault.phase)
         struck_s = time.monotonic()
         fault.strike(served)
         wrong += _after(served, fault)
@@ -83,11 +90,11 @@ def struck_at_start(directory: Path, fault: StartFault, temporary: Path = Path("
     return Row("tp2", fault.name, f"loading: {became}", Outcome(0, 0, 0, 0, pause_s, ()), replaced, tuple(wrong))
 
 
-def _wait_until_it_loads(served: Served) -> None:
+def _wait_until(served: Served, phase: str) -> None:
     """Or until it has ended."""
     assert served.process is not None
     deadline_s = time.monotonic() + TIMEOUT_S
-    while _BEGINS_TO_LOAD not in served.log.read_text() and served.process.poll() is None:
+    while phase not in served.log.read_text() and served.process.poll() is None:
         assert time.monotonic() < deadline_s, served.log.read_text()
         time.sleep(0.01)
 

@@ -240,3 +240,17 @@ def test_what_is_given_up_is_not_begun_again() -> None:
     assert recovery.rank_ended(1, recovery.life_of(1), "rank 1 died", 1.0) == []
     assert recovery.gang_broke(recovery.epoch, 0, "broken", 1.0) == []
     assert recovery.phase is Phase.FAILED
+
+
+def test_only_newcomers_that_have_not_joined_are_awaited() -> None:
+    """A survivor has nothing to do but to join, and is bound by a time of its own."""
+    world = World(3)
+    assert world.recovery.awaited == {0, 1, 2}
+    world.recovery.rank_joined(0, 1)
+    assert world.recovery.awaited == {0, 2}
+    world.form()
+    assert world.recovery.awaited == set()
+    actions = world.recovery.rank_ended(2, 0, "rank 2 died", world.now_s)
+    assert world.recovery.awaited == set(), "nobody has been told"
+    world.carry_out(actions)
+    assert world.recovery.awaited == {2}
