@@ -27,8 +27,11 @@ N ?= 3
 hosts: setup  ## N=4 hosts (network namespaces) to try things on by hand; says how to enter them and how to break links
 	@$(PY) -m tests.support.hosts.by_hand $(N)
 
+# Files of tests that run at a time; much of each is waiting for processes to start.
+JOBS ?= 2
+
 test: setup  ## the whole test run: linters, types, import contracts, unit, integration
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 layouts: setup  ## every legal layout with at most 8 ranks, on one host and over three, against transformers; writes docs/layouts.md
 	$(PY) -m tests.layouts $(ARGS)

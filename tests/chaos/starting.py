@@ -12,7 +12,8 @@ import psutil
 from tests.chaos.cell import Choice, Row
 from tests.chaos.comparison import Outcome
 from tests.failover.processes import copy_model
-from tests.support.served import Served, processes_with, shared_memory_files
+from tests.support.served import Served, processes_with
+from tests.support.shared_memory import left_since, shared_memory_files
 
 TIMEOUT_S = 150.0
 
@@ -83,7 +84,7 @@ def struck_at_start(directory: Path, fault: StartFault, temporary: Path = Path("
         wrong.append(f"left behind: {left}")
         for process in processes_with(served.mark):
             process.kill()
-    if new := {name for name in shared_memory_files() - files if "remuda" in name}:
+    if new := {name for name in left_since(files) if "remuda" in name}:
         wrong.append(f"left in shared memory: {new}")
     became = "ready" if fault.survives else f"ended, status {served.process.returncode}"
     replaced = () if fault.replaced is None else (fault.replaced,)

@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cluster.replica.model_source import resolve
-from tests.support.served import Served, free_port, run_remuda, shared_memory_files
+from tests.support.served import Served, free_port, run_remuda
+from tests.support.shared_memory import left_since, shared_memory_files
 
 TINY = str(resolve("remuda-tiny", None).directory())
 
@@ -74,7 +75,7 @@ def test_a_missing_tensor_is_named_and_nothing_is_left(broken_checkpoint: Path, 
     assert "model.layers.1.self_attn.q_proj.weight" in server.log.read_text()
     assert server.left_processes() == []
     assert list(own_tmp.iterdir()) == []
-    assert shared_memory_files() <= shared_before
+    assert not left_since(shared_before)
 
 
 @pytest.mark.timeout(240)
@@ -96,7 +97,7 @@ def test_stopping_leaves_nothing_behind(tmp_path: Path, own_tmp: Path) -> None:
         assert killed.stop(signal.SIGKILL) == -signal.SIGKILL
     assert killed.left_processes(30) == []
     assert list(own_tmp.iterdir()) == []
-    assert shared_memory_files() <= shared_before
+    assert not left_since(shared_before)
 
 
 def test_a_port_in_use_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from engine.model_config import ModelConfig, kv_groups
 from engine.request import FinishReason, Output, Request, SamplingParams
 from tests.parity.architectures import VOCAB_SIZE, make_reference
 from tests.parity.reference import NUM_NEW, Reference
+from tests.support.shared_memory import left_since, shared_memory_files
 
 WAIT_S = 60.0
 
@@ -317,7 +318,7 @@ def test_the_longest_context_that_fits_is_served(dense: Reference, serve: Serve)
 
 
 def test_kill_9_of_a_rank_is_named_and_leaves_nothing(mixture: Reference) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory_files()
     config = worker_config(mixture.directory, tp=2)
     gang = ProcessGang(config)
     try:
@@ -335,7 +336,7 @@ def test_kill_9_of_a_rank_is_named_and_leaves_nothing(mixture: Reference) -> Non
     finally:
         gang.close()
     assert [process.returncode is not None for process in gang.processes] == [True, True]
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not left_since(before)
 
 
 def test_a_broken_checkpoint_ends_the_start_with_its_own_error(dense: Reference, tmp_path: Path) -> None:

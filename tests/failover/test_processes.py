@@ -144,7 +144,7 @@ def test_a_client_that_leaves_a_resumable_request_ends_its_work(shared: Cluster)
 
 def _wait_until_running(client: InferenceClient, number: int) -> None:
     """Replicas are asked now and then."""
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 20
     while client.status().replicas[0].num_running != number:
         assert time.monotonic() < deadline_s
         time.sleep(0.05)

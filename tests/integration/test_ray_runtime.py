@@ -17,6 +17,7 @@ from cluster.control.ray_node import RayNode
 from cluster.control.ray_settings import LOOPBACK, NodeSpec, authentication_environment
 from cluster.errors import StartFailed
 from engine.errors import InvalidOption
+from tests.support.shared_memory import left_since, shared_memory_files
 
 ROOT = Path(__file__).parents[2]
 START_ACTOR = """
@@ -78,7 +79,7 @@ def listening_addresses(processes: list[psutil.Process]) -> set[str]:
 @pytest.fixture(scope="module")
 def node() -> Iterator[RayNode]:
     """A Ray that runs already, as far as the drivers under test can tell."""
-    shared_memory = set(os.listdir("/dev/shm"))
+    shared_memory = shared_memory_files()
     with RayNode.start(NodeSpec(cpu_slots=3)) as started:
         root = started.paths.root
         yield started
@@ -86,7 +87,7 @@ def node() -> Iterator[RayNode]:
     # close() returns when everything is gone; nothing has to be waited for.
     assert not processes_using(root)
     assert not root.exists()
-    assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert not left_since(shared_memory)
 
 
 def test_a_node_listens_on_loopback_and_hides_its_token(node: RayNode) -> None:

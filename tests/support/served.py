@@ -41,10 +41,6 @@ def run_remuda(*arguments: str, timeout_s: float = 90.0, **variables: str) -> su
     )
 
 
-def shared_memory_files() -> set[str]:
-    return set(os.listdir("/dev/shm"))
-
-
 def processes_with(mark: str) -> list[psutil.Process]:
     """Every live process that inherited ``mark`` in its environment."""
     found = []

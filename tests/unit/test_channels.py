@@ -1,7 +1,6 @@
 """The transports of the step channel: the same promises of all, and what they do about peers that die or lie."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from engine.executor.relay import HostRelay
 from engine.executor.socket_hub import RING_BYTES, SocketHub
 from engine.executor.socket_rank import SocketRankChannel
 from engine.executor.sockets import connect
+from tests.support.shared_memory import left_since, shared_memory_files
 
 WAIT_S = 20.0
 
@@ -170,7 +170,7 @@ channel.receive(None)
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 def test_kill_9_of_a_rank_is_seen_at_once_and_leaves_nothing(transport: str) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory_files()
     secret = new_secret()
     hub = SocketHub([0], secret, [unix_name() if transport == "unix" else "tcp:127.0.0.1:0"])
     process = subprocess.Popen([sys.executable, "-c", PEER, hub.addresses[0], secret, "0"])
@@ -185,7 +185,7 @@ def test_kill_9_of_a_rank_is_seen_at_once_and_leaves_nothing(transport: str) -> 
         process.kill()
         process.wait()
         hub.close()
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not left_since(before)
 
 
 def test_kill_9_of_a_relay_loses_its_ranks_and_frees_them() -> None:
