@@ -79,11 +79,10 @@ def engine(
     given = locals()
     flags = {name: given[name] for name in ServeConfig.model_fields if name in given}
     flags["address"] = f"{node_ip}:{ray_port}"
-    levels = parse_topology(topology)
     serve_config = load_serve_config(flags, config)
     checked = _for_group(preflight(serve_config), hosts, devices, leader_port, host_wait)
     device, secret = checked.launch.replica.device, checked.launch.secret
-    here = GroupHost(node_ip, device, devices, secret, ray_token_file, levels)
+    here = GroupHost(node_ip, device, devices, secret, ray_token_file, parse_topology(topology))
     with head(here, ray_port):
         raise typer.Exit(_run(serve_config, checked, node_ip, health_port))
 

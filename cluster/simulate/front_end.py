@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from cluster.errors import Unavailable
+from cluster.frontend.attempts import Attempts
 from cluster.frontend.calls import TimeLimits, Usage
 from cluster.frontend.choice import Choice, EchoedPrompt
 from cluster.frontend.clock import LoopClock, Timer
@@ -75,8 +76,10 @@ class _JumpingClock(LoopClock):
 class _Fleet(Fleet):
     """The real one, watched over."""
 
-    def _open(self, action: Submit | Attach, journal: Journal, keep: Keep | None) -> AsyncGenerator[Output, None]:
-        stream = super()._open(action, journal, keep)
+    def _open(
+        self, action: Submit | Attach, journal: Journal, keep: Keep | None, attempts: Attempts
+    ) -> AsyncGenerator[Output, None]:
+        stream = super()._open(action, journal, keep, attempts)
         if isinstance(action, Submit):
             assert journal._place is not None
             views = {view.id: view for view in self._table.views()}
