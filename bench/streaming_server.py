@@ -55,6 +55,9 @@ class ReferenceService(inference_pb2_grpc.InferenceServicer):
     async def Detokenize(self, request: object, context: object) -> inference_pb2.DetokenizeResponse:
         raise NotImplementedError
 
+    async def Embed(self, request: object, context: object) -> inference_pb2.EmbedResponse:
+        raise NotImplementedError
+
     async def ListModels(self, request: object, context: object) -> inference_pb2.ListModelsResponse:
         raise NotImplementedError
 

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, Pydant
 
 from engine.config import Determinism
 from engine.errors import InvalidOption
+from engine.request import Pooling
 
 EMBEDDED_MODEL = "remuda-tiny"
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -131,6 +132,7 @@ class ServeConfig(BaseSettings):
     spare_ranks: Annotated[int, Field(ge=0, le=64)] = 0
     secret_file: Path | None = None
     deterministic: Annotated[Determinism, BeforeValidator(_determinism_field)] = Determinism.OFF
+    pooling: Pooling = Pooling.LAST
     request_timeout: Seconds = 600.0
     queue_timeout: Seconds = 60.0
     first_token_timeout: Seconds = 120.0

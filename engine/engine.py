@@ -302,7 +302,7 @@ class Engine:
                 f"the {self._config.max_model_len} tokens that this model is served with; shorten one of them",
                 "max_tokens",
             )
-        if len(request.token_ids) >= num_prompt_tokens + sampling.max_tokens:
+        if len(request.token_ids) >= num_prompt_tokens + max(sampling.max_tokens, 1):
             raise InvalidRequest(f"max_tokens ({sampling.max_tokens}) tokens are generated already", "max_tokens")
 
     def abort(self, request_id: str) -> bool:

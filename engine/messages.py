@@ -43,7 +43,8 @@ class ScheduledRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     know; they end at the last scheduled position), or, where ``input_step`` is not NO_STEP, by what the rank itself
     sampled for this slot in that step (asynchronous scheduling: the leader does not know it yet).
     ``new_block_ids[g]`` are appended to the slot's block table of KV group g before the step (empty: none anywhere).
-    ``sample``: a next token is wanted after the last position (false for all but a prompt's last chunk).
+    ``sample``: a next token, or the prompt's embedding, is wanted after the last position (false for all but a prompt's
+    last chunk).
     """
 
     slot: int
@@ -78,7 +79,7 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def sampling_slots(self) -> list[int]:
-        """Those that want a token, in the order in which a rank gives them."""
+        """Those that want a token or an embedding, in the order in which a rank gives them."""
         return unpack(self.decodes) + [share.slot for share in self.scheduled if share.sample]
 
 
@@ -185,6 +186,13 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     logprobs: list[TopLogprobs]
 
 
+class PooledState(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """``slot``'s embedding: [hidden_size] float32 of length 1, little-endian."""
+
+    slot: int
+    values: bytes
+
+
 class SlotError(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request could not be computed (for example NaN logits); the rest of the step is good."""
 
@@ -244,6 +252,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="re
     """engine.packed, of those whose tokens have no log-probabilities, in the plan's order."""
     token_ids: bytes = b""
     """engine.packed, as many as ``slots``."""
+    pooled: list[PooledState] = []
 
     @classmethod
     def of(
@@ -254,6 +263,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="re
         sampled: Sequence[SampledToken],
         prompt_logprobs: Sequence[PromptLogprobs] = (),
         errors: Sequence[SlotError] = (),
+        pooled: Sequence[PooledState] = (),
     ) -> "StepResult":
         """Packs what can be packed."""
         plain = [each for each in sampled if each.logprobs is None]
@@ -266,6 +276,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="re
             list(errors),
             slots=pack([each.slot for each in plain]),
             token_ids=pack([each.token_id for each in plain]),
+            pooled=list(pooled),
         )
 
     @property

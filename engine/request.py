@@ -1,4 +1,4 @@
-"""What a caller asks of the engine: one sequence to continue.
+"""What a caller asks of the engine: one sequence to continue, or to embed.
 
 A client's request with n choices becomes n of these, alike but for ``choice`` (and so for their random numbers).
 """
@@ -37,6 +37,15 @@ class FinishReason(enum.StrEnum):
     """Cancelled by its caller, or its deadline passed."""
     ERROR = "error"
     """The engine could not go on with it."""
+
+
+class Pooling(enum.StrEnum):
+    """Which of a prompt's hidden states, as they are after the final norm, make its embedding."""
+
+    LAST = "last"
+    """The last position's, which alone has seen the whole prompt."""
+    MEAN = "mean"
+    """All positions' mean."""
 
 
 class GrammarKind(enum.StrEnum):
@@ -85,10 +94,20 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
     grammar: Grammar | None = None
     """A stop token is possible exactly where the grammar may end, and it alone where nothing else is possible, whatever
     ``min_tokens`` is."""
+    pooling: Pooling | None = None
+    """Instead of tokens the request gets its prompt's embedding; ``max_tokens`` is 0 then, and only then."""
+
+    @property
+    def needs_all_positions(self) -> bool:
+        """Whether the hidden states of every position are wanted, so that none can be had from the prefix cache."""
+        return self.prompt_logprobs is not None or self.pooling is Pooling.MEAN
 
     def validate(self, vocab_size: int) -> None:
         """Raises InvalidRequest, naming the field, where a value is outside its range."""
-        _check_range("max_tokens", self.max_tokens, 1, None)
+        if self.pooling is None:
+            _check_range("max_tokens", self.max_tokens, 1, None)
+        else:
+            self._validate_pooling()
         _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check_range("seed", self.seed, -(2**63), 2**63 - 1)
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -119,6 +138,12 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
                     "structured output ends with an end token; leave ignore_eos out, or name stop_token_ids",
                     "ignore_eos",
                 )
+
+    def _validate_pooling(self) -> None:
+        _check_range("max_tokens", self.max_tokens, 0, 0)
+        for name in ("logprobs", "prompt_logprobs", "grammar"):
+            if getattr(self, name) is not None:
+                raise InvalidRequest(f"an embedding has no tokens; leave {name} out", name)
 
 
 def _check_count(name: str, count: int, most: int) -> None:
@@ -156,7 +181,7 @@ NO_TENANT = Tenant()
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
-    """One sequence to continue.
+    """One sequence to continue, or to embed.
 
     ``request_id`` is unique among the live requests of an engine. ``token_ids`` is the prompt followed by what has
     been generated already (after a failover); the first ``num_prompt_tokens`` of it are the prompt.
@@ -214,3 +239,5 @@ class Output(msgspec.Struct, frozen=True, gc=False):
     num_cached_tokens: int = 0
     error: str | None = None
     waits: Waits | None = None
+    pooled: bytes | None = None
+    """With the end of a request that wanted it: its embedding, [hidden_size] float32 of length 1, little-endian."""

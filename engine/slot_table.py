@@ -55,7 +55,10 @@ class SlotState:
 
 
 class ScheduledSlot(NamedTuple):
-    """One slot's share of a step. ``state`` is the table's own object: read it, do not keep it beyond the step."""
+    """One slot's share of a step. ``state`` is the table's own object: read it, do not keep it beyond the step.
+
+    ``sample``: a next token is wanted.
+    """
 
     slot: int
     state: SlotState
@@ -67,6 +70,12 @@ class ScheduledSlot(NamedTuple):
     def token_ids(self) -> list[int]:
         """The tokens to compute."""
         return self.state.token_ids[self.start : self.start + self.num_tokens]
+
+    @property
+    def embeds(self) -> bool:
+        """The prompt ends here, and its embedding is wanted."""
+        is_last = self.start + self.num_tokens == self.state.num_prompt_tokens
+        return is_last and self.state.sampling.pooling is not None
 
 
 class SlotTable:
@@ -233,10 +242,11 @@ class SlotTable:
             )
         self._extend_block_tables(step, share, state, end)
         state.num_computed = end
-        if share.sample:
+        samples = share.sample and state.sampling.pooling is None
+        if samples:
             state.sample_step = step
             state.sample_known = False
-        return ScheduledSlot(share.slot, state, share.start, share.num_tokens, share.sample)
+        return ScheduledSlot(share.slot, state, share.start, share.num_tokens, samples)
 
     def _extend_history(self, step: int, share: ScheduledRequest, state: SlotState, end: int) -> None:
         known = state.token_ids

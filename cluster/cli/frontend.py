@@ -25,6 +25,7 @@ from cluster.telemetry.config import otlp_endpoint as chosen_endpoint
 from cluster.telemetry.tracing import open_telemetry
 from cluster.tenants.tenancy import TenancyConfig
 from engine.errors import InvalidOption
+from engine.request import Pooling
 
 if TYPE_CHECKING:
     from cluster.k8s.leaders import KubernetesLeaders
@@ -51,6 +52,9 @@ def frontend(
     port: Annotated[int, typer.Option(help="HTTP port; 0 takes a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 takes a free one.")] = 50051,
     served_model_name: Annotated[str | None, typer.Option(help="The name that clients ask for.")] = None,
+    pooling: Annotated[
+        Pooling, typer.Option(help="Hidden states that embeddings are made of: the last, or all; the same everywhere.")
+    ] = Pooling.LAST,
     api_key_file: serve_options.ApiKeyFile = None,
     security_file: serve_options.SecurityFile = None,
     insecure: serve_options.Insecure = None,
@@ -78,6 +82,7 @@ def frontend(
         grpc_port=grpc_port,
         security=load_security(security_file, api_key_file),
         insecure=bool(insecure),
+        pooling=pooling,
         tenancy=TenancyConfig(tenants, limits_store, limits_store_password_file, usage_log, audit_log),
     )
     secret = "" if secret_file is None else read_secret(secret_file)

@@ -59,6 +59,7 @@ def serve(
     spare_ranks: options.SpareRanks = None,
     secret_file: options.SecretFile = None,
     deterministic: options.Deterministic = None,
+    pooling: options.Pooling = None,
     request_timeout: options.RequestTimeout = None,
     queue_timeout: options.QueueTimeout = None,
     first_token_timeout: options.FirstTokenTimeout = None,

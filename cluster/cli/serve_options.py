@@ -132,6 +132,10 @@ Deterministic = Annotated[
         "layout (d2). [off]",
     ),
 ]
+Pooling = Annotated[
+    str | None,
+    typer.Option(metavar="last|mean", help="Hidden states that embeddings are made of: the last, or all. [last]"),
+]
 RequestTimeout = Annotated[float | None, typer.Option(help="Seconds that a request may take. [600]")]
 QueueTimeout = Annotated[float | None, typer.Option(help="Seconds that it may wait before it runs. [60]")]
 FirstTokenTimeout = Annotated[float | None, typer.Option(help="Seconds until its first token. [120]")]

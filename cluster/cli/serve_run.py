@@ -73,6 +73,7 @@ def _front_end_config(config: ServeConfig, directory: Path) -> FrontEndConfig:
         ),
         lora_dir=config.lora_dir,
         max_lora_rank=config.max_lora_rank,
+        pooling=config.pooling,
         limits=TimeLimits(config.request_timeout, config.queue_timeout, config.first_token_timeout),
     )
 

@@ -38,6 +38,7 @@ from cluster.telemetry.tracing import Telemetry
 from cluster.tenants.tenancy import Tenancy, TenancyConfig
 from engine.config import LoraConfig
 from engine.errors import InvalidOption, RemudaError
+from engine.request import Pooling
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class FrontEndConfig:
     """``model_path`` has the checkpoint's tokenizer and small JSON files. Port 0 takes a free one. ``stall_s``: work
     without a finished step for so long is a stall. ``max_live_sequences`` bounds choices, not requests. ``lora_dir``:
     clients may have adapters below it loaded; None: none at all. ``insecure``: strangers may use an open address.
+    ``pooling``: what embeddings are made of.
     """
 
     name: str
@@ -66,6 +68,7 @@ class FrontEndConfig:
     insecure: bool = False
     tenancy: TenancyConfig = field(default_factory=TenancyConfig)
     limits: TimeLimits = _LIMITS
+    pooling: Pooling = Pooling.LAST
     max_live_sequences: int = 1024
     stall_s: float = 60.0
     lora_dir: Path | None = None
@@ -114,6 +117,7 @@ class FrontEnd:
             adapters=adapters,
             tenancy=self._tenancy,
             tracer=self._telemetry.tracer,
+            pooling=config.pooling,
         )
         self.health = Health(backend.replicas, lambda: self._admission.is_closed, clock, config.stall_s)
         tracer = self._telemetry.tracer

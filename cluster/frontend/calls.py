@@ -105,6 +105,8 @@ class Call:
 
     ``default_max_tokens`` holds where the options name no ``max_tokens``, as far as the context has room for it;
     None is the rest of the context. With ``echo``, ``max_tokens`` may be 0: the prompt is scored, nothing generated.
+    With ``embeds`` nothing is generated either: each prompt gets its embedding. ``truncates``: one that is longer than
+    the context is cut at its end, not refused.
     ``tools`` are the names of what the model may call: its text is parsed for calls of these. ``one_tool_call`` stops a
     choice after its first. ``priority``: lower goes first. ``cache_salt``: only calls with the same one share prefixes.
     """
@@ -116,6 +118,8 @@ class Call:
     n: int = 1
     stop: Sequence[str] = ()
     echo: bool = False
+    embeds: bool = False
+    truncates: bool = False
     limits: TimeLimits = TimeLimits()
     default_max_tokens: int | None = None
     tools: Sequence[str] = ()
@@ -179,7 +183,7 @@ class Delta:
 @dataclass(frozen=True, slots=True)
 class Finished:
     """The end of one choice, exactly once. ``stop_token_id`` is set where an end or stop token ended it.
-    ``calls_tools``: it has tool calls, and each is complete.
+    ``calls_tools``: it has tool calls, and each is complete. ``pooled``: the embedding (engine.request.Output).
     """
 
     choice: int
@@ -187,6 +191,7 @@ class Finished:
     stop_string: str | None = None
     stop_token_id: int | None = None
     calls_tools: bool = False
+    pooled: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,9 @@ class Choice:
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         if output.prompt_logprobs:
             self._prompt_logprobs += output.prompt_logprobs
+        if output.pooled is not None:
+            self.finished = Finished(self.index, FinishReason.STOP, pooled=output.pooled)
+            return
         if self._scores_only:
             if output.token_ids or output.finish_reason is not None:
                 self.finished = Finished(self.index, FinishReason.LENGTH)

@@ -27,8 +27,10 @@ from cluster.frontend.calls import (
     TokenPrompt,
 )
 from cluster.frontend.cursor import ChoicePosition, Cursor, Remainder
+from cluster.frontend.embedding import embedding_call, embeddings_of
 from cluster.frontend.grpc_stream import Context, until_overdue
 from cluster.frontend.http_errors import log_defect
+from cluster.frontend.model_files import ModelFiles
 from cluster.frontend.service import Service
 from cluster.frontend.stored_call import StoredCall
 from cluster.rpc.convert import SAMPLING_SCALARS, finish_reason_to_proto, grammar_from_proto, logprobs_to_proto
@@ -106,6 +108,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 if rest is not None:
                     await context.write(response_of(call, rest))
 
+    async def Embed(self, request: inference_pb2.EmbedRequest, context: Context) -> inference_pb2.EmbedResponse:
+        try:
+            dimensions = request.dimensions if request.HasField("dimensions") else None
+            call = embed_call_of(request, dimensions, context.time_remaining(), self._service.files)
+            async with aclosing(self._service.generate(call)) as events:
+                come = [event async for event in events]
+            embeddings, usage = await asyncio.to_thread(embeddings_of, call, come, dimensions)
+            return inference_pb2.EmbedResponse(
+                request_id=call.request_id,
+                model=call.model or self._service.name,
+                embeddings=[inference_pb2.Embedding(values=values) for values in embeddings],
+                num_prompt_tokens=usage.num_prompt_tokens,
+            )
+        except Exception as error:  # noqa: BLE001  as above
+            log_defect(error)
+            await abort(context, error)
+
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
@@ -165,6 +184,33 @@ def call_of(request: inference_pb2.GenerateRequest, time_remaining_s: float | No
         priority=request.priority,
         cache_salt=request.cache_salt,
     )
+
+
+def embed_call_of(
+    request: inference_pb2.EmbedRequest, dimensions: int | None, time_remaining_s: float | None, files: ModelFiles
+) -> Call:
+    """Raises as ``call_of`` does."""
+    if time_remaining_s is not None and time_remaining_s <= 0:
+        raise DeadlineExceeded("the call's deadline had passed when the call came")
+    return embedding_call(
+        f"{request.request_id[:64] or 'rpc'}-{uuid.uuid4().hex}",
+        [_input_of(each) for each in request.inputs],
+        dimensions,
+        files,
+        model=request.model,
+        limits=TimeLimits(total_s=time_remaining_s),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+    )
+
+
+def _input_of(each: inference_pb2.EmbedInput) -> Prompt:
+    kind = each.WhichOneof("input")
+    if kind == "token_ids":
+        return TokenPrompt(list(each.token_ids.ids))
+    if kind is None or not each.text:
+        raise InvalidRequest("an input must be text or token_ids, and must not be empty", "inputs")
+    return TextPrompt(each.text)
 
 
 def cursor_of(point: inference_pb2.ResumePoint) -> Cursor:

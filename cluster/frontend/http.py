@@ -1,5 +1,6 @@
 """The HTTP API: OpenAI's endpoints, tokenizer, health and metrics, and the other APIs beside them."""
 
+import asyncio
 import importlib.metadata
 import time
 import uuid
@@ -19,6 +20,7 @@ from cluster.frontend.calls import Call
 from cluster.frontend.chat import ChatForm, chat_call
 from cluster.frontend.completions import CompletionForm, completion_call
 from cluster.frontend.cursor import Cursor
+from cluster.frontend.embeddings import EmbeddingBody
 from cluster.frontend.health import Health, Probed
 from cluster.frontend.http_body import parse_body
 from cluster.frontend.http_errors import JsonResponse, plain_error
@@ -63,6 +65,7 @@ class HttpApi:
             Route("/v1/models/{model:path}", self.get_model),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+            Route("/v1/embeddings", self.embeddings, methods=["POST"]),
             Route("/v1/moderations", self.moderations, methods=["POST"]),
             Route("/v1/load_lora_adapter", self.load_adapter, methods=["POST"]),
             Route("/v1/unload_lora_adapter", self.unload_adapter, methods=["POST"]),
@@ -147,6 +150,15 @@ class HttpApi:
         call = moderation_call(body, f"modr-{uuid.uuid4().hex}", categories)
         form = ModerationForm(call, categories or {}, service.name, service.tokenizer.bytes)
         return JsonResponse(form.whole(await self._answers.whole(request, call)))
+
+    async def embeddings(self, request: Request) -> Response:
+        body = parse_body(EmbeddingBody, await self._body(request))
+        call = body.as_call(f"embd-{uuid.uuid4().hex}", self._service.files)
+        events = await self._answers.whole(request, call)
+        # In a thread: there may be millions of numbers.
+        return await asyncio.to_thread(
+            lambda: JsonResponse(body.answer(call, events, call.model or self._service.name))
+        )
 
     async def load_adapter(self, request: Request) -> Response:
         body = parse_body(LoadAdapterBody, await self._body(request))

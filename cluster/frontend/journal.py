@@ -166,7 +166,8 @@ class Journal:
         """What to do now. Raises the error that lost the request, where there is nothing left to try."""
         if self._loss is None:
             return self._attach() if self._is_attaching else Submit(self._resumed(), frozenset())
-        if len(self._token_ids) >= self._request.sampling.max_tokens:
+        sampling = self._request.sampling
+        if sampling.pooling is None and len(self._token_ids) >= sampling.max_tokens:
             self.is_finished = True
             return Finish(Output(self._request.request_id, [], FinishReason.LENGTH))
         if now_s >= self._loss.at_s + self._policy.wait_s:

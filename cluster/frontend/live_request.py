@@ -41,6 +41,7 @@ class LiveRequest:
     arrived_s: when the client's request came.
     metrics: gets the latencies.
     failed: set as soon as the request has failed, also while its reader is still busy with an earlier event.
+    num_at_once: so many of the requests run at a time, the others after them; None: all.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class LiveRequest:
         metrics: Metrics,
         failed: asyncio.Event | None = None,
         keeps: Sequence[Keep] = (),
+        num_at_once: int | None = None,
     ) -> None:
         self._requests = requests
         self._choices = choices
         self._open_stream = open_stream
         self._keeps = keeps
+        self._turns = asyncio.Semaphore(num_at_once or len(requests))
         self._limits = limits
         self._clock = clock
         self._arrived_s = arrived_s
@@ -155,7 +158,7 @@ class LiveRequest:
 
     async def _pump(self, request: Request, choice: Choice) -> None:
         try:
-            async with aclosing(self._open_stream(request)) as outputs:
+            async with self._turns, aclosing(self._open_stream(request)) as outputs:
                 async for output in outputs:
                     self._take(output, choice)
                     if choice.finished is not None:
@@ -187,6 +190,8 @@ class LiveRequest:
         if output.waits is not None and choice.waits is None:
             choice.waits = output.waits
             self._metrics.begun(output.waits)
+        if output.pooled is not None:
+            self._disarm("first token")
         if output.token_ids:
             self._disarm("first token")
             if choice.last_token_s is None:

@@ -5,7 +5,7 @@ than ignored.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -36,14 +36,14 @@ _NOT_SERVED = {
 
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
-_MAX_IDS = 2_500_000
+MAX_IDS = 2_500_000
 _TOKEN_ID = re.compile("[0-9]{1,10}")
 
 # Checked by hand, because they may be very long or their errors need other words than a union's.
 _STRINGS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _ID_LISTS = {"type": "array", "items": _IDS, "minItems": 1}
-_PROMPT = {"anyOf": [{"type": "string", "minLength": 1}, _STRINGS, _IDS, _ID_LISTS]}
+PROMPT_SCHEMA = {"anyOf": [{"type": "string", "minLength": 1}, _STRINGS, _IDS, _ID_LISTS]}
 _PART = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
@@ -158,9 +158,9 @@ def _biases(given: Mapping[str, float]) -> dict[int, float]:
 class CompletionBody(_GenerateBody):
     """POST /v1/completions."""
 
-    max_values: ClassVar[int] = _MAX_IDS
+    max_values: ClassVar[int] = MAX_IDS
 
-    prompt: Annotated[Any, WithJsonSchema(_PROMPT)] = None
+    prompt: Annotated[Any, WithJsonSchema(PROMPT_SCHEMA)] = None
     suffix: str | None = None
     best_of: int | None = None
     echo: bool | None = None
@@ -171,24 +171,9 @@ class CompletionBody(_GenerateBody):
     def prompts(self) -> list[Prompt]:
         """Raises InvalidRequest unless it is a string, strings, token ids or lists of them."""
         given = self.prompt
-        if isinstance(given, str):
-            return [self._text(given)]
-        if isinstance(given, list) and given:
-            if self.suffix and not all(isinstance(entry, str) for entry in given):
-                raise InvalidRequest("suffix needs a prompt of text, not of token ids", "suffix")
-            if _are_ids(given):
-                return [TokenPrompt(given)]
-            if len(given) > MAX_PROMPTS:
-                raise InvalidRequest(f"prompt may be a list of {MAX_PROMPTS} prompts, not {len(given)}", "prompt")
-            if all(isinstance(entry, str) for entry in given):
-                return [self._text(entry) for entry in given]
-            if all(isinstance(entry, list) and _are_ids(entry) for entry in given):
-                return [TokenPrompt(entry) for entry in given]
-        what = "missing" if given is None else "an empty list" if given == [] else "neither"
-        raise InvalidRequest(
-            f"prompt must be a string, a list of strings, a list of token ids or a list of such lists; it is {what}",
-            "prompt",
-        )
+        if self.suffix and isinstance(given, list) and not all(isinstance(entry, str) for entry in given):
+            raise InvalidRequest("suffix needs a prompt of text, not of token ids", "suffix")
+        return prompts_of(given, "prompt", MAX_PROMPTS, self._text)
 
     def _text(self, text: str) -> TextPrompt:
         if not text and not self.suffix:
@@ -197,6 +182,25 @@ class CompletionBody(_GenerateBody):
             what = "echo" if self.echo else "parse_special_tokens"
             raise InvalidRequest(f"{what} cannot be combined with suffix; leave one of them out", what)
         return TextPrompt(text, self.add_special_tokens, self.parse_special_tokens, self.suffix or "")
+
+
+def prompts_of(given: Any, param: str, most: int, text: Callable[[str], TextPrompt]) -> list[Prompt]:
+    """At most so many. ``text``: makes a prompt of a string. Raises InvalidRequest."""
+    if isinstance(given, str):
+        return [text(given)]
+    if isinstance(given, list) and given:
+        if _are_ids(given):
+            return [TokenPrompt(given)]
+        if len(given) > most:
+            raise InvalidRequest(f"{param} may be a list of {most} prompts, not {len(given)}", param)
+        if all(isinstance(entry, str) for entry in given):
+            return [text(entry) for entry in given]
+        if all(isinstance(entry, list) and _are_ids(entry) for entry in given):
+            return [TokenPrompt(entry) for entry in given]
+    what = "missing" if given is None else "an empty list" if given == [] else "neither"
+    raise InvalidRequest(
+        f"{param} must be a string, a list of strings, a list of token ids or a list of such lists; it is {what}", param
+    )
 
 
 def _are_ids(entries: list[Any]) -> bool:
@@ -373,6 +377,6 @@ class ModerationBody(Body):
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    max_values: ClassVar[int] = _MAX_IDS
+    max_values: ClassVar[int] = MAX_IDS
 
     tokens: Annotated[list[int], Field(fail_fast=True)]

@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 from cluster.errors import ERROR_TABLE
 from cluster.frontend.anthropic.schema import CountBody, MessagesBody
+from cluster.frontend.embeddings import EmbeddingBody
 from cluster.frontend.ollama import schema as ollama
 from cluster.frontend.openai_schema import (
     ChatBody,
@@ -75,6 +76,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("delete", _RESPONSE_ID, "Forget it", "DeletedResponse"),
     Operation("post", f"{_RESPONSE_ID}/cancel", "Stop its work", "Response"),
     Operation("get", f"{_RESPONSE_ID}/input_items", "What it was asked", "InputItems"),
+    Operation("post", "/v1/embeddings", "A vector for each text", "Embeddings", EmbeddingBody),
     Operation("post", "/v1/moderations", "A guard's verdict", "Moderation", ModerationBody),
     Operation("post", "/v1/load_lora_adapter", "Load an adapter", "", LoadAdapterBody),
     Operation("post", "/v1/unload_lora_adapter", "Unload it", "", UnloadAdapterBody),
@@ -82,6 +84,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("post", "/v1/messages/count_tokens", "How long the prompt is", "InputTokens", CountBody),
     Operation("post", "/api/generate", "Answer a prompt", "OllamaGenerated", ollama.GenerateBody, _LINES),
     Operation("post", "/api/chat", "Answer a conversation", "OllamaChat", ollama.ChatBody, _LINES),
+    Operation("post", "/api/embed", "A vector for each text", "OllamaEmbed", ollama.EmbedBody),
+    Operation("post", "/api/embeddings", "A vector for one text", "OllamaEmbedding", ollama.EmbeddingsBody),
     Operation("get", "/api/tags", "The model and its adapters", "OllamaModels"),
     Operation("get", "/api/ps", "Those that are loaded: all", "OllamaModels"),
     Operation("post", "/api/show", "One of them", "OllamaModel", ollama.ShowBody),

@@ -30,6 +30,7 @@ OPENAI_ERROR = _object(
 ANTHROPIC_ERROR = _object(type=_one_of("error"), error=_object(type=TEXT, message=TEXT))
 OLLAMA_ERROR = _object(error=TEXT)
 
+_NUMBERS = _list({"type": "number"})
 _USAGE = _object(prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT)
 _FINISH = _one_of("stop", "length", "tool_calls")
 _MODEL = _object(id=TEXT, object=_one_of("model"), created=COUNT, owned_by=TEXT)
@@ -82,6 +83,12 @@ ANSWERS: dict[str, Schema] = {
     ),
     "DeletedResponse": _object(id=TEXT, object=_one_of("response"), deleted=TRUTH),
     "InputItems": _object(object=_one_of("list"), data=_list(_object(id=TEXT, type=TEXT)), has_more=TRUTH),
+    "Embeddings": _object(
+        object=_one_of("list"),
+        data=_list(_object(object=_one_of("embedding"), index=COUNT, embedding={"anyOf": [TEXT, _NUMBERS]})),
+        model=TEXT,
+        usage=_object(prompt_tokens=COUNT, total_tokens=COUNT),
+    ),
     "Moderation": _object(id=TEXT, model=TEXT, results=_list(_object(flagged=TRUTH, categories=ANY_OBJECT))),
     "Models": _object(object=_one_of("list"), data=_list(_MODEL)),
     "Model": _MODEL,
@@ -99,6 +106,8 @@ ANSWERS: dict[str, Schema] = {
     "InputTokens": _object(input_tokens=COUNT),
     "OllamaGenerated": _object(response=TEXT, **_OLLAMA_END),
     "OllamaChat": _object(message=_object(role=_one_of("assistant"), content=TEXT), **_OLLAMA_END),
+    "OllamaEmbed": _object(model=TEXT, embeddings=_list(_NUMBERS), prompt_eval_count=COUNT),
+    "OllamaEmbedding": _object(embedding=_NUMBERS),
     "OllamaModels": _object(models=_list(_OLLAMA_MODEL)),
     "OllamaModel": _object(details=ANY_OBJECT, model_info=ANY_OBJECT, capabilities=_list(TEXT), template=TEXT),
     "OllamaVersion": _object(version=TEXT),

@@ -20,6 +20,7 @@ from cluster.frontend.calls import Call, Event, Prompt, Started, TextPrompt, Tim
 from cluster.frontend.choice import Choice, EchoedPrompt
 from cluster.frontend.clock import Clock
 from cluster.frontend.detokenizer import Detokenizer
+from cluster.frontend.embedding import MAX_AT_ONCE, as_embedded
 from cluster.frontend.encoding import PromptEncoder
 from cluster.frontend.live_request import LiveRequest
 from cluster.frontend.metrics import Metrics
@@ -38,7 +39,7 @@ from cluster.tenants.record import UsageRecord, shown
 from cluster.tenants.tenancy import Tenancy
 from engine.errors import RemudaError
 from engine.grammar import check_grammar
-from engine.request import Request
+from engine.request import Pooling, Request
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Service:
     adapters: LoRA adapters that clients can name as models; None: those that the replicas have, unchangeable.
     tenancy: what callers may do, and what they used; None: everybody everything.
     tracer: for the spans of calls.
+    pooling: what embeddings are made of.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Service:
         adapters: Adapters | None = None,
         tenancy: Tenancy | None = None,
         tracer: Tracer = NO_TRACER,
+        pooling: Pooling = Pooling.LAST,
     ) -> None:
         self.name = name
         self.created_unix_s = int(time.time())
@@ -96,6 +99,7 @@ class Service:
         self._metrics = metrics
         self._clock = clock
         self._limits = limits
+        self._pooling = pooling
         self._draw_seed = draw_seed
         self._tracer = tracer
         self._live: set[LiveRequest] = set()
@@ -262,7 +266,9 @@ class Service:
     async def _events(
         self, call: Call, arrived_s: float, run: Run, stay: Stay, traced: CallTrace
     ) -> AsyncGenerator[Event, None]:
-        with self.admission.admitted(len(call.prompts) * call.n, run.principal.tenant):
+        num_sequences = len(call.prompts) * call.n
+        num_at_once = min(num_sequences, MAX_AT_ONCE) if call.embeds else num_sequences
+        with self.admission.admitted(num_at_once, run.principal.tenant):
             with traced.part(names.TOKENIZE):
                 if (structured := call.options.structured) is not None:
                     await asyncio.to_thread(check_grammar, structured.grammar, structured.param)
@@ -284,7 +290,16 @@ class Service:
             keeps = run.keeps(planned, len(requests), traced.header)
             open_stream = run.opener(self.backend, requests, keeps)
             live = LiveRequest(
-                requests, choices, open_stream, limits, self._clock, arrived_s, self._metrics, run.failed, keeps
+                requests,
+                choices,
+                open_stream,
+                limits,
+                self._clock,
+                arrived_s,
+                self._metrics,
+                run.failed,
+                keeps,
+                num_at_once,
             )
             self._live.add(live)
             try:
@@ -331,7 +346,9 @@ class Service:
 
     async def _plan(self, prompt: Prompt, call: Call) -> Planned:
         max_model_len = self.max_model_len
-        token_ids = await self.encoder.encode(prompt, max_model_len)
+        token_ids = await self.encoder.encode(prompt, None if call.truncates else max_model_len)
+        if call.embeds:
+            return Planned(prompt, *as_embedded(call, token_ids, max_model_len, self._pooling))
         options = call.options
         is_infill = isinstance(prompt, TextPrompt) and bool(prompt.suffix)
         ends = [*self._eos_ids, *(self.encoder.infilling.end_ids if is_infill else ())]

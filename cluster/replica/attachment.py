@@ -22,6 +22,7 @@ MAX_FRAME_WEIGHT = 1 << 18
 alternative in log-probabilities 1 (at most some 25 bytes each)."""
 
 _STREAM_WEIGHT = 16
+_BYTES_PER_WEIGHT = 25
 
 
 class Attachment:
@@ -64,7 +65,7 @@ class Attachment:
             self._may_be_heavy = True
             return
         self._outputs[stream] = output
-        if output.logprobs or output.prompt_logprobs:
+        if output.logprobs or output.prompt_logprobs or output.pooled:
             self._may_be_heavy = True
 
     def put_begun(self, stream: int, waits: Waits) -> None:
@@ -155,7 +156,7 @@ def _split(outputs: dict[int, Output]) -> tuple[dict[int, Output], dict[int, Out
 
 
 def _weight(output: Output) -> int:
-    weight = _STREAM_WEIGHT + len(output.token_ids)
+    weight = _STREAM_WEIGHT + len(output.token_ids) + len(output.pooled or b"") // _BYTES_PER_WEIGHT
     for entries in (output.logprobs, output.prompt_logprobs):
         if entries:
             weight += sum(2 + 2 * len(entry.token_ids) for entry in entries if entry is not None)

@@ -22,6 +22,7 @@ def merge(parts: Sequence[Output]) -> Output:
         num_cached_tokens=max(part.num_cached_tokens for part in parts),
         error=last.error,
         waits=next((part.waits for part in parts if part.waits is not None), None),
+        pooled=last.pooled,
     )
 
 

@@ -82,7 +82,9 @@ class StreamHistory:
     def weight(self) -> int:
         """About a quarter of its bytes."""
         entries = [*self._logprobs, *(entry for entry in self._prompt_logprobs if entry is not None)]
-        return 100 + len(self._token_ids) + sum(50 + 16 * len(entry.token_ids) for entry in entries)
+        embedding = b"" if self._end is None else self._end.pooled or b""
+        num_logprobs = sum(50 + 16 * len(entry.token_ids) for entry in entries)
+        return 100 + len(self._token_ids) + num_logprobs + len(embedding) // 4
 
     @property
     def has_reader(self) -> bool:
@@ -193,6 +195,7 @@ class StreamHistory:
             prompt_logprobs=prompt or None,
             num_cached_tokens=end.num_cached_tokens if end is not None else 0,
             error=end.error if end is not None else None,
+            pooled=end.pooled if end is not None else None,
         )
 
     def _leave(self, attachment: Attachment) -> None:

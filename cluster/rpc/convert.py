@@ -1,4 +1,4 @@
-"""Between our own values and protobuf's messages. The only place that knows both.
+"""Between requests with their outputs and protobuf's messages (cluster.rpc.replica_info has the rest).
 
 Field by field, nothing clever: a field missing here fails the round-trip tests.
 """
@@ -15,6 +15,7 @@ from engine.request import (
     Grammar,
     GrammarKind,
     Output,
+    Pooling,
     Request,
     SamplingParams,
     TopLogprobs,
@@ -28,6 +29,13 @@ _FINISH_TO_PROTO: dict[FinishReason, common_pb2.FinishReason.ValueType] = {
     FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
 }
 _FINISH_FROM_PROTO = {value: reason for reason, value in _FINISH_TO_PROTO.items()}
+
+_POOLING_TO_PROTO: dict[Pooling | None, replica_pb2.Pooling.ValueType] = {
+    None: replica_pb2.POOLING_UNSPECIFIED,
+    Pooling.LAST: replica_pb2.POOLING_LAST,
+    Pooling.MEAN: replica_pb2.POOLING_MEAN,
+}
+_POOLING_FROM_PROTO = {value: pooling for pooling, value in _POOLING_TO_PROTO.items()}
 
 SAMPLING_SCALARS = (
     "max_tokens",
@@ -56,7 +64,7 @@ def finish_reason_from_proto(reason: common_pb2.FinishReason.ValueType) -> Finis
 
 
 def sampling_to_proto(sampling: SamplingParams) -> common_pb2.SamplingParams:
-    """Every value is written out, so that the two sides' defaults may differ. ``choice`` travels beside it.
+    """Every value is written out, so that the two sides' defaults may differ. ``choice`` and ``pooling`` travel beside.
 
     Raises:
         InvalidRequest: a number that does not fit its wire type, for example top_k above 2³² − 1.
@@ -74,7 +82,7 @@ def sampling_to_proto(sampling: SamplingParams) -> common_pb2.SamplingParams:
 
 
 def sampling_from_proto(
-    message: common_pb2.SamplingParams, defaults: SamplingParams, choice: int = 0
+    message: common_pb2.SamplingParams, defaults: SamplingParams, choice: int = 0, pooling: Pooling | None = None
 ) -> SamplingParams:
     """A field that is not there keeps its value in ``defaults``, as do stop_token_ids and logit_bias where empty."""
     present = {field.name for field, _ in message.ListFields()}
@@ -84,6 +92,7 @@ def sampling_from_proto(
         logit_bias=dict(message.logit_bias) or defaults.logit_bias,
         stop_token_ids=tuple(message.stop_token_ids) or defaults.stop_token_ids,
         grammar=grammar_from_proto(message) or defaults.grammar,
+        pooling=pooling,
         **values,
     )
 
@@ -115,6 +124,7 @@ def request_to_proto(stream: int, request: Request) -> replica_pb2.Submit:
             cache_salt=request.cache_salt,
             tenant=tenant_to_proto(request.tenant),
             trace=request.trace,
+            pooling=_POOLING_TO_PROTO[request.sampling.pooling],
         )
     except InvalidRequest:
         raise
@@ -126,12 +136,14 @@ _NO_DEFAULTS = SamplingParams(max_tokens=0)
 
 
 def request_from_proto(message: replica_pb2.Submit) -> Request:
-    """A front end writes every field; max_tokens left out becomes 0, which the engine refuses."""
+    """A front end writes every field; max_tokens left out becomes 0, which the engine refuses, and so it does a way of
+    pooling that this version does not know."""
+    pooling = _POOLING_FROM_PROTO.get(message.pooling)
     return Request(
         request_id=message.request_id,
         token_ids=list(message.token_ids),
         num_prompt_tokens=message.num_prompt_tokens,
-        sampling=sampling_from_proto(message.sampling, _NO_DEFAULTS, message.choice),
+        sampling=sampling_from_proto(message.sampling, _NO_DEFAULTS, message.choice, pooling),
         priority=message.priority,
         adapter=message.adapter,
         cache_salt=message.cache_salt,
@@ -212,6 +224,7 @@ def _stream_finish(stream: int, output: Output) -> replica_pb2.StreamFinish:
         reason=_FINISH_TO_PROTO[output.finish_reason],
         stop_token_id=output.stop_token_id,
         num_cached_tokens=output.num_cached_tokens,
+        pooled=output.pooled or b"",
     )
 
 
@@ -287,6 +300,7 @@ def _full_output(
         prompt_logprobs=prompt,
         num_cached_tokens=finish.num_cached_tokens,
         error=finish.error_message or None,
+        pooled=finish.pooled or None,
     )
     return output, _finish_error(finish)
 

@@ -8,7 +8,7 @@ names it is caught, as is a block freed too early, a gap, and a table that point
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -24,6 +24,7 @@ from engine.messages import (
     NULL_BLOCK,
     AdapterOutcome,
     LoadAdapter,
+    PooledState,
     PromptLogprobs,
     SampledToken,
     SlotError,
@@ -33,7 +34,7 @@ from engine.messages import (
     decode_to_rank,
     encode,
 )
-from engine.request import SamplingParams, TopLogprobs
+from engine.request import Pooling, SamplingParams, TopLogprobs
 from engine.slot_table import ScheduledSlot, SlotState, SlotTable
 
 Allowed = npt.NDArray[np.bool_]
@@ -84,6 +85,20 @@ def logprobs_at(token_ids: Sequence[int], position: int) -> TopLogprobs:
     return TopLogprobs(logprob, 1, [token_ids[position]], [logprob])
 
 
+def embedding_of(pooling: Pooling, token_ids: Sequence[int]) -> bytes:
+    """What is pretended of a prompt: it depends on all of its tokens and, as a mean does, on every beginning of it."""
+    first = len(token_ids) if pooling is Pooling.LAST else 1
+    return _packed(_hidden(token_ids, end) for end in range(first, len(token_ids) + 1))
+
+
+def _hidden(token_ids: Sequence[int], end: int) -> int:
+    return zlib.crc32(array("I", token_ids[:end]).tobytes())
+
+
+def _packed(hidden: Iterable[int]) -> bytes:
+    return sum(hidden).to_bytes(8, "little")
+
+
 Cell = tuple[int, int, int, int]
 """KV group, block, offset within the block, and what must be there: a number made of the tokens so far."""
 
@@ -119,10 +134,14 @@ class SimulatedRank:
     """Adapter slot to path."""
     grammars: GrammarMasks | None = None
     dp_group: int = 0
+    sums: dict[int, int] = field(default_factory=dict)
+    """By slot: of what a mean is made of, so far."""
 
     def compute(self, plan: StepPlan) -> tuple[StepResult, list[Cell]]:
         """The result of a plan, and all cells that it read."""
         scheduled = self.table.apply(plan)
+        for slot in plan.batches[self.dp_group].removed:
+            self.sums.pop(slot, None)
         outcomes = self._change_adapters(plan)
         for share in scheduled:
             path = self.adapters.get(share.state.adapter, "")
@@ -130,11 +149,15 @@ class SimulatedRank:
             self._write(share)
         cells = [cell for share in scheduled for cell in self._cells_read(share)]
         self.check(cells)
-        result = StepResult(plan.epoch, plan.step, rank=0, sampled=[], prompt_logprobs=[], errors=[], adapters=outcomes)
+        result = StepResult(
+            plan.epoch, plan.step, rank=0, sampled=[], prompt_logprobs=[], errors=[], adapters=outcomes, pooled=[]
+        )
         masks = self._masks(plan, scheduled)
         for share in scheduled:
             self._answer(share, plan.step, result, masks)
-        packed = StepResult.of(plan.epoch, plan.step, 0, result.sampled, result.prompt_logprobs, result.errors)
+        packed = StepResult.of(
+            plan.epoch, plan.step, 0, result.sampled, result.prompt_logprobs, result.errors, result.pooled
+        )
         return msgspec.structs.replace(packed, adapters=outcomes), cells
 
     def _masks(self, plan: StepPlan, scheduled: Sequence[ScheduledSlot]) -> StepMasks:
@@ -210,6 +233,18 @@ class SimulatedRank:
                 history = [*state.token_ids[:end], token_id]
                 logprobs = None if state.sampling.logprobs is None else logprobs_at(history, end)
                 result.sampled.append(SampledToken(share.slot, token_id, logprobs))
+        if state.sampling.pooling is not None:
+            self._embed(share, state.sampling.pooling, result, failed)
+
+    def _embed(self, share: ScheduledSlot, pooling: Pooling, result: StepResult, failed: bool) -> None:
+        """As a real rank does: chunk by chunk, of what it computes itself."""
+        end = share.start + share.num_tokens
+        first = share.start if pooling is Pooling.MEAN else end - 1
+        hidden = sum(_hidden(share.state.token_ids, position + 1) for position in range(first, end))
+        if pooling is Pooling.MEAN:
+            hidden = self.sums[share.slot] = self.sums.get(share.slot, 0) + hidden
+        if share.embeds and not failed:
+            result.pooled.append(PooledState(share.slot, _packed([hidden])))
 
 
 class LateFuture(Future[list[StepResult]]):

@@ -21,6 +21,7 @@ from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import copy_blocks
 from engine.executor.logprobs import top_logprobs
 from engine.executor.penalties import has_penalties
+from engine.executor.pooler import Pooler
 from engine.executor.sampler import SamplerOutput, sample
 from engine.executor.sampling_row import GrammarMask, SamplingRow
 from engine.executor.seen_tokens import SeenTokens
@@ -95,6 +96,7 @@ class ModelRunner:
         self._captured = captured
         self._experts = experts
         self._loads = LoadCounters(model, mesh)
+        self._pooler = Pooler()
         self._seen: dict[int, SeenTokens] = {}
         """By slot, of requests with penalties."""
 
@@ -137,6 +139,7 @@ class ModelRunner:
     def _forget(self, slots: Sequence[int]) -> None:
         """They hold other requests, or none, from now on."""
         self._grammars.forget(slots)
+        self._pooler.forget(slots)
         for slot in slots:
             self._seen.pop(slot, None)
 
@@ -169,6 +172,7 @@ class ModelRunner:
         try:
             hidden, logits = self._forward(scheduled)
             prompt_logprobs = self._prompt_logprobs(hidden, scheduled)
+            pooled, errors = self._pooler.take(hidden, scheduled) if self._is_sampling_rank else ([], [])
         except RuntimeError as error:
             if self._mesh.config.num_ranks > 1 or not is_out_of_memory(error):
                 raise  # other ranks wait in the middle of the same step: only a new epoch helps
@@ -189,8 +193,8 @@ class ModelRunner:
         if self._shares_samples and sampling:
             self._share_samples(plan.step, sampling, output)
         sampled = _usable(sampling, output, failures) if output is not None else []
-        errors = [SlotError(slot, message) for slot, message in failures.items()]
-        return StepResult.of(plan.epoch, plan.step, self._mesh.rank, sampled, prompt_logprobs, errors)
+        errors += [SlotError(slot, message) for slot, message in failures.items()]
+        return StepResult.of(plan.epoch, plan.step, self._mesh.rank, sampled, prompt_logprobs, errors, pooled)
 
     def _sampling_row(self, share: ScheduledSlot, mask: GrammarMask | str | None) -> SamplingRow:
         """What is drawn for a slot whose grammar is broken means nothing."""

@@ -42,7 +42,7 @@ class BlockTables:
         Blocks are named as far as they are found, so that a long prompt nobody had before costs nothing here. None: not
         all could be named now (``all_at_once`` is false, and the prompt long); the next call goes on.
         """
-        if not self._keeps_prefixes or state.sampling.prompt_logprobs is not None:
+        if not self._keeps_prefixes or state.sampling.needs_all_positions:
             return [[] for _ in self._kv_groups]
         num_most = (len(state.token_ids) - 1) // self._block_size
         num_nameable = num_most if all_at_once else min(num_most, len(state.block_hashes) + _MAX_NAMED)

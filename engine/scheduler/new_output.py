@@ -1,6 +1,6 @@
-"""What a sampled token makes of its request: it goes on, or ends."""
+"""What a step's answer makes of its request: it goes on, or ends."""
 
-from engine.messages import SampledToken
+from engine.messages import PooledState, SampledToken
 from engine.request import FinishReason, Output, TopLogprobs
 from engine.scheduler.request_state import RequestState
 
@@ -24,3 +24,9 @@ def output_of(state: RequestState, sampled: SampledToken, prompt_logprobs: list[
     logprobs = None if sampled.logprobs is None else [sampled.logprobs]
     num_cached = state.num_cached_tokens if reason is not None else 0
     return Output(state.request_id, [token_id], reason, stop_token_id, logprobs, prompt_logprobs, num_cached)
+
+
+def embedding_of(state: RequestState, pooled: PooledState) -> Output:
+    """The one output of a request that wanted its prompt's embedding, which ends it."""
+    num_cached = state.num_cached_tokens
+    return Output(state.request_id, [], FinishReason.STOP, num_cached_tokens=num_cached, pooled=pooled.values)

@@ -27,7 +27,7 @@ class RequestState:
     arrival: int
     """Counts requests in order of ``add``; never changes, so a preempted request goes before all later ones."""
     max_num_tokens: int
-    """Prompt and ``max_tokens`` together."""
+    """Prompt and ``max_tokens`` together. An embedding takes the place of one token."""
     dp_group: int = 0
     adapter: int = NO_ADAPTER
     """The slot of its LoRA adapter, from its arrival to its end."""
@@ -102,7 +102,7 @@ class RequestState:
             sampling=request.sampling,
             priority=request.priority,
             arrival=arrival,
-            max_num_tokens=request.num_prompt_tokens + request.sampling.max_tokens,
+            max_num_tokens=request.num_prompt_tokens + max(request.sampling.max_tokens, 1),
             dp_group=dp_group,
             adapter=adapter,
             tenant=request.tenant,

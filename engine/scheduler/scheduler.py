@@ -23,7 +23,7 @@ from engine.scheduler.latency_budget import LatencyBudget, TokenBudget
 from engine.scheduler.lockstep import Lockstep
 from engine.scheduler.make_way import Needs, num_owed, who_makes_way
 from engine.scheduler.micro_batch import Work
-from engine.scheduler.new_output import output_of
+from engine.scheduler.new_output import embedding_of, output_of
 from engine.scheduler.policy import in_order, victim_of
 from engine.scheduler.request_state import NO_SLOT, RequestState
 from engine.scheduler.share import share, share_next
@@ -64,8 +64,7 @@ class Scheduler:
         self._stop_ids: set[int] = set()
         """The stop tokens of all running requests, and of some that have ended."""
         self.num_preemptions = 0
-        self.num_tokens_admitted = 0
-        self.num_tokens_cached = 0
+        self.num_tokens_admitted = self.num_tokens_cached = 0
 
     @property
     def num_waiting(self) -> int:
@@ -315,11 +314,7 @@ class Scheduler:
         outputs = flight.begin_outputs()
         is_plain = not (prompt_logprobs or result.sampled or result.errors or flight.may_end)
         if is_plain and self._stop_ids.isdisjoint(token_ids := unpack(result.token_ids)):
-            outputs.token_ids = token_ids
-            for state, token_id in zip(flight.sampling.values(), token_ids, strict=True):
-                state.token_ids.append(token_id)
-                state.num_pending -= 1
-                outputs.request_ids.append(state.request_id)
+            flight.take_tokens(token_ids, outputs)
         else:
             self._take_each(flight, result, prompt_logprobs, outputs)
         for slot, prefilling in flight.prefilling.items():
@@ -335,9 +330,9 @@ class Scheduler:
     def _take_each(
         self, flight: StepInFlight, result: StepResult, prompt_logprobs: PromptEntries, outputs: Outputs
     ) -> None:
-        """Takes in what was sampled where a request may end, or has log-probabilities."""
+        """Takes in what a step gave where a request may end, or has log-probabilities."""
         for error in result.errors:
-            failed = flight.sampling.pop(error.slot, None) or flight.prefilling.pop(error.slot)
+            failed = flight.take_failed(error.slot)
             if not failed.finished:
                 self._finish(failed)
                 outputs.append(Output(failed.request_id, [], FinishReason.ERROR, error=error.message))
@@ -350,6 +345,11 @@ class Scheduler:
                 if output.finish_reason is not None:
                     self._finish(state)
                 outputs.append(output)
+        for pooled in result.pooled:
+            state = flight.embedding[pooled.slot]
+            if not state.finished:
+                self._finish(state)
+                outputs.append(embedding_of(state, pooled))
         self._forget_finished()
 
     # ---- slots ----------------------------------------------------------------------------------------------------

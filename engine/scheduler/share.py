@@ -58,7 +58,7 @@ def share(state: RequestState, num_tokens: int, batch: BatchPlan, flight: StepIn
     if sample:
         state.num_pending += 1
         state.sample_step = flight.step
-        flight.sampling[state.slot] = state
+        (flight.sampling if state.sampling.pooling is None else flight.embedding)[state.slot] = state
         flight.may_end |= end + 1 >= state.max_num_tokens
         if state.num_prompt_logprobs < state.num_prompt_tokens:
             flight.prompts_ending.append((state.slot, state))

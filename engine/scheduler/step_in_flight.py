@@ -1,6 +1,6 @@
 """What the leader remembers of a plan until its result returns, and what it demands of that result."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import ProtocolViolation
@@ -23,12 +23,14 @@ class StepInFlight:
     step: int
     sampling: dict[int, RequestState] = field(default_factory=dict)
     """Slot to request, where a next token is expected."""
+    embedding: dict[int, RequestState] = field(default_factory=dict)
+    """Slot to request, where an embedding is expected."""
     prefilling: dict[int, RequestState] = field(default_factory=dict)
     """Slot to request, where a prompt has more chunks to come."""
     filled: list[tuple[RequestState, int, int]] = field(default_factory=list)
     """(Request, slot, positions computed when the step is over) where that may fill a block."""
     may_end: bool = False
-    """Whether some request of ``sampling`` gets its last token, or has ended since."""
+    """Whether some request gets its last token or its embedding, or has ended since."""
     num_decodes: int = 0
     """Requests with one token in this step."""
     prompts: list[PromptShare] = field(default_factory=list)
@@ -41,8 +43,8 @@ class StepInFlight:
     def drop(self, slots: set[int]) -> None:
         """The plan, which has not left yet, does not name them."""
         for slot in slots:
-            self.sampling.pop(slot, None)
-            self.prefilling.pop(slot, None)
+            for share in (self.sampling, self.embedding, self.prefilling):
+                share.pop(slot, None)
         self.filled = [entry for entry in self.filled if entry[1] not in slots]
         self.prompts_ending = [entry for entry in self.prompts_ending if entry[0] not in slots]
         self.answering = [entry for entry in self.answering if entry[0] not in slots]
@@ -56,19 +58,32 @@ class StepInFlight:
         return outputs
 
     def check_slots(self, result: StepResult) -> None:
-        """Raises ProtocolViolation unless every slot to be sampled has one token or error, and no other has any."""
+        """Raises ProtocolViolation unless every slot to be sampled has one token or error, every one to be embedded one
+        embedding or error, and no other has any."""
         assert self.step == result.step, f"result of step {result.step} where {self.step} is the oldest in flight"
         has_as_many = len(result.slots) == len(result.token_ids)
-        if has_as_many and not result.errors and not result.sampled and result.slots == pack(self.sampling):
+        is_plain = has_as_many and not (result.errors or result.sampled or result.pooled or self.embedding)
+        if is_plain and result.slots == pack(self.sampling):
             return  # as ranks answer: in the plan's order
-        answered = [sampled.slot for sampled in result.all_sampled]
         failed = [error.slot for error in result.errors]
-        answered += [slot for slot in failed if slot not in self.prefilling]
-        if len(answered) != len(self.sampling) or set(answered) != self.sampling.keys() or len(failed) > len({*failed}):
-            raise ProtocolViolation(
-                f"step {self.step}: tokens or errors of slots {sorted(answered)} where slots {sorted(self.sampling)} "
-                "were to be sampled"
-            )
+        known = {*self.sampling, *self.embedding, *self.prefilling}
+        if len(failed) > len({*failed}) or not known.issuperset(failed):
+            raise ProtocolViolation(f"step {self.step}: errors of slots {sorted(failed)} where {sorted(known)} ran")
+        _check_answered(self.step, "tokens", [each.slot for each in result.all_sampled], failed, self.sampling)
+        _check_answered(self.step, "embeddings", [each.slot for each in result.pooled], failed, self.embedding)
+
+    def take_tokens(self, token_ids: Sequence[int], outputs: Outputs) -> None:
+        """One for each request to be sampled, and that is all there is to it."""
+        outputs.token_ids += token_ids
+        for state, token_id in zip(self.sampling.values(), token_ids, strict=True):
+            state.token_ids.append(token_id)
+            state.num_pending -= 1
+            outputs.request_ids.append(state.request_id)
+
+    def take_failed(self, slot: int) -> RequestState:
+        """Nothing else is expected of it in this step."""
+        share = next(share for share in (self.sampling, self.embedding, self.prefilling) if slot in share)
+        return share.pop(slot)
 
     def new_prompt_logprobs(self, result: StepResult) -> PromptEntries:
         """By slot, what was not sent before. Position 0 has None, for nothing predicts it.
@@ -106,6 +121,16 @@ class StepInFlight:
                 )
 
 
+def _check_answered(
+    step: int, what: str, slots: list[int], failed: list[int], expected: dict[int, RequestState]
+) -> None:
+    answered = sorted(slots + [slot for slot in failed if slot in expected])
+    if answered != sorted(expected):
+        raise ProtocolViolation(
+            f"step {step}: {what} or errors of slots {answered} where slots {sorted(expected)} were due"
+        )
+
+
 @dataclass(slots=True)
 class Draft:
     """A batch that was begun before its plan could leave. ``budget``: what running requests leave to waiting ones."""
@@ -127,5 +152,5 @@ class Draft:
 
 def requests_of(flights: Iterable[StepInFlight]) -> list[RequestState]:
     """Those that these plans compute, each once; some may have ended meanwhile."""
-    shares = [share for flight in flights for share in (flight.sampling, flight.prefilling)]
+    shares = [share for flight in flights for share in (flight.sampling, flight.embedding, flight.prefilling)]
     return list({id(state): state for share in shares for state in share.values()}.values())

@@ -21,7 +21,7 @@ SERVE_OPTIONS = {
     "--lora-modules", "--lora-dir", "--max-loras", "--max-lora-rank", "--enable-prefix-caching",
     "--async-scheduling", "--guided-decoding-backend",
     "--cpu-slots", "--spare-ranks", "--deterministic", "--request-timeout", "--queue-timeout", "--first-token-timeout",
-    "--drain-timeout", "--config", "--secret-file", "--security-file", "--insecure",
+    "--drain-timeout", "--pooling", "--config", "--secret-file", "--security-file", "--insecure",
     "--tenants", "--limits-store", "--limits-store-password-file", "--usage-log", "--audit-log",
     "--otlp-endpoint", "--log-format",
 }  # fmt: skip

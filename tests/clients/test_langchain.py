@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 from langchain_core.messages import HumanMessage, ToolMessage
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
 from tests.clients.chores import MODEL, PLACE, TOOL, check_place
 
@@ -48,3 +48,12 @@ def test_schemas_and_errors(model_of: Make) -> None:
     check_place(structured.invoke(QUESTION))
     with pytest.raises(openai.NotFoundError):
         model_of(model="other").invoke(QUESTION)
+
+
+def test_embeddings(url: str) -> None:
+    with httpx.Client(timeout=60, trust_env=False) as http:
+        values: dict[str, Any] = {"model": MODEL, "api_key": "none", "max_retries": 0, "http_client": http}
+        # Else it sends tokens of a vocabulary that it thinks it knows.
+        made = OpenAIEmbeddings(base_url=f"{url}/v1", check_embedding_ctx_length=False, **values)
+        first, second = made.embed_documents(["Once upon", "a time"])
+        assert made.embed_query("Once upon") == pytest.approx(first, abs=1e-5) and first != second

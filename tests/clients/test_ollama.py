@@ -29,6 +29,14 @@ def test_chats_and_texts(client: ollama.Client) -> None:
     assert "".join(line.response for line in lines) == raw.response != ""
 
 
+def test_embeddings(client: ollama.Client) -> None:
+    both = client.embed(MODEL, ["Once upon", "a time"])
+    assert len(both.embeddings) == 2 and both.prompt_eval_count and both.model == MODEL
+    assert client.embed(MODEL, "Once upon").embeddings[0] == pytest.approx(list(both.embeddings[0]), abs=1e-5)
+    assert len(client.embed(MODEL, "Once upon", dimensions=8).embeddings[0]) == 8
+    assert client.embeddings(MODEL, "a time").embedding == pytest.approx(list(both.embeddings[1]), abs=1e-5)
+
+
 def test_a_schema_is_kept_to(client: ollama.Client) -> None:
     answer = client.chat(MODEL, USER, format=PLACE, options={"temperature": 0})
     check_place(json.loads(answer.message.content or ""))

@@ -36,6 +36,22 @@ def test_completions(client: openai.OpenAI) -> None:
     assert text == whole.text and whole.logprobs is not None and len(whole.logprobs.tokens or ()) == 8
 
 
+def test_embeddings(client: openai.OpenAI) -> None:
+    """The client asks for base64 and decodes it, unless it is told otherwise."""
+    texts = ["Once upon a time", "there was a herd"]
+    coded = client.embeddings.create(model=MODEL, input=texts)
+    plain = client.embeddings.create(model=MODEL, input=texts, encoding_format="float")
+    for one, other in zip(coded.data, plain.data, strict=True):
+        assert one.embedding == pytest.approx(other.embedding, abs=1e-5)
+        assert sum(value * value for value in one.embedding) == pytest.approx(1, abs=1e-4)
+    assert coded.usage == plain.usage and coded.usage.prompt_tokens == coded.usage.total_tokens > 4
+    (few,) = client.embeddings.create(model=MODEL, input=[5, 6, 7], dimensions=16).data
+    assert len(few.embedding) == 16
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model=MODEL, input="a", dimensions=100_000)
+    assert caught.value.param == "dimensions"
+
+
 def test_a_schema_is_kept_to(client: openai.OpenAI) -> None:
     class Place(BaseModel):
         side: Literal["left", "right"]

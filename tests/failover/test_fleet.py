@@ -13,10 +13,11 @@ from cluster.replica.client import ReplicaClient
 from cluster.replica.keep import Keep
 from cluster.types import ReplicaInfo
 from engine.errors import EngineFailure, InvalidRequest, Overloaded, RankFailure
+from engine.request import Pooling, Request, SamplingParams
 from tests.failover.fleet_bed import POLICY, busy, collect, fleet_of
 from tests.failover.wire import wire_to
 from tests.support.leader_bed import Bed, request, serving, tokens_of, until
-from tests.support.scripted_engine import answer
+from tests.support.scripted_engine import answer, embedding_at
 
 
 async def cut(bed: Bed) -> None:
@@ -57,6 +58,43 @@ async def test_a_cut_connection_costs_no_computation_twice() -> None:
         assert tokens_of(outputs) == answer(wanted)
         assert bed.engine.aborted == []
         assert bed.engine.num_steps <= 400 + 2
+        await fleet.close()
+
+
+def embedding_request(name: str) -> Request:
+    return msgspec.structs.replace(request(name), sampling=SamplingParams(0, pooling=Pooling.MEAN))
+
+
+async def test_an_embedding_is_computed_again_as_a_whole_elsewhere() -> None:
+    async with fleet_of(2) as (fleet, beds):
+        for bed in beds:
+            bed.engine.gate.clear()
+        wanted = embedding_request("a")
+        reader = asyncio.create_task(collect(fleet, wanted))
+        await until(lambda: any(bed.engine.num_live for bed in beds))
+        first = busy(beds)
+        (other,) = [bed for bed in beds if bed is not first]
+        first.engine.fails_with = RankFailure("rank 1 died", rank=1)
+        first.engine.gate.set()
+        await until(lambda: other.engine.num_live == 1)
+        assert not reader.done()
+        other.engine.gate.set()
+        assert [output.pooled for output in await reader] == [embedding_at(wanted)]
+
+
+async def test_an_embedding_waits_at_its_leader_for_the_connection() -> None:
+    wanted = embedding_request("a")
+    async with serving() as bed, wire_to(bed.address) as wire:
+        client, fleet = ReplicaClient(wire.address, "front-end"), Fleet(policy=POLICY)
+        await fleet.add("r0", client)
+        bed.engine.gate.clear()
+        reader = asyncio.create_task(collect(fleet, wanted))
+        await until(lambda: bed.engine.num_live == 1)
+        wire.cut()
+        await until(lambda: not client.is_connected)
+        bed.engine.gate.set()
+        assert [output.pooled for output in await reader] == [embedding_at(wanted)]
+        assert bed.engine.num_steps == 1
         await fleet.close()
 
 

@@ -14,7 +14,7 @@ from cluster.types import ReplicaInfo
 from engine.errors import EngineFailure
 from engine.request import GrammarKind, Output, Request
 from tests.frontend.bodies import EOT
-from tests.frontend.scripted import Gate, ScriptedBackend, says
+from tests.frontend.scripted import Gate, ScriptedBackend, embedding_of, says
 from tests.frontend.servers import Served, served
 
 SAID = [300, 301, 302, 303]
@@ -150,7 +150,6 @@ async def test_errors_are_statuses() -> None:
                 await parts_of(one, request)
             assert caught.value.code() is status and words in (caught.value.details() or ""), request
         for method, request in (
-            ("Embed", pb.EmbedRequest()),
             ("FlushCache", common_pb2.FlushCacheRequest()),
             ("StartProfile", common_pb2.StartProfileRequest()),
         ):
@@ -164,6 +163,26 @@ async def test_errors_are_statuses() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await getattr(stub_of(one), method)(request, timeout=20).read()
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_embeddings() -> None:
+    async with served(ScriptedBackend(says([]))) as one:
+        answer = await stub_of(one).Embed(pb.EmbedRequest(request_id="e", tokenized=PROMPT), timeout=20)
+        assert list(answer.embedding) == list(embedding_of(PROMPT.input_ids))
+        assert (answer.prompt_tokens, answer.embedding_dim) == (4, 256)
+        for ids in ([], [10**6]):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub_of(one).Embed(pb.EmbedRequest(tokenized=pb.TokenizedInput(input_ids=ids)), timeout=20)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    async with served(ScriptedBackend(Gate())) as one:
+        asking = asyncio.ensure_future(
+            stub_of(one).Embed(pb.EmbedRequest(request_id="e", tokenized=PROMPT), timeout=20)
+        )
+        await one.backend.until(lambda: bool(one.backend.live))
+        await stub_of(one).Abort(pb.AbortRequest(request_ids=["e"]), timeout=20)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asking
+        assert caught.value.code() is grpc.StatusCode.CANCELLED and not one.backend.live
 
 
 async def test_what_routers_ask_of_the_server() -> None:

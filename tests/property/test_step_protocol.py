@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from cluster.simulate.gang import SimulatedGang, logprobs_at, sequential_tokens
+from cluster.simulate.gang import SimulatedGang, embedding_of, logprobs_at, sequential_tokens
 from engine.config import CacheConfig, KvGroupConfig, LoraConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import AdapterError, ContextLengthExceeded, EngineFailure, Overloaded, RankFailure
@@ -21,7 +21,7 @@ from engine.kv_groups import num_blocks_needed
 from engine.messages import NO_STEP
 from engine.outputs import Outputs
 from engine.packed import unpack
-from engine.request import AdapterInfo, FinishReason, Output, Request, SamplingParams, Tenant, TopLogprobs
+from engine.request import AdapterInfo, FinishReason, Output, Pooling, Request, SamplingParams, Tenant, TopLogprobs
 from engine.scheduler.break_trials import SUSPECT_AFTER
 
 VOCAB_SIZE = 23
@@ -49,7 +49,8 @@ requests = st.tuples(
         st.integers(0, 6),
         st.sets(st.integers(0, VOCAB_SIZE - 1), max_size=2),
         st.sampled_from([None, None, 0]),
-    ),
+    )
+    | st.sampled_from([SamplingParams(0, pooling=pooling) for pooling in Pooling]),
     st.integers(-1, 1),
     st.integers(0, 3),
     st.sampled_from([False] * 9 + [True]),
@@ -159,7 +160,7 @@ class StepProtocolMachine(RuleBasedStateMachine):
         number = len(self.records)
         token_ids = [beginning(number, position) for position in range(num_tokens)]
         sampling = SamplingParams(*(number if name == "seed" else getattr(sampling, name) for name in FIELDS))
-        num_prompt_tokens = max(1, len(token_ids) - min(num_generated, sampling.max_tokens - 1))
+        num_prompt_tokens = max(1, len(token_ids) - max(0, min(num_generated, sampling.max_tokens - 1)))
         adapter = (("", ""), *((info.name, info.path) for info in self.engine.adapters))[
             adapter_index % (1 + len(self.engine.adapters))
         ]
@@ -174,7 +175,8 @@ class StepProtocolMachine(RuleBasedStateMachine):
         self.records[request.request_id] = Record(request, adapter_path=adapter[1])
         self.adapter_of[number] = adapter[1]
         if poisoned:
-            self.fails_at.add((number, len(token_ids)))
+            # The first position that is computed after an answer, or the last before an embedding.
+            self.fails_at.add((number, len(token_ids) - (sampling.pooling is not None)))
 
     @rule(num_steps=st.integers(1, 6))
     def step(self, num_steps: int) -> None:
@@ -281,7 +283,10 @@ class StepProtocolMachine(RuleBasedStateMachine):
             assert record.num_deaths >= SUSPECT_AFTER and not finish.token_ids
         elif finish.finish_reason == FinishReason.ERROR:
             assert sampling.seed in {seed for seed, _ in self.fails_at}
-            assert finish.error == f"position {len(request.token_ids)} is not a number"
+            assert finish.error == f"position {len(request.token_ids) - (sampling.pooling is not None)} is not a number"
+        elif sampling.pooling is not None:
+            assert (finish.finish_reason, finish.token_ids) == (FinishReason.STOP, [])
+            assert finish.pooled == embedding_of(sampling.pooling, request.token_ids), "not of every position, once"
         else:
             assert record.token_ids == expected
             assert all((sampling.seed, p) not in self.fails_at for p in range(len(request.token_ids + expected) - 1))

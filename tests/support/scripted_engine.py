@@ -1,6 +1,7 @@
 """An engine without scheduler and model: each step gives every request its next token, which anyone can predict."""
 
 import threading
+from array import array
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -13,6 +14,11 @@ def token_at(request: Request, index: int) -> int:
     """Token number ``index`` (from 0) of the answer to ``request``."""
     prompt = request.token_ids[: request.num_prompt_tokens]
     return (sum(prompt[:8]) * 31 + len(prompt) + index * 7 + request.sampling.seed) % 50_000
+
+
+def embedding_at(request: Request) -> bytes:
+    """The embedding of ``request``: four bytes, of its first token."""
+    return array("f", [token_at(request, 0)]).tobytes()
 
 
 def answer(request: Request) -> list[int]:
@@ -70,7 +76,8 @@ class ScriptedEngine:
             tokens = [token_at(request, index) for index in range(start, end)]
             if end == request.sampling.max_tokens:
                 del self._live[request_id]
-                outputs.append(Output(request_id, tokens, FinishReason.LENGTH))
+                pooled = None if request.sampling.pooling is None else embedding_at(request)
+                outputs.append(Output(request_id, tokens, FinishReason.LENGTH, pooled=pooled))
             else:
                 self._live[request_id] = (request, end)
                 outputs.append(Output(request_id, tokens))

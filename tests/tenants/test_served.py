@@ -154,6 +154,20 @@ async def usage(one: Served, key: str, **params: str) -> list[dict[str, Any]]:
     return list(answer.json()["data"])
 
 
+async def test_embeddings_are_limited_and_counted_like_prompts(tmp_path: Path) -> None:
+    small, narrow = key_of(tmp_path, "small"), key_of(tmp_path, "narrow")
+    body = {"model": "m", "input": ["a few words", "and more"]}
+    async with shared(tmp_path) as one:
+        answer = await one.http.post("/v1/embeddings", json=body, headers=bearer(small))
+        num_tokens = answer.json()["usage"]["prompt_tokens"]
+        assert num_tokens > 4 and answer.headers["x-ratelimit-remaining-tokens"] == str(200 - num_tokens)
+        (mine,) = await usage(one, small)
+        assert (mine["num_requests"], mine["num_prompt_tokens"], mine["num_completion_tokens"]) == (1, num_tokens, 0)
+        assert (await one.http.post("/v1/embeddings", json=body, headers=bearer(narrow))).status_code == 403
+        long = await one.http.post("/api/embed", json={"model": "m", "input": "word " * 300}, headers=bearer(small))
+        assert long.status_code == 400 and "200 tokens" in long.json()["error"]
+
+
 async def test_usage_is_told_to_whom_it_concerns_and_logged_without_text(tmp_path: Path) -> None:
     usage_log, audit_log = tmp_path / "usage.jsonl", tmp_path / "audit.jsonl"
     one_key, other_key = key_of(tmp_path, "one"), key_of(tmp_path, "two")

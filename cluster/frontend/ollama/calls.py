@@ -1,9 +1,11 @@
 """Ollama's requests as calls."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.frontend.calls import Call, ChatPrompt, Prompt, TextPrompt
+from cluster.frontend.embedding import embedding_call
+from cluster.frontend.model_files import ModelFiles
 from cluster.frontend.ollama.schema import ChatBody, GenerateBody, Message
 from cluster.frontend.thinking import thinking_variables
 from cluster.frontend.tools.request import offered_tools, past_calls
@@ -35,6 +37,16 @@ def _generate_prompt(body: GenerateBody) -> Prompt:
     system = [{"role": "system", "content": body.system}] if body.system else []
     messages = [*system, {"role": "user", "content": body.prompt}]
     return ChatPrompt(messages, variables=thinking_variables(body.think))
+
+
+def embed_call(
+    texts: Sequence[str], dimensions: int | None, truncates: bool, model: str, files: ModelFiles, request_id: str
+) -> Call:
+    """Raises InvalidRequest."""
+    if not all(texts):
+        raise InvalidRequest("an input must not be empty", "input")
+    inputs = [TextPrompt(text) for text in texts]
+    return embedding_call(request_id, inputs, dimensions, files, model=model, truncates=truncates)
 
 
 def chat_call(body: ChatBody, model: str, request_id: str) -> Call:

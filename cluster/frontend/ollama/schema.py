@@ -137,6 +137,24 @@ class ChatBody(_AnswerBody):
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
 
+class EmbedBody(_ModelBody):
+    """POST /api/embed. ``truncate``: unless it is false, an input that is too long is cut at its end."""
+
+    input: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    truncate: bool | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else self.input or []
+
+
+class EmbeddingsBody(_ModelBody):
+    """POST /api/embeddings, the older form: one text."""
+
+    prompt: str = ""
+
+
 class ShowBody(_ModelBody):
     """POST /api/show."""
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from cluster.errors import DeadlineExceeded
 from cluster.frontend.calls import Call, Prompt, SamplingOptions, StructuredOutput, TextPrompt, TimeLimits, TokenPrompt
+from cluster.frontend.embedding import embedding_call
+from cluster.frontend.model_files import ModelFiles
 from cluster.frontend.structured import structured_output
 from cluster.rpc.generated.vllm import vllm_engine_pb2 as pb
 from engine.errors import InvalidRequest
@@ -39,6 +41,19 @@ def call_of(request: pb.GenerateRequest, time_remaining_s: float | None, max_mod
         stop=list(params.stop),
         # The prompt's log-probabilities come with its echo.
         echo=params.HasField("prompt_logprobs"),
+        limits=TimeLimits(total_s=time_remaining_s),
+    )
+
+
+def embed_call_of(request: pb.EmbedRequest, time_remaining_s: float | None, files: ModelFiles) -> Call:
+    """Raises as ``call_of`` does."""
+    if time_remaining_s is not None and time_remaining_s <= 0:
+        raise DeadlineExceeded("the call's deadline had passed when the call came")
+    return embedding_call(
+        f"{request.request_id[:64] or 'vllm'}-{uuid.uuid4().hex}",
+        [TokenPrompt(list(request.tokenized.input_ids))],
+        None,
+        files,
         limits=TimeLimits(total_s=time_remaining_s),
     )
 

@@ -5,19 +5,20 @@ are not here answer UNIMPLEMENTED.
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 import grpc
 
 from cluster.errors import Cancelled, Unavailable
-from cluster.frontend.calls import Event
+from cluster.frontend.calls import Call, Event
+from cluster.frontend.embedding import embeddings_of
 from cluster.frontend.grpc_stream import Context, until_overdue
 from cluster.frontend.http_errors import log_defect
 from cluster.frontend.service import Service
-from cluster.frontend.vllm_grpc.calls import call_of
+from cluster.frontend.vllm_grpc.calls import call_of, embed_call_of
 from cluster.frontend.vllm_grpc.form import VllmForm
 from cluster.identity.principal import current_principal
 from cluster.rpc.generated.vllm import vllm_engine_pb2 as pb
@@ -50,14 +51,8 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         try:
             call = call_of(request, context.time_remaining(), self._service.max_model_len)
             form, failed = VllmForm(call, request.stream), asyncio.Event()
-            named = (current_principal().tenant, request.request_id)
-            self._calls.setdefault(named, set()).add(call.request_id)
-            try:
+            with self._named(request.request_id, call):
                 await until_overdue(self._write_all(self._service.generate(call, failed), form, context), failed)
-            finally:
-                self._calls[named].discard(call.request_id)
-                if not self._calls[named]:
-                    del self._calls[named]
         except Exception as error:  # noqa: BLE001  whatever it is, the client gets a status
             log_defect(error)
             await abort(context, error)
@@ -71,6 +66,31 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         except Cancelled:
             for response in form.aborted():
                 await context.write(response)
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        self._last_request_unix_s = time.time()
+        try:
+            call = embed_call_of(request, context.time_remaining(), self._service.files)
+            with self._named(request.request_id, call):
+                async with aclosing(self._service.generate(call)) as events:
+                    embeddings, usage = embeddings_of(call, [event async for event in events], None)
+            values, num_tokens = embeddings[0], usage.num_prompt_tokens
+            return pb.EmbedResponse(embedding=values, prompt_tokens=num_tokens, embedding_dim=len(values))
+        except Exception as error:  # noqa: BLE001  as above
+            log_defect(error)
+            await abort(context, error)
+
+    @contextmanager
+    def _named(self, name: str, call: Call) -> Iterator[None]:
+        """While it runs, ``Abort`` finds it."""
+        named = (current_principal().tenant, name)
+        self._calls.setdefault(named, set()).add(call.request_id)
+        try:
+            yield
+        finally:
+            self._calls[named].discard(call.request_id)
+            if not self._calls[named]:
+                del self._calls[named]
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         """Of the caller's tenant, those of these names that run here; others are none of ours."""
@@ -154,7 +174,6 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not have this method")
         raise AssertionError("gRPC's abort returned")
 
-    Embed: Any = _not_served
     FlushCache: Any = _not_served
     StartProfile: Any = _not_served
     StopProfile: Any = _not_served

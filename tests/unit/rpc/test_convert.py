@@ -17,6 +17,7 @@ from engine.request import (
     Grammar,
     GrammarKind,
     Output,
+    Pooling,
     Request,
     SamplingParams,
     Tenant,
@@ -46,6 +47,7 @@ sampling_params = st.builds(
     logprobs=st.none() | uint32,
     prompt_logprobs=st.none() | uint32,
     grammar=st.none() | st.builds(Grammar, kind=st.sampled_from(GrammarKind), text=st.text(max_size=8)),
+    pooling=st.none() | st.sampled_from(Pooling),
 )
 requests = st.builds(
     Request,
@@ -81,6 +83,7 @@ def outputs(draw: st.DrawFn) -> Output:
         prompt_logprobs=draw(st.none() | st.lists(st.none() | top_logprobs, min_size=1, max_size=3)),
         num_cached_tokens=draw(uint32) if finish is not None else 0,
         error=draw(st.text(min_size=1, max_size=20)) if finish is FinishReason.ERROR else None,
+        pooled=draw(st.none() | st.binary(min_size=1, max_size=8)) if finish is FinishReason.STOP else None,
     )
 
 
@@ -98,11 +101,11 @@ def test_requests_round_trip(request: Request, stream: int) -> None:
 @given(sampling=sampling_params, defaults=sampling_params)
 def test_written_values_win_over_every_default(sampling: SamplingParams, defaults: SamplingParams) -> None:
     message = convert.sampling_to_proto(sampling)
-    found = convert.sampling_from_proto(message, defaults, sampling.choice)
+    found = convert.sampling_from_proto(message, defaults, sampling.choice, sampling.pooling)
     for name in SamplingParams.__struct_fields__:
         wanted = getattr(sampling, name)
         # None is written by leaving the field out, as is an empty collection.
-        if wanted is None or wanted in ((), {}):
+        if (wanted is None and name != "pooling") or wanted in ((), {}):
             wanted = getattr(defaults, name)
         assert getattr(found, name) == wanted, name
 
@@ -110,7 +113,7 @@ def test_written_values_win_over_every_default(sampling: SamplingParams, default
 @given(defaults=sampling_params)
 def test_a_field_that_is_not_there_takes_the_default(defaults: SamplingParams) -> None:
     empty = common_pb2.SamplingParams()
-    assert convert.sampling_from_proto(empty, defaults, defaults.choice) == defaults
+    assert convert.sampling_from_proto(empty, defaults, defaults.choice, defaults.pooling) == defaults
 
 
 def test_zero_is_a_value_and_not_a_default() -> None:
@@ -227,7 +230,7 @@ def test_the_strategies_above_cover_every_field() -> None:
     ranks = {field.name for field in replica_pb2.Rank.DESCRIPTOR.fields}
     assert ranks == set(RankInfo.__dataclass_fields__)
     sampling = {field.name for field in common_pb2.SamplingParams.DESCRIPTOR.fields}
-    assert sampling == set(SamplingParams.__struct_fields__) - {"choice"} | {"ignore_eos"}
+    assert sampling == set(SamplingParams.__struct_fields__) - {"choice", "pooling"} | {"ignore_eos"}
 
 
 @pytest.mark.parametrize("reason", FinishReason)

@@ -45,6 +45,11 @@ class InferenceStub:
                 request_serializer=remuda_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
                 response_deserializer=remuda_dot_v1_dot_inference__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/remuda.v1.Inference/Embed',
+                request_serializer=remuda_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=remuda_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/remuda.v1.Inference/Tokenize',
                 request_serializer=remuda_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -80,6 +85,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Embeddings of prompts. What the server pools (--pooling) they all have in common.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -110,6 +122,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=remuda_dot_v1_dot_inference__pb2.CancelRequest.FromString,
                     response_serializer=remuda_dot_v1_dot_inference__pb2.CancelResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=remuda_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=remuda_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -182,6 +199,33 @@ class Inference:
             '/remuda.v1.Inference/Cancel',
             remuda_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
             remuda_dot_v1_dot_inference__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/remuda.v1.Inference/Embed',
+            remuda_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            remuda_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

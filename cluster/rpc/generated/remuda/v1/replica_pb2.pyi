@@ -20,6 +20,24 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Pooling:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POOLING_UNSPECIFIED: _Pooling.ValueType  # 0
+    POOLING_LAST: _Pooling.ValueType  # 1
+    POOLING_MEAN: _Pooling.ValueType  # 2
+
+class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
+    """Which of a prompt's hidden states make its embedding."""
+
+POOLING_UNSPECIFIED: Pooling.ValueType  # 0
+POOLING_LAST: Pooling.ValueType  # 1
+POOLING_MEAN: Pooling.ValueType  # 2
+Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
+
 class _ReplicaState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -112,7 +130,7 @@ Global___AttachHello: _TypeAlias = AttachHello  # noqa: Y015
 
 @_typing.final
 class Submit(_message.Message):
-    """One sequence to continue. `stream` is a number that the front end chose; frames name the request by it."""
+    """One sequence to continue, or to embed. `stream` is a number that the front end chose; frames name the request by it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -129,6 +147,7 @@ class Submit(_message.Message):
     RESUMABLE_FIELD_NUMBER: _builtins.int
     CLIENT_REQUEST_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     stream: _builtins.int
     request_id: _builtins.str
@@ -145,6 +164,8 @@ class Submit(_message.Message):
     """Its client may come back: see AbortRequest.keep and Goodbye."""
     client_request: _builtins.bytes
     """What the client asked for, in the front end's own form: another front end goes on with it. Opaque to the leader."""
+    pooling: Global___Pooling.ValueType
+    """Not a continuation but the prompt's embedding is wanted; sampling.max_tokens is 0 then."""
     trace: _builtins.str
     """W3C traceparent of the front end's span for this attempt; empty where nobody traces the request."""
     @_builtins.property
@@ -173,11 +194,12 @@ class Submit(_message.Message):
         resumable: _builtins.bool = ...,
         client_request: _builtins.bytes = ...,
         tenant: Global___Tenant | None = ...,
+        pooling: Global___Pooling.ValueType = ...,
         trace: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "adapter", b"adapter", "cache_salt", b"cache_salt", "choice", b"choice", "client_request", b"client_request", "num_prompt_tokens", b"num_prompt_tokens", "priority", b"priority", "request_id", b"request_id", "resumable", b"resumable", "sampling", b"sampling", "stream", b"stream", "tenant", b"tenant", "token_ids", b"token_ids", "trace", b"trace", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "adapter", b"adapter", "cache_salt", b"cache_salt", "choice", b"choice", "client_request", b"client_request", "num_prompt_tokens", b"num_prompt_tokens", "pooling", b"pooling", "priority", b"priority", "request_id", b"request_id", "resumable", b"resumable", "sampling", b"sampling", "stream", b"stream", "tenant", b"tenant", "token_ids", b"token_ids", "trace", b"trace", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
     _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
@@ -492,6 +514,7 @@ class StreamFinish(_message.Message):
     ERROR_MESSAGE_FIELD_NUMBER: _builtins.int
     ERROR_PARAM_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
+    POOLED_FIELD_NUMBER: _builtins.int
     stream: _builtins.int
     reason: _common_pb2.FinishReason.ValueType
     stop_token_id: _builtins.int
@@ -501,6 +524,8 @@ class StreamFinish(_message.Message):
     error_message: _builtins.str
     error_param: _builtins.str
     retry_after_s: _builtins.float
+    pooled: _builtins.bytes
+    """Of a request that wanted it: the embedding, float32, little-endian, of length 1."""
     def __init__(
         self,
         *,
@@ -512,10 +537,11 @@ class StreamFinish(_message.Message):
         error_message: _builtins.str = ...,
         error_param: _builtins.str | None = ...,
         retry_after_s: _builtins.float | None = ...,
+        pooled: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_error_param", b"_error_param", "_retry_after_s", b"_retry_after_s", "_stop_token_id", b"_stop_token_id", "error_param", b"error_param", "retry_after_s", b"retry_after_s", "stop_token_id", b"stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error_param", b"_error_param", "_retry_after_s", b"_retry_after_s", "_stop_token_id", b"_stop_token_id", "error_kind", b"error_kind", "error_message", b"error_message", "error_param", b"error_param", "num_cached_tokens", b"num_cached_tokens", "reason", b"reason", "retry_after_s", b"retry_after_s", "stop_token_id", b"stop_token_id", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error_param", b"_error_param", "_retry_after_s", b"_retry_after_s", "_stop_token_id", b"_stop_token_id", "error_kind", b"error_kind", "error_message", b"error_message", "error_param", b"error_param", "num_cached_tokens", b"num_cached_tokens", "pooled", b"pooled", "reason", b"reason", "retry_after_s", b"retry_after_s", "stop_token_id", b"stop_token_id", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__error_param: _TypeAlias = _typing.Literal["error_param"]  # noqa: Y015
     _WhichOneofArgType__error_param: _TypeAlias = _typing.Literal["_error_param", b"_error_param"]  # noqa: Y015
