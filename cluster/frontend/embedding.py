@@ -8,7 +8,6 @@ from cluster.frontend.calls import Call, Event, Finished, Prompt, TimeLimits, To
 from cluster.frontend.model_files import ModelFiles
 from cluster.frontend.sampling import check_token_ids
 from engine.errors import ContextLengthExceeded, EngineFailure, InvalidRequest
-from engine.request import Pooling, SamplingParams
 
 MAX_INPUTS = 2048
 """OpenAI's own bound."""
@@ -54,19 +53,14 @@ def embedding_call(
     )
 
 
-def as_embedded(
-    call: Call, token_ids: list[int], max_model_len: int, pooling: Pooling
-) -> tuple[list[int], SamplingParams]:
-    """What the engine is asked for. Raises ContextLengthExceeded."""
+def check_length(token_ids: Sequence[int], max_model_len: int) -> None:
+    """Of one input, which needs no room for an answer. Raises ContextLengthExceeded."""
     if len(token_ids) > max_model_len:
-        if not call.truncates:
-            raise ContextLengthExceeded(
-                f"this model's maximum context length is {max_model_len} tokens, but an input has {len(token_ids)};"
-                " shorten it",
-                "input",
-            )
-        token_ids = token_ids[:max_model_len]
-    return token_ids, SamplingParams(max_tokens=0, pooling=pooling)
+        raise ContextLengthExceeded(
+            f"this model's maximum context length is {max_model_len} tokens, but an input has {len(token_ids)};"
+            " shorten it",
+            "input",
+        )
 
 
 def embeddings_of(call: Call, events: Iterable[Event], dimensions: int | None) -> tuple[list["array[float]"], Usage]:

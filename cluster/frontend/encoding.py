@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from cluster.frontend.calls import ChatPrompt, Prompt, TextPrompt, TokenPrompt
@@ -35,17 +36,22 @@ class PromptEncoder:
         self._short.shutdown()
         self._long.shutdown()
 
-    async def encode(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
+    async def encode(self, prompt: Prompt, max_tokens: int | None = None, *, truncates: bool = False) -> list[int]:
         """The prompt's ids.
 
         Args:
             prompt: text, ids or messages.
             max_tokens: a text that must give more than this is refused without being encoded.
+            truncates: it is not; text and ids are cut to ``max_tokens`` instead.
 
         Raises:
             InvalidRequest: an empty prompt, ids that the model does not have, messages that the template refuses.
             ContextLengthExceeded: see ``max_tokens``.
         """
+        if truncates and max_tokens is not None:
+            if isinstance(prompt, TextPrompt):
+                prompt = replace(prompt, text=self.tokenizer.enough_of(prompt.text, max_tokens))
+            return (await self.encode(prompt))[:max_tokens]
         if isinstance(prompt, TokenPrompt):
             token_ids = list(prompt.token_ids)
             check_token_ids(token_ids, self.vocab_size, "prompt")

@@ -20,7 +20,6 @@ from cluster.frontend.calls import Call
 from cluster.frontend.chat import ChatForm, chat_call
 from cluster.frontend.completions import CompletionForm, completion_call
 from cluster.frontend.cursor import Cursor
-from cluster.frontend.embeddings import EmbeddingBody
 from cluster.frontend.health import Health, Probed
 from cluster.frontend.http_body import parse_body
 from cluster.frontend.http_errors import JsonResponse, plain_error
@@ -29,6 +28,7 @@ from cluster.frontend.limit_headers import LimitHeaders
 from cluster.frontend.metrics import CONTENT_TYPE, Metrics
 from cluster.frontend.moderations import ModerationForm, guard_categories, moderation_call
 from cluster.frontend.ollama.routes import OllamaApi
+from cluster.frontend.openai_embeddings import EmbeddingBody
 from cluster.frontend.openai_schema import (
     ChatBody,
     CompletionBody,

@@ -12,8 +12,8 @@ from pydantic.json_schema import models_json_schema
 
 from cluster.errors import ERROR_TABLE
 from cluster.frontend.anthropic.schema import CountBody, MessagesBody
-from cluster.frontend.embeddings import EmbeddingBody
 from cluster.frontend.ollama import schema as ollama
+from cluster.frontend.openai_embeddings import EmbeddingBody
 from cluster.frontend.openai_schema import (
     ChatBody,
     CompletionBody,

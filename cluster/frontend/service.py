@@ -20,7 +20,7 @@ from cluster.frontend.calls import Call, Event, Prompt, Started, TextPrompt, Tim
 from cluster.frontend.choice import Choice, EchoedPrompt
 from cluster.frontend.clock import Clock
 from cluster.frontend.detokenizer import Detokenizer
-from cluster.frontend.embedding import MAX_AT_ONCE, as_embedded
+from cluster.frontend.embedding import MAX_AT_ONCE, check_length
 from cluster.frontend.encoding import PromptEncoder
 from cluster.frontend.live_request import LiveRequest
 from cluster.frontend.metrics import Metrics
@@ -39,7 +39,7 @@ from cluster.tenants.record import UsageRecord, shown
 from cluster.tenants.tenancy import Tenancy
 from engine.errors import RemudaError
 from engine.grammar import check_grammar
-from engine.request import Pooling, Request
+from engine.request import Pooling, Request, SamplingParams
 
 _log = logging.getLogger(__name__)
 
@@ -346,9 +346,10 @@ class Service:
 
     async def _plan(self, prompt: Prompt, call: Call) -> Planned:
         max_model_len = self.max_model_len
-        token_ids = await self.encoder.encode(prompt, None if call.truncates else max_model_len)
+        token_ids = await self.encoder.encode(prompt, max_model_len, truncates=call.truncates)
         if call.embeds:
-            return Planned(prompt, *as_embedded(call, token_ids, max_model_len, self._pooling))
+            check_length(token_ids, max_model_len)
+            return Planned(prompt, token_ids, SamplingParams(max_tokens=0, pooling=self._pooling))
         options = call.options
         is_infill = isinstance(prompt, TextPrompt) and bool(prompt.suffix)
         ends = [*self._eos_ids, *(self.encoder.infilling.end_ids if is_infill else ())]

@@ -139,6 +139,10 @@ class Tokenizer:
         """A bound that needs no encoding: what the user's or a template's text has at least."""
         return len(self._named_pattern.sub("", text)) // self._longest_token_bytes
 
+    def enough_of(self, text: str, num_tokens: int) -> str:
+        """As much of a text as decides its first so many tokens, where it is much longer."""
+        return text[: (num_tokens + 1) * self._longest_token_bytes]
+
     def _encode_plain(self, text: str) -> list[int]:
         ids = _ids(self._plain, text)
         if not self._id_of_renamed:

@@ -127,7 +127,7 @@ def test_nothing_is_left_of_what_was_preempted_or_aborted(dense: Reference) -> N
 LAYOUTS = [
     pytest.param("dense", {"tp": 2, "max_num_batched_tokens": 16}, id="dense-tp2-chunked"),
     pytest.param("mixture", {"pp": 2, "depth": 2, "max_num_batched_tokens": 16}, id="mixture-pp2-chunked"),
-    pytest.param("mixture", {"dp": 2, "ep": 2}, id="mixture-dp2-ep2"),
+    pytest.param("mixture", {"dp": 2, "ep": 2}, id="mixture-dp2-ep2", marks=pytest.mark.full),
     pytest.param("mixture", {"tp": 2, "ep": 2}, id="mixture-tp2-ep2", marks=pytest.mark.full),
     pytest.param("dense", {"pp": 2, "tp": 2, "depth": 3}, id="dense-pp2-tp2", marks=pytest.mark.full),
 ]

@@ -157,3 +157,13 @@ def oracle_logits(base: Path, adapter: Path | None, token_ids: list[int]) -> np.
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter).eval()
     return np.asarray(model(torch.tensor([token_ids])).logits[0])
+
+
+@torch.no_grad()
+def oracle_embedding(base: Path, adapter: Path | None, token_ids: list[int]) -> np.ndarray:
+    """The mean of the hidden states behind the final norm, of length 1."""
+    model = load_base(base)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
+    mean = model(torch.tensor([token_ids]), output_hidden_states=True).hidden_states[-1][0].mean(0)
+    return np.asarray(mean / mean.norm())

@@ -15,8 +15,8 @@ from engine.executor.in_process import InProcessExecutor
 from engine.executor.process_gang import ProcessGang
 from engine.executor.worker_config import WorkerConfig
 from engine.model_config import ModelConfig, kv_groups
-from engine.request import Request, SamplingParams
-from tests.lora.adapters import VOCAB_SIZE, oracle_logits
+from engine.request import Pooling, Request, SamplingParams
+from tests.lora.adapters import VOCAB_SIZE, oracle_embedding, oracle_logits
 from tests.lora.mixed import Adapted
 
 NUM_NEW = 12
@@ -63,6 +63,14 @@ class Served:
         while self.engine.has_work:
             self.step()
         return self.tokens
+
+
+def embedding(served: Served, name: str, adapter: str) -> np.ndarray:
+    sampling = SamplingParams(0, pooling=Pooling.MEAN)
+    served.engine.add(Request(name, PROMPT, len(PROMPT), sampling, adapter=adapter))
+    outputs = [output for _ in range(4) if served.engine.has_work for output in served.engine.step()]
+    assert outputs[-1].pooled is not None
+    return np.frombuffer(outputs[-1].pooled, "<f4")
 
 
 @pytest.fixture
@@ -143,3 +151,12 @@ def test_preemption_keeps_the_adapter(adapted: Callable[[str], Adapted], serve: 
     assert served.engine.stats().num_preemptions > 0
     expected = {adapter: greedy(made.base, adapter, 30) for adapter in (None, made.adapters[0])}
     assert [tokens[f"r{index}"] for index in range(4)] == [expected[None], expected[made.adapters[0]]] * 2
+
+
+def test_an_adapter_has_embeddings_of_its_own(adapted: Callable[[str], Adapted], serve: Callable[..., Served]) -> None:
+    made = adapted("llama")
+    served = serve(made, 1)
+    served.until(served.engine.load_adapter("a", str(made.adapters[0])))
+    for adapter, path in (("", None), ("a", made.adapters[0])):
+        expected = oracle_embedding(made.base, path, PROMPT)
+        np.testing.assert_allclose(embedding(served, f"of {adapter}", adapter), expected, rtol=0, atol=1e-4)
