@@ -32,9 +32,7 @@ class CallTrace:
 
     def __init__(self, tracer: Tracer, call: Call, model: str, parent: Context, began: str = "") -> None:
         self._tracer = tracer
-        self._operation = operation = (
-            "chat" if call.prompts and isinstance(call.prompts[0], ChatPrompt) else "text_completion"
-        )
+        self._operation = operation = _operation_of(call)
         links = [Link(context)] if (context := span_context_of(began)) is not None else []
         self._span = tracer.start_span(operation, parent, links=links)
         self._inside = trace.set_span_in_context(self._span, parent)
@@ -112,3 +110,10 @@ class CallTrace:
             if status >= 500:
                 span.set_status(Status(StatusCode.ERROR, outcome))
         span.end()
+
+
+def _operation_of(call: Call) -> str:
+    """In GenAI's words."""
+    if call.embeds:
+        return "embeddings"
+    return "chat" if call.prompts and isinstance(call.prompts[0], ChatPrompt) else "text_completion"
