@@ -121,9 +121,10 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
                 "priorityClassName": "high",
                 "extraEnv": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
                 "extraArgs": ["--drain-timeout=5"],
+                "readinessGates": ["target-health.elbv2.k8s.aws/remuda"],
             },
         },
-        "exclusive": {"engine": {"exclusiveTopologyKey": "example.com/rack"}},
+        "exclusive": {"engine": {"exclusiveTopologyKey": "example.com/rack", "topologyLabels": []}},
         "rdma": {"engine": {"rdma": {"enabled": True, "count": 8}}},
     },
     "image": {

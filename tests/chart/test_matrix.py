@@ -137,3 +137,15 @@ def test_workers_stay_while_their_leader_drains() -> None:
     }
     assert seconds == {"leaderTemplate": 7, "workerTemplate": 97}
     assert {template[name]["spec"]["terminationGracePeriodSeconds"] for name in seconds} == {127}
+
+
+@pytest.mark.parametrize(("mode", "name"), [("lws", "frontend"), ("single", "engine")])
+def test_readiness_gates_stand_where_clients_arrive(mode: str, name: str) -> None:
+    """A load balancer's controller knows no other pods: these would never become ready."""
+    gate = {"conditionType": "target-health.elbv2.k8s.aws/remuda"}
+    documents = render(
+        merged(preset("cpu-demo"), at("engine.mode", mode), at("frontend.readinessGates", [gate["conditionType"]]))
+    )
+    gated = only(documents, "Deployment", name)["spec"]["template"]
+    assert gated["spec"]["readinessGates"] == [gate]
+    assert all("readinessGates" not in pod["spec"] for pod in all_pods(documents) if pod != gated)

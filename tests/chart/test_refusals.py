@@ -37,6 +37,7 @@ BY_SCHEMA: list[tuple[str, Any, str]] = [
     ("frontend.httpPort", 80, "minimum"),
     ("frontend.service.type", "ExternalName", "LoadBalancer"),
     ("frontend.extraEnv", [{"nam": "x"}], ""),
+    ("frontend.readinessGates", ["a b"], "does not match"),
     ("weights.source", "s3", "pvc"),
     ("weights.mountPath", "models", "does not match"),
     ("auth.jwt", [{"issuer": "https://issuer.example"}], "audience"),

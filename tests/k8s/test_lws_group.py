@@ -24,6 +24,7 @@ from tests.support.mock_cluster import MockCluster, endpoint, mock_cluster
 pytestmark = [pytest.mark.netns, pytest.mark.full]
 
 NUM_HOSTS = 3
+NUM_TOKENS = 400
 VALUES = merged(
     preset("cpu-demo"),
     {
@@ -120,7 +121,7 @@ def test_a_group_of_three_outlives_a_worker_pod_and_is_made_anew_with_its_leader
 
 def _worker_pod_dies(group: Group) -> None:
     before = group.pids()
-    stream = group.front.stream(num_tokens=1200)
+    stream = group.front.stream(NUM_TOKENS)
     group.front.until_streaming([stream])
     group.kubelet.kill(group.workers[1])
     group.kubelet.until(lambda: not group.is_ready())
@@ -133,7 +134,7 @@ def _worker_pod_dies(group: Group) -> None:
 
 
 def _leader_pod_dies(group: Group, spare: Host) -> None:
-    stream = group.front.stream(num_tokens=1200)
+    stream = group.front.stream(NUM_TOKENS)
     group.front.until_streaming([stream])
     group.kubelet.kill(group.leader)
     group.kubelet.until(lambda: not group.front.is_ready())

@@ -82,6 +82,8 @@ class Kubelet:
             "metadata.name": name,
             "metadata.namespace": NAMESPACE,
             "spec.nodeName": node,
+            "metadata.labels['topology.kubernetes.io/region']": "region-1",
+            "metadata.labels['topology.kubernetes.io/zone']": "",  # as where the node has none
         }
         variables = {one["name"]: _value(one, fields) for one in found["env"]} | from_operator
         arguments = [_expanded(one, variables) for one in (*found["command"][1:], *found["args"])]

@@ -12,6 +12,7 @@ args:
   - --ray-port=6379
   - --leader-port=50052
   - --health-port=8080
+  {{- include "remuda.topologyArgs" . | nindent 2 }}
   {{- include "remuda.rayTokenArgs" . | nindent 2 }}
   {{- include "remuda.otlpArgs" . | nindent 2 }}
   {{- if .Values.tls.internal.enabled }}
@@ -30,6 +31,7 @@ args:
   - --devices={{ .Values.engine.devicesPerHost }}
   - --node-ip=$(POD_IP)
   - --health-port=8080
+  {{- include "remuda.topologyArgs" . | nindent 2 }}
   {{- include "remuda.rayTokenArgs" . | nindent 2 }}
 {{- end -}}
 
@@ -106,6 +108,15 @@ args:
 {{- end }}
 {{- if .Values.tenants.storeSecret }}
 - --limits-store-password-file=/etc/remuda/limits-store/password
+{{- end }}
+{{- end -}}
+
+{{/* Where the pod's node stands. A label that the pod lacks is an empty part. */}}
+{{- define "remuda.topologyArgs" -}}
+{{- $levels := list -}}
+{{- range $index, $_ := .Values.engine.topologyLabels }}{{ $levels = append $levels (printf "$(TOPOLOGY_%d)" (add1 $index)) }}{{ end -}}
+{{- with $levels }}
+- --topology={{ join "/" . }}
 {{- end }}
 {{- end -}}
 

@@ -30,6 +30,11 @@ enableServiceLinks: false
 securityContext:
   {{- include "remuda.podSecurity" $root | nindent 2 }}
 terminationGracePeriodSeconds: {{ add $e.unreadySeconds $e.drainSeconds 30 }}
+{{- if eq $e.mode "single" }}
+{{- with include "remuda.readinessGates" $root }}
+{{ . }}
+{{- end }}
+{{- end }}
 {{- include "remuda.scheduling" $e }}
 {{- if and $e.spreadTopologyKey (eq .role "leader") }}
 topologySpreadConstraints:
@@ -174,6 +179,12 @@ volumes:
   valueFrom:
     fieldRef:
       fieldPath: status.podIP
+{{- range $index, $label := .Values.engine.topologyLabels }}
+- name: TOPOLOGY_{{ add1 $index }}
+  valueFrom:
+    fieldRef:
+      fieldPath: metadata.labels['{{ $label }}']
+{{- end }}
 {{- if eq .Values.engine.mode "kuberay" }}
 # KubeRay gives its init container the same variables and volumes.
 - name: RAY_AUTH_MODE

@@ -78,3 +78,13 @@
     {{- . | nindent 4 }}
     {{- end }}
 {{- end -}}
+
+{{/* Of the pods that clients reach. */}}
+{{- define "remuda.readinessGates" -}}
+{{- with .Values.frontend.readinessGates -}}
+readinessGates:
+  {{- range . }}
+  - conditionType: {{ . }}
+  {{- end }}
+{{- end -}}
+{{- end -}}
