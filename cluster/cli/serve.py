@@ -68,10 +68,9 @@ def serve(
     log_format: options.LogFormat = None,
     config: options.Config = None,
 ) -> None:
-    """Serve a model over an OpenAI-compatible HTTP API and over gRPC.
+    """Serve a model over an OpenAI-compatible HTTP API and over gRPC. Ctrl-C or SIGTERM finishes running requests first.
 
-    Options may also stand in the environment (REMUDA_TENSOR_PARALLEL_SIZE=2), which wins over a --config file. Ctrl-C
-    or SIGTERM finishes running requests and stops everything that was started.
+    Options may also stand in the environment (REMUDA_TENSOR_PARALLEL_SIZE=2), which wins over a --config file.
     """
     flags = {name: value for name, value in locals().items() if name != "config"}
     raise typer.Exit(run(load_serve_config(flags, config)))
