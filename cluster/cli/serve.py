@@ -68,7 +68,7 @@ def serve(
     log_format: options.LogFormat = None,
     config: options.Config = None,
 ) -> None:
-    """Serve a model over an OpenAI-compatible HTTP API and over gRPC. Ctrl-C or SIGTERM finishes running requests first.
+    """Serve a model over an OpenAI-compatible HTTP API and over gRPC; Ctrl-C lets running requests finish.
 
     Options may also stand in the environment (REMUDA_TENSOR_PARALLEL_SIZE=2), which wins over a --config file.
     """
