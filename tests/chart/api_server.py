@@ -194,8 +194,8 @@ async def _entered(api: MockApiServer, entry: TlsEntry | None) -> AsyncIterator[
     if entry is None:
         yield
         return
-    # Watches never end by themselves: nobody waits for them at the end.
-    runner = web.ServerRunner(web.Server(api), shutdown_timeout=0.0)
+    # Watches never end by themselves; 0 would wait for them for ever.
+    runner = web.ServerRunner(web.Server(api), shutdown_timeout=0.1)
     await runner.setup()
     try:
         await web.SockSite(runner, entry.socket, ssl_context=entry.context).start()
