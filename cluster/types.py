@@ -1,7 +1,8 @@
 """Plain values that the serving side's packages share."""
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from engine.request import AdapterInfo
 from engine.scheduler.expert_stats import ExpertStats
@@ -66,3 +67,45 @@ class ReplicaInfo:
     experts: ExpertStats | None = None
     max_loras: int = 0
     """Adapters that may be loaded at once."""
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """What a front end says of itself and its replicas. ``num_generated_tokens``: by this front end, ever."""
+
+    model: str
+    version: str
+    draining: bool
+    num_live_requests: int
+    num_generated_tokens: int
+    replicas: tuple[ReplicaInfo, ...]
+
+    def as_object(self) -> dict[str, Any]:
+        """The JSON form, of ``remuda status --json`` and /v1/status; its fields are part of the product's contract."""
+        return {
+            "model": self.model,
+            "version": self.version,
+            "draining": self.draining,
+            "num_live_requests": self.num_live_requests,
+            "num_generated_tokens": self.num_generated_tokens,
+            "replicas": [_replica_object(info) for info in self.replicas],
+        }
+
+
+def _replica_object(info: ReplicaInfo) -> dict[str, Any]:
+    return {
+        "id": info.id,
+        "state": info.state.value,
+        "address": info.address,
+        "max_model_len": info.max_model_len,
+        "num_running": info.num_running,
+        "num_waiting": info.num_waiting,
+        "kv_cache_usage": info.kv_cache_usage,
+        "num_steps": info.num_steps,
+        "progress_age_s": info.progress_age_s,
+        "progress_limit_s": info.progress_limit_s,
+        "experts": None if info.experts is None else dict(vars(info.experts)),
+        "phase_seconds": info.phase_seconds,
+        "error": info.error,
+        "ranks": [asdict(rank) for rank in info.ranks],
+    }

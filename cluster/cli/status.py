@@ -4,16 +4,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cluster.cli import options
 from cluster.cli.progress import PHASE_TEXT
-from cluster.rpc.inference_client import ServerStatus
-from cluster.types import RankInfo
+from cluster.types import RankInfo, ServerStatus
 from engine.executor.watchdog import RankState
 
 EXAMPLES = "Examples: remuda status --json | remuda status --dump record.jsonl --replica r0"
@@ -48,38 +46,9 @@ def status(
             print(f"wrote {dump}: {num_bytes:,} bytes", file=sys.stderr)
         answer = client.status()
     if as_json:
-        sys.stdout.write(json.dumps(as_object(answer)) + "\n")
+        sys.stdout.write(json.dumps(answer.as_object()) + "\n")
     else:
         _print_text(answer)
-
-
-def as_object(answer: ServerStatus) -> dict[str, Any]:
-    """The JSON form; its fields are part of the product's contract."""
-    return {
-        "model": answer.model,
-        "version": answer.version,
-        "draining": answer.draining,
-        "num_live_requests": answer.num_live_requests,
-        "replicas": [
-            {
-                "id": replica.id,
-                "state": replica.state.value,
-                "address": replica.address,
-                "max_model_len": replica.max_model_len,
-                "num_running": replica.num_running,
-                "num_waiting": replica.num_waiting,
-                "kv_cache_usage": replica.kv_cache_usage,
-                "num_steps": replica.num_steps,
-                "progress_age_s": replica.progress_age_s,
-                "progress_limit_s": replica.progress_limit_s,
-                "experts": None if replica.experts is None else asdict(replica.experts),
-                "phase_seconds": replica.phase_seconds,
-                "error": replica.error,
-                "ranks": [asdict(rank) for rank in replica.ranks],
-            }
-            for replica in answer.replicas
-        ],
-    }
 
 
 def _print_text(answer: ServerStatus) -> None:

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 
 from cluster.frontend.grpc_stream import Context
 from cluster.frontend.http_errors import log_defect
+from cluster.frontend.server_status import server_status
 from cluster.frontend.service import Service
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, replica_pb2
 from cluster.rpc.replica_info import adapter_to_proto, replica_info_to_proto
@@ -22,13 +23,14 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.GetStatusResponse:
         try:
-            service = self._service
+            status = server_status(self._service, self._version)
             return admin_pb2.GetStatusResponse(
-                model=service.name,
-                draining=service.admission.is_closed,
-                replicas=[replica_info_to_proto(info) for info in service.backend.replicas()],
-                num_live_requests=service.admission.num_requests,
-                version=self._version,
+                model=status.model,
+                draining=status.draining,
+                replicas=map(replica_info_to_proto, status.replicas),
+                num_live_requests=status.num_live_requests,
+                version=status.version,
+                num_generated_tokens=status.num_generated_tokens,
             )
         except Exception as error:  # noqa: BLE001  whatever it is, the client gets a status
             log_defect(error)

@@ -194,6 +194,7 @@ class LiveRequest:
             self._disarm("first token")
         if output.token_ids:
             self._disarm("first token")
+            self._metrics.generated(len(output.token_ids))
             if choice.last_token_s is None:
                 choice.first_token_s = now_s
                 self._metrics.first_token(now_s - self._arrived_s)

@@ -85,6 +85,8 @@ class Metrics:
         self._http = Counter(
             "remuda_http_responses", "HTTP responses by route and status.", ["route", "status"], registry=registry
         )
+        self.num_generated_tokens = 0
+        """As they come; ``remuda_generation_tokens`` counts those of requests that ended well."""
         self._live = Gauge("remuda_live_requests", "Requests in the front end.", ["model_name"], registry=registry)
         registry.register(_ReplicaGauges(model, replicas))
 
@@ -103,6 +105,10 @@ class Metrics:
     def next_tokens(self, seconds: float, num_tokens: int) -> None:
         """``num_tokens`` that came together, so long after the ones before them."""
         self._next_token.observe(seconds / num_tokens)
+
+    def generated(self, num_tokens: int) -> None:
+        """``num_tokens`` of one choice have come."""
+        self.num_generated_tokens += num_tokens
 
     def begun(self, waits: Waits) -> None:
         """One choice has its first token."""

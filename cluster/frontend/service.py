@@ -128,6 +128,11 @@ class Service:
         self.tenancy.check_model(current_principal(), model or self.name)
 
     @property
+    def num_generated_tokens(self) -> int:
+        """Since it started, as they come."""
+        return self._metrics.num_generated_tokens
+
+    @property
     def max_model_len(self) -> int:
         """Tokens of one request that every replica can hold. Raises Unavailable while none takes requests."""
         lengths = [info.max_model_len for info in self.backend.replicas() if info.state.takes_requests]

@@ -20,7 +20,7 @@ from cluster.rpc.generated.remuda.v1 import (
 )
 from cluster.rpc.replica_info import adapter_from_proto, replica_info_from_proto
 from cluster.rpc.status import error_from_rpc
-from cluster.types import ReplicaInfo
+from cluster.types import ServerStatus
 from engine.errors import InvalidOption, RemudaError
 from engine.request import AdapterInfo
 
@@ -60,17 +60,6 @@ class Summary:
     finish_reason: str
     num_prompt_tokens: int
     num_completion_tokens: int
-
-
-@dataclass(frozen=True)
-class ServerStatus:
-    """What ``remuda status`` shows."""
-
-    model: str
-    version: str
-    draining: bool
-    num_live_requests: int
-    replicas: tuple[ReplicaInfo, ...]
 
 
 class InferenceClient:
@@ -179,6 +168,7 @@ class InferenceClient:
             version=answer.version,
             draining=answer.draining,
             num_live_requests=answer.num_live_requests,
+            num_generated_tokens=answer.num_generated_tokens,
             replicas=tuple(replica_info_from_proto(replica) for replica in answer.replicas),
         )
 

@@ -73,16 +73,19 @@ def _experts_to_proto(experts: ExpertStats) -> replica_pb2.ExpertBalance:
         num_moves=experts.num_moves,
         num_failed_moves=experts.num_failed_moves,
         num_moved_experts=experts.num_moved_experts,
+        layers=[replica_pb2.ExpertLayer(layer=layer, pairs=pairs) for layer, pairs in experts.layers.items()],
     )
 
 
 def _experts_from_proto(experts: replica_pb2.ExpertBalance) -> ExpertStats:
+    """``layers`` is empty where the leader is older than they are."""
     return ExpertStats(
         experts.imbalance,
         tuple(experts.rank_pairs),
         experts.num_moves,
         experts.num_failed_moves,
         experts.num_moved_experts,
+        {layer.layer: tuple(layer.pairs) for layer in experts.layers},
     )
 
 

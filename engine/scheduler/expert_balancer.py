@@ -123,6 +123,8 @@ class ExpertBalancer:
         self._num_begun = 0
         self._num_moves = self._num_failed = self._num_moved = 0
         self._rank_pairs = [0] * num_ranks
+        self._expert_pairs: dict[int, tuple[int, ...]] | None = None
+        """As ``stats`` shows it; None: something came since."""
         self._bytes_per_s, self._retry_s = _READ_BYTES_PER_S, _FIRST_RETRY_S
         self._seconds = _Decayed(2)
         """In all, and of these in steps."""
@@ -192,11 +194,23 @@ class ExpertBalancer:
     def stats(self) -> ExpertStats:
         lately = [[old + new for old, new in _pairs(layer.ranks)] for layer in self._layers.values()]
         most, mean = sum(map(max, lately)), sum(map(sum, lately)) / self._layout.num_ep_ranks
+        if self._expert_pairs is None:
+            # Some thousand numbers: made when ranks have told something, not after each step.
+            self._expert_pairs = {
+                number: tuple(round(old + new) for old, new in _pairs(layer.experts))
+                for number, layer in self._layers.items()
+            }
         return ExpertStats(
-            most / mean if mean else 1.0, tuple(self._rank_pairs), self._num_moves, self._num_failed, self._num_moved
+            imbalance=most / mean if mean else 1.0,
+            rank_pairs=tuple(self._rank_pairs),
+            num_moves=self._num_moves,
+            num_failed_moves=self._num_failed,
+            num_moved_experts=self._num_moved,
+            layers=self._expert_pairs,
         )
 
     def _count(self, loads: ExpertLoads) -> None:
+        self._expert_pairs = None
         stage, index = divmod(loads.rank, self._layout.ranks_per_stage)
         ep_rank = index // self._layout.expert_tp
         for number, counts in zip(self._layout.layers[stage], loads.by_layer, strict=True):
@@ -219,6 +233,7 @@ class ExpertBalancer:
             layer.experts.look()
             layer.ranks.look()
         self._seconds.look()
+        self._expert_pairs = None
         if self._layout.moves:
             self._queue.extend(sorted(self._layers, key=lambda number: -max(self._layers[number].ranks.values)))
 

@@ -101,6 +101,23 @@ def test_a_skewed_load_is_balanced_layer_by_layer_and_then_left_alone() -> None:
     assert {each.layer for each in bed.balancer.placements()} == {1, 3}
 
 
+def test_each_layers_experts_are_shown_with_what_they_had_lately() -> None:
+    never = Bed(config=BalanceConfig(interval_s=1e9))
+    counts = [len(places) for places in Bed._linear().copies(NUM_EXPERTS)]
+    each_step = [int(10_000 * load / count) * count for load, count in zip(SKEWED, counts, strict=True)]
+    for step in range(1, 4):
+        never.step(SKEWED)
+        expected = tuple(step * pairs for pairs in each_step)
+        assert never.balancer.stats().layers == {1: expected, 3: expected}
+    often = Bed()
+    for _ in range(200):
+        often.step(SKEWED)
+    assert often.of_kind(UseExperts)
+    for pairs in often.balancer.stats().layers.values():
+        assert len(pairs) == NUM_EXPERTS and list(pairs) == sorted(pairs, reverse=True), "also where they have moved"
+        assert pairs[0] < 50 * each_step[0], "not since the beginning"
+
+
 def test_an_even_load_moves_nothing() -> None:
     """Spare slots are copies of some experts from the beginning, so what is even is the load of a slot."""
     bed = Bed(config=BalanceConfig(least_gain=0.6))

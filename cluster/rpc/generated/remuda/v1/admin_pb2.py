@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.rpc.generated.remuda.v1 import replica_pb2 as remuda_dot_v1_dot_replica__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15remuda/v1/admin.proto\x12\tremuda.v1\x1a\x17remuda/v1/replica.proto\"+\n\x18\x44umpReplicaRecordRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\"\x15\n\x13ListAdaptersRequest\"<\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.remuda.v1.Adapter\"\x12\n\x10GetStatusRequest\"\x8a\x01\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12(\n\x08replicas\x18\x03 \x03(\x0b\x32\x16.remuda.v1.ReplicaInfo\x12\x19\n\x11num_live_requests\x18\x04 \x01(\r\x12\x0f\n\x07version\x18\x05 \x01(\t\"\x1f\n\x0c\x44rainRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\"*\n\rDrainResponse\x12\x19\n\x11num_live_requests\x18\x01 \x01(\r2\xbe\x03\n\x05\x41\x64min\x12\x46\n\tGetStatus\x12\x1b.remuda.v1.GetStatusRequest\x1a\x1c.remuda.v1.GetStatusResponse\x12:\n\x05\x44rain\x12\x17.remuda.v1.DrainRequest\x1a\x18.remuda.v1.DrainResponse\x12O\n\x0cListAdapters\x12\x1e.remuda.v1.ListAdaptersRequest\x1a\x1f.remuda.v1.ListAdaptersResponse\x12@\n\x0bLoadAdapter\x12\x1d.remuda.v1.LoadAdapterRequest\x1a\x12.remuda.v1.Adapter\x12R\n\rUnloadAdapter\x12\x1f.remuda.v1.UnloadAdapterRequest\x1a .remuda.v1.UnloadAdapterResponse\x12J\n\nDumpRecord\x12#.remuda.v1.DumpReplicaRecordRequest\x1a\x15.remuda.v1.RecordPart0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15remuda/v1/admin.proto\x12\tremuda.v1\x1a\x17remuda/v1/replica.proto\"+\n\x18\x44umpReplicaRecordRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\"\x15\n\x13ListAdaptersRequest\"<\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.remuda.v1.Adapter\"\x12\n\x10GetStatusRequest\"\xa8\x01\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12(\n\x08replicas\x18\x03 \x03(\x0b\x32\x16.remuda.v1.ReplicaInfo\x12\x19\n\x11num_live_requests\x18\x04 \x01(\r\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x1c\n\x14num_generated_tokens\x18\x06 \x01(\x04\"\x1f\n\x0c\x44rainRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\"*\n\rDrainResponse\x12\x19\n\x11num_live_requests\x18\x01 \x01(\r2\xbe\x03\n\x05\x41\x64min\x12\x46\n\tGetStatus\x12\x1b.remuda.v1.GetStatusRequest\x1a\x1c.remuda.v1.GetStatusResponse\x12:\n\x05\x44rain\x12\x17.remuda.v1.DrainRequest\x1a\x18.remuda.v1.DrainResponse\x12O\n\x0cListAdapters\x12\x1e.remuda.v1.ListAdaptersRequest\x1a\x1f.remuda.v1.ListAdaptersResponse\x12@\n\x0bLoadAdapter\x12\x1d.remuda.v1.LoadAdapterRequest\x1a\x12.remuda.v1.Adapter\x12R\n\rUnloadAdapter\x12\x1f.remuda.v1.UnloadAdapterRequest\x1a .remuda.v1.UnloadAdapterResponse\x12J\n\nDumpRecord\x12#.remuda.v1.DumpReplicaRecordRequest\x1a\x15.remuda.v1.RecordPart0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,11 +41,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=191
   _globals['_GETSTATUSREQUEST']._serialized_end=209
   _globals['_GETSTATUSRESPONSE']._serialized_start=212
-  _globals['_GETSTATUSRESPONSE']._serialized_end=350
-  _globals['_DRAINREQUEST']._serialized_start=352
-  _globals['_DRAINREQUEST']._serialized_end=383
-  _globals['_DRAINRESPONSE']._serialized_start=385
-  _globals['_DRAINRESPONSE']._serialized_end=427
-  _globals['_ADMIN']._serialized_start=430
-  _globals['_ADMIN']._serialized_end=876
+  _globals['_GETSTATUSRESPONSE']._serialized_end=380
+  _globals['_DRAINREQUEST']._serialized_start=382
+  _globals['_DRAINREQUEST']._serialized_end=413
+  _globals['_DRAINRESPONSE']._serialized_start=415
+  _globals['_DRAINRESPONSE']._serialized_end=457
+  _globals['_ADMIN']._serialized_start=460
+  _globals['_ADMIN']._serialized_end=906
 # @@protoc_insertion_point(module_scope)

@@ -100,10 +100,13 @@ class GetStatusResponse(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     NUM_LIVE_REQUESTS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    NUM_GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     draining: _builtins.bool
     num_live_requests: _builtins.int
     version: _builtins.str
+    num_generated_tokens: _builtins.int
+    """By this front end since it started, as they come."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[_replica_pb2.ReplicaInfo]: ...
     def __init__(
@@ -114,10 +117,11 @@ class GetStatusResponse(_message.Message):
         replicas: _abc.Iterable[_replica_pb2.ReplicaInfo] | None = ...,
         num_live_requests: _builtins.int = ...,
         version: _builtins.str = ...,
+        num_generated_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "model", b"model", "num_live_requests", b"num_live_requests", "replicas", b"replicas", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "model", b"model", "num_generated_tokens", b"num_generated_tokens", "num_live_requests", b"num_live_requests", "replicas", b"replicas", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

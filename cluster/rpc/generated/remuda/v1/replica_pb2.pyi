@@ -684,6 +684,7 @@ class ExpertBalance(_message.Message):
     NUM_MOVES_FIELD_NUMBER: _builtins.int
     NUM_FAILED_MOVES_FIELD_NUMBER: _builtins.int
     NUM_MOVED_EXPERTS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     imbalance: _builtins.float
     """The busiest ranks' share of (token, expert) pairs divided by the mean, lately. 1: perfect."""
     num_moves: _builtins.int
@@ -694,6 +695,8 @@ class ExpertBalance(_message.Message):
     def rank_pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Pairs that each expert-parallel rank has computed."""
 
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertLayer]: ...
     def __init__(
         self,
         *,
@@ -702,14 +705,40 @@ class ExpertBalance(_message.Message):
         num_moves: _builtins.int = ...,
         num_failed_moves: _builtins.int = ...,
         num_moved_experts: _builtins.int = ...,
+        layers: _abc.Iterable[Global___ExpertLayer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["imbalance", b"imbalance", "num_failed_moves", b"num_failed_moves", "num_moved_experts", b"num_moved_experts", "num_moves", b"num_moves", "rank_pairs", b"rank_pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["imbalance", b"imbalance", "layers", b"layers", "num_failed_moves", b"num_failed_moves", "num_moved_experts", b"num_moved_experts", "num_moves", b"num_moves", "rank_pairs", b"rank_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExpertBalance: _TypeAlias = ExpertBalance  # noqa: Y015
+
+@_typing.final
+class ExpertLayer(_message.Message):
+    """A mixture layer, by its number in the model: (token, expert) pairs that each of its experts has had lately."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    @_builtins.property
+    def pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        pairs: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "pairs", b"pairs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertLayer: _TypeAlias = ExpertLayer  # noqa: Y015
 
 @_typing.final
 class ReplicaInfo(_message.Message):
