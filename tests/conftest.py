@@ -26,7 +26,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["tests.support.conformance", "tests.support.hosts.fixture"]
+pytest_plugins = ["tests.support.browser", "tests.support.conformance", "tests.support.hosts.fixture"]
 
 settings.register_profile("remuda", deadline=None, print_blob=True, derandomize=True)
 settings.register_profile("random", deadline=None, print_blob=True)

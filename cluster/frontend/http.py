@@ -19,6 +19,7 @@ from cluster.frontend.anthropic.routes import AnthropicApi
 from cluster.frontend.calls import Call
 from cluster.frontend.chat import ChatForm, chat_call
 from cluster.frontend.completions import CompletionForm, completion_call
+from cluster.frontend.console.files import console_routes
 from cluster.frontend.cursor import Cursor
 from cluster.frontend.health import Health, Probed
 from cluster.frontend.http_body import parse_body
@@ -40,6 +41,7 @@ from cluster.frontend.openai_schema import (
 )
 from cluster.frontend.openapi import openapi_document
 from cluster.frontend.responses.routes import ResponsesApi
+from cluster.frontend.server_status import StatusApi
 from cluster.frontend.service import Service
 from cluster.frontend.sse import OpenAiFraming
 from cluster.frontend.stored_call import StoredCall
@@ -232,7 +234,8 @@ def build_http_app(
     """The ASGI application."""
     answers = Answers(service, settings)
     apis = (HttpApi(answers, health, metrics), OllamaApi(answers), AnthropicApi(answers), ResponsesApi(answers))
-    routes = [route for api in (*apis, UsageApi(service)) for route in api.routes()]
+    routes = [route for api in (*apis, UsageApi(service), StatusApi(service)) for route in api.routes()]
+    routes += console_routes()
     paths = frozenset(route.path for route in routes)
     gate = Middleware(Gate, authenticator=authenticator, metrics=metrics, paths=paths, tracer=tracer)
     return Starlette(

@@ -10,6 +10,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import Cancelled, mapping_of
+from cluster.frontend.console.files import PATHS as CONSOLE_PATHS
 from cluster.frontend.http_errors import error_response, log_defect
 from cluster.frontend.http_protocol import PEER_CERTIFICATE
 from cluster.frontend.metrics import Metrics
@@ -21,10 +22,11 @@ from cluster.telemetry.propagation import context_of, serving
 from cluster.telemetry.request_id import handling
 from cluster.telemetry.tracing import NO_TRACER
 
-OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"})
-"""Probes have no credentials."""
+OPEN_PATHS: Final = CONSOLE_PATHS | {"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"}
+"""Probes have no credentials; nor has a browser that asks for the console's files."""
 PERMISSIONS: Final[dict[str, Permission]] = {
     "/metrics": METRICS,
+    "/v1/status": ADMIN,
     "/v1/load_lora_adapter": ADMIN,
     "/v1/unload_lora_adapter": ADMIN,
 }

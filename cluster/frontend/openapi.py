@@ -97,6 +97,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "Usage",
         query=(("tenant", "string"), ("day", "string")),
     ),
+    Operation("get", "/v1/status", "Replicas, their ranks and loads, as remuda status shows them", "ServerStatus"),
     Operation("post", "/tokenize", "A text's or a conversation's tokens", "Tokens", TokenizeBody),
     Operation("post", "/detokenize", "The text of tokens", "Text", DetokenizeBody),
     Operation("get", "/metrics", "In Prometheus's form", ""),

@@ -20,6 +20,7 @@ def _one_of(*values: str) -> Schema:
 
 TEXT: Schema = {"type": "string"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
+NUMBER: Schema = {"type": "number", "minimum": 0}
 TRUTH: Schema = {"type": "boolean"}
 ANY_OBJECT: Schema = {"type": "object"}
 TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
@@ -49,8 +50,31 @@ _USAGE_TOTAL = _object(
     num_completion_tokens=COUNT,
 )
 
+_RANK = _object(rank=COUNT, pid=COUNT, host=TEXT, device=TEXT, state=TEXT, step=COUNT, operation=TEXT, since_s=NUMBER)
+_REPLICA = _object(
+    id=TEXT,
+    state=_one_of("starting", "ready", "draining", "failed", "repairing"),
+    address=TEXT,
+    max_model_len=COUNT,
+    num_running=COUNT,
+    num_waiting=COUNT,
+    kv_cache_usage=NUMBER,
+    num_steps=COUNT,
+    experts={"type": ["object", "null"]},
+    error=TEXT,
+    ranks=_list(_RANK),
+)
+
 ANSWERS: dict[str, Schema] = {
     "Usage": _object(object=_one_of("list"), data=_list(_USAGE_TOTAL)),
+    "ServerStatus": _object(
+        model=TEXT,
+        version=TEXT,
+        draining=TRUTH,
+        num_live_requests=COUNT,
+        num_generated_tokens=COUNT,
+        replicas=_list(_REPLICA),
+    ),
     "Completion": _object(
         id=TEXT,
         object=_one_of("text_completion"),
