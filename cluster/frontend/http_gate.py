@@ -34,8 +34,8 @@ PERMISSIONS: Final[dict[str, Permission]] = {
 ALSO_ADMIN: Final = frozenset({"/v1/usage"})
 """Paths that show a caller what is its own, and an administrator everything."""
 
-_UNTRACED = OPEN_PATHS | {"/metrics"}
-"""Probes and scrapes come without end, and nobody asks where their time went."""
+_UNTRACED = OPEN_PATHS | {"/metrics", "/v1/status"}
+"""Probes, scrapes and consoles ask without end, and nobody asks where their time went."""
 _NAMING_PATHS = ("/v1/models", "/v1/responses")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})

@@ -162,7 +162,8 @@ async def test_refusals_are_traced_and_nobody_elses_decision_is_overruled(receiv
     async with site(receiver.endpoint, "r0") as one:
         http = one.served.http
         assert (await http.get("/readyz", headers=probing.headers)).status_code == 200
-        assert (await http.get("/metrics", headers=probing.headers)).status_code == 200
+        for path in ("/metrics", "/v1/status"):
+            assert (await http.get(path, headers=probing.headers)).status_code == 200
         assert (await http.post("/v1/chat/completions", json=CHAT, headers=unsampled.headers)).status_code == 200
         bad = {**CHAT, "model": "no such model"}
         assert (await http.post("/v1/chat/completions", json=bad, headers=refused.headers)).status_code == 404
