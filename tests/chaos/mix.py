@@ -12,9 +12,9 @@ LONG_PROMPT_WORDS = 200
 NUM_TOKENS_AFTER_LONG_PROMPT = 40
 
 
-def short_prompts() -> dict[str, dict[str, Any]]:
+def short_prompts(num_tokens: int = NUM_TOKENS) -> dict[str, dict[str, Any]]:
     """Name → body of each request. They decode for seconds. No prefix of theirs is cached from an earlier call."""
-    streamed = {name: {**body, "max_tokens": NUM_TOKENS} for name, body in REQUESTS.items()}
+    streamed = {name: {**body, "max_tokens": num_tokens} for name, body in REQUESTS.items()}
     whole = {f"{name}, at once": {**streamed[name], "stream": False} for name in WHOLE}
     return _salted(streamed | whole)
 

@@ -42,11 +42,11 @@ FAULTS = (
     StartFault("kill -9 a rank", on(signal.SIGKILL, *_RANK), survives=True, replaced="a rank"),
     StartFault("SIGSTOP a rank", on(signal.SIGSTOP, *_RANK), survives=True, replaced="a rank"),
     StartFault(
-        "SIGSTOP a rank before it connects",
+        "SIGSTOP a rank as its life begins",
         on(signal.SIGSTOP, "ray::Rank.run"),
         survives=True,
         replaced="a rank",
-        phase="starting ranks",
+        phase="placing ranks",
     ),
     StartFault(
         "kill -9 leader", on(signal.SIGKILL, "remuda: leader", "ray::LeaderProcess"), survives=True, replaced="leader"
