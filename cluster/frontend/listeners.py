@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from email.utils import formatdate
 from typing import cast
 
-import grpc
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.server import ServerState
@@ -19,6 +18,7 @@ from cluster.frontend.grpc_service import InferenceServicer
 from cluster.frontend.http_protocol import HttpLimits, LimitedHttp, limited_http
 from cluster.frontend.vllm_grpc.servicer import VllmServicer
 from cluster.identity.tls import ServerTls
+from cluster.rpc.aio_server import make_server
 from cluster.rpc.channel import CLIENT_FACING_OPTIONS
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from cluster.rpc.generated.vllm import vllm_engine_pb2, vllm_engine_pb2_grpc
@@ -173,7 +173,7 @@ class GrpcListener:
         port: int,
         tls: ServerTls | None = None,
     ) -> None:
-        self._server = grpc.aio.server(options=CLIENT_FACING_OPTIONS, interceptors=[gate])
+        self._server = make_server(options=CLIENT_FACING_OPTIONS, interceptors=[gate])
         self._health: Health | None = None
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, self._server)

@@ -22,6 +22,7 @@ from cluster.replica.request_spans import record as record_spans
 from cluster.replica.servicer import Context, ReplicaServicer
 from cluster.replica.stream_history import StreamHistory
 from cluster.rpc import convert, status
+from cluster.rpc.aio_server import make_server
 from cluster.rpc.channel import SERVER_OPTIONS
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
 from cluster.rpc.health import Health, add_health_and_reflection
@@ -90,7 +91,7 @@ class LeaderServer:
             StartFailed: the address cannot be bound.
         """
         assert self._server is None, "a leader's server starts once"
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server = make_server(options=SERVER_OPTIONS)
         replica_pb2_grpc.add_ReplicaServicer_to_server(ReplicaServicer(self), server)
         self._health = await add_health_and_reflection(server, [SERVICE_NAME])
         try:
