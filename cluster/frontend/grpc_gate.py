@@ -1,6 +1,7 @@
 """Around every gRPC method: who calls and may it, before the first message of the call is read."""
 
 import asyncio
+import contextlib
 import inspect
 import ssl
 import uuid
@@ -8,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from opentelemetry.trace import Span, Status, StatusCode, Tracer
 
 from cluster.errors import DeadlineExceeded
@@ -67,17 +69,25 @@ class GrpcGate(grpc.aio.ServerInterceptor):
         service = method.rpartition("/")[0]
         behaviour = _behaviour(handler)
 
-        async def answer(messages: AsyncIterator[Any], context: Context) -> None:
+        async def attempt(messages: AsyncIterator[Any], context: Context) -> None:
             try:
                 principal = await self._admitted(service, context)
-                given = messages if handler.request_streaming else await self._only(messages)
-            except grpc.aio.AbortError:
+                decoded = _readable(messages)
+                given = decoded if handler.request_streaming else await self._only(decoded)
+                with acting_as(principal):
+                    await _answer(behaviour, given, context)
+            except (grpc.aio.AbortError, grpc.aio.InternalError):
                 raise
+            except NotImplementedError:
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not have this method")
             except Exception as error:  # noqa: BLE001  whatever it is, the client gets a status
                 log_defect(error)
                 await abort(context, error)
-            with acting_as(principal):
-                await _answer(behaviour, given, context)
+
+        async def answer(messages: AsyncIterator[Any], context: Context) -> None:
+            # What cannot be sent any more has nobody to read it.
+            with contextlib.suppress(grpc.aio.InternalError):
+                await attempt(messages, context)
 
         async def serve(messages: AsyncIterator[Any], context: Context) -> None:
             if service in _OPEN_SERVICES:
@@ -94,7 +104,7 @@ class GrpcGate(grpc.aio.ServerInterceptor):
                         _describe(span, method, request_id, context)
 
         return grpc.stream_stream_rpc_method_handler(
-            cast(Any, serve), handler.request_deserializer, handler.response_serializer
+            cast(Any, serve), _tolerant(handler.request_deserializer), handler.response_serializer
         )
 
     async def _admitted(self, service: str, context: Context) -> Principal:
@@ -130,6 +140,35 @@ def _describe(span: Span, method: str, request_id: str, context: Context) -> Non
     code = context.code()
     if code not in (None, 0, grpc.StatusCode.OK):
         span.set_status(Status(StatusCode.ERROR, getattr(code, "name", str(code))))
+
+
+class _Unreadable:
+    """In the place of a message whose bytes are none."""
+
+
+_UNREADABLE = _Unreadable()
+
+
+def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """What gRPC decodes with; an error of it would be told to the client as one of ours, in the library's own words."""
+    if decode is None:
+        return None
+
+    def decode_or_mark(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError:
+            return _UNREADABLE
+
+    return decode_or_mark
+
+
+async def _readable(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Raises InvalidRequest at a message that is none."""
+    async for message in messages:
+        if message is _UNREADABLE:
+            raise InvalidRequest("the message is not a protobuf of the kind that this method takes")
+        yield message
 
 
 def _behaviour(handler: "_Handler") -> Callable[[Any, Context], Any]:

@@ -283,3 +283,27 @@ async def test_priority_and_cache_salt_reach_the_engine() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await responses(one.channel, chat(cache_salt="x" * 257))
         assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "/remuda.v1.Inference/Tokenize",
+        "/remuda.v1.Admin/GetStatus",
+        "/vllm.grpc.engine.VllmEngine/GetLoads",
+        "/grpc.health.v1.Health/Check",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+async def test_bytes_that_are_no_message_are_the_clients_fault(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with served(says([300])) as one:
+        call = one.channel.unary_unary(method)(b"\xff")
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "protobuf" in await call.details()
+        assert not caplog.records
+
+
+async def test_a_method_that_a_library_left_out() -> None:
+    async with served(says([300])) as one:
+        call = one.channel.unary_unary("/grpc.health.v1.Health/List")(b"")
+        assert await call.code() is grpc.StatusCode.UNIMPLEMENTED

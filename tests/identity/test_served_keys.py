@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
 from cluster.cli.main import app
+from cluster.frontend.grpc_gate import GrpcGate
 from cluster.identity.config import SecurityConfig
 from cluster.identity.principal import Principal, current_principal
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -323,8 +324,8 @@ async def test_oversized_bodies_and_messages() -> None:
         answer = await one.http.post("/v1/completions", content=b" " * (17 << 20))
         assert answer.status_code == 413
         infer = inference_pb2_grpc.InferenceStub(one.channel)
-        request = inference_pb2.DetokenizeRequest(token_ids=[1 << 30] * (14 << 20))
-        assert await code_of(infer.Detokenize(request)) == grpc.StatusCode.RESOURCE_EXHAUSTED
+        request = inference_pb2.TokenizeRequest(text=" " * (65 << 20))
+        assert await code_of(infer.Tokenize(request)) == grpc.StatusCode.RESOURCE_EXHAUSTED
         large = (("x-large", "x" * (64 << 10)),)
         code = await code_of(infer.ListModels(inference_pb2.ListModelsRequest(), metadata=large))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -332,7 +333,8 @@ async def test_oversized_bodies_and_messages() -> None:
 
 
 async def test_a_grpc_message_that_never_comes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.frontend.grpc_gate.GrpcGate.__init__.__defaults__", (0.2,))
+    defaults = GrpcGate.__init__.__defaults__
+    monkeypatch.setattr(GrpcGate.__init__, "__defaults__", (0.2, *(defaults or ())[1:]))
     async with guarded(SecurityConfig()) as one:
         call = one.channel.stream_unary(f"/{_SERVICE}/ListModels")()
         assert await asyncio.wait_for(call.code(), 5) == grpc.StatusCode.DEADLINE_EXCEEDED
