@@ -238,9 +238,12 @@ def build_http_app(
     routes += console_routes()
     paths = frozenset(route.path for route in routes)
     gate = Middleware(Gate, authenticator=authenticator, metrics=metrics, paths=paths, tracer=tracer)
-    return Starlette(
+    app = Starlette(
         routes=routes, middleware=[Middleware(LimitHeaders), gate], exception_handlers={HTTPException: _refused_by_http}
     )
+    # They would name our scheme: behind a gateway that speaks TLS, keys would follow in plain text.
+    app.router.redirect_slashes = False
+    return app
 
 
 def build_health_app(health: Probed) -> Starlette:

@@ -149,6 +149,10 @@ class LimitedHttp(HttpToolsProtocol):
         else:
             self._refuse(408, "the request came too slowly", "request_timeout")
 
+    def send_400_response(self, msg: str) -> None:
+        """For what is not HTTP. uvicorn would answer in plain text, and in the middle of an answer that has begun."""
+        self._refuse(400, "what came is not a request of HTTP/1.1", "invalid_request")
+
     def _latest_cycle(self) -> RequestResponseCycle | None:
         """The last request whose headers are complete, and its answer. uvicorn does not say that it may be None."""
         return self.cycle

@@ -13,7 +13,7 @@ from cluster.identity.principal import current_principal
 from engine.errors import InvalidRequest
 
 MAX_DAYS = 366
-_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+_DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 class UsageApi:

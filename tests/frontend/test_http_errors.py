@@ -128,6 +128,9 @@ async def test_paths_and_methods_that_are_not_there() -> None:
         assert wrong.status_code == 405
         assert wrong.headers["allow"] == "POST"
         assert wrong.json()["error"]["code"] == "method_not_allowed"
+        # Not sent elsewhere: behind a gateway it would be to plain HTTP, with the key.
+        slashed = await one.http.post("/v1/completions/", json=completion())
+        assert slashed.status_code == 404 and "location" not in slashed.headers
         unknown = await one.http.post("/v1/chat/completions", json=chat(model="gpt-9"))
         assert unknown.status_code == 404
         assert unknown.json()["error"]["code"] == "model_not_found"

@@ -70,6 +70,14 @@ async def test_a_head_without_end_is_refused(start: bytes, unit: bytes, status: 
         assert (await one.http.get("/livez")).status_code == 200
 
 
+@pytest.mark.parametrize("start", [b"\x16\x03\x01\0\xc8\x01", POST + b"x: \x00\r\n\r\n", CHUNKED + b"-1\r\n"])
+async def test_what_is_no_http_is_refused_in_the_form_of_all_errors(start: bytes) -> None:
+    async with served(says([300])) as one, connected(one) as (reader, writer):
+        writer.write(start)
+        head, _, body = (await read_to_end(reader)).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400") and json.loads(body)["error"]["code"] == "invalid_request"
+
+
 async def test_a_large_head_within_the_bound_is_fine() -> None:
     async with served(says([300])) as one:
         headers = {"x-a": "a" * (LIMITS.max_head_bytes - 4096)}
@@ -136,6 +144,29 @@ async def test_answers_take_as_long_as_they_take() -> None:
             gate.opened.set()
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
             assert head.startswith(b"HTTP/1.1 200"), (early, head)
+
+
+async def test_hundreds_of_slow_clients_hold_up_nobody() -> None:
+    """Slowloris: headers without end, one now and then. Each is cut, and others are served meanwhile."""
+    async with served(says([300]), http_limits=replace(LIMITS, head_s=1.0)) as one:
+
+        async def dribble() -> bytes:
+            async with connected(one) as (reader, writer):
+                writer.write(GET)
+                reading = asyncio.create_task(read_to_end(reader))
+                while not reading.done():
+                    writer.write(b"x-a: y\r\n")
+                    await asyncio.wait({reading}, timeout=0.1)
+                return reading.result()
+
+        slow = [asyncio.create_task(dribble()) for _ in range(300)]
+        num_served = 0
+        while not all(task.done() for task in slow):
+            answer = await one.http.post("/v1/completions", json=completion())
+            assert answer.status_code == 200 and answer.elapsed.total_seconds() < 1
+            num_served += 1
+        assert num_served > 5
+        assert all(task.result().startswith(b"HTTP/1.1 408") for task in slow)
 
 
 async def test_connections_are_counted() -> None:
