@@ -111,7 +111,7 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, gc=False):
         _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check_range("seed", self.seed, -(2**63), 2**63 - 1)
         _check_range("temperature", self.temperature, 0.0, 100.0)
-        _check_range("top_k", self.top_k, 0, None)
+        _check_range("top_k", self.top_k, 0, 2**31 - 1)
         _check_range("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
             raise InvalidRequest("top_p must be above 0 and at most 1, not 0; use temperature=0 for greedy", "top_p")

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeGuard
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -52,7 +53,7 @@ class CallTrace:
             names.REQUEST_SEED: options.seed,
             names.REQUEST_CHOICES: call.n if call.n > 1 else None,
         }
-        self._span.set_attributes({name: value for name, value in asked.items() if value is not None})
+        self._span.set_attributes({name: value for name, value in asked.items() if _can_be_sent(value)})
 
     def found(self, model: str) -> None:
         """There is such a model, so its name may be in the span's."""
@@ -117,3 +118,8 @@ def _operation_of(call: Call) -> str:
     if call.embeds:
         return "embeddings"
     return "chat" if call.prompts and isinstance(call.prompts[0], ChatPrompt) else "text_completion"
+
+
+def _can_be_sent(value: AttributeValue | None) -> TypeGuard[AttributeValue]:
+    """What a client asks for may be a number that the protocol of traces does not know: it is refused later."""
+    return value is not None and not (isinstance(value, int) and not -(2**63) <= value < 2**63)

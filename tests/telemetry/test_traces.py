@@ -6,7 +6,13 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from cluster.frontend.call_trace import CallTrace
+from cluster.frontend.calls import Call, SamplingOptions, TextPrompt
 from cluster.rpc.generated.remuda.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tests.support.otlp_receiver import OtlpReceiver, ReceivedSpan, tree
 from tests.telemetry.bed import site
@@ -189,3 +195,16 @@ async def test_without_a_collector_there_are_no_spans_and_the_context_still_reac
         response = await one.served.http.post("/v1/chat/completions", json=CHAT, headers=caller.headers)
         assert response.status_code == 200
     assert traces == ["", caller.headers["traceparent"]]
+
+
+def test_numbers_that_traces_do_not_know_are_left_out() -> None:
+    """A client may ask for them; an exporter would lose them with a trace of its own in the log."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    options = SamplingOptions(max_tokens=2**63, seed=-(2**63) - 1, temperature=0.5)
+    call = Call("a", [TextPrompt("Hi")], options=options, n=2)
+    CallTrace(provider.get_tracer("test"), call, "m", Context())._span.end()
+    (span,) = exporter.get_finished_spans()
+    told = dict(span.attributes or {})
+    assert told["gen_ai.request.temperature"] == 0.5 and told["gen_ai.request.choice.count"] == 2
+    assert not {"gen_ai.request.max_tokens", "gen_ai.request.seed"} & told.keys()

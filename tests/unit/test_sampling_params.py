@@ -17,6 +17,7 @@ VOCAB = 5000
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("top_k", -1),
+        ("top_k", 2**64),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", -0.1),
