@@ -46,6 +46,7 @@ def security_file(directory: Path, probes_port: int) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_everything_at_once(tmp_path: Path) -> None:
     probes_port = free_port()
     path = security_file(tmp_path, probes_port)
