@@ -44,7 +44,8 @@ CLIENT_OPTIONS: Options = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Despite its name, how long an attempt to connect may take, handshakes included: less, and a busy host looks dead.
+    ("grpc.min_reconnect_backoff_ms", _KEEPALIVE_TIMEOUT_MS),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 """Each channel has a connection of its own, goes straight to its address, and notices silence within 15 s."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.support.served import Served
 
@@ -33,6 +34,7 @@ def ask_beside(server: Served, num_others: int) -> Any:
         return answer.result()
 
 
+@pytest.mark.full
 def test_one_answer_however_it_is_served(tmp_path: Path) -> None:
     mode = ("remuda-tiny", "--device", "cpu", "--deterministic", "--no-enable-prefix-caching")
     with Served((*mode, "--max-num-batched-tokens", "512"), tmp_path / "log") as server:

@@ -10,7 +10,7 @@ from engine.request import Request
 from engine.scheduler.expert_balancer import BalanceConfig
 from tests.parity.architectures import make_reference
 from tests.parity.reference import Reference
-from tests.support.balanced_gang import EAGER, balanced_gang
+from tests.support.balanced_gang import EAGER, BalancedGang, balanced_gang
 from tests.support.gang_engine import gang_engine, make_request, tokens_of
 
 pytestmark = pytest.mark.timeout(120)
@@ -89,18 +89,7 @@ def test_a_rank_that_dies_while_experts_move(
     with balanced_gang(str(mixtral.directory), EAGER, num_redundant_experts=2, **layout) as served:
         served.run(many_requests(mixtral))
         for victim in (1, 0):
-            outputs: dict[str, list[int]] = {}
-            for request in many_requests(mixtral):
-                served.engine.add(request)
-                outputs[request.request_id] = []
-            with pytest.raises(RankFailure):
-                is_killed = False
-                while served.engine.has_work:
-                    if served.balancer.is_moving and not is_killed:
-                        served.gang.processes[victim].kill()
-                        is_killed = True
-                    for output in served.engine.step():
-                        outputs[output.request_id] += output.token_ids
+            outputs = _until_one_dies(served, mixtral, victim, expected)
             num_moves, placements = served.stats.num_moves, served.balancer.placements()
             served.reform()
             assert served.balancer.table == 0 and not served.balancer.is_moving
@@ -111,6 +100,30 @@ def test_a_rank_that_dies_while_experts_move(
             assert outputs == expected
         assert served.run(many_requests(mixtral)) == expected
         assert served.stats.num_moves > num_moves and served.stats.num_failed_moves == 0
+
+
+def _until_one_dies(
+    served: BalancedGang, mixtral: Reference, victim: int, expected: dict[str, list[int]]
+) -> dict[str, list[int]]:
+    """What came until ``victim``, killed in the middle of a move, was missed. Moves begin when loads say so, so that a
+    round of requests may pass without one."""
+    is_killed = False
+    for _ in range(10):
+        outputs: dict[str, list[int]] = {}
+        for request in many_requests(mixtral):
+            served.engine.add(request)
+            outputs[request.request_id] = []
+        try:
+            while served.engine.has_work:
+                if served.balancer.is_moving and not is_killed:
+                    served.gang.processes[victim].kill()
+                    is_killed = True
+                for output in served.engine.step():
+                    outputs[output.request_id] += output.token_ids
+        except RankFailure:
+            return outputs
+        assert outputs == expected
+    pytest.fail("no rank failed" if is_killed else "no expert moved")
 
 
 def test_a_move_that_cannot_be_read_leaves_everything_as_it_is(

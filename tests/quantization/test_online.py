@@ -198,6 +198,7 @@ def test_an_unknown_name_is_refused() -> None:
     assert plan.quantization == "int8"
 
 
+@pytest.mark.full
 @pytest.mark.timeout(200)
 def test_served_on_two_ranks(tmp_path: Path) -> None:
     """The embedded model answers in int8, and the banner names the format."""

@@ -10,6 +10,7 @@ import pytest
 from tests.kernels.triton import compile_for_hopper
 
 
+@pytest.mark.full
 @pytest.mark.timeout(240)
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
