@@ -9,6 +9,7 @@ from opentelemetry.trace import NoOpTracerProvider, Tracer
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SpanExporter
 
 _BATCH_DELAY_MS = 1000.0
 _MAX_BATCH = 128
@@ -26,13 +27,19 @@ class Telemetry:
     """Where one process sends its spans. ``tracer`` makes them, from any thread."""
 
     tracer: Tracer = NO_TRACER
-    _provider: "TracerProvider | None" = field(default=None, repr=False)
+    _sender: "tuple[TracerProvider, SpanExporter] | None" = field(default=None, repr=False)
 
     def close(self) -> None:
         """Sends what waits, as far as the collector takes it within 3 s."""
-        if self._provider is not None:
-            last = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
-            last.start()
+        if self._sender is None:
+            return
+        provider, exporter = self._sender
+        last = threading.Thread(target=provider.shutdown, name="last spans", daemon=True)
+        last.start()
+        last.join(_CLOSE_S)
+        if last.is_alive():
+            # Else it goes on trying a collector that is away.
+            exporter.shutdown()
             last.join(_CLOSE_S)
 
 
@@ -62,4 +69,4 @@ def open_telemetry(endpoint: str | None, service: str, instance: str) -> Telemet
             max_export_batch_size=_MAX_BATCH,
         )
     )
-    return Telemetry(provider.get_tracer("remuda"), provider)
+    return Telemetry(provider.get_tracer("remuda"), (provider, exporter))

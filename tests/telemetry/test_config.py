@@ -1,6 +1,7 @@
 """Where traces go: the option, OpenTelemetry's own variables, and nowhere."""
 
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -75,3 +76,5 @@ def test_a_collector_that_is_away_holds_up_nobody() -> None:
         assert time.monotonic() - began_s < 5
         telemetry.close()
         assert time.monotonic() - began_s < 10
+        # And goes on trying nowhere: its thread has ended.
+        assert not {"last spans", "OtelBatchSpanRecordProcessor"} & {thread.name for thread in threading.enumerate()}
