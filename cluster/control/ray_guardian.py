@@ -26,8 +26,8 @@ from cluster.control.ray_settings import NodePaths
 
 PR_SET_CHILD_SUBREAPER = 36
 START_TIMEOUT_S = 90.0
-RAYLET_GRACE_S = 3.0
-OTHERS_GRACE_S = 3.0
+RAYLET_GRACE_S = 5.0
+OTHERS_GRACE_S = 5.0
 KILL_GRACE_S = 10.0
 POLL_S = 0.02
 IDLE_REAP_S = 1.0
