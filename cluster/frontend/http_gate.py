@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
@@ -38,7 +39,6 @@ _UNTRACED = OPEN_PATHS | {"/metrics", "/v1/status"}
 """Probes, scrapes and consoles ask without end, and nobody asks where their time went."""
 _NAMING_PATHS = ("/v1/models", "/v1/responses")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
 _IDENTITY_HEADERS = frozenset(name.encode() for name in IDENTITY_HEADERS)
 
 
@@ -79,9 +79,7 @@ class Gate:
     def _serving(self, scope: Scope, label: str) -> AbstractContextManager[Span]:
         if label in _UNTRACED:
             return nullcontext(INVALID_SPAN)
-        given = ((name, value) for name, value in scope["headers"] if name in _TRACE_HEADERS)
-        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in given]
-        return serving(self._tracer, f"{scope['method']} {label}", context_of(headers))
+        return serving(self._tracer, f"{scope['method']} {label}", context_of(_headers(scope)))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> int:
         """The response's status; of one that never began, that of the error."""
@@ -116,17 +114,20 @@ class Gate:
         path = scope["path"]
         if path in OPEN_PATHS:
             return NOBODY
-        pairs = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
-        shown = Credentials.of(pairs, scope.get(PEER_CERTIFICATE))
+        shown = Credentials.of(_headers(scope), scope.get(PEER_CERTIFICATE))
         principal = await self._authenticator.authenticate(shown)
         if path not in ALSO_ADMIN or ADMIN not in principal.scopes:
             principal.require(PERMISSIONS.get(path, INFER))
         return principal
 
 
+def _headers(scope: Scope) -> Iterator[tuple[str, str]]:
+    return ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
+
+
 def _request_id(scope: Scope) -> str:
     """The client's, where it can stand in a header and a log as it is."""
-    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+    given = next((value for name, value in _headers(scope) if name == "x-request-id"), "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
