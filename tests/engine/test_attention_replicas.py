@@ -13,16 +13,10 @@ import pytest
 from engine.config import Dtype
 from engine.errors import RankFailure
 from engine.request import Output
-from tests.parity.architectures import make_reference
 from tests.parity.reference import Reference
 from tests.support.gang_engine import gang_engine, make_request, tokens_of
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return make_reference("llama3.1", tmp_path_factory.mktemp("dense"))
 
 
 @pytest.mark.parametrize(
@@ -98,11 +92,6 @@ def test_a_rank_that_is_killed_in_another_group_is_named(dense: Reference) -> No
                 served.engine.step()
         assert failure.value.rank == 1
         assert time.monotonic() - killed_at < 5.0
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return make_reference("llama4-scout", tmp_path_factory.mktemp("mixture"))
 
 
 @pytest.mark.parametrize(

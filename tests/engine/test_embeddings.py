@@ -13,7 +13,6 @@ import transformers
 
 from engine.executor.in_process import InProcessExecutor
 from engine.request import FinishReason, Output, Pooling, Request
-from tests.parity.architectures import make_reference
 from tests.parity.reference import Reference
 from tests.support.gang_engine import GangEngine, gang_config, gang_engine, make_request, tokens_of
 
@@ -21,17 +20,6 @@ pytestmark = pytest.mark.timeout(120)
 
 Vectors = dict[Pooling, list[npt.NDArray[np.float64]]]
 """Of each of a reference's prompts, of length 1."""
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return make_reference("llama3.1", tmp_path_factory.mktemp("dense"))
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Some of its layers forget: attention in chunks."""
-    return make_reference("llama4-scout", tmp_path_factory.mktemp("mixture"))
 
 
 @torch.no_grad()

@@ -29,16 +29,6 @@ WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return make_reference("llama3.1", tmp_path_factory.mktemp("dense"))
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return make_reference("llama4-scout", tmp_path_factory.mktemp("mixture"))
-
-
-@pytest.fixture(scope="module")
 def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """The one variant for which a batch must say how long prompts are."""
     return make_reference("dynamic", tmp_path_factory.mktemp("dynamic"))

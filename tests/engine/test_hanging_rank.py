@@ -9,17 +9,11 @@ import pytest
 from engine.errors import RankFailure
 from engine.executor.watchdog import RankState
 from engine.progress import NO_LAYER, Axis, Operation
-from tests.parity.architectures import make_reference
 from tests.parity.reference import Reference
 from tests.support.gang_engine import ForkedGangEngine, GangEngine, gang_engine, make_request
 
 pytestmark = pytest.mark.timeout(90)
 NAMED_WITHIN_S = 2.0
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return make_reference("llama3.1", tmp_path_factory.mktemp("dense"))
 
 
 def step_until_it_fails(served: GangEngine) -> RankFailure:

@@ -19,23 +19,12 @@ from engine.executor.socket_hub import SocketHub
 from engine.executor.worker_config import WorkerConfig
 from engine.messages import Hello
 from engine.request import Output, Request
-from tests.parity.architectures import make_reference
 from tests.parity.reference import Reference
 from tests.support.gang_engine import ForkedGangEngine, gang_config, gang_engine, make_request, tokens_of
 
 pytestmark = pytest.mark.timeout(120)
 
 MOST_TO_BE_FREE_S = 1.0
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return make_reference("llama3.1", tmp_path_factory.mktemp("dense"))
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return make_reference("llama4-scout", tmp_path_factory.mktemp("mixture"))
 
 
 def requests_of(reference: Reference) -> list[Request]:

@@ -14,22 +14,10 @@ import pytest
 from engine.engine import Engine
 from engine.errors import RankFailure
 from engine.request import FinishReason, Output
-from tests.parity.architectures import make_reference
 from tests.parity.reference import Reference
 from tests.support.gang_engine import gang_engine, make_request, tokens_of
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Tied embeddings: the first and the last stage have them."""
-    return make_reference("llama3.1", tmp_path_factory.mktemp("dense"))
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return make_reference("llama4-scout", tmp_path_factory.mktemp("mixture"))
 
 
 # Pairs of everything: stages, tensor-parallel ranks, plans in flight, whole prompts and chunks, model, experts.
