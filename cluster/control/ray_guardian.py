@@ -81,6 +81,11 @@ def descendants() -> list[psutil.Process]:
     return alive
 
 
+def named(names: frozenset[str]) -> list[psutil.Process]:
+    """Those of our descendants that have one of these names."""
+    return [process for process in descendants() if process_name(process) in names]
+
+
 def reap() -> None:
     """Collect orphans that have ended, so that they do not stay as zombies."""
     while True:
@@ -123,12 +128,16 @@ def process_name(process: psutil.Process) -> str:
 def stop_all() -> list[str]:
     """End every descendant: raylets first (they end their workers), then the rest, then by force.
 
+    The control service is always ended by force. Told to stop, it now and then waits for ever (Ray 2.60; one end in
+    five on a busy host) to send its last events to an agent that ended with the raylet. It keeps nothing that matters.
+
     Returns:
-        the names of those that had to be killed.
+        the names of the others that had to be killed.
     """
     raylets = frozenset({"raylet"})
-    signal_all([process for process in descendants() if process_name(process) in raylets], signal.SIGTERM)
+    signal_all(named(raylets), signal.SIGTERM)
     wait_gone(raylets, RAYLET_GRACE_S)
+    signal_all(named(frozenset({"gcs_server"})), signal.SIGKILL)
     signal_all(descendants(), signal.SIGTERM)
     if wait_gone(None, OTHERS_GRACE_S):
         return []

@@ -2,6 +2,7 @@
 token, with what they get when nothing happens."""
 
 import concurrent.futures
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from cluster.rpc.generated.remuda.v1 import inference_pb2
 from cluster.rpc.inference_client import GenerateOptions, InferenceClient
-from tests.failover.processes import Cluster, cluster_of
+from tests.failover.processes import Cluster, FrontEndProcess, cluster_of
 from tests.failover.requests import PROMPT, REQUESTS, assert_same
 from tests.failover.streams import Reading, read
 
@@ -117,23 +118,22 @@ def test_who_asks_for_what_nobody_has_is_told(shared: Cluster) -> None:
 def test_a_client_that_leaves_a_resumable_request_ends_its_work(shared: Cluster) -> None:
     """As Ctrl-C does, long before the grace time is over; and so does anybody who knows its name, at any front end."""
     first, second = shared.front_ends
+    before = _num_cancelled(first)
     with (
         InferenceClient(f"127.0.0.1:{first.grpc_port}") as client,
         InferenceClient(f"127.0.0.1:{second.grpc_port}") as other,
     ):
         stream = client.generate(PROMPT, GenerateOptions(max_tokens=1900, temperature=0.0))
         next(stream)
-        _wait_until_running(client, 1)
         stream.close()  # type: ignore[attr-defined]
-        _wait_until_running(client, 0)
+        _wait_until_cancelled(first, before + 1)
 
         request = inference_pb2.GenerateRequest(text=PROMPT, resumable=True)
         request.sampling.max_tokens = 1900
         call = client._inference.Generate(request)
         name = next(call).request_id
-        _wait_until_running(client, 1)
         other._inference.Cancel(inference_pb2.CancelRequest(request_id=name), timeout=10)
-        _wait_until_running(client, 0)
+        _wait_until_cancelled(first, before + 2)
         with pytest.raises(grpc.RpcError) as cancelled:
             list(call)
         assert cancelled.value.code() == grpc.StatusCode.CANCELLED
@@ -142,10 +142,18 @@ def test_a_client_that_leaves_a_resumable_request_ends_its_work(shared: Cluster)
         assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
 
 
-def _wait_until_running(client: InferenceClient, number: int) -> None:
-    """Replicas are asked now and then."""
+def _num_cancelled(front_end: FrontEndProcess) -> int:
+    """By a client that left (cancelled) and by who knew the name (Cancelled)."""
+    text = httpx.get(f"{front_end.url}/metrics").text
+    found = re.findall(r'^remuda_requests_total\{model_name="m",outcome="[Cc]ancelled"\} (\d+)', text, re.MULTILINE)
+    return sum(map(int, found))
+
+
+def _wait_until_cancelled(front_end: FrontEndProcess, number: int) -> None:
+    """That many requests of its life were cancelled before their last token, and its replica runs none."""
+    idle = 'remuda_num_requests_running{model_name="m"} 0.0'
     deadline_s = time.monotonic() + 20
-    while client.status().replicas[0].num_running != number:
+    while _num_cancelled(front_end) < number or idle not in httpx.get(f"{front_end.url}/metrics").text:
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
 
