@@ -45,6 +45,8 @@ _SMALL = {
     "RAY_enable_metrics_collection": "0",
     # A record of tasks for the dashboard, sent once a second.
     "RAY_task_events_report_interval_ms": "0",
+    # Ray's default, 15, lets whatever else runs on a host go before its ranks.
+    "RAY_worker_niceness": "0",
     "OMP_NUM_THREADS": "1",
 }
 # Ray's processes end themselves when they have not reached the control service for a minute (its default). Ours need it
