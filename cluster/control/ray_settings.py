@@ -63,7 +63,13 @@ _QUICK_TO_NOTICE = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
-CHECKED_SETTINGS = (*_QUICK_TO_NOTICE, "RAY_memory_monitor_refresh_ms", "RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE")
+CHECKED_SETTINGS = (
+    *_QUICK_TO_NOTICE,
+    "RAY_memory_monitor_refresh_ms",
+    "RAY_worker_niceness",
+    "RAY_USAGE_STATS_ENABLED",
+    "RAY_AUTH_MODE",
+)
 """What is looked at on the hosts of a Ray that somebody else started."""
 
 

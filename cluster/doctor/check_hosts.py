@@ -72,6 +72,8 @@ def check_settings(hosts: Sequence[HostFacts]) -> Iterator[Finding]:
             wrong.append((f"a silent host is noticed after {seconds:.0f} s", "RAY_health_check_*"))
         if host.settings.get("RAY_memory_monitor_refresh_ms") != "0":
             wrong.append(("ranks are killed when memory is short", "RAY_memory_monitor_refresh_ms=0"))
+        if host.settings.get("RAY_worker_niceness") != "0":
+            wrong.append(("whatever else runs there goes before its ranks", "RAY_worker_niceness=0"))
         if host.settings.get("RAY_USAGE_STATS_ENABLED") != "0":
             wrong.append(("use is reported", "RAY_USAGE_STATS_ENABLED=0"))
         if host.settings.get("RAY_AUTH_MODE") != "token":

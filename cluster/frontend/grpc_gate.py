@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import inspect
 import ssl
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias, cast
 
@@ -20,20 +19,19 @@ from cluster.identity.principal import Scope as Permission
 from cluster.rpc.status import abort
 from cluster.telemetry import names
 from cluster.telemetry.propagation import context_of, serving
-from cluster.telemetry.request_id import handling
+from cluster.telemetry.request_id import handling, request_id_of
 from cluster.telemetry.tracing import NO_TRACER
 from engine.errors import InvalidRequest
 
 MESSAGE_TIMEOUT_S = 60.0
 """A call whose one message has not come by then is ended."""
 
-MAX_REQUEST_ID_CHARS = 128
-
 _OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
 _PERMISSIONS: dict[str, Permission] = {"remuda.v1.Admin": ADMIN}
 """What a service asks for; any other one asks for INFER."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_Metadata: TypeAlias = list[tuple[str, str]]
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
@@ -69,9 +67,9 @@ class GrpcGate(grpc.aio.ServerInterceptor):
         service = method.rpartition("/")[0]
         behaviour = _behaviour(handler)
 
-        async def attempt(messages: AsyncIterator[Any], context: Context) -> None:
+        async def attempt(messages: AsyncIterator[Any], context: Context, metadata: _Metadata) -> None:
             try:
-                principal = await self._admitted(service, context)
+                principal = await self._admitted(service, context, metadata)
                 decoded = _readable(messages)
                 given = decoded if handler.request_streaming else await self._only(decoded)
                 with acting_as(principal):
@@ -84,21 +82,20 @@ class GrpcGate(grpc.aio.ServerInterceptor):
                 log_defect(error)
                 await abort(context, error)
 
-        async def answer(messages: AsyncIterator[Any], context: Context) -> None:
+        async def answer(messages: AsyncIterator[Any], context: Context, metadata: _Metadata) -> None:
             # What cannot be sent any more has nobody to read it.
             with contextlib.suppress(grpc.aio.InternalError):
-                await attempt(messages, context)
+                await attempt(messages, context, metadata)
 
         async def serve(messages: AsyncIterator[Any], context: Context) -> None:
-            if service in _OPEN_SERVICES:
-                await answer(messages, context)
-                return
             metadata = _pairs(context)
-            given = next((value for key, value in metadata if key == "x-request-id"), "")
-            request_id = given[:MAX_REQUEST_ID_CHARS] or uuid.uuid4().hex
+            if service in _OPEN_SERVICES:
+                await answer(messages, context, metadata)
+                return
+            request_id = request_id_of(metadata)
             with handling(request_id), serving(self._tracer, method, context_of(metadata)) as span:
                 try:
-                    await answer(messages, context)
+                    await answer(messages, context, metadata)
                 finally:
                     if span.is_recording():
                         _describe(span, method, request_id, context)
@@ -107,11 +104,11 @@ class GrpcGate(grpc.aio.ServerInterceptor):
             cast(Any, serve), _tolerant(handler.request_deserializer), handler.response_serializer
         )
 
-    async def _admitted(self, service: str, context: Context) -> Principal:
+    async def _admitted(self, service: str, context: Context, metadata: _Metadata) -> Principal:
         """Raises Unauthenticated, PermissionDenied, Unavailable."""
         if service in _OPEN_SERVICES:
             return NOBODY
-        shown = Credentials.of(_pairs(context), _peer_certificate(context))
+        shown = Credentials.of(metadata, _peer_certificate(context))
         principal = await self._authenticator.authenticate(shown)
         principal.require(_PERMISSIONS.get(service, INFER))
         return principal
@@ -128,7 +125,7 @@ class GrpcGate(grpc.aio.ServerInterceptor):
         return message
 
 
-def _pairs(context: Context) -> list[tuple[str, str]]:
+def _pairs(context: Context) -> _Metadata:
     return [
         (key, value if isinstance(value, str) else value.decode("latin-1"))
         for key, value in context.invocation_metadata() or ()

@@ -1,7 +1,5 @@
 """Around the HTTP application: who calls and may it, request ids, errors as responses, counts."""
 
-import re
-import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
@@ -20,7 +18,7 @@ from cluster.identity.principal import ADMIN, INFER, METRICS, NOBODY, Principal,
 from cluster.identity.principal import Scope as Permission
 from cluster.telemetry import names
 from cluster.telemetry.propagation import context_of, serving
-from cluster.telemetry.request_id import handling
+from cluster.telemetry.request_id import handling, request_id_of
 from cluster.telemetry.tracing import NO_TRACER
 
 OPEN_PATHS: Final = CONSOLE_PATHS | {"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"}
@@ -38,7 +36,6 @@ ALSO_ADMIN: Final = frozenset({"/v1/usage"})
 _UNTRACED = OPEN_PATHS | {"/metrics", "/v1/status"}
 """Probes, scrapes and consoles ask without end, and nobody asks where their time went."""
 _NAMING_PATHS = ("/v1/models", "/v1/responses")
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _IDENTITY_HEADERS = frozenset(name.encode() for name in IDENTITY_HEADERS)
 
 
@@ -69,7 +66,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id, label = _request_id(scope), self._label(scope["path"])
+        request_id, label = request_id_of(_headers(scope)), self._label(scope["path"])
         with handling(request_id), self._serving(scope, label) as span:
             status = await self._answer(scope, receive, send, request_id)
             if span.is_recording():
@@ -123,12 +120,6 @@ class Gate:
 
 def _headers(scope: Scope) -> Iterator[tuple[str, str]]:
     return ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
-
-
-def _request_id(scope: Scope) -> str:
-    """The client's, where it can stand in a header and a log as it is."""
-    given = next((value for name, value in _headers(scope) if name == "x-request-id"), "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _describe(span: Span, method: str, label: str, status: int, request_id: str) -> None:

@@ -117,6 +117,8 @@ class HttpListener:
             ws="none",
             lifespan="off",
             log_config=None,
+            # It warns of each broken request: strangers could fill the log.
+            log_level="error",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=1,

@@ -72,6 +72,8 @@ class Reservations:
         """Ranks whose place is not theirs any more, as its host was lost."""
         self._vacant: list[Place] = []
         """Of ``_group``."""
+        self._unplaced: PlacementGroup | None = None
+        """Reserved for a move that has not been told yet where it is."""
 
     @property
     def places(self) -> list[Place]:
@@ -112,7 +114,8 @@ class Reservations:
     def release(self) -> None:
         """Give all places back."""
         moved = [p.group for r, p in enumerate(self._places) if p.node_id is not None and r not in self._homeless]
-        for group in [self._group, *moved]:
+        unplaced = [] if self._unplaced is None else [self._unplaced]
+        for group in [self._group, *moved, *unplaced]:
             remove_placement_group(group)
 
     def _stands(self, rank: int, living: dict[str, str]) -> bool:
@@ -130,9 +133,13 @@ class Reservations:
         self._homeless.add(rank)
 
     def _reserve_anywhere(self) -> Place:
-        group = self._reserve([{self._device: 1.0}], MOVE_TIMEOUT_S)
+        group = self._unplaced = self._unplaced or self._reserve([{self._device: 1.0}], MOVE_TIMEOUT_S)
         node_id: str = self._control.ask(lambda: placement_group_table(group))["bundles_to_node_id"][0]
-        return Place(group, 0, self._living()[node_id], node_id)
+        host = self._living().get(node_id)
+        if host is None:
+            raise NotReserved(f"the place that replica {self._name} was given was lost with its host")
+        self._unplaced = None
+        return Place(group, 0, host, node_id)
 
     def _reserve(self, bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
         name = f"remuda-{self._name}-{uuid.uuid4().hex[:12]}"

@@ -154,7 +154,8 @@ class _Move:
         return outcome
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        # Never up: that is a privilege, and under a Ray that somebody else started the process may be nicer already.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
         began = time.perf_counter()
         stream = torch.cuda.stream(torch.cuda.Stream(self._device)) if self._device.type == "cuda" else None
         try:

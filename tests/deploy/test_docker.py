@@ -1,11 +1,9 @@
-"""The Dockerfile, checked as linters do, and a step of it run outside of Docker. No image is built."""
+"""The Dockerfile, checked as linters do, and its steps run outside of Docker. No image is built."""
 
 import json
 import re
 import shutil
 import subprocess
-import sys
-import sysconfig
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -148,22 +146,21 @@ def _context(directory: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(900)
 def test_remuda_is_built_from_what_is_copied(tmp_path: Path) -> None:
-    """The build stage's last step and that of the bill of materials, in a clean directory, into a new environment that
-    borrows the dependencies of this one."""
+    """The build stage's steps and that of the bill of materials, in a clean directory, into a new environment."""
     source, venv = tmp_path / "src", tmp_path / "venv"
     _context(source)
 
     def run(*step: str | Path) -> str:
         command = ["sh", "deploy/docker/install.sh", *step]
-        done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=250, check=False)
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=800, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=100)
+    run("dependencies", venv)
     (packages,) = (venv / "lib").glob("python*/site-packages")
-    (packages / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    assert not (packages / "engine").exists() and not (packages / "pytest").exists()
     assert run("remuda", venv).splitlines()[-1].startswith("remuda ")
     assert (packages / "engine" / "kernels" / "libremuda_native.so").exists()
     assert (packages / "engine" / "assets" / "remuda-tiny" / "config.json").exists()

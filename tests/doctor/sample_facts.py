@@ -20,6 +20,7 @@ def healthy(address: str = "10.0.0.1", **changed: object) -> HostFacts:
             "RAY_health_check_timeout_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
             "RAY_memory_monitor_refresh_ms": "0",
+            "RAY_worker_niceness": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
         },
