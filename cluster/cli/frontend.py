@@ -142,8 +142,7 @@ async def _serve(
         # Only where it is needed: the kubernetes package takes a second to import.
         from cluster.k8s import leaders as kubernetes
 
-        on_leaving = fleet.set_aside if watch_nodes else None
-        discovery = kubernetes.KubernetesLeaders(leaders, known.update, on_leaving)
+        discovery = kubernetes.KubernetesLeaders(leaders, known.update, fleet.set_aside, watch_nodes)
         discovery.start()
     else:
         known.update(leaders)

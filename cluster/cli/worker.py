@@ -32,7 +32,7 @@ def worker(
 ) -> None:
     """Hold ranks of the replica whose remuda engine runs at --head; wait for it as long as it takes.
 
-    /livez says whether the process lives, /readyz whether this host is a member of the group. It ends at SIGTERM with
+    /livez says whether the host looks after its membership, /readyz whether this host is a member of the group. It ends at SIGTERM with
     status 0, and with 1 when it is no member any more: whoever started it starts it anew.
     """
     parse_address(head)
@@ -41,35 +41,21 @@ def worker(
     raise typer.Exit(asyncio.run(_run(host, head, health_port)))
 
 
-class _Membership:
-    """What probes are told."""
-
-    def __init__(self, joined: threading.Event) -> None:
-        self._joined = joined
-
-    def live(self) -> tuple[bool, dict[str, str]]:
-        return True, {}
-
-    def ready(self) -> tuple[bool, str]:
-        is_member = self._joined.is_set()
-        return is_member, "a member of its group" if is_member else "not a member of its group yet"
-
-
 async def _run(host: GroupHost, head: str, health_port: int) -> int:
     # Only where it is needed: importing Ray takes a second, which the other commands would pay too.
-    from cluster.control.group_member import stay
+    from cluster.control.group_member import Membership, stay
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    stop, joined = threading.Event(), threading.Event()
+    stop, membership = threading.Event(), Membership()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
     def tell(text: str) -> None:
         console.print(text, markup=False)
 
-    async with serve_probes(host.node_ip, health_port, _Membership(joined)):
+    async with serve_probes(host.node_ip, health_port, membership):
         try:
-            await asyncio.to_thread(stay, host, head, stop, tell, joined)
+            await asyncio.to_thread(stay, host, head, stop, tell, membership)
         except RemudaError as error:
             tell(f"remuda: {error}")
             return 1

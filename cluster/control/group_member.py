@@ -14,13 +14,40 @@ RETRY_INTERVAL_S = 1.0
 WATCH_INTERVAL_S = 5.0
 HEAD_GONE_S = 60.0
 """Without an answer of the head's for so long a host leaves, to join again from the beginning."""
+STUCK_S = 2 * HEAD_GONE_S
+"""A member that has not looked after its head for so long hangs."""
 
 
-def stay(host: GroupHost, head_address: str, stop: Event, tell: Callable[[str], None], joined: Event) -> None:
+class Membership:
+    """What probes are told. Written by the thread that ``stay`` runs in."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._looked_s: float | None = None
+        """When a member last looked whether it still is one."""
+
+    def looked(self) -> None:
+        self._looked_s = self._clock()
+
+    def ended(self) -> None:
+        self._looked_s = None
+
+    def live(self) -> tuple[bool, dict[str, str]]:
+        looked_s = self._looked_s
+        if looked_s is None or self._clock() - looked_s <= STUCK_S:
+            return True, {}
+        return False, {"group": f"not looked after for {self._clock() - looked_s:.0f} s"}
+
+    def ready(self) -> tuple[bool, str]:
+        is_member = self._looked_s is not None
+        return is_member, "a member of its group" if is_member else "not a member of its group yet"
+
+
+def stay(host: GroupHost, head_address: str, stop: Event, tell: Callable[[str], None], membership: Membership) -> None:
     """Join the group when its head answers, and stay until ``stop`` is set.
 
     Args:
-        joined: set while this host is a member.
+        membership: told of every look.
         tell: what happened, for whoever started this.
 
     Raises:
@@ -34,11 +61,11 @@ def stay(host: GroupHost, head_address: str, stop: Event, tell: Callable[[str], 
             return
         with RayNode.start(host.spec(head_address), token_file=token):
             tell(f"{host.node_ip} has joined the group of {head_address}")
-            joined.set()
+            membership.looked()
             try:
-                _watch(host, head_address, stop)
+                _watch(host, head_address, stop, membership)
             finally:
-                joined.clear()
+                membership.ended()
 
 
 def _await_head(name: str, port: int, stop: Event, tell: Callable[[str], None]) -> None:
@@ -55,7 +82,7 @@ def _await_head(name: str, port: int, stop: Event, tell: Callable[[str], None]) 
             return
 
 
-def _watch(host: GroupHost, head_address: str, stop: Event) -> None:
+def _watch(host: GroupHost, head_address: str, stop: Event, membership: Membership) -> None:
     """Ray itself would wait for its head for days, which ranks that go on by themselves need, and would never join a
     new one."""
     heard_s = time.monotonic()
@@ -65,7 +92,9 @@ def _watch(host: GroupHost, head_address: str, stop: Event) -> None:
         except StartFailed:
             if time.monotonic() > heard_s + HEAD_GONE_S:
                 raise
+            membership.looked()
             continue
+        membership.looked()
         heard_s = time.monotonic()
         if not member:
             raise StartFailed(f"{host.node_ip} is no member of the group of {head_address} any more; start it anew")

@@ -37,7 +37,6 @@ class Endpoint:
 
     pod: str
     address: str
-    node: str
     is_ready: bool
     is_terminating: bool
 
@@ -57,6 +56,16 @@ def endpoints(slices: Iterable[Json], port_name: str) -> dict[str, Endpoint]:
     return found
 
 
+def nodes_of_pods(slices: Iterable[Json]) -> dict[str, str]:
+    """Pod → node, of all pods behind the Service, whatever their ports."""
+    return {_pod(entry): entry.get("nodeName") or "" for each in slices for entry in each.get("endpoints") or ()}
+
+
+def _pod(entry: Json) -> str:
+    """Its name, or its address where the API leaves that out."""
+    return str((entry.get("targetRef") or {}).get("name") or entry["addresses"][0])
+
+
 def _endpoint(entry: Json, port: int) -> Endpoint:
     # All addresses of one entry are the same pod's, and the first is the one to use, says the API.
     host = entry["addresses"][0]
@@ -64,9 +73,8 @@ def _endpoint(entry: Json, port: int) -> Endpoint:
     is_terminating = bool(conditions.get("terminating"))
     # "ready: nil should be interpreted as true": the API leaves it out where nobody knows.
     is_ready = conditions.get("ready") is not False and not is_terminating
-    pod = (entry.get("targetRef") or {}).get("name") or host
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return Endpoint(pod, address, entry.get("nodeName") or "", is_ready, is_terminating)
+    return Endpoint(_pod(entry), address, is_ready, is_terminating)
 
 
 class LeaderTable:
@@ -78,9 +86,14 @@ class LeaderTable:
 
     def __init__(self) -> None:
         self._known: dict[str, Endpoint] = {}
+        self._nodes: Mapping[str, str] = {}
 
-    def update(self, found: Mapping[str, Endpoint]) -> dict[str, str]:
-        """Pod → host:port of every leader to know from now on."""
+    def update(self, found: Mapping[str, Endpoint], nodes: Mapping[str, str]) -> dict[str, str]:
+        """Pod → host:port of every leader to know from now on.
+
+        ``nodes``: of all pods of the replicas, leaders and others.
+        """
+        self._nodes = nodes
         self._known = {
             pod: endpoint
             for pod, endpoint in found.items()
@@ -88,7 +101,23 @@ class LeaderTable:
         }
         return {pod: endpoint.address for pod, endpoint in self._known.items()}
 
-    def on_nodes(self, nodes: Iterable[str]) -> frozenset[str]:
-        """The pods there."""
-        wanted = set(nodes)
-        return frozenset(pod for pod, endpoint in self._known.items() if endpoint.node in wanted)
+    def ending(self) -> frozenset[str]:
+        """Leaders that got the order to end."""
+        return frozenset(pod for pod, endpoint in self._known.items() if endpoint.is_terminating)
+
+    def on_node(self, node: str) -> frozenset[str]:
+        """The leaders of the replicas that have a pod there."""
+        pods = [pod for pod, its_node in self._nodes.items() if its_node == node]
+        return frozenset(leader for leader in self._known if any(is_led_by(pod, leader) for pod in pods))
+
+
+def is_led_by(pod: str, leader: str) -> bool:
+    """Whether both pods are of one replica, by the names that LeaderWorkerSet (``X`` leads ``X-1``) and KubeRay
+    (``X-head-abcde`` leads ``X-workers-worker-fghij``) give them."""
+    group, _, index = pod.rpartition("-")
+    cluster, is_worker, _ = pod.rpartition("-workers-worker-")
+    return (
+        pod == leader
+        or (group == leader and index.isdigit())
+        or (bool(is_worker) and leader.startswith(f"{cluster}-head"))
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from kubernetes import client, config
 
-from cluster.k8s.endpoint_slices import PREFIX, LeaderTable, ServiceName, endpoints
+from cluster.k8s.endpoint_slices import PREFIX, LeaderTable, ServiceName, endpoints, nodes_of_pods
 from cluster.k8s.nodes import leaving_nodes
 from cluster.k8s.object_watch import Objects, ObjectWatch
 from engine.errors import InvalidOption
@@ -24,7 +24,8 @@ class KubernetesLeaders:
     Args:
         service: whose endpoints to follow, at their port named ``leader``.
         on_leaders: called with pod → host:port of all leaders.
-        on_leaving: called with the pods whose nodes will be emptied, and why; None: nodes are not looked at.
+        on_leaving: called with the leaders that are about to end, and why.
+        watches_nodes: whether those are leaving, too, whose replica has a pod on a node that will be emptied.
         api: for tests; None reads the pod's own service account, or else the user's kubeconfig.
 
     Raises:
@@ -35,7 +36,8 @@ class KubernetesLeaders:
         self,
         service: ServiceName,
         on_leaders: Callable[[dict[str, str]], None],
-        on_leaving: Callable[[dict[str, str]], None] | None = None,
+        on_leaving: Callable[[dict[str, str]], None],
+        watches_nodes: bool,
         api: Any = None,
     ) -> None:
         self._on_leaders = on_leaders
@@ -53,7 +55,7 @@ class KubernetesLeaders:
                 label_selector=f"{SERVICE_LABEL}={service.name}",
             )
         ]
-        if on_leaving is not None:
+        if watches_nodes:
             nodes = client.CoreV1Api(api).list_node
             self._watches.append(ObjectWatch("nodes", nodes, self._into_loop(self._take_nodes)))
 
@@ -73,7 +75,7 @@ class KubernetesLeaders:
         return hand_over
 
     def _take_slices(self, slices: Objects) -> None:
-        self._on_leaders(self._table.update(endpoints(slices, PORT_NAME)))
+        self._on_leaders(self._table.update(endpoints(slices, PORT_NAME), nodes_of_pods(slices)))
         self._tell_leaving()
 
     def _take_nodes(self, nodes: Iterable[dict[str, Any]]) -> None:
@@ -84,8 +86,8 @@ class KubernetesLeaders:
         self._tell_leaving()
 
     def _tell_leaving(self) -> None:
-        if self._on_leaving is not None:
-            self._on_leaving({pod: why for node, why in self._leaving.items() for pod in self._table.on_nodes([node])})
+        leaving = {leader: why for node, why in self._leaving.items() for leader in self._table.on_node(node)}
+        self._on_leaving(leaving | dict.fromkeys(self._table.ending(), "about to end"))
 
 
 def _api_client() -> Any:

@@ -29,7 +29,13 @@ keep() {
 keep host.env 0644
 case $role in
 engine) keep engine.yaml 0644 ;;
-frontend) keep security.yaml 0644 ;;
+frontend)
+  keep security.yaml 0644
+  # The front end reads keys again when they change, as the user that it runs as.
+  install -d -m 0700 "$root/etc/remuda/keys"
+  [ -n "$root" ] || chown remuda:remuda /etc/remuda/keys
+  echo "make a key: runuser -u remuda -- /opt/remuda/bin/remuda keys create --file /etc/remuda/keys/keys --tenant NAME"
+  ;;
 esac
 if [ ! -e "$root/etc/remuda/secret" ]; then
   (umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$root/etc/remuda/secret")

@@ -17,7 +17,7 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
     "mode": {mode: {"engine": {"mode": mode}} for mode in ("lws", "kuberay", "single")},
     "weights": {
         "own": {},
-        "disk": {"weights": {"source": "disk"}},
+        "disk": {"weights": {"source": "disk"}, "engine": {"nodeSelector": {"nvme": "yes"}}},
         "empty disk": {"weights": {"source": "disk", "existingClaim": ""}},
         "image": {"weights": {"source": "image", "image": "models/x@sha256:" + "1" * 64}},
     },
@@ -65,10 +65,15 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
     "route": {
         "none": {},
         "gateway": {
-            "gateway": {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["a.b"], "caConfigMap": "ca"}
+            "gateway": {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["a.b"], "caConfigMap": "ca", "grpcHostnames": ["grpc.a.b"]}
         },
         "ingress": {"ingress": {"enabled": True, "host": "a.b", "className": "nginx", "tlsSecret": "host"}},
         "pool": {"inferencePool": {"enabled": True, "extensionService": "epp"}, "auth": {"insecure": True}},
+        "gateway to pool": {
+            "gateway": {"enabled": True, "parentRefs": [{"name": "g"}]},
+            "inferencePool": {"enabled": True, "extensionService": "epp"},
+            "auth": {"insecure": True},
+        },
     },
     "scaling": {
         "none": {},
@@ -89,6 +94,7 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
     },
     "network": {
         "closed": {"networkPolicy": {"clients": [_PEER], "monitoring": [_PEER], "apiServer": [_PEER]}},
+        "clients only": {"networkPolicy": {"clients": [_PEER]}},
         "open": {},
         "none": {"networkPolicy": {"enabled": False}},
     },
@@ -112,6 +118,8 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
                 "podAnnotations": {"k8s.v1.cni.cncf.io/networks": "rdma"},
                 "podLabels": {"team": "llm"},
                 "extraEnv": [{"name": "NCCL_DEBUG", "value": "INFO"}],
+                "extraVolumes": [{"name": "topology", "configMap": {"name": "nccl-topology"}}],
+                "extraVolumeMounts": [{"name": "topology", "mountPath": "/etc/nccl", "readOnly": True}],
             },
             "frontend": {
                 "nodeSelector": {"cpu": "yes"},
@@ -121,6 +129,8 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
                 "priorityClassName": "high",
                 "extraEnv": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
                 "extraArgs": ["--drain-timeout=5"],
+                "extraVolumes": [{"name": "records", "persistentVolumeClaim": {"claimName": "records"}}],
+                "extraVolumeMounts": [{"name": "records", "mountPath": "/var/log/remuda"}],
                 "readinessGates": ["target-health.elbv2.k8s.aws/remuda"],
             },
         },
@@ -150,8 +160,8 @@ def is_legal(chosen: Combination) -> bool:
         or (is_kuberay and get("scaling") in ("hpa", "keda"))
         or (get("preset") == "cpu-demo" and (get("placement") == "rdma" or get("weights") == "empty disk"))
         or (get("auth") == "certificates" and get("clients") == "plain")
-        or (has_tls and get("route") in ("ingress", "pool"))
-        or (get("route") == "pool" and get("auth") in ("made", "secret", "tokens"))
+        or (has_tls and get("route") in ("ingress", "pool", "gateway to pool"))
+        or (get("route") in ("pool", "gateway to pool") and get("auth") in ("made", "secret", "tokens"))
     )
 
 

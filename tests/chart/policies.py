@@ -123,11 +123,12 @@ def _services(documents: list[Document]) -> Iterator[str]:
         pods = [pod for pod in all_pods(documents) if _matches(service["spec"]["selector"], pod)]
         if not pods:
             yield f"Service {service['metadata']['name']} selects nothing"
-        for pod in pods:
-            names = {port["name"] for container in containers(pod) for port in container.get("ports", [])}
-            for port in service["spec"]["ports"]:
-                if port["targetPort"] not in names:
-                    yield f"Service {service['metadata']['name']}: no port {port['targetPort']} in {_component(pod)}"
+        names = [{port["name"] for each in containers(pod) for port in each.get("ports", [])} for pod in pods]
+        for port in service["spec"]["ports"]:
+            # Other pods of a replica are behind the leaders' Service, too, without its port.
+            is_there = any if service["metadata"]["name"].endswith("-leaders") and port["name"] == "leader" else all
+            if not is_there(port["targetPort"] in of_pod for of_pod in names):
+                yield f"Service {service['metadata']['name']}: no port {port['targetPort']} in each of its pods"
 
 
 def _selectors(documents: list[Document]) -> Iterator[str]:
@@ -172,5 +173,8 @@ def _targets(documents: list[Document]) -> Iterator[str]:
                 yield f"{kind} scales {target}, which does not exist"
         if kind in ("HTTPRoute", "GRPCRoute"):
             for backend in (backend for rule in spec["rules"] for backend in rule["backendRefs"]):
-                if backend["port"] not in [port["port"] for port in services.get(backend["name"], [])]:
+                if backend.get("kind") == "InferencePool":
+                    if (f"{backend['group']}/v1", "InferencePool", backend["name"]) not in existing:
+                        yield f"{kind} goes to {backend}, which does not exist"
+                elif backend["port"] not in [port["port"] for port in services.get(backend["name"], [])]:
                     yield f"{kind} goes to {backend}, which does not exist"

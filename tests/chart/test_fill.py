@@ -9,7 +9,10 @@ import pytest
 
 from tests.chart.rendering import all_pods, at, merged, only, preset, render
 
-DISK = merged(preset("405b-bf16"), {"weights": {"source": "disk"}, "model": {"path": "llama"}})
+DISK = merged(
+    preset("405b-bf16"),
+    {"weights": {"source": "disk"}, "model": {"path": "llama"}, "engine": {"nodeSelector": {"nvme": "yes"}}},
+)
 
 
 def _script() -> str:

@@ -99,6 +99,14 @@ BY_TEMPLATE: list[tuple[Values, list[str]]] = [
         },
         ["gateway.caConfigMap"],
     ),
+    (
+        {"gateway": {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["a.b"], "grpcHostnames": ["a.b"]}},
+        ["gateway.grpcHostnames", "gateway.hostnames", "a.b"],
+    ),
+    (
+        {"model": {"path": "llama"}, "weights": {"source": "disk", "existingClaim": "models"}},
+        ["weights.source disk", "engine.nodeSelector"],
+    ),
     (at("ingress.enabled", True), ["ingress.host"]),
     (
         {

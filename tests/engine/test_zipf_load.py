@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(300)]
 
 NUM_REQUESTS, PROMPT_LENGTH, NUM_NEW = 96, 192, 1
 """Prompts alone: a step of a few decoding requests takes as long as reading the weights, whoever has the tokens."""
+NUM_ROUNDS = 3
 HOUR_S = 3600.0
 
 
@@ -44,14 +45,15 @@ def requests(loads: list[float], seed: int) -> list[Request]:
 
 
 def measured(served: BalancedGang, batch: list[Request], salt: str) -> tuple[float, dict[str, list[int]], float]:
-    """Prompt tokens a second, what was generated, and the ranks' max ÷ mean of (token, expert) pairs meanwhile. No
-    prompt is in the cache."""
-    before = served.stats.rank_pairs
-    began = time.monotonic()
-    tokens = served.run([msgspec.structs.replace(request, cache_salt=salt) for request in batch])
-    seconds = time.monotonic() - began
+    """Prompt tokens a second of the fastest of some rounds, so that what else the machine does counts little, what was
+    generated, and the ranks' max ÷ mean of (token, expert) pairs meanwhile. No prompt is in the cache."""
+    before, rates = served.stats.rank_pairs, []
+    for number in range(NUM_ROUNDS):
+        began = time.monotonic()
+        tokens = served.run([msgspec.structs.replace(request, cache_salt=f"{salt} {number}") for request in batch])
+        rates.append(len(batch) * PROMPT_LENGTH / (time.monotonic() - began))
     pairs = [now - then for now, then in zip(served.stats.rank_pairs, before, strict=True)]
-    return len(batch) * PROMPT_LENGTH / seconds, tokens, max(pairs) / (sum(pairs) / len(pairs))
+    return max(rates), tokens, max(pairs) / (sum(pairs) / len(pairs))
 
 
 def wait_until(served: BalancedGang, batch: list[Request], is_done: Callable[[], bool]) -> None:

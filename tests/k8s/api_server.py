@@ -30,6 +30,8 @@ class ApiServer:
         """How often all watches were cut off."""
         self.is_away = False
         """Connections that are still open end with their next request."""
+        self.is_garbled = False
+        """Lists are answered as a proxy does that has something to say itself."""
         self.requests: list[str] = []
         self.port = 0
 
@@ -116,7 +118,8 @@ def serve_api(host: str = "127.0.0.1", before: ApiServer | None = None) -> Itera
             self.send_header("Content-Type", "application/json")
             if query.get("watch") != "true":
                 limit, begin = int(query.get("limit", 1_000_000)), int(query.get("continue", 0))
-                body = json.dumps(api.listed(url.path, selector, limit, begin)).encode()
+                listed = json.dumps(api.listed(url.path, selector, limit, begin)).encode()
+                body = b"<html>Please log in.</html>" if api.is_garbled else listed
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)

@@ -2,15 +2,15 @@
 
 import pytest
 
-from cluster.k8s.endpoint_slices import LeaderTable, ServiceName, endpoints
+from cluster.k8s.endpoint_slices import LeaderTable, ServiceName, endpoints, is_led_by, nodes_of_pods
 from cluster.k8s.nodes import leaving_nodes
 from engine.errors import InvalidOption
 from tests.k8s.objects import endpoint, endpoint_slice, node
 
 
 def test_an_endpoint_is_its_pod_at_the_port_of_that_name() -> None:
-    (found,) = endpoints([endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7", "gpu-3"))], "leader").values()
-    assert (found.pod, found.address, found.node, found.is_ready) == ("llama-0", "10.0.0.7:50052", "gpu-3", True)
+    (found,) = endpoints([endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7"))], "leader").values()
+    assert (found.pod, found.address, found.is_ready) == ("llama-0", "10.0.0.7:50052", True)
 
 
 def test_a_slice_without_the_port_has_none() -> None:
@@ -38,12 +38,15 @@ def test_a_leader_joins_when_it_is_ready_and_stays_until_it_is_gone() -> None:
     table = LeaderTable()
 
     def look(*entries: dict[str, object]) -> dict[str, str]:
-        return table.update(endpoints([endpoint_slice("s-1", *entries)], "leader"))
+        return table.update(endpoints([endpoint_slice("s-1", *entries)], "leader"), {})
 
     assert look(endpoint("llama-0", "10.0.0.7", ready=False)) == {}
     assert look(endpoint("llama-0", "10.0.0.7")) == {"llama-0": "10.0.0.7:50052"}
     assert look(endpoint("llama-0", "10.0.0.7", ready=False)) == {"llama-0": "10.0.0.7:50052"}
+    assert look(endpoint("llama-0", "10.0.0.7", ready=False)) == {"llama-0": "10.0.0.7:50052"}
+    assert table.ending() == frozenset()
     assert look(endpoint("llama-0", "10.0.0.7", ready=False, terminating=True)) == {"llama-0": "10.0.0.7:50052"}
+    assert table.ending() == {"llama-0"}
     assert look() == {}
 
 
@@ -51,8 +54,39 @@ def test_the_pod_that_comes_back_with_another_address_is_another_leader() -> Non
     table = LeaderTable()
     first = endpoints([endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7"))], "leader")
     again = endpoints([endpoint_slice("s-1", endpoint("llama-0", "10.0.0.8", ready=False))], "leader")
-    assert table.update(first) == {"llama-0": "10.0.0.7:50052"}
-    assert table.update(again) == {}
+    assert table.update(first, {}) == {"llama-0": "10.0.0.7:50052"}
+    assert table.update(again, {}) == {}
+
+
+def test_a_replica_is_on_the_nodes_of_all_its_pods() -> None:
+    leaders = endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7", "gpu-1"), endpoint("llama-1", "10.0.0.8", "gpu-2"))
+    workers = endpoint_slice("s-2", endpoint("llama-0-1", "10.0.0.9", "gpu-2"), endpoint("llama-1-1", "10.0.0.6", "gpu-3"))
+    del workers["ports"][1]
+    table = LeaderTable()
+    assert set(table.update(endpoints([leaders, workers], "leader"), nodes_of_pods([leaders, workers]))) == {
+        "llama-0",
+        "llama-1",
+    }
+    on = {node: table.on_node(node) for node in ("gpu-1", "gpu-2", "gpu-3", "gpu-4")}
+    assert on == {"gpu-1": {"llama-0"}, "gpu-2": {"llama-0", "llama-1"}, "gpu-3": {"llama-1"}, "gpu-4": set()}
+
+
+@pytest.mark.parametrize(
+    ("pod", "leader", "expected"),
+    [
+        ("llama-engine-1", "llama-engine-1", True),
+        ("llama-engine-1-3", "llama-engine-1", True),
+        ("llama-engine-1-3", "llama-engine-2", False),
+        ("llama-engine-1", "llama-engine", True),
+        ("llama-engine-10", "llama-engine-1", False),
+        ("llama-engine-0-workers-worker-abcde", "llama-engine-0-head-fghij", True),
+        ("llama-engine-0-workers-worker-abcde", "llama-engine-0-head", True),
+        ("llama-engine-0-workers-worker-abcde", "llama-engine-1-head-fghij", False),
+        ("llama-engine-0-head-abcde", "llama-engine-1-head-fghij", False),
+    ],
+)
+def test_which_pods_are_one_replica(pod: str, leader: str, expected: bool) -> None:
+    assert is_led_by(pod, leader) is expected
 
 
 @pytest.mark.parametrize(

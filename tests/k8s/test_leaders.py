@@ -54,7 +54,7 @@ class Seen:
 async def followed(api: ApiServer) -> AsyncIterator[Seen]:
     seen = Seen()
     calls = client.ApiClient(client.Configuration(host=f"http://127.0.0.1:{api.port}"))
-    leaders = KubernetesLeaders(ServiceName("llm", SERVICE), seen.take_leaders, seen.take_leaving, calls)
+    leaders = KubernetesLeaders(ServiceName("llm", SERVICE), seen.take_leaders, seen.take_leaving, True, calls)
     leaders.start()
     try:
         yield seen
@@ -137,6 +137,41 @@ def test_leaders_on_a_cordoned_node_are_about_to_leave(api: ApiServer) -> None:
             await seen.until(lambda seen: seen.leaving == {"llama-1": "cordoned"})
             api.put(NODES, node("gpu-2"))
             await seen.until(lambda seen: seen.leaving == {})
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_leaves_with_the_node_of_any_of_its_pods_and_when_its_leader_ends(api: ApiServer) -> None:
+    async def scenario() -> None:
+        for name in ("gpu-1", "gpu-2"):
+            api.put(NODES, node(name))
+        workers = endpoint_slice("s-2", endpoint("llama-0-1", "10.0.0.9", "gpu-2"))
+        del workers["ports"][1]
+        api.put(SLICES, workers)
+        api.put(SLICES, endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7", "gpu-1")))
+        async with followed(api) as seen:
+            await seen.until(lambda seen: seen.leaders == {"llama-0": "10.0.0.7:50052"})
+            api.put(NODES, node("gpu-2", unschedulable=True))
+            await seen.until(lambda seen: seen.leaving == {"llama-0": "cordoned"})
+            api.put(NODES, node("gpu-2"))
+            await seen.until(lambda seen: seen.leaving == {})
+            ending = endpoint("llama-0", "10.0.0.7", "gpu-1", ready=False, terminating=True)
+            api.put(SLICES, endpoint_slice("s-1", ending))
+            await seen.until(lambda seen: seen.leaving == {"llama-0": "about to end"})
+            assert seen.leaders == {"llama-0": "10.0.0.7:50052"}
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_is_no_json_ends_nothing(api: ApiServer, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        api.put(SLICES, endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7")))
+        api.is_garbled = True
+        async with followed(api) as seen:
+            await until(lambda: "was not understood" in caplog.text)
+            assert seen.leaders is None
+            api.is_garbled = False
+            await seen.until(lambda seen: seen.leaders == {"llama-0": "10.0.0.7:50052"})
 
     asyncio.run(scenario())
 

@@ -41,6 +41,9 @@
 {{- if and (eq $w.source "pvc") (not $w.existingClaim) -}}
 {{- fail "weights.existingClaim is empty; name a claim that many pods can mount (ReadOnlyMany or ReadWriteMany)" -}}
 {{- end -}}
+{{- if and (include "remuda.fills" .) (not .Values.engine.nodeSelector) (not .Values.engine.affinity.nodeAffinity) -}}
+{{- fail (printf "weights.source disk with weights.existingClaim fills disks by a Job, which must know the engines' nodes (those that have %s): set engine.nodeSelector or engine.affinity.nodeAffinity" $w.hostPath) -}}
+{{- end -}}
 {{- if and (eq $w.source "image") (not (contains "@sha256:" $w.image)) -}}
 {{- fail "weights.image must be an image reference with its digest, as in registry/models/llama@sha256:…" -}}
 {{- end -}}
@@ -97,6 +100,13 @@
 {{- end -}}
 {{- if and .Values.gateway.enabled .Values.tls.clients.enabled (not .Values.gateway.caConfigMap) -}}
 {{- fail "gateway.caConfigMap is empty; with tls.clients.enabled the gateway must know by which CA front ends are certified" -}}
+{{- end -}}
+{{- if and .Values.gateway.enabled .Values.gateway.grpcHostnames -}}
+{{- $both := list -}}
+{{- range .Values.gateway.grpcHostnames -}}{{- if has . $.Values.gateway.hostnames -}}{{- $both = append $both . -}}{{- end -}}{{- end -}}
+{{- if or $both (not .Values.gateway.hostnames) -}}
+{{- fail (printf "gateway.grpcHostnames = %s: gateway.hostnames must name others, as a gateway takes only one of an HTTPRoute and a GRPCRoute for the same name" (join ", " .Values.gateway.grpcHostnames)) -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.host) -}}
 {{- fail "ingress.host is empty" -}}

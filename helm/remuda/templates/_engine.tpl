@@ -78,6 +78,14 @@ volumes:
   {{- if include "remuda.fills" $root }}
   {{- include "remuda.fillVolume" $root | nindent 2 }}
   {{- end }}
+  {{- with $e.extraVolumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+  {{- if and (include "remuda.leaderServes" .) (ne $e.mode "single") }}
+  {{- with $root.Values.frontend.extraVolumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+  {{- end }}
 {{- end -}}
 
 {{/* Whether this pod shows front ends a certificate. */}}
@@ -142,6 +150,9 @@ volumes:
     {{- end }}
     {{- with include "remuda.weightsMount" $root }}
     {{- . | nindent 4 }}
+    {{- end }}
+    {{- with $e.extraVolumeMounts }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
 {{- end -}}
 

@@ -77,6 +77,9 @@
     {{- with include "remuda.weightsMount" $root }}
     {{- . | nindent 4 }}
     {{- end }}
+    {{- with $f.extraVolumeMounts }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
 {{- end -}}
 
 {{/* Of the pods that clients reach. */}}
