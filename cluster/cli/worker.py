@@ -32,8 +32,8 @@ def worker(
 ) -> None:
     """Hold ranks of the replica whose remuda engine runs at --head; wait for it as long as it takes.
 
-    /livez says whether the host looks after its membership, /readyz whether this host is a member of the group. It ends at SIGTERM with
-    status 0, and with 1 when it is no member any more: whoever started it starts it anew.
+    /livez says whether the host looks after its membership, /readyz whether it is a member of the group. It ends at
+    SIGTERM with status 0, and with 1 when it is no member any more: whoever started it starts it anew.
     """
     parse_address(head)
     levels = parse_topology(topology)

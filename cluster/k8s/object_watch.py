@@ -73,8 +73,8 @@ class ObjectWatch(threading.Thread):
                 # What is known stays: an API server that is away does not stop anybody's pods.
                 _log.warning("%s: the API server cannot be reached: %s; trying again", self._what, error)
                 self._stopping.wait(delay_s)
-            except Exception:
-                # As an answer of a proxy that is no JSON: whatever it was, nobody else would follow the list any more.
+            except Exception:  # noqa: BLE001  whatever it was, the thread goes on
+                # As an answer of a proxy that is no JSON. Nobody else would follow the list any more.
                 _log.exception("%s: what the API server said was not understood; trying again", self._what)
                 self._stopping.wait(delay_s)
             delay_s = min(2 * delay_s, MAX_DELAY_S)

@@ -20,12 +20,22 @@ CASES: dict[str, Values] = {
                 "clients": {"enabled": True, "certManager": {"enabled": True, "issuerName": "ca"}},
                 "internal": {"enabled": True, "existingSecret": "in"},
             },
-            "gateway": {"enabled": True, "parentRefs": [{"name": "edge"}], "caConfigMap": "ca", "hostnames": ["a.b"], "grpcHostnames": ["grpc.a.b"]},
+            "gateway": {
+                "enabled": True,
+                "parentRefs": [{"name": "edge"}],
+                "caConfigMap": "ca",
+                "hostnames": ["a.b"],
+                "grpcHostnames": ["grpc.a.b"],
+            },
             "autoscaling": {"mode": "keda", "prometheusUrl": "http://prometheus:9090"},
             "monitoring": {"podMonitor": True, "rules": True, "tokenSecret": "scrape"},
         },
     ),
-    "kuberay": merged(preset("405b-bf16"), {"engine": {"mode": "kuberay"}, "weights": {"source": "disk"}}, {"engine": {"nodeSelector": {"nvme": "yes"}}}),
+    "kuberay": merged(
+        preset("405b-bf16"),
+        {"engine": {"mode": "kuberay"}, "weights": {"source": "disk"}},
+        {"engine": {"nodeSelector": {"nvme": "yes"}}},
+    ),
     "single": preset("cpu-demo"),
 }
 

@@ -65,7 +65,13 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
     "route": {
         "none": {},
         "gateway": {
-            "gateway": {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["a.b"], "caConfigMap": "ca", "grpcHostnames": ["grpc.a.b"]}
+            "gateway": {
+                "enabled": True,
+                "parentRefs": [{"name": "g"}],
+                "hostnames": ["a.b"],
+                "caConfigMap": "ca",
+                "grpcHostnames": ["grpc.a.b"],
+            }
         },
         "ingress": {"ingress": {"enabled": True, "host": "a.b", "className": "nginx", "tlsSecret": "host"}},
         "pool": {"inferencePool": {"enabled": True, "extensionService": "epp"}, "auth": {"insecure": True}},

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from cluster.k8s.leaders import PORT_NAME
 from tests.chart.option_matrix import FACTORS, combinations, is_legal, values_of
 from tests.chart.policies import violations
 from tests.chart.rendering import Document, all_pods, at, merged, of_kind, only, preset, render
 from tests.chart.schemas import problems, versions
 
-GIVEN = {"keys", "cluster", "a-tls", "front", "eng", "scrape", "tester", "ca", "redis"}
+GIVEN = {"nccl-topology", "keys", "cluster", "a-tls", "front", "eng", "scrape", "tester", "ca", "redis"}
 """Names that the matrix's values say exist already."""
 NEWER_FIELDS = {"1.30": {"image"}}
 """Volumes of a kind that the version does not know: `lint` at that version refuses them (test_values)."""
@@ -111,10 +112,13 @@ def test_requests_meet_no_pod_of_a_replica_but_its_leader() -> None:
     """Service, discovery and InferencePool alike: other charts were blamed for routing to workers."""
     pool = {"inferencePool": {"enabled": True, "extensionService": "epp"}, "auth": {"insecure": True}}
     documents = render(merged(preset("405b-bf16"), pool))
-    workers = only(documents, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]["workerTemplate"]["metadata"]["labels"]
-    selectors = [service["spec"]["selector"] for service in of_kind(documents, "Service")]
-    for selector in selectors:
-        assert not selector.items() <= workers.items()
+    worker = only(documents, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]["workerTemplate"]
+    labels, (container,) = worker["metadata"]["labels"], worker["spec"]["containers"]
+    behind = [one for one in of_kind(documents, "Service") if one["spec"]["selector"].items() <= labels.items()]
+    # Front ends learn there on which nodes a replica's pods are; nobody is sent to its address, which it has not.
+    assert [one["metadata"]["name"] for one in behind] == ["demo-remuda-leaders"]
+    assert behind[0]["spec"]["clusterIP"] == "None"
+    assert PORT_NAME not in {port["name"] for port in container["ports"]}
     matched = only(documents, "InferencePool")["spec"]["selector"]["matchLabels"]
     assert matched["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
 

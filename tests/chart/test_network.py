@@ -40,7 +40,10 @@ def test_only_clients_and_monitoring_reach_the_port_of_completions(mode: str) ->
 
 @pytest.mark.parametrize("mode", ["lws", "kuberay", "single"])
 def test_pods_that_check_tokens_reach_their_issuers(mode: str) -> None:
-    keys = {"networkPolicy": {"apiServer": [PEER]}, "auth": {"jwt": [ISSUER, {**ISSUER, "jwks": "https://o.example/k"}]}}
+    keys = {
+        "networkPolicy": {"apiServer": [PEER]},
+        "auth": {"jwt": [ISSUER, {**ISSUER, "jwks": "https://o.example/k"}]},
+    }
     open_ports = [
         each["port"] for rule in policy_of(mode, keys)["spec"]["egress"] if "to" not in rule for each in rule["ports"]
     ]

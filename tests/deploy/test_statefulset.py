@@ -1,4 +1,4 @@
-"""The example for clusters without custom resources: against Kubernetes' schemas, and its commands against their options."""
+"""The example for clusters without custom resources, by Kubernetes' schemas, and its commands, by their options."""
 
 import re
 import shlex
@@ -14,9 +14,7 @@ from cluster.identity.config import SecurityConfig
 from tests.chart.schemas import problems, versions
 from tests.deploy.alerts import DEPLOY
 
-DOCUMENTS: list[dict[str, Any]] = list(
-    yaml.safe_load_all((DEPLOY / "kubernetes" / "statefulset.yaml").read_text())
-)
+DOCUMENTS: list[dict[str, Any]] = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "statefulset.yaml").read_text()))
 
 
 def of(kind: str, name: str) -> dict[str, Any]:
@@ -41,7 +39,7 @@ def commands() -> dict[str, list[str]]:
     for template in templates():
         (container,) = template["spec"]["containers"]
         if container["command"] == ["sh", "-euc"]:
-            lines = re.findall(r"exec (remuda (?:\\\\\n|[^\n])*)", container["args"][0])
+            lines = re.findall(r"exec (remuda .*)", container["args"][0].replace("\\\n", " "))
             for line in lines:
                 _, name, *arguments = shlex.split(line)
                 found[name] = arguments

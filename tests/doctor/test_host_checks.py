@@ -56,7 +56,12 @@ def test_what_a_ray_of_somebody_elses_was_not_told() -> None:
     (bad,) = check_hosts.check_settings([healthy(FIRST, settings={})])
     assert bad.level is Level.WARN
     assert "noticed after 65 s" in bad.value
-    for name in ("RAY_health_check_", "RAY_memory_monitor_refresh_ms=0", "RAY_worker_niceness=0", "RAY_AUTH_MODE=token"):
+    for name in (
+        "RAY_health_check_",
+        "RAY_memory_monitor_refresh_ms=0",
+        "RAY_worker_niceness=0",
+        "RAY_AUTH_MODE=token",
+    ):
         assert name in bad.remedy
     assert check_hosts.notice_seconds(healthy().settings) == 4.5
     assert not_ok(check_hosts.check_settings([healthy("127.0.0.1", settings={})])) == [], "nobody reaches a private one"

@@ -60,7 +60,9 @@ def test_the_pod_that_comes_back_with_another_address_is_another_leader() -> Non
 
 def test_a_replica_is_on_the_nodes_of_all_its_pods() -> None:
     leaders = endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7", "gpu-1"), endpoint("llama-1", "10.0.0.8", "gpu-2"))
-    workers = endpoint_slice("s-2", endpoint("llama-0-1", "10.0.0.9", "gpu-2"), endpoint("llama-1-1", "10.0.0.6", "gpu-3"))
+    workers = endpoint_slice(
+        "s-2", endpoint("llama-0-1", "10.0.0.9", "gpu-2"), endpoint("llama-1-1", "10.0.0.6", "gpu-3")
+    )
     del workers["ports"][1]
     table = LeaderTable()
     assert set(table.update(endpoints([leaders, workers], "leader"), nodes_of_pods([leaders, workers]))) == {
