@@ -216,6 +216,9 @@ class Serving:
                 self._give_up_joining(event.replica)
                 self._joining[event.replica] = asyncio.create_task(self._welcome(event, fleet))
             elif isinstance(event, Repairing | GangFormed):
+                if isinstance(event, Repairing) and event.leader:
+                    self._give_up_joining(event.replica)
+                    fleet.await_leader(event.replica)
                 self._console.print(_describe(event), markup=False)
             elif isinstance(event, ReplicaEnded):
                 self._give_up_joining(event.replica)
@@ -237,7 +240,7 @@ class Serving:
                 return
 
     def _give_up_joining(self, replica: str) -> None:
-        """It has ended, or has another leader."""
+        """It has ended, or its leader has."""
         if (task := self._joining.pop(replica, None)) is not None:
             task.cancel()
 

@@ -37,8 +37,8 @@ class Fleet:
     """Implements cluster.frontend.backend.Backend. Empty at first: replicas join with ``add``.
 
     Args:
-        on_all_lost: called once, when for ``lost_after_s`` every replica has failed or cannot be reached. None: others
-            will come.
+        on_all_lost: called once, when for ``lost_after_s`` every replica has failed or cannot be reached, and nobody
+            repairs one (``await_leader``). None: others will come.
         policy: how requests are saved from replicas that are lost.
         clock: for that.
         lost_after_s: a leader may be replaced within it.
@@ -58,6 +58,8 @@ class Fleet:
         self._clients: dict[str, ReplicaClient] = {}
         self._expected: set[str] = set()
         """Replicas that are to join and have not answered yet: any request may be theirs."""
+        self._repaired: set[str] = set()
+        """Those whose leader is being replaced: they are not lost, however long that takes."""
         self._on_all_lost = on_all_lost
         self._policy = policy
         self._clock = clock
@@ -76,6 +78,7 @@ class Fleet:
         """Connect to a leader and give it work from now on. One that was known as this replica has been replaced by it.
         Raises Unavailable where it does not answer; until it is added or removed, it is expected to answer later."""
         self._expected.add(replica_id)
+        self._repaired.discard(replica_id)
         await client.connect()
         await self._bring_adapters(client)
         self._expected.discard(replica_id)
@@ -95,9 +98,15 @@ class Fleet:
         for name, path in wanted.items():
             await client.load_adapter(name, path)
 
+    def await_leader(self, replica_id: str) -> None:
+        """Whoever supervises this replica replaces its leader, and says when the new one can be added, or that there
+        will be none."""
+        self._repaired.add(replica_id)
+
     async def remove(self, replica_id: str) -> None:
         """The replica is gone; what still streams from it ends with Unavailable."""
         self._expected.discard(replica_id)
+        self._repaired.discard(replica_id)
         client = self._clients.pop(replica_id, None)
         if client is not None:
             self._table.remove(replica_id)
@@ -313,7 +322,7 @@ class Fleet:
             await self._pause()
             await self._refresh()
             now_s = self._clock.now_s()
-            if any(info.state is not ReplicaState.FAILED for info in self.replicas()):
+            if self._repaired or any(info.state is not ReplicaState.FAILED for info in self.replicas()):
                 lost_since_s = None
             elif lost_since_s is None:
                 lost_since_s = now_s

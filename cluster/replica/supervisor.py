@@ -34,6 +34,7 @@ from cluster.replica.events import (
 )
 from cluster.replica.host_wait import HostWait
 from cluster.replica.leader import LeaderConfig
+from cluster.replica.leader_handle import SILENT_S, LeaderHandle
 from cluster.replica.leader_load import LeaderLoad
 from cluster.replica.placed_rank import PlacedRank
 from cluster.replica.rank_doors import RankDoors
@@ -41,7 +42,6 @@ from cluster.replica.rank_plan import GangEndpoints, worker_configs
 from cluster.replica.ray_reason import ray_reason
 from cluster.replica.recovery import Action, Form, GiveUp, KillRank, Phase, Recovery, StartLeader, StartRank
 from cluster.replica.rendezvous import Rendezvous
-from cluster.replica.side_door import knock
 from engine.errors import EngineFailure, RemudaError
 from engine.executor.channel import ChannelClosed
 from engine.executor.handshake import new_secret
@@ -49,10 +49,7 @@ from engine.executor.handshake import new_secret
 _log = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT_S = 60.0
-CALL_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
-NEWS_WAIT_S = 10.0
-"""So long a leader may wait for an event before it answers; well below its lease."""
 WATCH_INTERVAL_S = 0.5
 IDLE_WATCH_INTERVAL_S = 2.0
 """While the gang serves: whatever happens then ends one of the calls that are waited for."""
@@ -88,10 +85,7 @@ class Supervisor:
         self._rendezvous: Rendezvous | None = None
         self._places: ActorPlaces | None = None
         self._door_secret = new_secret()
-        self._leader: Any = None
-        self._leader_door: Any = None
-        """Ray's reference of its address."""
-        self._leader_has_begun = False
+        self._leader: LeaderHandle | None = None
         self._actors: dict[int, Any] = {}
         self._doors = RankDoors(self._door_secret)
         self._runs: dict[Any, tuple[int, int]] = {}
@@ -102,9 +96,6 @@ class Supervisor:
         self._due: deque[Action] = deque()
         """What recovery wants and has not been done."""
         self._host_wait = HostWait(plan.host_wait_s)
-        self._question: Any = None
-        """Ray's reference of the leader's next answer, and when it was asked for."""
-        self._asked_s = 0.0
         self._looked_s = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
@@ -132,7 +123,6 @@ class Supervisor:
             self._form(0)
         except (RayError, ChannelClosed) as error:
             raise StartFailed(f"replica {self.replica_id}: {ray_reason(error)}") from error
-        self._ask()
         self._thread.start()
 
     def poll(self) -> list[Event]:
@@ -144,9 +134,7 @@ class Supervisor:
     def _supervise(self) -> None:
         try:
             while not self._stopping.is_set() and self._recovery.phase is not Phase.FAILED:
-                is_serving = self._recovery.phase is Phase.SERVING
-                interval_s = IDLE_WATCH_INTERVAL_S if is_serving else WATCH_INTERVAL_S
-                ended, _ = ray.wait([self._question, *self._runs], num_returns=1, timeout=interval_s)
+                ended = self._await_end()
                 if not self._stopping.is_set():
                     self._look(ended)
         except Exception as error:  # noqa: BLE001  (a defect: the replica is lost, and that must be told)
@@ -154,10 +142,22 @@ class Supervisor:
                 _log.exception("replica %s: its supervisor failed", self.replica_id)
                 self._events.put(Failed(type(error).__name__, str(error), self.replica_id))
 
+    def _await_end(self) -> list[Any]:
+        """The first call that ends, if one does before it is time to look."""
+        interval_s = IDLE_WATCH_INTERVAL_S if self._recovery.phase is Phase.SERVING else WATCH_INTERVAL_S
+        calls = [*([] if self._leader is None else [self._leader.question]), *self._runs]
+        if not calls:
+            self._stopping.wait(interval_s)
+            return []
+        ended: list[Any] = ray.wait(calls, num_returns=1, timeout=interval_s)[0]
+        return ended
+
     def _look(self, ended: list[Any]) -> None:
         now_s = time.monotonic()
-        if self._question in ended or now_s > self._asked_s + NEWS_WAIT_S + CALL_TIMEOUT_S:
-            self._take_news()
+        if self._leader is not None and self._leader.question in ended:
+            self._take_news(self._leader)
+        elif self._leader is not None and self._leader.is_silent(now_s):
+            self._carry_out(self._lose_leader(f"has answered nothing for {SILENT_S:g} s"))
         for run in [run for run in ended if run in self._runs]:
             self._note_end(run)
         self._carry_out(self._recovery.tick(now_s))
@@ -170,23 +170,23 @@ class Supervisor:
             assert self._places is not None
             self._places.keep_spares(now_s)
 
-    def _take_news(self) -> None:
-        """The leader always has one question of ours to answer, and takes its time while there is nothing to tell:
-        asking again and again would cost an idle replica more than all else."""
-        life = self._recovery.leader_life
+    def _take_news(self, leader: LeaderHandle) -> None:
         try:
-            lines = ray.get(self._question, timeout=0)
+            lines = leader.take_news()
         except RayError as error:
-            ray.kill(self._leader, no_restart=True)  # it may be silent only
-            reason = f"the leader is gone: {ray_reason(error)}"
-            self._carry_out(self._recovery.leader_ended(life, reason, time.monotonic()))
+            self._carry_out(self._lose_leader(f"is gone: {ray_reason(error)}"))
             return
-        self._ask()
-        for line in lines.splitlines():
+        for line in lines:
             self._note(decode_event(line))
 
-    def _ask(self) -> None:
-        self._question, self._asked_s = self._leader.poll.remote(NEWS_WAIT_S), time.monotonic()
+    def _lose_leader(self, how: str) -> list[Action]:
+        """It may hang only, and must not come back."""
+        assert self._places is not None
+        if self._leader is not None:
+            self._leader.kill()
+            self._leader = None
+        reason = f"the leader on {self._places.hosts[0]} {how}"
+        return self._recovery.leader_ended(self._recovery.leader_life, reason, time.monotonic())
 
     def _note(self, event: Event) -> None:
         recovery, now_s = self._recovery, time.monotonic()
@@ -252,8 +252,7 @@ class Supervisor:
             except StartFailed as error:
                 self._due = deque(self._recovery.impossible(f"{self._recovery.reason}; {error}"))
             except (RayError, ChannelClosed) as error:
-                reason = f"the leader is gone: {ray_reason(error)}"
-                self._want(self._recovery.leader_ended(self._recovery.leader_life, reason, time.monotonic()))
+                self._want(self._lose_leader(f"is gone: {ray_reason(error)}"))
 
     def _waits_for_host(self, action: Action) -> bool:
         """Whether nobody has room for a newcomer yet, and somebody may still come who has. The others are told to
@@ -292,7 +291,6 @@ class Supervisor:
             self._start_rank(action.rank)
         elif isinstance(action, StartLeader):
             self._start_leader()
-            self._ask()
         elif isinstance(action, Form):
             self._form(action.epoch)
         elif isinstance(action, GiveUp):
@@ -305,9 +303,7 @@ class Supervisor:
         config = LeaderConfig(
             replica_id=self.replica_id, plan=self._plan, host=hosts[0], rank_hosts=hosts, secret=self._secret
         )
-        self._leader = self._places.new_leader(config.encode())
-        self._leader_door = self._leader.door.remote()
-        self._leader_has_begun = False
+        self._leader = LeaderHandle(self._places.new_leader(config.encode()), self._door_secret)
 
     def _start_rank(self, rank: int) -> None:
         """An empty process in the rank's place; ``_form`` gives it something to do."""
@@ -319,9 +315,9 @@ class Supervisor:
         """Raises RayError or ChannelClosed where the leader is gone."""
         if self._rendezvous is not None:
             self._rendezvous.close()  # frees those that wait for a lost rank there
-        assert self._places is not None
+        assert self._places is not None and self._leader is not None
         hosts = self._places.hosts
-        endpoints = GangEndpoints.decode(self._ask_leader("open", msgspec.msgpack.encode(OpenCall(epoch, hosts))))
+        endpoints = GangEndpoints.decode(self._leader.call("open", msgspec.msgpack.encode(OpenCall(epoch, hosts))))
         rendezvous = self._rendezvous = Rendezvous(self._host)
         placed = [PlacedRank(rank, host) for rank, host in enumerate(hosts)]
         configs = worker_configs(
@@ -335,22 +331,16 @@ class Supervisor:
                 self._doors.tell(rank, "form", call)  # whoever does not join is replaced
             else:
                 self._runs[self._actors[rank].run.remote(call)] = rank, life
-        if not self._leader_has_begun:
-            self._leader_has_begun = True
-            self._ask_leader("start")
+        self._leader.begin()
         self._recovery.told(epoch, time.monotonic())
-
-    def _ask_leader(self, name: str, argument: bytes = b"", timeout_s: float = CALL_TIMEOUT_S) -> bytes:
-        """Whatever else the leader does. Raises RayError or ChannelClosed where it is gone."""
-        address = ray.get(self._leader_door, timeout=timeout_s)
-        return knock(address, self._door_secret, name, argument, timeout_s)
 
     # ---- from outside ----------------------------------------------------------------------------------------------
 
     def load(self) -> LeaderLoad | None:
         """How busy the gang is; None before it serves, and when it cannot be asked (``poll`` then tells why)."""
+        leader = self._leader
         try:
-            data = self._ask_leader("load")
+            data = b"" if leader is None else leader.call("load")
         except (RayError, ChannelClosed):
             return None
         return LeaderLoad.decode(data) if data else None
@@ -359,7 +349,8 @@ class Supervisor:
         """Have the gang refuse new requests; returns when what runs has ended, or the time is up."""
         deadline_s = time.monotonic() + timeout_s
         try:
-            self._ask_leader("drain")
+            if (leader := self._leader) is not None:
+                leader.call("drain")
         except (RayError, ChannelClosed):
             return
         load = self.load()
@@ -375,9 +366,10 @@ class Supervisor:
             self._thread.join(STOP_TIMEOUT_S)
         if has_stopped and self._runs:
             ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
-        for actor in [self._leader, *self._actors.values()]:
-            if actor is not None:
-                ray.kill(actor, no_restart=True)
+        if self._leader is not None:
+            self._leader.kill()
+        for actor in self._actors.values():
+            ray.kill(actor, no_restart=True)
         if self._places is not None:
             self._places.release()
         if self._rendezvous is not None:
@@ -389,7 +381,7 @@ class Supervisor:
         if self._leader is None:
             return False
         try:
-            self._ask_leader("stop", timeout_s=STOP_TIMEOUT_S)
+            self._leader.call("stop")
         except (RayError, ChannelClosed) as error:
             _log.warning("replica %s: the leader did not stop: %s", self.replica_id, ray_reason(error))
             return False

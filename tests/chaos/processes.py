@@ -57,6 +57,8 @@ STOPS = [
     Cell(f"SIGSTOP rank 1 for {SHORT_STOP_S:g} s", Moment.DECODE, stop_shortly("rank 1")),
     Cell("SIGSTOP rank 1", Moment.DECODE, stop("rank 1"), only("rank 1")),
     Cell("SIGSTOP rank 0", Moment.PREFILL, stop("rank 0"), only("rank 0")),
+    Cell("SIGSTOP leader", Moment.DECODE, stop("leader"), only("leader")),
+    Cell("SIGSTOP leader", Moment.PREFILL, stop("leader"), only("leader")),
 ]
 
 

@@ -144,6 +144,26 @@ def test_a_killed_leader_is_replaced_beside_living_ranks(server: Served, unfault
 
 
 @pytest.mark.full
+def test_a_stopped_leader_is_replaced_beside_living_ranks(server: Served, unfaulted: list[list[int]]) -> None:
+    """Nothing of it ends by itself: no process, and no connection."""
+    before = pids(server)
+    leader = leader_of(processes_with(server.mark))
+    streams = streams_of(server)
+    for stream in streams:
+        assert stream.begun.wait(60)
+    leader.suspend()
+    for stream in streams:
+        stream.join(REPAIR_TIMEOUT_S)
+        assert not stream.is_alive()
+    assert [stream.errors for stream in streams] == [[]] * len(streams)
+    assert [stream.token_ids for stream in streams] == unfaulted
+    assert pids(server) == before, "the ranks keep their processes"
+    assert "the leader on" in server.log.read_text()
+    leader.wait(30)
+    assert server.process is not None and server.process.poll() is None
+
+
+@pytest.mark.full
 def test_a_rank_killed_while_it_starts_is_replaced_and_the_server_becomes_ready(tmp_path: Path) -> None:
     server = Served(("remuda-tiny", "--tp", "2"), tmp_path / "serve.log")
     server.start()

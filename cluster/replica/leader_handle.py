@@ -1,0 +1,81 @@
+"""A gang's leader, as its supervisor reaches it: a question that it always has to answer, and its side door."""
+
+import time
+from typing import Any
+
+import ray
+
+from cluster.replica.side_door import knock
+
+NEWS_WAIT_S = 5.0
+"""So long a leader may wait for an event before it answers; well below its lease."""
+SILENT_S = 15.0
+"""A leader that has answered nothing for so long hangs. Front ends think of a replica as lost 30 s after it fell silent
+for them."""
+START_TIMEOUT_S = 60.0
+"""A process that Ray has just been asked for, on a busy host, may take so long to answer for the first time."""
+_MAX_TICK_S = 3.0
+
+
+class Silence:
+    """How long a question has been left without an answer. Time in which nobody looked does not count: this process, or
+    the machine, may have been suspended. Pure; ``now_s``: seconds of any clock that never goes back."""
+
+    def __init__(self, now_s: float) -> None:
+        self._looked_s = now_s
+        self._silent_s = 0.0
+
+    def look(self, now_s: float) -> float:
+        """Seconds so far."""
+        self._silent_s += min(now_s - self._looked_s, _MAX_TICK_S)
+        self._looked_s = now_s
+        return self._silent_s
+
+
+class LeaderHandle:
+    """One life of a leader.
+
+    Args:
+        actor: Ray's.
+        secret: of its side door.
+    """
+
+    def __init__(self, actor: Any, secret: str) -> None:
+        self._actor = actor
+        self._secret = secret
+        self._door = actor.door.remote()
+        self._has_begun = False
+        self._ask()
+
+    def _ask(self) -> None:
+        self.question = self._actor.poll.remote(NEWS_WAIT_S)
+        """Ray's reference of the next answer."""
+        self._silence = Silence(time.monotonic())
+
+    def take_news(self) -> list[bytes]:
+        """The answer, as lines, and the next question at once. The leader always has one to answer, and takes its time
+        while there is nothing to tell: asking again and again would cost an idle replica more than all else. Raises
+        RayError where the leader is gone."""
+        lines: bytes = ray.get(self.question, timeout=0)
+        self._ask()
+        return lines.splitlines()
+
+    def is_silent(self, now_s: float) -> bool:
+        """Whether it hangs; to be asked all the time. One that was not told to begin may not be there yet."""
+        return self._has_begun and self._silence.look(now_s) >= SILENT_S
+
+    def begin(self) -> None:
+        """Once. Raises as ``call`` does."""
+        if not self._has_begun:
+            self.call("start")
+            self._has_begun, self._silence = True, Silence(time.monotonic())
+
+    def call(self, name: str, argument: bytes = b"") -> bytes:
+        """By the side door, whatever else it does. Raises RayError or ChannelClosed where it is gone, or hangs."""
+        timeout_s = SILENT_S if self._has_begun else START_TIMEOUT_S
+        address = ray.get(self._door, timeout=timeout_s)
+        return knock(address, self._secret, name, argument, timeout_s)
+
+    def kill(self) -> None:
+        """Whether it still runs or not."""
+        ray.kill(self._actor, no_restart=True)
