@@ -152,14 +152,8 @@ class Serving:
             f"tp={plan.tensor_parallel_size} ep={plan.expert_parallel_size}{copies}\n"
             f"{front_end.addresses} (Ctrl-C stops)"
         )
-        if plan.device == Device.CPU and not is_built():
-            self._console.print(
-                "  notice: the package was installed without a C++ compiler, so CPU ranks compute with torch alone, "
-                "more slowly; install g++ and reinstall remuda",
-                markup=False,
-            )
-        if self._checked.model.notice:
-            self._console.print(f"  notice: {self._checked.model.notice}", markup=False)
+        for notice in notices_of(self._checked):
+            self._console.print(f"  notice: {notice}", markup=False)
         licence = licence_of(self._checked.directory)
         for line in (licence.describe(), *(f"  notice: {notice}" for notice in licence.notices)):
             self._console.print(line, markup=False)
@@ -254,6 +248,21 @@ class Serving:
             self._status = 1
             self._reason = Unavailable(f"the server stops: {reason}")
             self._stop.set()
+
+
+def notices_of(checked: Preflight) -> list[str]:
+    """What the user may want to change; the start goes on."""
+    plan, notices = checked.launch.replica, []
+    if plan.device == Device.CPU and not is_built():
+        notices.append(
+            "the package was installed without a C++ compiler, so CPU ranks compute with torch alone, more slowly; "
+            "install g++ and reinstall remuda"
+        )
+    if plan.device == Device.CUDA and plan.spare_ranks:
+        notices.append("--spare-ranks has no effect on GPUs: Ray shows none to a process that only stands by")
+    if checked.model.notice:
+        notices.append(checked.model.notice)
+    return notices
 
 
 def _describe(event: Repairing | GangFormed) -> str:
