@@ -44,6 +44,22 @@ def test_the_stretch_decides(stretch: float, expected: int) -> None:
     assert num_prompt_tokens(budget, 4) == pytest.approx(expected, abs=1)
 
 
+def test_a_prompt_gets_16_tokens_of_a_step_however_dear_they_are() -> None:
+    """With the factor that is served with: the gap then is longer than it. A second prompt gets none of such a step."""
+    budget = LatencyBudget(SchedulerConfig().max_step_stretch)
+    assert SchedulerConfig().max_step_stretch == 5.0, "as docs/guide.md says"
+    for _ in range(50):
+        budget.observe(4, [], 0.001)
+        budget.observe(4, [(0, 100)], 0.101)
+    step = budget.of_step(2048, 4)
+    assert step.prompt_tokens(0) == 16, "four would take as long as may be"
+    step.take(16, 0)
+    assert step.prompt_tokens(0) == 0
+    durations, num_steps = run(5.0, decode_s=0.001, token_s=0.001)
+    assert max(durations) == pytest.approx(0.001 + 16 * 0.001) and max(durations) > 5 * 0.001
+    assert num_steps <= 4000 / 16 * 1.05 + 3, "it gets on"
+
+
 def test_how_long_decoding_takes_is_looked_at_again() -> None:
     budget = LatencyBudget(3.0)
     budget.observe(4, [], 0.1)
