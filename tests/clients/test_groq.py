@@ -1,4 +1,4 @@
-"""Groq's client, whose paths begin with /openai/v1: its base URL is what stands before that."""
+"""Groq's client, whose paths begin with /openai/v1."""
 
 import json
 from collections.abc import Iterator
@@ -11,17 +11,9 @@ import pytest
 from tests.clients.chores import MODEL, TOOL, USER, check_place
 
 
-class BelowOpenai(httpx.HTTPTransport):
-    """Groq's paths at ours."""
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        request.url = request.url.copy_with(path=request.url.path.removeprefix("/openai"))
-        return super().handle_request(request)
-
-
 @pytest.fixture(scope="module")
 def client(url: str) -> Iterator[groq.Groq]:
-    http = httpx.Client(timeout=60, trust_env=False, transport=BelowOpenai())
+    http = httpx.Client(timeout=60, trust_env=False)
     with groq.Groq(base_url=url, api_key="none", max_retries=0, http_client=http) as made:
         yield made
 

@@ -10,6 +10,7 @@ from typing import Literal
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
+from openai import NotFoundError
 
 URL = sys.argv[1]
 
@@ -33,6 +34,13 @@ def main() -> None:
     answer = caller.chat_with_tools([tool], "Where?", tool_required=True)
     calls = caller.get_tool_calls_from_response(answer)
     assert calls[0].tool_name == "find" and calls[0].tool_kwargs["side"] in ("left", "right"), calls
+    unknown = OpenAILike(**{**values, "model": "other"}, max_tokens=8, is_chat_model=True)
+    try:
+        unknown.chat(question)
+    except NotFoundError as error:
+        assert "does not exist" in str(error), error
+    else:
+        raise AssertionError("an unknown model was served")
     print("passed")
 
 

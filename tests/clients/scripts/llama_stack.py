@@ -1,39 +1,23 @@
-"""llama-stack-client's inference, as far as this version speaks OpenAI's API: below /v1/openai/v1, which is our /v1.
-
-It takes the data of every event for JSON, also the `[DONE]` that ends OpenAI's streams and that its own server does not
-send: so a stream gives all its chunks, and then the library's error.
-"""
+"""llama-stack-client's inference, as far as this version speaks OpenAI's API: below /v1/openai/v1."""
 
 import json
 import sys
-from typing import Any
 
 import httpx
 from llama_stack_client import LlamaStackClient, NotFoundError
 
 URL = sys.argv[1]
-
-
-class BelowOpenai(httpx.HTTPTransport):
-    """Its paths at ours."""
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        request.url = request.url.copy_with(path=request.url.path.removeprefix("/v1/openai"))
-        return super().handle_request(request)
-
-
-def streamed(client: LlamaStackClient, **asked: Any) -> list[Any]:
-    chunks = []
-    try:
-        for chunk in client.chat.completions.create(**asked, stream=True):
-            chunks.append(chunk)
-    except json.JSONDecodeError as error:
-        assert error.doc == "[DONE]", error.doc
-    return chunks
+SCHEMA = {
+    "type": "object",
+    "properties": {"side": {"enum": ["left", "right"]}},
+    "required": ["side"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "find", "parameters": SCHEMA}}
 
 
 def main() -> None:
-    http = httpx.Client(transport=BelowOpenai(), timeout=60, trust_env=False)
+    http = httpx.Client(timeout=60, trust_env=False)
     client = LlamaStackClient(base_url=URL, http_client=http, max_retries=0)
     asked = {
         "model": "remuda-tiny",
@@ -42,11 +26,14 @@ def main() -> None:
         "temperature": 0,
     }
     whole = client.chat.completions.create(**asked).choices[0].message.content
-    chunks = streamed(client, **asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True))
     assert chunks[-1].choices[0].finish_reason, chunks[-1]
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text and text == whole, (text, whole)
     assert client.completions.create(model="remuda-tiny", prompt="Once upon", max_tokens=4).choices[0].text
+    forced = {**asked, "max_tokens": 400, "tools": [TOOL], "tool_choice": "required"}
+    (call,) = client.chat.completions.create(**forced).choices[0].message.tool_calls
+    assert call.function.name == "find" and json.loads(call.function.arguments)["side"] in ("left", "right"), call
     try:
         client.chat.completions.create(**{**asked, "model": "other"})
     except NotFoundError as error:
