@@ -5,7 +5,7 @@ import importlib.metadata
 import logging
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from starlette.types import ASGIApp
@@ -21,6 +21,7 @@ from cluster.frontend.clock import LoopClock
 from cluster.frontend.encoding import PromptEncoder
 from cluster.frontend.grpc_admin import AdminServicer
 from cluster.frontend.grpc_gate import GrpcGate
+from cluster.frontend.grpc_limits import GrpcLimits
 from cluster.frontend.grpc_service import InferenceServicer
 from cluster.frontend.health import Health
 from cluster.frontend.http import build_health_app, build_http_app
@@ -75,6 +76,7 @@ class FrontEndConfig:
     max_lora_rank: int = LoraConfig.max_rank
     http: HttpSettings = field(default_factory=HttpSettings)
     http_limits: HttpLimits = field(default_factory=HttpLimits)
+    grpc_limits: GrpcLimits = field(default_factory=GrpcLimits)
 
 
 class FrontEnd:
@@ -121,7 +123,8 @@ class FrontEnd:
         )
         self.health = Health(backend.replicas, lambda: self._admission.is_closed, clock, config.stall_s)
         tracer = self._telemetry.tracer
-        http_app = build_http_app(self.service, self.health, metrics, self._authenticator, config.http, tracer)
+        is_own = self._authenticator.is_open and is_loopback(config.host)
+        http_app = build_http_app(self.service, self.health, metrics, self._authenticator, config.http, tracer, is_own)
         self._listen(config, http_app)
         self._watchers: list[asyncio.Task[None]] = []
 
@@ -136,9 +139,13 @@ class FrontEnd:
         self._probes: HttpListener | None = None
         try:
             if health_port is not None:
-                probes, limits = build_health_app(self.health), config.http_limits
+                # Beside the other two servers' shares of this process's files.
+                limits = replace(config.http_limits, max_connections=max(1, config.http_limits.max_connections // 8))
+                probes = build_health_app(self.health)
                 self._probes = HttpListener(probes, config.host, health_port, limits, option="health_port")
-            self._grpc = GrpcListener(inference, admin, vllm, gate, config.host, config.grpc_port, self._tls)
+            self._grpc = GrpcListener(
+                inference, admin, vllm, gate, config.host, config.grpc_port, config.grpc_limits, self._tls
+            )
         except InvalidOption:
             for listener in self._http_listeners:
                 listener.close()

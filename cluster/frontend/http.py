@@ -40,6 +40,7 @@ from cluster.frontend.openai_schema import (
     UnloadAdapterBody,
 )
 from cluster.frontend.openapi import openapi_document
+from cluster.frontend.other_prefixes import WITHOUT_DONE, OtherPrefixes
 from cluster.frontend.responses.routes import ResponsesApi
 from cluster.frontend.server_status import StatusApi
 from cluster.frontend.service import Service
@@ -116,13 +117,13 @@ class HttpApi:
     async def _complete(self, request: Request, kind: str) -> Response:
         body = await self._body(request)
         if (last_event_id := request.headers.get("last-event-id")) is not None:
-            return await self._resume(Cursor.parse(last_event_id))
+            return await self._resume(request, Cursor.parse(last_event_id))
         prefix = "cmpl" if kind == "completion" else "chatcmpl"
         stored = StoredCall(kind, f"{prefix}-{uuid.uuid4().hex}", body, time.time())
         call, form, streams = self._asked(stored)
         if streams:
             keeps = request.headers.get("remuda-resumable", "") in ("1", "true")
-            return self._answers.stream(call, form, OpenAiFraming(), stored if keeps else None)
+            return self._answers.stream(call, form, _framing(request), stored if keeps else None)
         return JsonResponse(form.whole(await self._answers.whole(request, call)))
 
     def _asked(self, stored: StoredCall) -> tuple[Call, CompletionForm | ChatForm, bool]:
@@ -140,11 +141,11 @@ class HttpApi:
         form = ChatForm(call, chat, call.model or service.name, created_unix_s, service.tokenizer.bytes)
         return call, form, bool(chat.stream)
 
-    async def _resume(self, had: Cursor) -> Response:
+    async def _resume(self, request: Request, had: Cursor) -> Response:
         """A client that came back for the rest of its stream. Raises UnknownStream."""
         found = await self._service.find(had.call_id)
         call, form, _ = self._asked(found.stored)
-        return self._answers.resumed(call, found, form, OpenAiFraming(), had)
+        return self._answers.resumed(call, found, form, _framing(request), had)
 
     async def moderations(self, request: Request) -> Response:
         body = parse_body(ModerationBody, await self._body(request))
@@ -195,6 +196,10 @@ class HttpApi:
         return await self._answers.body(request)
 
 
+def _framing(request: Request) -> OpenAiFraming:
+    return OpenAiFraming(says_done=not request.scope.get(WITHOUT_DONE, False))
+
+
 def health_routes(health: Probed) -> list[Route]:
     """For probes, which have no credentials."""
 
@@ -230,17 +235,17 @@ def build_http_app(
     authenticator: Authenticator,
     settings: HttpSettings = HttpSettings(),
     tracer: Tracer = NO_TRACER,
+    is_own: bool = False,
 ) -> Starlette:
-    """The ASGI application."""
+    """The ASGI application. ``is_own``: of this machine alone, so that browsers may not bring others to it."""
     answers = Answers(service, settings)
     apis = (HttpApi(answers, health, metrics), OllamaApi(answers), AnthropicApi(answers), ResponsesApi(answers))
     routes = [route for api in (*apis, UsageApi(service), StatusApi(service)) for route in api.routes()]
     routes += console_routes()
     paths = frozenset(route.path for route in routes)
-    gate = Middleware(Gate, authenticator=authenticator, metrics=metrics, paths=paths, tracer=tracer)
-    app = Starlette(
-        routes=routes, middleware=[Middleware(LimitHeaders), gate], exception_handlers={HTTPException: _refused_by_http}
-    )
+    gate = Middleware(Gate, authenticator=authenticator, metrics=metrics, paths=paths, tracer=tracer, is_own=is_own)
+    around = [Middleware(OtherPrefixes), Middleware(LimitHeaders), gate]
+    app = Starlette(routes=routes, middleware=around, exception_handlers={HTTPException: _refused_by_http})
     # They would name our scheme: behind a gateway that speaks TLS, keys would follow in plain text.
     app.router.redirect_slashes = False
     return app

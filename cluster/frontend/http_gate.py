@@ -13,6 +13,7 @@ from cluster.frontend.console.files import PATHS as CONSOLE_PATHS
 from cluster.frontend.http_errors import error_response, log_defect
 from cluster.frontend.http_protocol import PEER_CERTIFICATE
 from cluster.frontend.metrics import Metrics
+from cluster.frontend.own_pages import check_own_page
 from cluster.identity.authenticator import IDENTITY_HEADERS, Authenticator, Credentials
 from cluster.identity.principal import ADMIN, INFER, METRICS, NOBODY, Principal, acting_as
 from cluster.identity.principal import Scope as Permission
@@ -46,6 +47,7 @@ class Gate:
     metrics: counts responses.
     paths: known paths, which may be labels.
     tracer: for the spans of requests.
+    is_own: nobody proves anything, because only this machine reaches the server: pages of elsewhere are refused.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Gate:
         metrics: Metrics,
         paths: frozenset[str],
         tracer: Tracer = NO_TRACER,
+        is_own: bool = False,
     ) -> None:
         self._app = app
+        self._is_own = is_own
         self._authenticator = authenticator
         self._metrics = metrics
         self._paths = paths
@@ -109,6 +113,8 @@ class Gate:
     async def _admitted(self, scope: Scope) -> Principal:
         """Before a byte of the body is read. Raises Unauthenticated, PermissionDenied, Unavailable."""
         path = scope["path"]
+        if self._is_own:
+            check_own_page(_headers(scope))
         if path in OPEN_PATHS:
             return NOBODY
         shown = Credentials.of(_headers(scope), scope.get(PEER_CERTIFICATE))

@@ -1,24 +1,17 @@
 """What one HTTP connection may cost before, and beside, any request that the application sees."""
 
 import asyncio
-import resource
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from cluster.frontend.connection_share import affordable_connections
 from cluster.frontend.http_errors import plain_error
 
 PEER_CERTIFICATE = "remuda.peer_certificate"
 """In a request's scope: the DER certificate that the connection's client has proved to hold."""
 _PIECE_BYTES = 16 << 10
-_MOST_CONNECTIONS = 10_000
-
-
-def _affordable_connections() -> int:
-    """Half of the files that this process may have open."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(_MOST_CONNECTIONS, soft // 2))
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,7 @@ class HttpLimits:
     body_window_s: float = 20.0
     min_body_bytes: int = 10_000
     write_stall_s: float = 60.0
-    max_connections: int = field(default_factory=_affordable_connections)
+    max_connections: int = field(default_factory=lambda: affordable_connections(1 / 2))
 
 
 def limited_http(bounds: HttpLimits) -> type[HttpToolsProtocol]:

@@ -14,12 +14,12 @@ from uvicorn.server import ServerState
 
 from cluster.frontend.grpc_admin import AdminServicer
 from cluster.frontend.grpc_gate import GrpcGate
+from cluster.frontend.grpc_limits import GrpcLimits
 from cluster.frontend.grpc_service import InferenceServicer
 from cluster.frontend.http_protocol import HttpLimits, LimitedHttp, limited_http
 from cluster.frontend.vllm_grpc.servicer import VllmServicer
 from cluster.identity.tls import ServerTls
 from cluster.rpc.aio_server import make_server
-from cluster.rpc.channel import CLIENT_FACING_OPTIONS
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from cluster.rpc.generated.vllm import vllm_engine_pb2, vllm_engine_pb2_grpc
 from cluster.rpc.health import Health, add_health_and_reflection
@@ -162,6 +162,7 @@ class GrpcListener:
     gate: around every method.
     host: as above.
     port: 0 takes a free one.
+    limits: of the connections.
     tls: None: plain text.
     """
 
@@ -173,9 +174,10 @@ class GrpcListener:
         gate: GrpcGate,
         host: str,
         port: int,
+        limits: GrpcLimits,
         tls: ServerTls | None = None,
     ) -> None:
-        self._server = make_server(options=CLIENT_FACING_OPTIONS, interceptors=[gate])
+        self._server = make_server(options=limits.options(), interceptors=[gate])
         self._health: Health | None = None
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, self._server)

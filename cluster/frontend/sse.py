@@ -48,11 +48,13 @@ class Framing(Protocol):
 
 
 class OpenAiFraming:
-    """Server-sent events without names, and a last one that says ``[DONE]``."""
+    """Server-sent events without names, and a last one that says ``[DONE]``, unless ``says_done`` is false."""
 
     media_type = "text/event-stream"
-    done = b"data: [DONE]\n\n"
     ping = b": ping\n\n"
+
+    def __init__(self, says_done: bool = True) -> None:
+        self.done = b"data: [DONE]\n\n" if says_done else b""
 
     def chunk(self, chunk: dict[str, Any], event_id: str | None) -> bytes:
         head = f"id: {event_id}\n".encode() if event_id is not None else b""

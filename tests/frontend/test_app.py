@@ -136,7 +136,8 @@ async def test_a_slow_reader_gets_everything(tiny: Any) -> None:
         body = {"prompt": "Hi", "max_tokens": 400, "stream": True}
         reader, writer = await asyncio.open_connection("127.0.0.1", one.front_end.port, limit=1000)
         text = str(body).replace("'", '"').replace("True", "true").encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(text)}\r\n\r\n"
+        start = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        head = f"{start}content-length: {len(text)}\r\n\r\n"
         writer.write(head.encode() + text)
         await asyncio.sleep(0.3)
         received = (await reader.read(-1)).decode()

@@ -248,7 +248,7 @@ async def test_a_client_that_goes_away_stops_the_work(stream: bool, before: list
     async with served(Gate(before=before)) as one:
         body = json.dumps(chat(stream=stream, n=2)).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", one.front_end.port)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         await one.backend.until(lambda: len(one.backend.live) == 2)
         if stream and before:

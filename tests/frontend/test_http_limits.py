@@ -18,9 +18,9 @@ from tests.frontend.servers import Served, served
 from tests.frontend.test_stuck_readers import endless
 
 LIMITS = HttpLimits()
-POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
 CHUNKED = POST + b"transfer-encoding: chunked\r\n\r\n"
-GET = b"GET /livez HTTP/1.1\r\nhost: x\r\n"
+GET = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n"
 
 
 @asynccontextmanager
@@ -208,7 +208,7 @@ async def test_a_client_that_takes_nothing_is_cut(path: str) -> None:
             body = json.dumps(completion(prompt="a b" * 500_000, return_token_strs=True))
             if path == "/v1/completions":
                 body = json.dumps(completion(stream=True, logprobs=20))
-            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
             await loop.sock_sendall(client, (head + body).encode())
             connections = one.front_end._http._server.server_state.connections
             async with asyncio.timeout(10):

@@ -73,7 +73,7 @@ async def test_http(monkeypatch: pytest.MonkeyPatch) -> None:
             loop = asyncio.get_running_loop()
             await loop.sock_connect(client, ("127.0.0.1", one.front_end.port))
             body = json.dumps({"prompt": "Hi", "stream": True, "timeout_s": TIME_LIMIT_S, "n": 4, "logprobs": 20})
-            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
             await loop.sock_sendall(client, (head + body).encode())
             await wait_until_over(one)
 
