@@ -90,7 +90,7 @@ bench: setup  ## ratios of our host path to a reference measured in the same run
 bench-roof: setup  ## native kernels and whole steps as fractions of the same-run memory read or GEMM (wants make bench-models)
 	$(PY) -m bench.roof $(ARGS)
 
-bench-gpu: setup  ## on a CUDA machine: every GPU path checked against float64, then measured against the same GPU's copy and GEMM
+bench-gpu: setup  ## on a CUDA machine: kernels checked against float64, remuda-tiny served against the CPU; then measured against the GPU's copy and GEMM
 	$(PY) -m bench.gpu $(ARGS)
 
 bench-peers: setup  ## us and every installed peer on one checkpoint with the same load, in turns (wants make bench-models)

@@ -1,17 +1,20 @@
-"""``make bench-gpu``: every CUDA path checked for correctness, then measured against what this GPU can do.
+"""``make bench-gpu``: the CUDA paths checked for correctness, then measured against what this GPU can do.
 
     python -m bench.gpu [--only checks,kernels,steps] [--repetitions 5] [--quick] [--out out/gpu.json]
 
-Checks come first: the kernels' tests (tests/kernels, compiled here, where a machine without a GPU interprets them), and
-whole steps of remuda-tiny with and without CUDA graphs against the CPU in float32. The ceilings (a copy of memory, a
-bfloat16 product) are measured again beside every figure. Without a CUDA device it says so and exits with 2; where a
-check failed, with 1.
+Checks come first: the kernels' tests (tests/kernels, compiled here, where a machine without a GPU interprets them);
+whole steps of remuda-tiny with and without CUDA graphs; and remuda-tiny served by the engine itself (bench.gpu_serving:
+formats, adapters, grammars, embeddings, one and two plans in flight; over NCCL where there are two GPUs), all against
+the CPU in float32. What this machine cannot check is named. The ceilings (a copy of memory, a bfloat16 product) are
+measured again beside every figure. Without a CUDA device it says so and exits with 2; where a check failed, with 1.
 """
 
 import argparse
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +24,7 @@ from bench.measure import Row
 from bench.output import machine, make_console, print_rows, write_rows
 
 SECTIONS = ("checks", "kernels", "steps")
+OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
 _TEST_TIMEOUT_S = 1200
 
 
@@ -40,12 +44,12 @@ def main() -> int:
         print("bench-gpu needs a CUDA device, and torch finds none on this machine", file=sys.stderr)
         return 2
     console, began_s, about = make_console(), time.monotonic(), machine() | gpu()
-    failures = _check(console) if "checks" in names else []
+    failures, missing = check(console) if "checks" in names else ([], [])
     rows = _measure(names, 1 if arguments.quick else arguments.repetitions, arguments.quick)
     print_rows(rows, console)
-    about["failed_checks"] = failures
+    about["failed_checks"], about["not_checked"] = failures, missing
     write_rows(arguments.out, rows, time.monotonic() - began_s, about)
-    console.print(f"{len(rows)} figures in {arguments.out}; {len(failures)} checks failed")
+    console.print(f"{len(rows)} figures in {arguments.out}; {len(failures)} checks failed, {len(missing)} not made")
     return 1 if failures else 0
 
 
@@ -61,21 +65,35 @@ def gpu() -> dict[str, object]:
     }
 
 
-def _check(console: Console) -> list[str]:
-    """Names of the checks that failed; they are printed as they come."""
+def check(console: Console) -> tuple[list[str], list[str]]:
+    """Names of the checks that failed, and of those that this machine cannot make; all are printed as they come."""
     from bench.gpu_checks import CHECKS
 
-    failures = []
+    failures, missing = [], []
     command = [sys.executable, "-m", "pytest", "-q", "tests/kernels"]
     if subprocess.run(command, timeout=_TEST_TIMEOUT_S, check=False).returncode:
         failures.append("tests/kernels")
-    for name, check in CHECKS.items():
-        worst, bound = check()
-        is_right = worst <= bound
-        console.print(f"{'ok    ' if is_right else 'FAILED'} {name}: off by {worst:.3g}, at most {bound:.3g}")
-        if not is_right:
+    for name, made in CHECKS.items():
+        verdict, text = judge(made)
+        console.print(f"{verdict:11} {name}: {text}", markup=False)
+        if verdict == FAILED:
             failures.append(name)
-    return failures
+        elif verdict == NOT_CHECKED:
+            missing.append(name)
+    return failures, missing
+
+
+def judge(made: Callable[[], tuple[float, float]]) -> tuple[str, str]:
+    """A check's verdict, and what led to it."""
+    from bench.gpu_checks import NotChecked
+
+    try:
+        worst, bound = made()
+    except NotChecked as reason:
+        return NOT_CHECKED, str(reason)
+    except Exception as error:  # noqa: BLE001  whatever a path does, the others are still to be checked
+        return FAILED, "".join(traceback.format_exception(error))
+    return OK if worst <= bound else FAILED, f"off by {worst:.3g}, at most {bound:.3g}"
 
 
 def _measure(names: list[str], num_repetitions: int, quick: bool) -> list[Row]:

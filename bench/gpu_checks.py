@@ -1,16 +1,16 @@
 """What only a GPU can show, each against something that does not use it: the largest error, and what it may be."""
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 
-import engine
 from bench.gpu_kernels import attention_step
 from bench.gpu_model import GpuModel
 from bench.gpu_roofs import DEVICE
+from bench.gpu_serving import CASES, DEPTHS, GANGS, TINY, check_gang, check_served
 from engine.attention.registry import attention_backend
-from engine.config import Dtype, KvGroupConfig
+from engine.config import Dtype, KvGroupConfig, ParallelConfig
 from engine.executor.sampler import sample
 from engine.executor.sampling_row import SamplingRow
 from engine.model_config import ModelConfig
@@ -18,15 +18,18 @@ from engine.quantization.fp8 import multiply_float8, quantize_rows
 from engine.request import SamplingParams
 
 Check = Callable[[], tuple[float, float]]
-_TINY = Path(engine.__path__[0]) / "assets" / "remuda-tiny"
 _CPU = torch.device("cpu")
 _PROMPTS = [list(range(5, 205)), [7, 300, 9], list(range(400, 433))]
 _LARGEST_PROMPT = 256
 
 
+class NotChecked(Exception):
+    """This machine lacks what the check is about; the message says what."""
+
+
 def _tiny(dtype: Dtype, device: torch.device) -> GpuModel:
-    config = ModelConfig.from_directory(_TINY)
-    return GpuModel(config, str(_TINY), dtype, device, num_requests=len(_PROMPTS), max_len=_LARGEST_PROMPT)
+    config = ModelConfig.from_directory(TINY)
+    return GpuModel(config, str(TINY), dtype, device, num_requests=len(_PROMPTS), max_len=_LARGEST_PROMPT)
 
 
 def _tiny_logits(model: GpuModel, *, is_captured: bool = False) -> torch.Tensor:
@@ -79,6 +82,8 @@ def _long_attention(name: str, group: KvGroupConfig) -> Check:
 
 def _float8() -> tuple[float, float]:
     """Against float64 products of the same codes."""
+    if torch.cuda.get_device_capability(DEVICE) < (9, 0):
+        raise NotChecked("products in FP8 want Hopper or later")
     codes, scales = quantize_rows(torch.randn(512, 1024, device=DEVICE))
     hidden = torch.randn(33, 1024, dtype=torch.bfloat16, device=DEVICE)
     inputs, input_scales = quantize_rows(hidden)
@@ -98,6 +103,12 @@ def _draws() -> tuple[float, float]:
     return different / len(rows), 0.005
 
 
+def _gang(layout: ParallelConfig) -> tuple[float, float]:
+    if (num_gpus := torch.cuda.device_count()) < layout.num_ranks:
+        raise NotChecked(f"NCCL between {layout.num_ranks} ranks wants as many GPUs; there is {num_gpus}")
+    return check_gang(layout, "cuda")
+
+
 _GROUPS = {
     "full": KvGroupConfig((0,)),
     "chunked": KvGroupConfig((0,), chunk_size=2048),
@@ -110,4 +121,10 @@ CHECKS: dict[str, Check] = {
     **{f"long {kind} attention": _long_attention("cuda", group) for kind, group in _GROUPS.items()},
     "FP8 products against float64": _float8,
     "drawn tokens against the CPU": _draws,
+    **{
+        f"served, {case.name}, {depth} in flight, against the CPU": partial(check_served, case, depth, "cuda")
+        for case in CASES
+        for depth in DEPTHS
+    },
+    **{f"served over NCCL, {layout.product}, against the CPU": partial(_gang, layout) for layout in GANGS},
 }

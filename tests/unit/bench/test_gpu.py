@@ -1,11 +1,27 @@
-"""The GPU's benchmark where there is no GPU, and the ways it drives a model."""
+"""The GPU's benchmark where there is no GPU: what its checks do is done here on the CPU, so that they are known to pass
+what is right and to find what is wrong."""
 
 import pytest
 import torch
 
-from bench import gpu
-from bench.gpu_checks import _tiny, _tiny_logits
-from engine.config import Dtype
+from bench import gpu, gpu_serving
+from bench.gpu_checks import CHECKS, NotChecked, _tiny, _tiny_logits
+from bench.gpu_serving import (
+    CASES,
+    DEPTHS,
+    GANGS,
+    Case,
+    Served,
+    check_gang,
+    check_served,
+    difference,
+    expected_of,
+    serve,
+)
+from engine.config import Dtype, ParallelConfig
+from engine.request import TopLogprobs
+
+PLAIN = CASES[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -20,3 +36,85 @@ def test_what_the_checks_compare_with_runs_on_the_cpu() -> None:
     found = _tiny_logits(_tiny(Dtype.FLOAT32, torch.device("cpu")))
     assert found.shape[0] == 9 and torch.isfinite(found).all()
     assert torch.equal(found, _tiny_logits(_tiny(Dtype.FLOAT32, torch.device("cpu"))))
+
+
+def test_a_served_model_is_checked() -> None:
+    """The function that a GPU is checked by, on the CPU: with preemptions, prefix hits and two plans in flight."""
+    worst, bound = check_served(PLAIN, 2, "cpu")
+    assert worst <= bound
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_way_to_serve_is_checked(case: Case, depth: int) -> None:
+    worst, bound = check_served(case, depth, "cpu")
+    assert worst <= bound
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", GANGS, ids=lambda layout: layout.product)
+def test_gangs_are_checked(layout: ParallelConfig) -> None:
+    worst, bound = check_gang(layout, "cpu")
+    assert worst <= bound
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["int4", "LoRA", "grammar"])
+def test_another_model_is_found_out(name: str) -> None:
+    """Weights rounded to four bits, an adapter that is left out, a grammar that nobody follows."""
+    other = next(case for case in CASES if case.name == name)
+    assert difference(serve(PLAIN, 2, "cpu"), expected_of(other)) > PLAIN.bound
+
+
+def made_up(*token_ids: int, logprob: float = -0.5) -> Served:
+    entries = [TopLogprobs(logprob, 1, [5, 6], [logprob, -0.75]) for _ in token_ids]
+    return Served({"a": list(token_ids)}, {"a": entries})
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "worst"),
+    [
+        (made_up(5, 5), made_up(5, 5), 0.0),
+        (made_up(5, 5, logprob=-0.6), made_up(5, 5), 0.1),
+        (made_up(6, 5), made_up(5, 5), 0.25),  # nearly as likely; what follows has another past
+        (made_up(5, 9), made_up(5, 5), float("inf")),
+        (made_up(5), made_up(5, 5), float("inf")),
+    ],
+)
+def test_a_difference_is_measured(found: Served, expected: Served, worst: float) -> None:
+    assert difference(found, expected) == pytest.approx(worst)
+
+
+def test_a_run_that_shows_nothing_is_refused() -> None:
+    Served(num_preemptions=1, num_cached_tokens=16, most_in_flight=2).require(2)
+    for easy in (
+        Served(num_preemptions=0, num_cached_tokens=16, most_in_flight=2),
+        Served(num_preemptions=1, num_cached_tokens=0, most_in_flight=2),
+        Served(num_preemptions=1, num_cached_tokens=16, most_in_flight=1),
+    ):
+        with pytest.raises(RuntimeError, match="shows nothing"):
+            easy.require(2)
+    with pytest.raises(RuntimeError, match="other tokens than in company"):
+        gpu_serving.require_same_alone(Served({"busy 0": [1, 2], "alone 0": [1, 3]}))
+
+
+def test_checks_are_judged() -> None:
+    def breaks() -> tuple[float, float]:
+        raise RuntimeError("a kernel broke")
+
+    def lacks() -> tuple[float, float]:
+        raise NotChecked("wants two GPUs")
+
+    assert gpu.judge(lambda: (0.1, 0.2)) == (gpu.OK, "off by 0.1, at most 0.2")
+    assert gpu.judge(lambda: (0.3, 0.2))[0] == gpu.FAILED
+    assert gpu.judge(lambda: (float("nan"), 0.2))[0] == gpu.FAILED
+    verdict, text = gpu.judge(breaks)
+    assert verdict == gpu.FAILED and "a kernel broke" in text
+    assert gpu.judge(lacks) == (gpu.NOT_CHECKED, "wants two GPUs")
+
+
+def test_every_case_has_a_check() -> None:
+    served = [name for name in CHECKS if name.startswith("served, ")]
+    assert len(served) == len(CASES) * len(DEPTHS)
+    assert sum("NCCL" in name for name in CHECKS) == len(GANGS)
