@@ -100,18 +100,18 @@ class Launch:
         for warning in self._examine(self._runtime, config.replica, gangs, planned) if self._examine else ():
             self._events.send(Notice(warning))
         if config.is_managed:
-            self._begin(self._serve_app())
+            self._begin(self._serve_app(self._runtime.host))
         else:
             (hosts,) = gangs
             ranks = [PlacedRank(rank, host.address) for rank, host in enumerate(hosts)]
             self._begin(supervisor_class("r0", config.replica, ranks, self._runtime.host, config.secret))
         self._watch()
 
-    def _serve_app(self) -> "ServeApp":
+    def _serve_app(self, this_host: str) -> "ServeApp":
         # Only where it is needed: importing Ray Serve takes a second.
         from cluster.control.serve_app import ServeApp
 
-        return ServeApp(self._config)
+        return ServeApp(self._config, this_host)
 
     def _begin(self, gangs: "Supervisor | ServeApp") -> None:
         if not self._stop.is_set():

@@ -1,8 +1,9 @@
 """Several replicas on one Ray cluster, managed by Ray Serve: it starts them, replaces those that failed or were drained
 and scales by what the leaders' queues say.
 
-A Serve replica is a supervisor, no more: no request and no token passes through Serve. What happens to the gangs is put
-on a board, an actor from which the control process reads it.
+A Serve replica is a supervisor, no more: no request and no token passes through Serve. What happens to the gangs is
+told to a board in the control process (replica_board.py). Replicas that reach it no more end: Serve itself would keep
+them, and start others in their place, long after the control process is gone.
 """
 
 import logging
@@ -12,34 +13,36 @@ import uuid
 from dataclasses import asdict, fields
 from typing import Any
 
+import msgspec
 import ray
 from ray import serve
+from ray._private.state import jobs
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from cluster.control.autoscaling import DOWN_DELAY_S, UP_DELAY_S, ReplicaLoad, wanted_replicas
 from cluster.control.placement import place_gangs
-from cluster.control.ray_runtime import NAMESPACE, living_hosts
+from cluster.control.ray_runtime import living_hosts
+from cluster.control.replica_board import BoardLink, ReplicaBoard
 from cluster.errors import StartFailed
 from cluster.replica.events import (
     Event,
     Failed,
     LaunchConfig,
     ReplicaEnded,
-    decode_config,
-    decode_event,
-    encode_config,
-    encode_event,
 )
 from cluster.replica.leader_load import LeaderLoad
 from cluster.replica.placed_rank import PlacedRank
 from cluster.replica.reservations import NotReserved
 from cluster.replica.supervisor import Supervisor
 from engine.errors import RemudaError
+from engine.executor.channel import ChannelClosed
+
+_log = logging.getLogger(__name__)
 
 _POLL_INTERVAL_S = 0.5
-_CALL_TIMEOUT_S = 30.0
 _RESERVE_TIMEOUT_S = 10.0
 _NUM_PLACEMENTS = 6
 """Replicas that start at the same time may choose the same slots; those that come too late choose again."""
@@ -47,43 +50,39 @@ _STOP_MARGIN_S = 30.0
 _SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
 
-class _Board:
-    """What the supervisors of one app have to tell, in order, and the names that they are given."""
+class AppConfig(msgspec.Struct, frozen=True):
+    """What every replica is given. ``name``: of the application. ``control_job``: the control process's in Ray."""
 
-    def __init__(self) -> None:
-        self._lines: list[bytes] = []
-        self._num_names = 0
-
-    def name(self) -> str:
-        """Never given twice: a replacement is another replica."""
-        self._num_names += 1
-        return f"r{self._num_names - 1}"
-
-    def post(self, line: bytes) -> None:
-        self._lines.append(line)
-
-    def take(self) -> bytes:
-        lines, self._lines = self._lines, []
-        return b"".join(lines)
+    launch: LaunchConfig
+    name: str
+    board_address: str
+    board_secret: str
+    control_job: str
 
 
 class GangReplica:
     """One Serve replica: places a gang on what is free, supervises it, and ends with it.
 
     Args:
-        config: an encoded LaunchConfig.
-        board: name of the board's actor.
+        app: an encoded AppConfig.
+
+    Raises ChannelClosed where the board does not answer; Serve tries again.
     """
 
-    def __init__(self, config: bytes, board: str) -> None:
+    def __init__(self, app: bytes) -> None:
         _listen_at_own_address_only()
-        self._config = decode_config(config)
-        self._board: Any = ray.get_actor(board, namespace=NAMESPACE)
-        self._name: str = ray.get(self._board.name.remote(), timeout=_CALL_TIMEOUT_S)
+        self._app = msgspec.msgpack.decode(app, type=AppConfig)
+        self._config = self._app.launch
         self._load: LeaderLoad | None = None
         self._ended: str | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._live, name="supervisor", daemon=True)
+        try:
+            self._board = BoardLink(self._app.board_address, self._app.board_secret)
+        except ChannelClosed:
+            _delete_if_orphaned(self._app)
+            raise
+        self._name = self._board.name
         self._thread.start()
 
     def check_health(self) -> None:
@@ -99,7 +98,8 @@ class GangReplica:
     def __del__(self) -> None:
         """Serve calls it when it wants fewer replicas: what runs here may finish first."""
         self._stopping.set()
-        self._thread.join(self._config.drain_timeout_s + _STOP_MARGIN_S)
+        if self._thread.is_alive():  # it never was where the constructor raised
+            self._thread.join(self._config.drain_timeout_s + _STOP_MARGIN_S)
 
     def _live(self) -> None:
         supervisor: Supervisor | None = None
@@ -108,15 +108,20 @@ class GangReplica:
             reason = self._watch(supervisor)
         except RemudaError as error:
             reason = str(error)
-            self._post(Failed(type(error).__name__, str(error), self._name))
+            self._board.post(Failed(type(error).__name__, str(error), self._name))
         except Exception as error:  # noqa: BLE001  (a defect: it is reported, and the replica replaced)
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}"
-            self._post(Failed("StartFailed", reason, self._name))
-        if supervisor is not None:
-            supervisor.stop()
-        self._post(ReplicaEnded(self._name))
-        self._ended = reason
+            self._board.post(Failed("StartFailed", reason, self._name))
+        try:
+            if supervisor is not None:
+                supervisor.stop()
+        finally:
+            self._board.post(ReplicaEnded(self._name))
+            self._board.close()
+            if self._board.is_cut:
+                _delete_if_orphaned(self._app)
+            self._ended = reason
 
     def _start(self) -> Supervisor:
         plan, this_host = self._config.replica, ray.util.get_node_ip_address()
@@ -148,23 +153,16 @@ class GangReplica:
 
     def _watch(self, supervisor: Supervisor) -> str:
         """Until the gang fails, has drained or is to stop. Returns why it ended."""
-        while not self._stopping.wait(_POLL_INTERVAL_S):
+        while not self._stopping.wait(_POLL_INTERVAL_S) and not self._board.is_cut:
             for event in supervisor.poll():
-                self._post(event)
+                self._board.post(event)
                 if isinstance(event, Failed):
                     return event.message
             self._load = supervisor.load()
             if self._load is not None and self._load.has_drained:
                 return "it was drained"
         supervisor.drain(self._config.drain_timeout_s)
-        return "it was stopped"
-
-    def _post(self, event: Event) -> None:
-        try:
-            ray.get(self._board.post.remote(encode_event(event)), timeout=_CALL_TIMEOUT_S)
-        except RayError:
-            # Who would read it is gone, and with it the clients' way to this replica.
-            self._stopping.set()
+        return "it does not reach the control process" if self._board.is_cut else "it was stopped"
 
 
 def scale(context: Any) -> tuple[int, dict[str, Any]]:
@@ -182,14 +180,18 @@ class ServeApp:
     """The control process's side: deploys the replicas, tells what they report, and removes them.
 
     Has the same ``start``, ``poll`` and ``stop`` as a Supervisor, for all replicas at once.
+
+    Args:
+        host: this host's address, as the replicas reach it.
     """
 
-    def __init__(self, config: LaunchConfig) -> None:
+    def __init__(self, config: LaunchConfig, host: str) -> None:
         self._config = config
+        self._host = host
         self._name = f"remuda-{uuid.uuid4().hex[:12]}"
         self._owns_serve = False
         self._is_deployed = False
-        self._board: Any = None
+        self._board: ReplicaBoard | None = None
 
     def start(self) -> None:
         """Returns once Serve has been told; ``poll`` tells the rest. Raises StartFailed."""
@@ -197,11 +199,13 @@ class ServeApp:
         try:
             self._owns_serve = not _serve_runs()
             serve.start(proxy_location="Disabled", logging_config=LoggingConfig(log_level="ERROR"))
-            self._board = ray.remote(num_cpus=0)(_Board).options(name=self._name, namespace=NAMESPACE).remote()
-            app = self._deployment().bind(encode_config(self._config), self._name)
+            board = self._board = ReplicaBoard(self._host)
+            job: str = ray.get_runtime_context().get_job_id()
+            config = AppConfig(self._config, self._name, board.address, board.secret, job)
+            app = self._deployment().bind(msgspec.msgpack.encode(config))
             self._is_deployed = True
             serve.run(app, name=self._name, route_prefix=None)
-        except (RayError, RuntimeError) as error:
+        except (RayError, RuntimeError, OSError) as error:
             raise StartFailed(f"Ray Serve did not take the replicas: {error}") from error
 
     def _deployment(self) -> Any:
@@ -231,8 +235,7 @@ class ServeApp:
 
     def poll(self) -> list[Event]:
         """What happened to all replicas since the last call."""
-        lines: bytes = ray.get(self._board.take.remote(), timeout=_CALL_TIMEOUT_S)
-        return [decode_event(line) for line in lines.splitlines()]
+        return [] if self._board is None else self._board.take()
 
     def stop(self) -> None:
         """End all replicas, and Serve where it was not there before."""
@@ -241,7 +244,7 @@ class ServeApp:
         if self._owns_serve:
             serve.shutdown()
         if self._board is not None:
-            ray.kill(self._board)
+            self._board.close()
 
 
 def _listen_at_own_address_only() -> None:
@@ -251,6 +254,17 @@ def _listen_at_own_address_only() -> None:
 
     host, add_port = ray.util.get_node_ip_address(), replica.add_port_to_grpc_server
     replica.add_port_to_grpc_server = lambda server, address: add_port(server, f"{host}:0")
+
+
+def _delete_if_orphaned(app: AppConfig) -> None:
+    """Have Serve end the application whose control process is gone, else it would replace its replicas for ever. Where
+    only the way there is cut, others of the application may still serve."""
+    try:
+        if all(job["IsDead"] for job in jobs() if job["JobID"] == app.control_job):
+            _log.warning("the control process of %s is gone; deleting the application", app.name)
+            serve.delete(app.name, _blocking=False)
+    except (RayError, RayServeException) as error:
+        _log.warning("could not delete %s, whose control process may be gone: %s", app.name, error)
 
 
 def _serve_runs() -> bool:

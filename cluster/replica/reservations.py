@@ -5,6 +5,10 @@ lost, Ray keeps the bundle for a node with the same address: when one comes, it 
 whether the rank has moved meanwhile or not. So the next rank that needs a place goes where one was left. What is
 reserved for a move is bound to no address. Ray would hold it anywhere else when its node is lost, so it is given back
 then.
+
+Whoever reserves also owns: when the supervisor is gone (its actor, or else its job in Ray), Ray ends what runs in the
+places, and they are free for the replica that replaces it. Detached groups would be held for ever, for nobody but this
+supervisor knows them.
 """
 
 import logging
@@ -143,7 +147,7 @@ class Reservations:
 
     def _reserve(self, bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
         name = f"remuda-{self._name}-{uuid.uuid4().hex[:12]}"
-        group = self._control.ask(lambda: placement_group(bundles, strategy="PACK", name=name, lifetime="detached"))
+        group = self._control.ask(lambda: placement_group(bundles, strategy="PACK", name=name))
         try:
             ray.get(group.ready(), timeout=timeout_s)
         except GetTimeoutError:

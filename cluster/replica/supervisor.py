@@ -1,8 +1,9 @@
 """Creates a replica's leader and ranks as detached Ray actors, watches them, replaces who is lost, and ends them.
 
-Actors are detached because Ray kills what a dead creator owns. Those whose supervisor is gone wait under a lease, which
-it renews all the time, and then exit by themselves. What is to be done about a loss, ``recovery`` decides; a thread of
-the supervisor's own carries it out, so that no repair waits for whoever calls ``poll``.
+Actors are detached, but their places are the supervisor's own (reservations.py), so that Ray ends them when it is gone.
+Where Ray does not get to that, a lease ends them, which the supervisor renews all the time. What is to be done about a
+loss, ``recovery`` decides; a thread of the supervisor's own carries it out, so that no repair waits for whoever calls
+``poll``.
 """
 
 import logging
