@@ -13,7 +13,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from engine.config import Determinism
+from engine.config import Determinism, GrammarBackend
 from engine.errors import InvalidOption
 from engine.request import Pooling
 
@@ -114,7 +114,7 @@ class ServeConfig(BaseSettings):
     lora_dir: Path | None = None
     max_loras: Annotated[int, Field(ge=1, le=1024)] = 8
     enable_prefix_caching: bool = True
-    guided_decoding_backend: Literal["llguidance", "xgrammar"] = "llguidance"
+    guided_decoding_backend: GrammarBackend = GrammarBackend.LLGUIDANCE
     async_scheduling: bool | None = None
     max_lora_rank: Annotated[int, Field(ge=1, le=4096)] = 64
     api_key_file: Path | None = None

@@ -25,6 +25,13 @@ class LoadFormat(enum.StrEnum):
     """Random values of the right shapes; for sizing. Reads no weights."""
 
 
+class GrammarBackend(enum.StrEnum):
+    """The library that follows grammars."""
+
+    LLGUIDANCE = "llguidance"
+    XGRAMMAR = "xgrammar"
+
+
 class Determinism(enum.StrEnum):
     """What a request's tokens and logits, bit for bit, do not depend on (docs/determinism.md)."""
 

@@ -1,18 +1,22 @@
 """What a structured answer must follow, in llguidance's form, and the check whether it can be compiled.
 
 Both ends use this: the front end refuses what does not compile, the sampling rank compiles it again for its own
-tokenizer (engine.executor.grammar_masks). Knows no torch.
+tokenizer (engine.executor.grammar_masks). Grammars are written in llguidance's dialects, whatever follows them, so
+llguidance compiles all of them; another backend must take them too. Knows no torch.
 """
 
 import functools
+import importlib
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from engine.errors import InvalidRequest
+from engine.config import GrammarBackend
+from engine.errors import InvalidOption, InvalidRequest
 from engine.request import MAX_GRAMMAR_CHARS, Grammar, GrammarKind
 
 MAX_COMPILE_S = 1.0
@@ -45,27 +49,48 @@ def source_of(grammar: Grammar) -> str:
     return LLMatcher.grammar_from_lark(text)
 
 
+@functools.cache
+def further_check(backend: GrammarBackend) -> Callable[[Grammar], str] | None:
+    """What is wrong with a grammar for this backend alone; None where llguidance's word is enough. Takes seconds the
+    first time. Raises InvalidOption where the library is not installed."""
+    if backend is GrammarBackend.LLGUIDANCE:
+        return None
+    try:
+        module = importlib.import_module(f"engine.{backend}_forms")
+    except ModuleNotFoundError as error:
+        raise InvalidOption(
+            f"--guided-decoding-backend {backend} is not installed ({error}); pip install 'remuda[{backend}]'"
+        ) from error
+    check: Callable[[Grammar], str] = module.error_of
+    return check
+
+
 @functools.lru_cache(maxsize=64)
-def check_grammar(grammar: Grammar, param: str) -> None:
+def check_grammar(grammar: Grammar, param: str, backend: GrammarBackend = GrammarBackend.LLGUIDANCE) -> None:
     """May take MAX_COMPILE_S and more: not for an event loop.
 
     Args:
         grammar: of a client.
         param: the field that it came in.
+        backend: what will follow it.
 
     Raises:
         InvalidRequest: it is too large, cannot be compiled (the message says where), or no text can follow it.
+        InvalidOption: the backend is not installed.
     """
     if len(grammar.text) > MAX_GRAMMAR_CHARS:
         raise InvalidRequest(
             f"{param} has {len(grammar.text)} characters; at most {MAX_GRAMMAR_CHARS} are compiled", param
         )
-    began_s = time.thread_time()
-    error = _error_of(grammar)
-    compile_s = time.thread_time() - began_s
-    if error:
-        place = _place_of(grammar, error) if grammar.kind is GrammarKind.JSON_SCHEMA else ""
-        raise InvalidRequest(f"{param} cannot be compiled{place}: {error[:_MAX_MESSAGE_CHARS]}", param)
+    further = further_check(backend)
+    compile_s = 0.0
+    for error_of in (_error_of,) if further is None else (_error_of, further):
+        began_s = time.thread_time()
+        error = error_of(grammar)
+        compile_s += time.thread_time() - began_s
+        if error:
+            place = _place_of(grammar, error, error_of) if grammar.kind is GrammarKind.JSON_SCHEMA else ""
+            raise InvalidRequest(f"{param} cannot be compiled{place}: {error[:_MAX_MESSAGE_CHARS]}", param)
     if compile_s > MAX_COMPILE_S:
         raise InvalidRequest(
             f"{param} takes {compile_s:.1f} s to compile, longer than {MAX_COMPILE_S:g} s; make it simpler", param
@@ -107,7 +132,7 @@ def error_message(matcher: LLMatcher) -> str:
     return "no text can follow it" if message == "NoExtensionBias" else message
 
 
-def _place_of(grammar: Grammar, error: str) -> str:
+def _place_of(grammar: Grammar, error: str, error_of: Callable[[Grammar], str]) -> str:
     """`` at …``: the JSON pointer of the smallest part of the schema that alone gives the same error."""
     try:
         schema = json.loads(grammar.text)
@@ -122,7 +147,7 @@ def _place_of(grammar: Grammar, error: str) -> str:
             if time.monotonic() > deadline_s:
                 return f" at {pointer or 'its root'}"
             inside = {**shared, **part} if "$ref" in json.dumps(part) else part
-            if _error_of(Grammar(GrammarKind.JSON_SCHEMA, json.dumps(inside))) == error:
+            if error_of(Grammar(GrammarKind.JSON_SCHEMA, json.dumps(inside))) == error:
                 pointer, schema = pointer + path, part
                 break
         else:

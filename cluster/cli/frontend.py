@@ -24,6 +24,7 @@ from cluster.rpc.shared_secret import read_secret
 from cluster.telemetry.config import otlp_endpoint as chosen_endpoint
 from cluster.telemetry.tracing import open_telemetry
 from cluster.tenants.tenancy import TenancyConfig
+from engine.config import GrammarBackend
 from engine.errors import InvalidOption
 from engine.request import Pooling
 
@@ -55,6 +56,9 @@ def frontend(
     pooling: Annotated[
         Pooling, typer.Option(help="Hidden states that embeddings are made of: the last, or all; the same everywhere.")
     ] = Pooling.LAST,
+    guided_decoding_backend: Annotated[
+        GrammarBackend, typer.Option(help="What follows grammars on the replicas; requests are checked by it too.")
+    ] = GrammarBackend.LLGUIDANCE,
     api_key_file: serve_options.ApiKeyFile = None,
     security_file: serve_options.SecurityFile = None,
     insecure: serve_options.Insecure = None,
@@ -83,6 +87,7 @@ def frontend(
         security=load_security(security_file, api_key_file),
         insecure=bool(insecure),
         pooling=pooling,
+        guided_decoding_backend=guided_decoding_backend,
         tenancy=TenancyConfig(tenants, limits_store, limits_store_password_file, usage_log, audit_log),
     )
     secret = "" if secret_file is None else read_secret(secret_file)

@@ -74,6 +74,7 @@ def _front_end_config(config: ServeConfig, directory: Path) -> FrontEndConfig:
         lora_dir=config.lora_dir,
         max_lora_rank=config.max_lora_rank,
         pooling=config.pooling,
+        guided_decoding_backend=config.guided_decoding_backend,
         limits=TimeLimits(config.request_timeout, config.queue_timeout, config.first_token_timeout),
     )
 

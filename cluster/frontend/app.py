@@ -37,7 +37,7 @@ from cluster.identity.config import SecurityConfig, check_exposure
 from cluster.identity.tls import make_server_tls
 from cluster.telemetry.tracing import Telemetry
 from cluster.tenants.tenancy import Tenancy, TenancyConfig
-from engine.config import LoraConfig
+from engine.config import GrammarBackend, LoraConfig
 from engine.errors import InvalidOption, RemudaError
 from engine.request import Pooling
 
@@ -57,7 +57,7 @@ class FrontEndConfig:
     """``model_path`` has the checkpoint's tokenizer and small JSON files. Port 0 takes a free one. ``stall_s``: work
     without a finished step for so long is a stall. ``max_live_sequences`` bounds choices, not requests. ``lora_dir``:
     clients may have adapters below it loaded; None: none at all. ``insecure``: strangers may use an open address.
-    ``pooling``: what embeddings are made of.
+    ``pooling``: what embeddings are made of. ``guided_decoding_backend``: what follows grammars on the replicas.
     """
 
     name: str
@@ -70,6 +70,7 @@ class FrontEndConfig:
     tenancy: TenancyConfig = field(default_factory=TenancyConfig)
     limits: TimeLimits = _LIMITS
     pooling: Pooling = Pooling.LAST
+    guided_decoding_backend: GrammarBackend = GrammarBackend.LLGUIDANCE
     max_live_sequences: int = 1024
     stall_s: float = 60.0
     lora_dir: Path | None = None
@@ -101,7 +102,7 @@ class FrontEnd:
         self._tls = make_server_tls(config.security.tls)
         files = read_model_files(config.model_path)
         clock = LoopClock()
-        self._encoder = PromptEncoder(Tokenizer(files), files.vocab_size)
+        self._encoder = PromptEncoder(Tokenizer(files), files.vocab_size, config.guided_decoding_backend)
         self._admission = Admission(config.max_live_sequences)
         metrics = Metrics(config.name, backend.replicas)
         metrics.watch_live(lambda: self._admission.num_requests)

@@ -1,4 +1,5 @@
-"""Prompts to token ids, off the event loop."""
+"""What comes of a request before it is admitted to a replica, off the event loop: prompts to token ids, and whether
+its grammar can be followed."""
 
 import asyncio
 from collections.abc import Mapping
@@ -6,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from cluster.frontend.calls import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from cluster.frontend.calls import ChatPrompt, Prompt, StructuredOutput, TextPrompt, TokenPrompt
 from cluster.frontend.infilling import Infilling
 from cluster.frontend.sampling import check_token_ids
 from cluster.frontend.tokenizer import Tokenizer
+from engine.config import GrammarBackend
 from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.grammar import check_grammar, further_check
 
 _LONG_CHARS = 50_000
 """From here on a text takes tens of milliseconds."""
@@ -22,9 +25,17 @@ class PromptEncoder:
     Args:
         tokenizer: shared by the threads.
         vocab_size: the model's; ids must be below it.
+        grammar_backend: what follows grammars on the replicas.
+
+    Raises:
+        InvalidOption: the backend is not installed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, grammar_backend: GrammarBackend = GrammarBackend.LLGUIDANCE
+    ) -> None:
+        further_check(grammar_backend)  # now: no request is to wait for what it imports
+        self._grammar_backend = grammar_backend
         self.tokenizer = tokenizer
         self.infilling = Infilling(tokenizer)
         self.vocab_size = vocab_size
@@ -35,6 +46,10 @@ class PromptEncoder:
         """Ends the threads; what they are at is finished first."""
         self._short.shutdown()
         self._long.shutdown()
+
+    async def check_structured(self, wish: StructuredOutput) -> None:
+        """Raises InvalidRequest where the replicas could not follow it."""
+        await asyncio.to_thread(check_grammar, wish.grammar, wish.param, self._grammar_backend)
 
     async def encode(self, prompt: Prompt, max_tokens: int | None = None, *, truncates: bool = False) -> list[int]:
         """The prompt's ids.

@@ -38,7 +38,6 @@ from cluster.tenants.limiter import Stay
 from cluster.tenants.record import UsageRecord, shown
 from cluster.tenants.tenancy import Tenancy
 from engine.errors import RemudaError
-from engine.grammar import check_grammar
 from engine.request import Pooling, Request, SamplingParams
 
 _log = logging.getLogger(__name__)
@@ -276,7 +275,7 @@ class Service:
         with self.admission.admitted(num_at_once, run.principal.tenant):
             with traced.part(names.TOKENIZE):
                 if (structured := call.options.structured) is not None:
-                    await asyncio.to_thread(check_grammar, structured.grammar, structured.param)
+                    await self.encoder.check_structured(structured)
                 planned = [await self._plan(prompt, call) for prompt in call.prompts]
             if run.holders is not None:
                 planned = run.as_decided(planned)

@@ -1,9 +1,4 @@
-"""Grammars by xgrammar, where that extra is installed (Dong et al., XGrammar: Flexible and Efficient Structured
-Generation Engine for Large Language Models, 2024).
-
-The front end has checked them by llguidance, in whose dialects they are written; the few that only one of the two
-libraries takes end their request with an error that says so.
-"""
+"""Grammars by xgrammar, where that extra is installed. Front ends have compiled them by both libraries."""
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +6,10 @@ import xgrammar
 from tokenizers import Tokenizer
 
 from engine.executor.grammar_matcher import GrammarMatcher
-from engine.request import Grammar, GrammarKind
+from engine.request import Grammar
+from engine.xgrammar_forms import compile_grammar
 
 _CACHE_BYTES = 256 << 20
-_MAX_WHITE_SPACE = 33
-"""Between two of JSON's tokens, as the front end's own check has it."""
 _BITS_PER_WORD = 32
 
 
@@ -63,22 +57,8 @@ class Compiler:
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
 
     def matcher(self, grammar: Grammar) -> GrammarMatcher:
-        try:
-            compiled = self._compile(grammar)
-        except RuntimeError as error:
-            raise ValueError(f"xgrammar cannot compile it: {error}") from error
+        compiled = compile_grammar(self._compiler, grammar)
         return _Matcher(xgrammar.GrammarMatcher(compiled), self._num_tokens, self._ends)
-
-    def _compile(self, grammar: Grammar) -> xgrammar.CompiledGrammar:
-        if grammar.kind is GrammarKind.JSON_SCHEMA:
-            return self._compiler.compile_json_schema(
-                grammar.text, strict_mode=False, max_whitespace_cnt=_MAX_WHITE_SPACE
-            )
-        if grammar.kind is GrammarKind.REGEX:
-            return self._compiler.compile_regex(grammar.text)
-        if grammar.kind is GrammarKind.LARK:
-            return self._compiler.compile_lark(grammar.text)
-        return self._compiler.compile_grammar(grammar.text)
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from cluster.frontend.model_files import read_model_files
 from cluster.frontend.tokenizer import Tokenizer
-from engine.config import Dtype, SchedulerConfig
+from engine.config import Dtype, GrammarBackend, SchedulerConfig
 from engine.engine import Engine
 from engine.executor.in_process import InProcessExecutor
 from engine.executor.worker_config import WorkerConfig
@@ -30,7 +30,13 @@ def request(name: str, grammar: Grammar | None, **options: Any) -> Request:
 class Bed:
     """An engine and its executor; ``close`` at the end."""
 
-    def __init__(self, checkpoint: Path = TINY, depth: int = 2, kv_cache_memory_bytes: int = 4 * 2**20) -> None:
+    def __init__(
+        self,
+        checkpoint: Path = TINY,
+        depth: int = 2,
+        kv_cache_memory_bytes: int = 4 * 2**20,
+        grammar_backend: GrammarBackend = GrammarBackend.LLGUIDANCE,
+    ) -> None:
         config = WorkerConfig(
             rank=0,
             channel_address="",
@@ -42,6 +48,7 @@ class Bed:
             block_size=4,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             depth=depth,
+            guided_decoding_backend=grammar_backend,
         )
         self.executor = InProcessExecutor(config)
         model = ModelConfig.from_directory(config.model)

@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import jsonschema
 import openai
 import pytest
 
 from cluster.rpc.generated.remuda.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from engine.config import GrammarBackend
 from tests.frontend.bodies import chat, completion
 from tests.frontend.real_engine import RealBackend
 from tests.frontend.servers import Served, served
@@ -107,7 +109,15 @@ async def test_a_call_can_be_forced(one: Served, named: str | None) -> None:
         jsonschema.validate(arguments, PLACE)
 
 
-async def test_what_cannot_be_compiled_is_refused_by_name(one: Served) -> None:
+@pytest.mark.parametrize("following", list(GrammarBackend))
+async def test_what_cannot_be_compiled_is_refused_by_name(
+    backend: RealBackend, checkpoint: Path, following: GrammarBackend
+) -> None:
+    async with served(backend, model_path=checkpoint, guided_decoding_backend=following) as one:
+        await _refuses_by_name(one)
+
+
+async def _refuses_by_name(one: Served) -> None:
     broken = {"type": "object", "properties": {"a": {"type": "objekt"}}}
     with pytest.raises(openai.BadRequestError) as caught:
         await one.openai.chat.completions.create(
@@ -128,6 +138,36 @@ async def test_what_cannot_be_compiled_is_refused_by_name(one: Served) -> None:
         response = await one.http.post("/v1/chat/completions", json=body)
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (400, param) and words in error["message"]
+
+
+async def test_what_only_xgrammar_cannot_compile_is_refused_where_it_follows(
+    backend: RealBackend, checkpoint: Path, one: Served
+) -> None:
+    letters = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^\\p{L}{1,3}$"}}}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": letters}}
+    bodies = {
+        "response_format.json_schema.schema": chat(max_tokens=30, response_format=schema),
+        "guided_regex": chat(max_tokens=30, guided_regex="(?i)yes|no"),
+    }
+    for body in bodies.values():
+        assert (await one.http.post("/v1/chat/completions", json=body)).status_code == 200
+    async with served(backend, model_path=checkpoint, guided_decoding_backend=GrammarBackend.XGRAMMAR) as other:
+        for param, body in bodies.items():
+            response = await other.http.post("/v1/chat/completions", json=body)
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (400, param), response.text
+            assert "xgrammar cannot compile it: Regex parsing error" in error["message"]
+        assert (
+            "cannot be compiled at /properties/a: "
+            in (
+                await other.http.post("/v1/chat/completions", json=bodies["response_format.json_schema.schema"])
+            ).json()["error"]["message"]
+        )
+        stub: Any = inference_pb2_grpc.InferenceStub(other.channel)
+        sampling = common_pb2.SamplingParams(max_tokens=20, grammar=common_pb2.Grammar(regex="(?i)yes"))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await anext(aiter(stub.Generate(inference_pb2.GenerateRequest(text="Hello", sampling=sampling))))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_grpc_takes_grammars(one: Served) -> None:

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.config import GrammarBackend
 from engine.errors import InvalidRequest
+from engine.grammar import check_grammar
 from engine.request import FinishReason, Grammar, GrammarKind, Request
 from tests.structured.engine_bed import FILES, PROMPT, TOKENIZER, Bed, ids_of, regex, request, text_of
 
@@ -165,6 +167,41 @@ def test_a_grammar_that_dies_ends_its_request_alone(bed: Bed) -> None:
         assert last.finish_reason is FinishReason.ERROR
         assert last.error is not None and "structured output cannot go on" in last.error and why in last.error
     assert bed.texts(request("next", regex("ok"))) == {"next": "ok"}
+
+
+ONLY_LLGUIDANCE = (
+    regex("(?i)yes"),
+    regex("\\pN{2}"),
+    schema_grammar({"type": "string", "pattern": "^\\p{L}{1,3}$"}),
+    schema_grammar({"type": "integer", "minimum": 1, "maximum": 10**30}),
+    Grammar(GrammarKind.LARK, "start: A\nA: /[a-z]+/ & /.{3}/"),
+    Grammar(GrammarKind.GBNF, 'root ::= ("a" | ) "b"'),
+)
+BOTH = (
+    regex("(ab|c){2}"),
+    schema_grammar({"type": "array", "items": {"enum": ["x", 3]}, "minItems": 1, "maxItems": 2}),
+    Grammar(GrammarKind.LARK, 'start: "yes" | "no" ("!" | "?")'),
+    Grammar(GrammarKind.GBNF, 'root ::= item ("," item)?\nitem ::= [a-c]'),
+)
+
+
+def test_what_xgrammar_cannot_follow_is_refused_by_the_check_for_it() -> None:
+    """And by nothing else: what the check lets through runs, whichever of the two follows it."""
+    asked = {str(number): grammar for number, grammar in enumerate((*ONLY_LLGUIDANCE, *BOTH))}
+    refused: dict[GrammarBackend, set[Grammar]] = {backend: set() for backend in GrammarBackend}
+    for backend in GrammarBackend:
+        bed = Bed(grammar_backend=backend)
+        try:
+            for name, outputs in bed.run(*(request(name, grammar) for name, grammar in asked.items())).items():
+                if outputs[-1].finish_reason is FinishReason.ERROR:
+                    refused[backend].add(asked[name])
+                    with pytest.raises(InvalidRequest, match=r"p cannot be compiled.*: xgrammar cannot compile it: "):
+                        check_grammar(asked[name], "p", backend)
+                else:
+                    check_grammar(asked[name], "p", backend)
+        finally:
+            bed.close()
+    assert refused == {GrammarBackend.LLGUIDANCE: set(), GrammarBackend.XGRAMMAR: set(ONLY_LLGUIDANCE)}
 
 
 def test_what_the_engine_refuses(bed: Bed) -> None:
