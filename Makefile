@@ -96,7 +96,7 @@ bench-gpu: setup  ## on a CUDA machine: kernels checked against float64, remuda-
 bench-peers: setup  ## us and every installed peer on one checkpoint with the same load, in turns (wants make bench-models)
 	$(PY) -m bench.peers $(ARGS)
 
-bench-recovery: setup  ## kill a rank of four while they serve: the gap of the streams, with a spare and without (wants make bench-models)
+bench-recovery: setup  ## kill a rank of four while they serve: the gap of the streams, with a spare and without, fails where a promise is missed (wants make bench-models)
 	$(PY) -m bench.recovery $(ARGS)
 
 bench-models: setup  ## build the benchmark checkpoints in REMUDA_BENCH_CACHE, or only ARGS='dense-1b'

@@ -3,7 +3,8 @@
 ``python -m bench.recovery dense-0.5b --tp 4``: once with a spare that has imported everything, once without. In the
 same run are measured: the gap that a client sees in its stream, what a prefill of just these tokens takes afterwards,
 what the slowest rank spent on its import, the rendezvous and its shard, what the survivors read from files, and tokens
-per second before and after.
+per second before and after. Each run is printed as a line of JSON and held against what is promised
+(bench.recovery_verdict); exit status 1 where a promise was missed.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 import aiohttp
 
 from bench.bench_cache import model_dir
+from bench.recovery_verdict import verdicts
 from bench.serving import free_port, serving
 
 PROMPT_TOKENS = 128
@@ -119,8 +121,8 @@ async def measure(model: str, tp: int, victim: int, num_streams: int, spares: in
         await asyncio.sleep(SETTLE_S + WINDOW_S)
         after = await _ranks(remuda, f"127.0.0.1:{grpc_port}")
         survivors = [rank for rank in range(tp) if rank != victim]
-        kept = [before[rank]["pid"] == after[rank]["pid"] for rank in survivors]
-        most_read = max(_bytes_read(after[rank]["pid"]) - read[after[rank]["pid"]] for rank in survivors if kept)
+        kept = [before[rank]["pid"] for rank in survivors if before[rank]["pid"] == after[rank]["pid"]]
+        most_read = max((_bytes_read(pid) - read[pid] for pid in kept), default=0)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -143,14 +145,23 @@ async def measure(model: str, tp: int, victim: int, num_streams: int, spares: in
         "prefill_again_s": round(prefill_s, 3),
         "gap_less_prefill_s": round(gap_s - prefill_s, 3),
         "slowest_rank_s": _phases(log.read_text()),
-        "survivors_keep_pid": all(kept),
+        "survivors_keep_pid": len(kept) == len(survivors),
         "survivors_read_bytes": most_read,
         "tokens_per_s": [round(value, 1) for value in rate],
         "throughput_ratio": round(rate[1] / rate[0], 3),
     }
 
 
-def main() -> None:
+def report(found: dict[str, Any]) -> bool:
+    """Print a run's figures and whether each promise was kept. Whether all were."""
+    print(json.dumps(found))
+    judged = verdicts(found)
+    print(*(f"  {each}" for each in judged), sep="\n", flush=True)
+    return all(each.was_kept for each in judged)
+
+
+def main() -> int:
+    """Exit status 1 where a promise was missed."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -163,11 +174,13 @@ def main() -> None:
     parser.add_argument("--spares", type=int, nargs="*", default=[1, 0], help="--spare-ranks of each run")
     arguments = parser.parse_args()
     model = arguments.model if Path(arguments.model).is_dir() else str(model_dir(arguments.model))
+    were_kept = True
     for spares in arguments.spares:
         with tempfile.TemporaryDirectory(prefix="remuda-recovery-") as directory:
             found = asyncio.run(measure(model, arguments.tp, arguments.victim, arguments.streams, spares, directory))
-        print(json.dumps(found), flush=True)
+        were_kept &= report(found)
+    return int(not were_kept)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
