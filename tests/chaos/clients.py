@@ -11,10 +11,13 @@ from typing import Any, TypeVar
 
 import httpx
 
+from tests.failover import grpc_streams
 from tests.failover.streams import ChoiceText, Reading, read
 
 TIMEOUT_S = 100.0
 COME_BACK_INTERVAL_S = 0.2
+GRPC = "grpc://"
+"""Before the address of a front end that is asked over remuda.v1: always for a stream, and over one connection."""
 _CLONE_NEWNET = 0x40000000
 T = TypeVar("T")
 
@@ -56,7 +59,7 @@ class Client(threading.Thread):
 
     @property
     def is_streamed(self) -> bool:
-        return bool(self.body.get("stream", True))
+        return bool(self.body.get("stream", True)) or self._urls[0].startswith(GRPC)
 
     def run(self) -> None:
         try:
@@ -71,6 +74,10 @@ class Client(threading.Thread):
             self.failure = error
 
     def _read_stream(self) -> None:
+        if self._urls[0].startswith(GRPC):
+            self.num_connections += 1
+            grpc_streams.read(self._urls[0].removeprefix(GRPC), self.body, self.reading, self._note)
+            return
         deadline_s = self.times_s[0] + TIMEOUT_S
         while not self.reading.is_done and time.monotonic() < deadline_s:
             url = self._urls[self.num_connections % len(self._urls)]

@@ -115,13 +115,15 @@ def lost_raylet(directory: Path, choice: Choice) -> Iterator[Row]:
 def lost_link(directory: Path, choice: Choice) -> Iterator[Row]:
     """So long that the host is given up."""
     fault = on_rank_1(link_down(LONG_S))
-    yield from _struck(directory, choice.of([Cell(f"link down {LONG_S:g} s", Moment.DECODE, fault, RANK_1)]))
+    cells = [Cell(f"link down {LONG_S:g} s", moment, fault, RANK_1) for moment in BOTH]
+    yield from _struck(directory, choice.of(cells))
 
 
 def lost_packets(directory: Path, choice: Choice) -> Iterator[Row]:
     """The same without a word."""
     fault = on_rank_1(silence(LONG_S))
-    yield from _struck(directory, choice.of([Cell(f"100 % loss {LONG_S:g} s", Moment.PREFILL, fault, RANK_1)]))
+    cells = [Cell(f"100 % loss {LONG_S:g} s", moment, fault, RANK_1) for moment in BOTH]
+    yield from _struck(directory, choice.of(cells))
 
 
 def _struck(directory: Path, cells: list[Cell]) -> Iterator[Row]:

@@ -77,6 +77,12 @@ def stops(directory: Path, choice: Choice) -> Iterator[Row]:
         yield from struck("tp2 ep2", site, choice.of(STOPS))
 
 
+def grpc_streams(directory: Path, choice: Choice) -> Iterator[Row]:
+    """The same requests over remuda.v1, all of them streams."""
+    with one_host(directory, *OPTIONS, speaks_grpc=True) as site:
+        yield from struck("tp2, gRPC", site, choice.of([cell for cell in KILLS if cell.moment == Moment.DECODE]))
+
+
 def struck(name: str, site: Site, cells: list[Cell]) -> Iterator[Row]:
     """First without a fault."""
     expected, rows = unfaulted(site, moments_of(cells))

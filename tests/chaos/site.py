@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import httpx
 import psutil
 
+from tests.chaos.clients import GRPC
 from tests.failover.processes import copy_model
 from tests.support.served import Served, leader_of, processes_with
 
@@ -57,9 +58,10 @@ class Site(Protocol):
 
 @dataclass
 class OneHost:
-    """A ``remuda serve`` of this machine."""
+    """A ``remuda serve`` of this machine. ``speaks_grpc``: its clients ask over remuda.v1, not HTTP."""
 
     served: Served
+    speaks_grpc: bool = False
     whole: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -68,7 +70,7 @@ class OneHost:
 
     @property
     def urls(self) -> list[str]:
-        return [self.served.url]
+        return [GRPC + self.served.target if self.speaks_grpc else self.served.url]
 
     @property
     def log(self) -> str:
@@ -125,10 +127,12 @@ def settle(site: Site) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def one_host(directory: Path, *options: str, temporary: Path = Path("/tmp")) -> Iterator[OneHost]:
+def one_host(
+    directory: Path, *options: str, temporary: Path = Path("/tmp"), speaks_grpc: bool = False
+) -> Iterator[OneHost]:
     directory.mkdir(parents=True, exist_ok=True)
     model = directory / "model"
     copy_model(model)
     arguments = (str(model), "--served-model-name", "m", "--dtype", "float32", *options)
     with Served(arguments, directory / "serve.log", temporary) as served:
-        yield OneHost(served)
+        yield OneHost(served, speaks_grpc)

@@ -28,6 +28,7 @@ GROUPS: dict[str, Callable[[Path, Choice], Iterator[Row]]] = {
     "starting": starting.starting,
     "starting-hosts": hosts.starting_hosts,
     "front-ends": front_ends.front_ends,
+    "grpc": processes.grpc_streams,
 }
 FILE = Path(__file__).parents[2] / "docs" / "chaos.md"
 COLUMNS = (
@@ -69,6 +70,9 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+COLUMN_NAMES, RULE = _line(COLUMNS), _line(["---"] * len(COLUMNS))
+
+
 def _key(line: str) -> tuple[str, ...]:
     return tuple(cell.strip() for cell in line.split("|")[1 : 1 + NUM_KEY_COLUMNS])
 
@@ -83,9 +87,18 @@ def with_row(text: str, group: str, line: str) -> str:
     lines = section.rstrip().split("\n")
     words = [each for each in lines if not each.startswith("|")]
     rows = {_key(each): each for each in [*[each for each in lines if each.startswith("|")][2:], line]}
-    table = [_line(COLUMNS), _line(["---"] * len(COLUMNS)), *rows.values()]
+    table = [COLUMN_NAMES, RULE, *rows.values()]
     section = "\n".join(["\n".join(words).rstrip(), "", *table, ""])
     return head + heading + section + next_heading + tail
+
+
+def with_only(text: str, group: str, lines: Iterable[str]) -> str:
+    """The document without the rows of that section whose cluster, fault and moment are those of none of ``lines``."""
+    head, heading, rest = text.partition(f"\n## `{group}`")
+    section, next_heading, tail = rest.partition("\n## ")
+    keys = {_key(COLUMN_NAMES), _key(RULE), *map(_key, lines)}
+    kept = [each for each in section.split("\n") if not each.startswith("|") or _key(each) in keys]
+    return head + heading + "\n".join(kept) + next_heading + tail
 
 
 def run(group: str, choice: Choice, commit: str) -> Iterator[tuple[Row, str]]:
@@ -118,10 +131,15 @@ def main() -> int:
     commit = present_commit()
     is_wrong = False
     for group in arguments.groups or GROUPS:
+        lines = []
         for row, line in run(group, Choice(*arguments.cell), commit):
             is_wrong |= bool(row.wrong)
+            lines.append(line)
             if not arguments.no_write:
                 FILE.write_text(with_row(FILE.read_text(), group, line))
+        if not arguments.cell and not arguments.no_write:
+            # What the whole group no longer gives is of cells that are no more.
+            FILE.write_text(with_only(FILE.read_text(), group, lines))
     return int(is_wrong)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.chaos.cell import Choice, Row
 from tests.chaos.comparison import Outcome
-from tests.chaos.table import FILE, GROUPS, line_of, with_row
+from tests.chaos.table import FILE, GROUPS, line_of, with_only, with_row
 
 HEADER = (
     "| cluster | fault | in the middle of | requests | lost | duplicated | differ | longest pause, s | new | held | "
@@ -22,6 +22,12 @@ def test_a_row_replaces_the_one_of_the_same_cell_and_nothing_else() -> None:
 
 def test_the_first_row_of_a_group_makes_its_table() -> None:
     assert with_row(TEXT, "two", NEW) == TEXT.replace("## `two`\n", f"## `two`\n\n{HEADER}{NEW}\n")
+
+
+def test_a_whole_group_leaves_no_row_of_a_cell_that_is_no_more() -> None:
+    text = with_row(TEXT, "two", OTHER)
+    assert with_only(text, "one", [NEW]) == text.replace(f"{OLD}\n{OTHER}\n", f"{OLD}\n")
+    assert with_only(text, "two", [OTHER, LAST]) == text
 
 
 def test_every_group_has_its_section() -> None:
