@@ -1,7 +1,7 @@
 """``make bench-roof``: native kernels and whole steps as fractions of what this machine can do at best.
 
-    python -m bench.roof [--only kernels,experts,collectives,step] [--model dense-1b] [--tp 2] [--quantization int8]
-        [--repetitions 5] [--quick] [--out out/roof.json]
+    python -m bench.roof [--only kernels,attention,encoded,elementwise,routing,experts,collectives,step]
+        [--model dense-1b] [--tp 2] [--quantization int8] [--repetitions 5] [--quick] [--out out/roof.json]
 
 The ceilings (memory reads in huge pages, a bfloat16 product) are measured again beside every figure, in the same run.
 Run it on a machine that does nothing else.
@@ -10,16 +10,34 @@ Run it on a machine that does nothing else.
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from bench import roof_collectives, roof_experts, roof_kernels, roof_step
+from bench import (
+    roof_attention,
+    roof_collectives,
+    roof_elementwise,
+    roof_encoded,
+    roof_experts,
+    roof_kernels,
+    roof_routing,
+    roof_step,
+)
 from bench.bench_cache import model_dir
 from bench.measure import Row
 from bench.output import machine, make_console, print_rows, write_rows
 
-SECTIONS = ("kernels", "experts", "collectives", "step")
+KERNELS: dict[str, Callable[[int, bool, int], list[Row]]] = {
+    "kernels": roof_kernels.run,
+    "attention": roof_attention.run,
+    "encoded": roof_encoded.run,
+    "elementwise": roof_elementwise.run,
+    "routing": roof_routing.run,
+    "experts": roof_experts.run,
+}
+SECTIONS = (*KERNELS, "collectives", "step")
 
 
 def main() -> int:
@@ -58,10 +76,8 @@ def main() -> int:
 
 def _section(name: str, arguments: argparse.Namespace, model: Path) -> list[Row]:
     repetitions, quick = 1 if arguments.quick else arguments.repetitions, arguments.quick
-    if name == "kernels":
-        return roof_kernels.run(repetitions, quick, arguments.tp)
-    if name == "experts":
-        return roof_experts.run(repetitions, quick, arguments.tp)
+    if name in KERNELS:
+        return KERNELS[name](repetitions, quick, arguments.tp)
     if name == "collectives":
         return roof_collectives.run(repetitions, quick)
     return roof_step.run(repetitions, quick, model, arguments.tp, arguments.quantization)

@@ -3,7 +3,8 @@ as the ranks of a gang do: products of few tokens and attention against reading 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn import functional
@@ -62,19 +63,24 @@ class Roofs:
         return run_together(alone, range(self.num_threads))
 
 
-def run(num_repetitions: int, quick: bool, num_threads: int) -> list[Row]:
-    """``quick``: data that fit into caches; shows that everything runs and nothing else."""
+@contextmanager
+def open_roofs(quick: bool, num_threads: int) -> Iterator[Roofs]:
+    """``quick``: data that fit into caches; shows that everything runs and nothing else. Torch has one thread then."""
     previous = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        roofs = Roofs(num_threads, (64 if quick else 640) * 2**20)
+        yield Roofs(num_threads, (64 if quick else 640) * 2**20)
+    finally:
+        torch.set_num_threads(previous)
+
+
+def run(num_repetitions: int, quick: bool, num_threads: int) -> list[Row]:
+    with open_roofs(quick, num_threads) as roofs:
         return [
             *_products(roofs, torch.bfloat16, num_repetitions),
             *_products(roofs, torch.int8, num_repetitions),
             *_attention(roofs, num_repetitions),
         ]
-    finally:
-        torch.set_num_threads(previous)
 
 
 def _products(roofs: Roofs, dtype: torch.dtype, num_repetitions: int) -> list[Row]:
@@ -96,13 +102,13 @@ def _products(roofs: Roofs, dtype: torch.dtype, num_repetitions: int) -> list[Ro
                     linear(hidden, weight)
 
         matrices = used * roofs.num_threads
-        case = f"{num_tokens} token{'s' * (num_tokens > 1)}"
+        case = tokens_case(num_tokens)
         if num_tokens in READ_TOKENS:
             gigabytes = matrices * weights[0][0].nbytes / 1e9
-            rows.append(_against_read(roofs, name, case, work, gigabytes, num_repetitions))
+            rows.append(against_read(roofs, name, case, work, gigabytes, num_repetitions))
         else:
             teraflops = matrices * 2 * num_tokens * NUM_OUTPUTS * NUM_INPUTS / 1e12
-            rows.append(_against_gemm(roofs, name, case, work, teraflops, num_repetitions))
+            rows.append(against_gemm(roofs, name, case, work, teraflops, num_repetitions))
     return rows
 
 
@@ -138,8 +144,12 @@ def _attention(roofs: Roofs, num_repetitions: int) -> list[Row]:
         position_bytes = 2 * NUM_KV_HEADS * HEAD_DIM * query.element_size()
         gigabytes = num_calls * batch * CONTEXT * position_bytes * roofs.num_threads / 1e9
         case = f"{batch} × {CONTEXT} positions"
-        rows.append(_against_read(roofs, "decode attention", case, work, gigabytes, num_repetitions))
+        rows.append(against_read(roofs, "decode attention", case, work, gigabytes, num_repetitions))
     return rows
+
+
+def tokens_case(num_tokens: int) -> str:
+    return f"{num_tokens} token{'s' * (num_tokens > 1)}"
 
 
 def rotating(roofs: Roofs, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> list[torch.Tensor]:
@@ -147,15 +157,20 @@ def rotating(roofs: Roofs, shape: tuple[int, ...], dtype: torch.dtype, scale: fl
     ``scale``."""
     is_int8 = dtype is torch.int8
     one = torch.randint(-127, 128, shape, dtype=dtype) if is_int8 else (torch.randn(shape) * scale).to(dtype)
-    count = roofs.set_bytes // one.nbytes
+    return copies(roofs, one)
+
+
+def copies(roofs: Roofs, one: torch.Tensor) -> list[torch.Tensor]:
+    """As ``rotating``, of one tensor's values."""
+    count = max(roofs.set_bytes // one.nbytes, 1)
     found = []
     for _ in range(roofs.num_threads):
         buffer = torch.from_numpy(memory_buffer(count * one.nbytes, huge_pages=True))
-        found.append(buffer.view(dtype).view(count, *shape).copy_(one))
+        found.append(buffer.view(one.dtype).view(count, *one.shape).copy_(one))
     return found
 
 
-def _against_read(roofs: Roofs, name: str, case: str, work: Work, gigabytes: float, num_repetitions: int) -> Row:
+def against_read(roofs: Roofs, name: str, case: str, work: Work, gigabytes: float, num_repetitions: int) -> Row:
     def rate() -> float:
         return gigabytes / roofs.seconds(work)
 
@@ -163,7 +178,7 @@ def _against_read(roofs: Roofs, name: str, case: str, work: Work, gigabytes: flo
     return _row(name, case, "GB/s", rate, roofs.read_gb_s, num_repetitions, note)
 
 
-def _against_gemm(roofs: Roofs, name: str, case: str, work: Work, teraflops: float, num_repetitions: int) -> Row:
+def against_gemm(roofs: Roofs, name: str, case: str, work: Work, teraflops: float, num_repetitions: int) -> Row:
     def rate() -> float:
         return teraflops / roofs.seconds(work)
 
