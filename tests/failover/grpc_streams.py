@@ -59,9 +59,7 @@ def _take(response: inference_pb2.GenerateResponse, reading: Reading) -> None:
         delta = response.delta
         choice = reading.choices.setdefault(delta.choice, ChoiceText())
         assert choice.finish_reason is None, "something came after the end of a choice"
-        assert delta.position == len(choice.token_ids), (
-            f"position {delta.position}, not {len(choice.token_ids)}"
-        )
+        assert delta.position == len(choice.token_ids), f"position {delta.position}, not {len(choice.token_ids)}"
         choice.text += delta.text
         choice.token_ids += delta.token_ids
         choice.logprobs += [
