@@ -26,14 +26,16 @@ _PipelineParallelSize = Annotated[
     int | None, typer.Option("--pipeline-parallel-size", "--pp", min=1, help="Fix it. [chosen]")
 ]
 _DataParallelSize = Annotated[
-    int | None, typer.Option("--data-parallel-size", "--dp", min=1, help="Attention replicas. [1]")
+    int | None, typer.Option("--data-parallel-size", "--dp", min=1, help="Attention replicas. [chosen]")
 ]
 _ExpertParallelSize = Annotated[
     int | None, typer.Option("--expert-parallel-size", "--ep", min=1, help="Fix it. [chosen]")
 ]
 _Link = Annotated[
     str | None,
-    typer.Option(help="Between two hosts, one way, as in 0.1ms,10Gbit: predicts what the layout loses to it."),
+    typer.Option(
+        help="Between two hosts, one way, as in 0.1ms,10Gbit: predicts what the layout loses to it, and weighs it."
+    ),
 ]
 _Deterministic = Annotated[
     str | None, typer.Option(metavar="[d1|d2]", help="Only what this mode of remuda serve allows. [off]")

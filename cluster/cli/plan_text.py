@@ -9,7 +9,7 @@ from rich.table import Table
 
 from cluster.plan.layout_plan import LayoutPlan
 from cluster.plan.rank_memory import RankMemory
-from cluster.plan.report import PlanReport, as_object, expert_dispatch, layout_text
+from cluster.plan.report import PlanReport, as_object, dispatch_reason, expert_dispatch, layout_text
 
 WIDTH = 100
 _MAX_COLUMNS = 4
@@ -38,6 +38,8 @@ def print_plan(report: PlanReport, console: Console) -> None:
         f"\n{plan.machines} ({_gib(plan.machines.device.usable_bytes)} usable on each{used}): "
         f"{layout_text(plan.layout)}{_dispatch_text(report)}"
     )
+    if (reason := dispatch_reason(plan)) is not None:
+        console.print(reason)
     console.print(_table(plan))
     for line in _verdict(report):
         console.print(line)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.plan.devices import Machines
+from cluster.plan.dispatch import DispatchChoice
 from cluster.plan.rank_memory import PlanOptions, RankMemory, rank_memories
 from engine.config import ParallelConfig
 from engine.executor.cache_size import MIN_MODEL_LEN, longest_fitting
@@ -15,7 +16,8 @@ from engine.models.shapes.model_shapes import ModelShapes
 class LayoutPlan:
     """A layout on machines. ``max_model_len``: tokens of the longest request, 0 where not even one fits.
     ``kv_tokens``: tokens that the cache holds in all layers at once, over all requests and dp groups.
-    ``num_contexts``: requests of ``max_model_len`` that fit at once. ``reasons``: why it does not fit."""
+    ``num_contexts``: requests of ``max_model_len`` that fit at once. ``reasons``: why it does not fit. ``dispatch``:
+    why its form of expert parallelism was chosen; None where there was nothing to choose."""
 
     machines: Machines
     layout: ParallelConfig
@@ -24,10 +26,15 @@ class LayoutPlan:
     kv_tokens: int
     num_contexts: int
     reasons: tuple[str, ...]
+    dispatch: DispatchChoice | None = None
 
     @property
     def fits(self) -> bool:
         return not self.reasons
+
+    def num_held(self, length: int, block_size: int) -> int:
+        """Requests of ``length`` tokens that the cache holds at once, over all dp groups."""
+        return _num_held(self.ranks, self.layout, length, block_size)
 
 
 def plan_layout(
@@ -51,23 +58,23 @@ def plan_layout(
         layout=layout,
         ranks=tuple(ranks),
         max_model_len=0 if reasons else length,
-        kv_tokens=layout.dp * min(_num_usable(rank) // len(rank.groups) * block_size for rank in ranks),
-        num_contexts=layout.dp
-        * min(_num_usable(rank) // num_blocks_needed(rank.groups, length - 1, block_size) for rank in ranks),
+        kv_tokens=layout.dp * min(rank.num_usable_blocks // len(rank.groups) * block_size for rank in ranks),
+        num_contexts=_num_held(ranks, layout, length, block_size),
         reasons=reasons,
+    )
+
+
+def _num_held(ranks: Sequence[RankMemory], layout: ParallelConfig, length: int, block_size: int) -> int:
+    return layout.dp * min(
+        rank.num_usable_blocks // num_blocks_needed(rank.groups, length - 1, block_size) for rank in ranks
     )
 
 
 def _fitting(ranks: Sequence[RankMemory], block_size: int, longest: int) -> int:
     """Tokens of the longest context that fits on every rank; 1 where none does."""
     # Ranks of a stage are alike.
-    distinct = {(rank.groups, _num_usable(rank)) for rank in ranks}
+    distinct = {(rank.groups, rank.num_usable_blocks) for rank in ranks}
     return min(longest_fitting(groups, block_size, num_usable, longest) for groups, num_usable in distinct)
-
-
-def _num_usable(rank: RankMemory) -> int:
-    """Block 0 is never handed out."""
-    return max(rank.num_blocks - 1, 0)
 
 
 def _reasons(ranks: Sequence[RankMemory], block_size: int, length: int) -> Iterator[str]:

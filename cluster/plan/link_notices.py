@@ -3,11 +3,11 @@
 Predictions are of a decode step, in which each rank reads its weights once at the device's memory rate.
 """
 
-import itertools
 import re
 from collections.abc import Iterator
 
 from cluster.plan.layout_plan import LayoutPlan
+from cluster.plan.layouts import num_crossings, ranks_beside
 from cluster.plan.link_cost import (
     Link,
     StepTraffic,
@@ -49,30 +49,24 @@ def link_notices(config: ModelConfig, plan: LayoutPlan, dtype: Dtype, link: Link
     if link is None:
         return
     stage_size = layout.dp * layout.tp
-    if config.num_experts and layout.exchanges_tokens and stage_size > per_host:
-        exchanges = expert_exchange_traffic(config, stage_size, per_host, DECODING_REQUESTS, dtype.num_bytes)
+    if config.num_experts and layout.exchanges_tokens and (beside := ranks_beside(layout, plan.machines)):
+        exchanges = expert_exchange_traffic(config, stage_size, beside, DECODING_REQUESTS, dtype.num_bytes)
         yield (
             f"tokens go to their experts across hosts: every step waits for {exchanges.num_collectives} exchanges, "
             f"{_loss(plan, exchanges, link)}"
         )
-    if layout.pp > 1 and (num_crossings := _crossings(plan, stage_size)):
-        yield _stages(config, plan, dtype, link, num_crossings)
+    if layout.pp > 1 and (crossings := num_crossings(layout, plan.machines)):
+        yield _stages(config, plan, dtype, link, crossings)
 
 
-def _crossings(plan: LayoutPlan, stage_size: int) -> int:
-    """How often a micro-batch goes from one host to another between its stages."""
-    firsts = [rank.host for rank in plan.ranks[::stage_size]]
-    return sum(one != other for one, other in itertools.pairwise(firsts))
-
-
-def _stages(config: ModelConfig, plan: LayoutPlan, dtype: Dtype, link: Link, num_crossings: int) -> str:
+def _stages(config: ModelConfig, plan: LayoutPlan, dtype: Dtype, link: Link, crossings: int) -> str:
     pp = plan.layout.pp
     in_flight = plans_in_flight("cuda" if plan.machines.device.is_gpu else "cpu", pp)
     size = -(-DECODING_REQUESTS // in_flight)
-    link_s = pipeline_traffic(config, num_crossings, size, dtype.num_bytes).seconds(link)
+    link_s = pipeline_traffic(config, crossings, size, dtype.num_bytes).seconds(link)
     loss = pipeline_loss(_stage_seconds(plan), pp, in_flight, link_s)
     return (
-        f"--pp {pp} crosses hosts {num_crossings} times: a token takes {link_s * 1e3:,.2f} ms longer, which loses "
+        f"--pp {pp} crosses hosts {crossings} times: a token takes {link_s * 1e3:,.2f} ms longer, which loses "
         f"{loss:.0%} of the throughput of {in_flight} micro-batches in flight"
     )
 

@@ -1,11 +1,11 @@
 """From what the user asks to the whole answer."""
 
-from dataclasses import replace
 from typing import Any
 
 from cluster.plan.devices import Machines, parse_machines
 from cluster.plan.layout_plan import LayoutPlan
 from cluster.plan.layouts import Degrees
+from cluster.plan.link_cost import Link
 from cluster.plan.link_notices import parse_link
 from cluster.plan.local import this_machine
 from cluster.plan.rank_memory import PlanOptions
@@ -35,8 +35,8 @@ def plan_model(
     """
     found = find_model(model, revision, quantization)
     machines = this_machine() if gpus is None else parse_machines(gpus)
-    report = make_report(found, machines, fixed, plan_options(found, machines, **wanted))
-    return report if link is None else replace(report, link=parse_link(link))
+    known = None if link is None else parse_link(link)
+    return make_report(found, machines, fixed, plan_options(found, machines, **wanted), known)
 
 
 def plan_options(
@@ -71,17 +71,19 @@ def plan_options(
     )
 
 
-def make_report(model: FoundModel, machines: Machines, fixed: Degrees, options: PlanOptions) -> PlanReport:
-    """Raises LayoutError where the fixed degrees are impossible."""
-    search = LayoutSearch(model.shapes, options)
+def make_report(
+    model: FoundModel, machines: Machines, fixed: Degrees, options: PlanOptions, link: Link | None = None
+) -> PlanReport:
+    """``link``: of every two hosts, where it is known. Raises LayoutError where the fixed degrees are impossible."""
+    search = LayoutSearch(model.shapes, options, link)
     plan = search.choose(machines, fixed)
     nearest = None if plan.fits else search.nearest(machines, fixed.determinism)
-    quantized = None if plan.fits else _quantized(model, machines, fixed, options)
-    return PlanReport(model, options, search.counts, plan, nearest, quantized)
+    quantized = None if plan.fits else _quantized(model, machines, fixed, options, link)
+    return PlanReport(model, options, search.counts, plan, nearest, quantized, link)
 
 
 def _quantized(
-    model: FoundModel, machines: Machines, fixed: Degrees, options: PlanOptions
+    model: FoundModel, machines: Machines, fixed: Degrees, options: PlanOptions, link: Link | None
 ) -> tuple[str, LayoutPlan] | None:
     """The least ``--quantization`` with which a float model fits after all, and its plan."""
     shapes = model.shapes
@@ -90,7 +92,7 @@ def _quantized(
     for name in ("fp8", "int4"):
         quantized = shapes.with_quantization(online_quantization(name))
         try:
-            plan = LayoutSearch(quantized, options).choose(machines, fixed)
+            plan = LayoutSearch(quantized, options, link).choose(machines, fixed)
         except LayoutError:
             continue
         if plan.fits:

@@ -74,6 +74,11 @@ class RankMemory:
         given = self.left if self.kv_cache_bytes is None else min(self.left, self.kv_cache_bytes)
         return max(given, 0) // self.block_bytes
 
+    @property
+    def num_usable_blocks(self) -> int:
+        """Block 0 is never handed out."""
+        return max(self.num_blocks - 1, 0)
+
 
 def weights_by_rank(shapes: ModelShapes, layout: ParallelConfig, options: PlanOptions) -> list[Mapping[str, int]]:
     """Every rank's weights by kind, in order of rank. Most ranks of a stage have equal shapes, and each distinct one is

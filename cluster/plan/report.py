@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.plan.dispatch import LEAST_GAIN, DecodeEstimate, DispatchChoice
 from cluster.plan.layout_plan import LayoutPlan
 from cluster.plan.link_cost import Link
 from cluster.plan.link_notices import link_notices
@@ -76,6 +77,7 @@ def as_object(report: PlanReport) -> dict[str, Any]:
         "devices_per_host": plan.machines.per_host,
         "layout": _degrees(plan.layout),
         "expert_dispatch": expert_dispatch(config, plan.layout),
+        "expert_dispatch_choice": _choice(plan.dispatch),
         "fits": plan.fits,
         "reasons": list(plan.reasons),
         "max_model_len": plan.max_model_len,
@@ -96,6 +98,52 @@ def expert_dispatch(config: ModelConfig, layout: ParallelConfig) -> str | None:
     if not config.num_experts:
         return None
     return "all-to-all" if layout.exchanges_tokens else "replicated"
+
+
+def _choice(choice: DispatchChoice | None) -> dict[str, Any] | None:
+    if choice is None:
+        return None
+    return {
+        "num_requests": choice.load.num_requests,
+        "context_len": choice.load.context_len,
+        "least_gain": LEAST_GAIN,
+        "replicated": _estimate(choice.replicated),
+        "all_to_all": _estimate(choice.exchanged),
+    }
+
+
+def _estimate(estimate: DecodeEstimate | None) -> dict[str, Any] | None:
+    if estimate is None:
+        return None
+    return {
+        "layout": _degrees(estimate.layout),
+        "kv_cache_tokens": estimate.kv_tokens,
+        "num_requests": estimate.num_requests,
+        "tokens_per_s": round(estimate.tokens_per_s, 1),
+    }
+
+
+def dispatch_reason(plan: LayoutPlan) -> str | None:
+    """Why the plan's form of expert parallelism was chosen; None where there was nothing to choose."""
+    choice = plan.dispatch
+    if choice is None:
+        return None
+    forms = {"all-to-all": choice.exchanged, "replicated": choice.replicated}
+    told = "; ".join(f"{form} {_estimate_text(estimate)}" for form, estimate in forms.items())
+    link = "" if choice.knows_link or plan.machines.num_hosts == 1 else ", and between hosts only with --link"
+    return (
+        f"expert dispatch, predicted for {choice.load.num_requests:,} requests of {choice.load.context_len:,} tokens: "
+        f"{told}. All-to-all is chosen where it decodes {LEAST_GAIN:.0%} more{link}."
+    )
+
+
+def _estimate_text(estimate: DecodeEstimate | None) -> str:
+    if estimate is None:
+        return "does not fit"
+    return (
+        f"({layout_text(estimate.layout)}) {estimate.tokens_per_s:,.0f} tokens/s, {estimate.num_requests:,} at once, "
+        f"room for {estimate.kv_tokens:,} tokens"
+    )
 
 
 def _rank(rank: RankMemory) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """The layout that a model gets on given machines, and the nearest on which it fits."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
+from cluster.plan.decode_estimate import estimate_decode
 from cluster.plan.devices import Machines
+from cluster.plan.dispatch import DecodeEstimate, DecodeLoad, DispatchChoice, gains
 from cluster.plan.layout_plan import LayoutPlan, plan_layout
-from cluster.plan.layouts import Degrees, candidates, larger, refusal
+from cluster.plan.layouts import Degrees, candidates, exchanging, larger, refusal
+from cluster.plan.link_cost import Link
 from cluster.plan.rank_memory import PlanOptions, budget_of, weights_by_rank
 from engine.config import Determinism, ParallelConfig
 from engine.errors import LayoutError
@@ -15,8 +20,12 @@ from engine.weights.ledger import count_parameters
 
 _MAX_TRIED = 8
 """Layouts that are built on the same machines. They differ in what is held twice, which is little."""
+_MAX_SKETCHED = 16
+"""Layouts that exchange tokens whose weights are estimated; the most promising are then built."""
+_MAX_BUILT = 2
 _USEFUL_MODEL_LEN = 4096
-"""Tokens of a request that the nearest layout must take, unless the model or the user wants fewer."""
+"""Tokens of a request that the nearest layout must take, unless the model or the user wants fewer; also of each request
+under which the forms of expert parallelism are compared."""
 _HALF_A_BYTE = (
     WeightFormat.INT4,
     WeightFormat.AWQ,
@@ -28,11 +37,15 @@ _HALF_A_BYTE = (
 
 
 class LayoutSearch:
-    """For one model and set of options; shapes of a layout are built once."""
+    """For one model and set of options; shapes of a layout are built once. ``link``: of every two hosts, where it is
+    known; else no tokens are exchanged between hosts unless nothing else fits."""
 
-    def __init__(self, shapes: ModelShapes, options: PlanOptions) -> None:
+    def __init__(self, shapes: ModelShapes, options: PlanOptions, link: Link | None = None) -> None:
         self._shapes = shapes
         self._options = options
+        self._link = link
+        wanted = options.max_model_len or shapes.config.max_context_len
+        self._load = DecodeLoad(options.max_num_seqs, min(wanted, _USEFUL_MODEL_LEN))
         self.counts = count_parameters(shapes)
         self._weights: dict[ParallelConfig, Sequence[Mapping[str, int]] | LayoutError] = {}
 
@@ -42,37 +55,92 @@ class LayoutSearch:
         Raises LayoutError where the degrees that the user fixed are impossible, and InvalidOption where deterministic
         mode serves no such model.
         """
-        first: LayoutPlan | None = None
-        hopeless = self._is_hopeless(machines)
-        for plan in self._plans(machines, fixed):
-            if plan.fits or hopeless:
-                return plan
-            first = first or plan
-        if first is not None:
-            return first
+        if self._is_hopeless(machines):
+            found = self._first_built(machines, fixed)
+        else:
+            found = self._best(machines, fixed, lambda plan: plan.fits)
+        if found is not None:
+            return found
         refused = [error for error in self._weights.values() if isinstance(error, LayoutError)]
         raise refused[0] if refused else LayoutError(self._impossible(machines, fixed))
 
     def nearest(self, machines: Machines, determinism: Determinism = Determinism.OFF) -> LayoutPlan | None:
         """The first that fits, with requests of a useful length, on these machines or the fewest more of their kind;
         None where none was found."""
-        wanted = self._options.max_model_len or self._shapes.config.max_context_len
         for grown in (machines, *larger(machines)):
             if self._is_hopeless(grown):
                 continue
-            for plan in self._plans(grown, Degrees(determinism=determinism)):
-                if plan.max_model_len >= min(wanted, _USEFUL_MODEL_LEN):
-                    return plan
+            found = self._best(grown, Degrees(determinism=determinism), self._is_useful)
+            if found is not None and self._is_useful(found):
+                return found
         return None
 
-    def _plans(self, machines: Machines, fixed: Degrees) -> Iterator[LayoutPlan]:
+    def _is_useful(self, plan: LayoutPlan) -> bool:
+        return plan.max_model_len >= self._load.context_len
+
+    def _first_built(self, machines: Machines, fixed: Degrees) -> LayoutPlan | None:
         config = self._shapes.config
-        found = candidates(config, machines, fixed)
-        layouts = (layout for layout in found if self._weights_of(layout) is not None)
-        for layout in islice(layouts, _MAX_TRIED):
+        plans = (self._plans(layouts(config, machines, fixed), machines) for layouts in (candidates, exchanging))
+        return next((plan for each in plans for plan in each), None)
+
+    def _best(self, machines: Machines, fixed: Degrees, is_good: Callable[[LayoutPlan], bool]) -> LayoutPlan | None:
+        """The first good one of those without attention replicas, or one with them that is better; where none is good,
+        the first. None where no layout is legal."""
+        config = self._shapes.config
+        first: LayoutPlan | None = None
+        replicated: LayoutPlan | None = None
+        for plan in self._plans(candidates(config, machines, fixed), machines):
+            first = first or plan
+            if is_good(plan):
+                replicated = plan
+                break
+        over_hosts = self._link is not None or replicated is None
+        layouts = list(islice(exchanging(config, machines, fixed, over_hosts=over_hosts), _MAX_SKETCHED))
+        first = first or next(self._plans(layouts, machines), None)
+        if first is None or not layouts:
+            return replicated or first
+        return self._better(layouts, replicated, first, is_good) or first
+
+    def _better(
+        self,
+        layouts: Sequence[ParallelConfig],
+        replicated: LayoutPlan | None,
+        built: LayoutPlan,
+        is_good: Callable[[LayoutPlan], bool],
+    ) -> LayoutPlan | None:
+        """A good one of ``layouts`` that decodes more than ``replicated`` does, or else that; each with what spoke for
+        it. ``built``: any layout on the same machines whose weights are known."""
+        before = None if replicated is None else self._estimate(replicated)
+        sketches = [self._plan(layout, built.machines, _like(built, layout)) for layout in layouts]
+        promising = sorted(sketches, key=lambda plan: -self._estimate(plan).tokens_per_s)
+        after = self._estimate(promising[0])
+        for sketch in promising[:_MAX_BUILT]:
+            if not gains(self._estimate(sketch), before):
+                break
+            if (weights := self._weights_of(sketch.layout)) is None:
+                continue
+            plan = self._plan(sketch.layout, built.machines, weights)
+            after = self._estimate(plan)
+            if is_good(plan) and gains(after, before):
+                return replace(plan, dispatch=self._choice(before, after))
+        return replicated and replace(replicated, dispatch=self._choice(before, after))
+
+    def _choice(self, before: DecodeEstimate | None, after: DecodeEstimate) -> DispatchChoice:
+        return DispatchChoice(self._load, before, after if after.num_requests else None, self._link is not None)
+
+    def _estimate(self, plan: LayoutPlan) -> DecodeEstimate:
+        options = self._options
+        return estimate_decode(self._shapes.config, plan, self._load, options.dtype, options.block_size, self._link)
+
+    def _plans(self, layouts: Iterable[ParallelConfig], machines: Machines) -> Iterator[LayoutPlan]:
+        possible = (layout for layout in layouts if self._weights_of(layout) is not None)
+        for layout in islice(possible, _MAX_TRIED):
             weights = self._weights_of(layout)
             assert weights is not None
-            yield plan_layout(self._shapes, layout, machines, self._options, weights)
+            yield self._plan(layout, machines, weights)
+
+    def _plan(self, layout: ParallelConfig, machines: Machines, weights: Sequence[Mapping[str, int]]) -> LayoutPlan:
+        return plan_layout(self._shapes, layout, machines, self._options, weights)
 
     def _weights_of(self, layout: ParallelConfig) -> Sequence[Mapping[str, int]] | None:
         """None where a quantized matrix cannot be cut so."""
@@ -125,3 +193,13 @@ class LayoutSearch:
         if num_experts % ep:
             return f"ep={ep} does not divide the model's {num_experts} experts"
         return f"ep={ep} divides no dp × tp that the machines and the model allow"
+
+
+def _like(built: LayoutPlan, layout: ParallelConfig) -> list[Mapping[str, int]]:
+    """About what the ranks of ``layout`` hold: the experts once, all else once for each dp group."""
+    totals = Counter[str]()
+    for rank in built.ranks:
+        totals.update(rank.weights)
+    for kind in totals.keys() - {"experts"}:
+        totals[kind] = totals[kind] * layout.dp // built.layout.dp
+    return [{kind: total // layout.num_ranks for kind, total in totals.items()}] * layout.num_ranks

@@ -4,7 +4,7 @@ import pytest
 
 from cluster.control.placement import HostInfo, place_gangs
 from cluster.plan.devices import Machines, parse_machines
-from cluster.plan.layouts import Degrees, candidates, host_of, larger
+from cluster.plan.layouts import Degrees, candidates, exchanging, host_of, larger, num_crossings, ranks_beside
 from engine.config import Determinism, ParallelConfig
 from engine.errors import InvalidOption
 from engine.model_config import ModelConfig, validate_layout
@@ -18,8 +18,11 @@ MIXTURE = ModelConfig.from_hf(config_of("Qwen3-30B-A3B"))
 @pytest.mark.parametrize("model", [DENSE, MIXTURE], ids=["dense", "mixture"])
 def test_all_are_legal_and_placeable(model: ModelConfig, gpus: str) -> None:
     machines = parse_machines(gpus)
-    layouts = list(candidates(model, machines, Degrees()))
-    assert layouts and len(set(layouts)) == len(layouts)
+    exchanged = list(exchanging(model, machines, Degrees()))
+    assert bool(exchanged) == (model is MIXTURE and machines.num_devices > 1)
+    assert all(layout.dp > 1 for layout in exchanged)
+    layouts = [*candidates(model, machines, Degrees()), *exchanged]
+    assert len(set(layouts)) == len(layouts)
     hosts = [HostInfo(str(i), f"10.0.0.{i}", 0, machines.per_host) for i in range(machines.num_hosts)]
     for layout in layouts:
         validate_layout(model, layout)
@@ -46,6 +49,27 @@ def test_fixed_degrees_are_kept() -> None:
     found = list(candidates(MIXTURE, machines, Degrees(tp=2, dp=2, ep=4)))
     assert found == [ParallelConfig(tp=2, dp=2, pp=2, ep=4), ParallelConfig(tp=2, dp=2, pp=1, ep=4)]
     assert list(candidates(DENSE, machines, Degrees(tp=3))) == []
+
+
+def test_attention_replicas_fill_the_devices_with_the_most_expert_parallelism() -> None:
+    found = list(exchanging(MIXTURE, parse_machines("8xH100-80"), Degrees()))
+    assert found[:3] == [ParallelConfig(tp=4, dp=2, ep=8), ParallelConfig(tp=2, dp=4, ep=8), ParallelConfig(dp=8, ep=8)]
+    assert ParallelConfig(tp=2, pp=2, dp=2, ep=4) in found
+    assert list(exchanging(MIXTURE, parse_machines("8xH100-80"), Degrees(tp=8))) == []
+    # 128 experts and their width of 768 divide by three nowhere but in the width.
+    assert list(exchanging(MIXTURE, parse_machines("3xH100-80"), Degrees(tp=1, pp=1))) == [ParallelConfig(dp=3)]
+
+
+def test_what_crosses_hosts() -> None:
+    machines = parse_machines("2x4xH100-80")
+    assert (
+        ranks_beside(ParallelConfig(tp=4, dp=2), machines) == 4
+        and num_crossings(ParallelConfig(tp=4, dp=2), machines) == 0
+    )
+    assert ranks_beside(ParallelConfig(tp=2, dp=2, pp=2), machines) == 0
+    assert num_crossings(ParallelConfig(tp=2, dp=2, pp=2), machines) == 1
+    # Stages of four ranks on hosts of six: the second stage lies on both.
+    assert ranks_beside(ParallelConfig(tp=2, dp=2, pp=3), parse_machines("2x6xH100-80")) == 2
 
 
 def test_more_machines() -> None:
