@@ -25,14 +25,17 @@ from engine.messages import (
 from engine.packed import unpack
 from engine.request import SamplingParams
 
+UNREAD = -1
+"""In a history: a token that was sampled on this rank's device and has not been read from there."""
+
 
 @dataclass(slots=True)
 class SlotState:
     """One request, as a rank sees it.
 
-    ``token_ids``: prompt and what was generated, as far as this rank knows it. ``block_tables[g][i]`` holds the keys
-    and values of positions i × block_size … of KV group g; NULL_BLOCK where they can no longer be seen. Tables are
-    arrays of int64, so that a step copies a long one in one go.
+    ``token_ids``: prompt and what was generated, as far as this rank knows it (see UNREAD). ``block_tables[g][i]``: the
+    block with the keys and values of positions i × block_size … of KV group g; NULL_BLOCK where they can no longer be
+    seen. Tables are arrays of int64, so that a step copies a long one in one go.
     ``num_computed``: positions whose keys and values have been computed, this step's included once it was applied.
     """
 
@@ -52,6 +55,18 @@ class SlotState:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+
+class UnreadSample(NamedTuple):
+    """The place in a slot's history of a token that was sampled and has not been read. The slot may hold another
+    request meanwhile."""
+
+    state: SlotState
+    place: int
+
+    def fill(self, token_id: int) -> None:
+        assert self.state.token_ids[self.place] == UNREAD
+        self.state.token_ids[self.place] = token_id
 
 
 class ScheduledSlot(NamedTuple):
@@ -149,6 +164,13 @@ class SlotTable:
             raise ProtocolViolation(f"no token of slot {slot} was wanted after step {step}")
         state.token_ids.append(token_id)
         state.sample_known = True
+
+    def record_unread(self, step: int, slot: int) -> UnreadSample:
+        """As ``record_sample``, of a token that is on the device alone. Until it is filled in, no plan may come that
+        names values behind it."""
+        self.record_sample(step, slot, UNREAD)
+        state = self.state(slot)
+        return UnreadSample(state, len(state.token_ids) - 1)
 
     def state(self, slot: int) -> SlotState:
         """Raises ProtocolViolation where the slot holds no request."""

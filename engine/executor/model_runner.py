@@ -3,10 +3,9 @@
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import msgspec
 import numpy as np
 import torch
 
@@ -19,10 +18,12 @@ from engine.executor.expert_loads import LoadCounters
 from engine.executor.expert_mover import ExpertMover
 from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import copy_blocks
+from engine.executor.late_samples import LateSamples
+from engine.executor.launched_step import LaunchedStep, StepsUnderWay
 from engine.executor.logprobs import top_logprobs
 from engine.executor.penalties import has_penalties
 from engine.executor.pooler import Pooler
-from engine.executor.sampler import SamplerOutput, sample
+from engine.executor.sampler import SamplerOutput, choose, output_of, sample
 from engine.executor.sampling_row import GrammarMask, SamplingRow
 from engine.executor.seen_tokens import SeenTokens
 from engine.executor.stage import run_stage
@@ -40,7 +41,7 @@ from engine.messages import (
 from engine.models.registry import Model
 from engine.parallel.mesh import Mesh
 from engine.progress import Operation
-from engine.request import TopLogprobs
+from engine.request import SamplingParams, TopLogprobs
 from engine.slot_table import ScheduledSlot, SlotTable
 from engine.weights.adapter_loader import AdapterLoader
 
@@ -65,6 +66,7 @@ class ModelRunner:
         captured: of this epoch; None where everything is launched kernel by kernel.
         grammars: of the sampling rank; other ranks do not use theirs.
         experts: where experts may move.
+        late: where tokens are read after the next step was launched.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class ModelRunner:
         device: torch.device,
         captured: CapturedSteps | None = None,
         experts: ExpertMover | None = None,
+        late: LateSamples | None = None,
     ) -> None:
         self._model = model
         self._mesh = mesh
@@ -89,6 +92,8 @@ class ModelRunner:
         # leader passes tokens on.
         self._shares_samples = mesh.config.pp == 1
         self._progress = mesh.progress
+        self._under_way = StepsUnderWay(mesh.progress)
+        self._late = late
         self._device = device
         self._groups = mesh.kv_groups(model.config)
         self._block_size = cache.key_cache[0].shape[1]
@@ -100,11 +105,25 @@ class ModelRunner:
         self._seen: dict[int, SeenTokens] = {}
         """By slot, of requests with penalties."""
 
-    @torch.inference_mode()
+    @property
+    def reads_late(self) -> bool:
+        """Whether ``launch`` returns before the device is done."""
+        return self._late is not None
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Raises ProtocolViolation for a plan that may not come now, RankFailure where another rank is lost."""
-        began = time.perf_counter()
-        self._progress.begin(plan.step)
+        return self.launch(plan).finish()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """As ``execute``, but whoever calls ``finish`` waits for the device, where the host need not see what was
+        sampled before. Always in one thread, in the order of plans; steps launched before need not be finished."""
+        began_s = time.perf_counter()
+        self._under_way.begin(plan.step)
+        while self._under_way.durations_us:
+            self._loads.stepped(self._under_way.durations_us.popleft())
+        if self._late is not None:
+            self._late.take_in(wait=_wants_rest(plan))
         scheduled = self._slots.apply(plan)
         expert_loads = self._loads.report(plan)
         self._change_experts(plan)
@@ -112,21 +131,17 @@ class ModelRunner:
         self._forget(batch.removed)
         copy_blocks(self._cache, batch.block_copies)
         outcomes = self._change_adapters(plan) if plan.adapters else []
-        result = StepResult(plan.epoch, plan.step, self._mesh.rank)
+        answer: Callable[[], StepResult] = functools.partial(StepResult, plan.epoch, plan.step, self._mesh.rank)
         if scheduled:
-            result = self._compute(plan, scheduled)
+            answer = self._compute(plan, scheduled)
         elif self._mesh.config.exchanges_tokens and not all(other.is_idle for other in plan.batches):
             self._model.forward_idle()
-        self._progress.at(Operation.IDLE)
-        duration_us = int((time.perf_counter() - began) * 1e6)
-        self._loads.stepped(duration_us)
-        return msgspec.structs.replace(
-            result,
-            duration_us=duration_us,
-            adapters=outcomes,
-            expert_outcomes=[] if self._experts is None else self._experts.take_outcomes(),
-            expert_loads=expert_loads,
-        )
+        news = {
+            "adapters": outcomes,
+            "expert_outcomes": [] if self._experts is None else self._experts.take_outcomes(),
+            "expert_loads": expert_loads,
+        }
+        return LaunchedStep(plan.step, answer, news, self._under_way, began_s)
 
     def _change_experts(self, plan: StepPlan) -> None:
         if self._experts is not None:
@@ -167,7 +182,10 @@ class ModelRunner:
                 outcomes.append(AdapterOutcome(self._mesh.rank, change.slot, error=message))
         return outcomes
 
-    def _compute(self, plan: StepPlan, scheduled: Sequence[ScheduledSlot]) -> StepResult:
+    def _compute(self, plan: StepPlan, scheduled: Sequence[ScheduledSlot]) -> Callable[[], StepResult]:
+        """Its answer, which may have to be waited for."""
+        if self._late is not None:
+            self._late.take_in(wait=any(_looks_back(share.state.sampling) for share in scheduled))
         masks = self._grammars.begin(scheduled) if self._is_sampling_rank else None
         try:
             hidden, logits = self._forward(scheduled)
@@ -176,25 +194,49 @@ class ModelRunner:
         except RuntimeError as error:
             if self._mesh.config.num_ranks > 1 or not is_out_of_memory(error):
                 raise  # other ranks wait in the middle of the same step: only a new epoch helps
-            return self._out_of_memory(plan, scheduled, error)
+            lost = self._out_of_memory(plan, scheduled, error)
+            return lambda: lost
         self._progress.at(Operation.SAMPLE)
         sampling = [share for share in scheduled if share.sample]
-        output = None
+        output: SamplerOutput | torch.Tensor | None = None
         found = masks.result() if masks is not None else {}
         failures = {slot: mask for slot, mask in found.items() if isinstance(mask, str)}
         if logits is not None and sampling:
             rows = [self._sampling_row(share, found.get(share.slot)) for share in sampling]
             try:
-                output = sample(logits, rows)
+                output = self._sample(logits, rows)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 failures |= {share.slot: f"out of memory while sampling: {error}" for share in sampling}
-        if self._shares_samples and sampling:
+        reading = None
+        if self._late is not None and sampling and not isinstance(output, SamplerOutput):
+            reading = self._late.keep(plan.step, sampling, self._shared(output, len(sampling)))
+        elif self._shares_samples and sampling:
+            assert not isinstance(output, torch.Tensor)
             self._share_samples(plan.step, sampling, output)
-        sampled = _usable(sampling, output, failures) if output is not None else []
-        errors += [SlotError(slot, message) for slot, message in failures.items()]
-        return StepResult.of(plan.epoch, plan.step, self._mesh.rank, sampled, prompt_logprobs, errors, pooled)
+
+        def answer() -> StepResult:
+            tokens = None if reading is None else reading.wait()  # other ranks wait too: their step is done then
+            read = output_of(tokens) if isinstance(output, torch.Tensor) and tokens is not None else output
+            sampled = _usable(sampling, read, failures) if isinstance(read, SamplerOutput) else []
+            failed = [*errors, *(SlotError(slot, message) for slot, message in failures.items())]
+            return StepResult.of(plan.epoch, plan.step, self._mesh.rank, sampled, prompt_logprobs, failed, pooled)
+
+        return answer
+
+    def _sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SamplerOutput | torch.Tensor:
+        """On the device still, where nothing is wanted of the logits but tokens."""
+        if self._late is None or any(row.params.logprobs is not None for row in rows):
+            return sample(logits, rows)
+        return choose(logits, rows)
+
+    def _shared(self, tokens: torch.Tensor | None, count: int) -> torch.Tensor:
+        """[count] int64 on the device: the sampling rank's, for all ranks that divide its layers. Zeros where it could
+        not sample, so that plans already in flight can still be computed."""
+        if tokens is None:
+            tokens = torch.zeros(count, dtype=torch.int64, device=self._device)
+        return self._mesh.tp.broadcast(tokens)
 
     def _sampling_row(self, share: ScheduledSlot, mask: GrammarMask | str | None) -> SamplingRow:
         """What is drawn for a slot whose grammar is broken means nothing."""
@@ -206,6 +248,8 @@ class ModelRunner:
     def _forward(self, scheduled: Sequence[ScheduledSlot]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states [T, hidden_size] and, on the sampling rank, the sampling slots' logits [R, vocab]."""
         batch = build_batch(scheduled, len(self._groups), self._block_size, self._device)
+        if self._late is not None:
+            self._late.fill(batch.token_ids, scheduled)
         return self._run_model(batch)
 
     def _run_model(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -259,6 +303,18 @@ class ModelRunner:
             torch.cuda.empty_cache()
         errors = [SlotError(share.slot, f"out of memory in step {plan.step}: {error}") for share in scheduled]
         return StepResult(plan.epoch, plan.step, self._mesh.rank, errors=errors)
+
+
+def _wants_rest(plan: StepPlan) -> bool:
+    """Whether nothing may be on its way when the plan is taken in: it names tokens by their values, which continue a
+    history, or changes weights."""
+    names_values = any(share.token_ids for batch in plan.batches for share in batch.scheduled)
+    return names_values or bool(plan.adapters or plan.experts)
+
+
+def _looks_back(sampling: SamplingParams) -> bool:
+    """Whether the next token depends on the values of those before."""
+    return sampling.grammar is not None or has_penalties(sampling)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -21,8 +21,10 @@ from engine.executor.channel import ChannelClosed, RankChannel
 from engine.executor.expert_mover import ExpertMover, mixture_layers
 from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import allocate_kv_cache
+from engine.executor.late_samples import LateSamples, reads_late
 from engine.executor.memory_check import check_memory
 from engine.executor.model_runner import CapturedSteps, ModelRunner
+from engine.executor.result_sender import ResultSender
 from engine.executor.warm_up import MIN_BLOCKS, run_largest_steps
 from engine.executor.worker_config import WorkerConfig
 from engine.kernels.gpu import has_triton
@@ -33,7 +35,6 @@ from engine.messages import (
     Ready,
     Shutdown,
     StepPlan,
-    StepResult,
     decode_to_rank,
     encode,
 )
@@ -56,21 +57,43 @@ _PROGRESS_INTERVAL_S = 0.1
 
 
 class ReadyRank:
-    """A rank that has loaded: takes plans from its channel."""
+    """A rank that has loaded: takes plans from its channel and answers them."""
 
     def __init__(self, channel: RankChannel, runner: ModelRunner) -> None:
         self._channel = channel
         self._runner = runner
+        self._sender: ResultSender | None = None
+
+    @contextmanager
+    def answering(self, report: Callable[[int, Exception], None]) -> Iterator[None]:
+        """While plans come. ``report``: see ResultSender."""
+        if not self._runner.reads_late:
+            yield
+            return
+        self._sender = ResultSender(self._channel, report)
+        try:
+            yield
+        finally:
+            self._sender.close()
 
     def next_message(self) -> StepPlan | Shutdown:
-        """Raises ChannelClosed, and ProtocolViolation for any other message."""
-        message = decode_to_rank(self._channel.receive(None))
+        """Raises ChannelClosed, ProtocolViolation for any other message, and what has failed on the device."""
+        try:
+            message = decode_to_rank(self._channel.receive(None))
+        except ChannelClosed:
+            if self._sender is not None:
+                self._sender.raise_failure()
+            raise
         if isinstance(message, InitCache):
             raise ProtocolViolation("the cache was sized already; it is sized once in an epoch")
         return message
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        return self._runner.execute(plan)
+    def answer(self, plan: StepPlan) -> None:
+        """Computes it, or has the device do so while the next plan is taken. Raises what went wrong."""
+        if self._sender is not None:
+            self._sender.put(self._runner.launch(plan))
+        else:
+            self._channel.send(encode(self._runner.execute(plan)))
 
 
 class Rank:
@@ -328,8 +351,20 @@ class _Startup:
         grammars = self._rank.grammars
         grammars.forget(range(config.max_num_seqs))
         drop_adapters(model)  # those that are still wanted are loaded again by plans
-        experts = self._rank.experts
-        return ModelRunner(model, mesh, cache, slots, grammars, device=self._device, captured=captured, experts=experts)
+        late = None
+        if reads_late(self._device, mesh.config):
+            late = LateSamples(slots, config.max_num_seqs, self._device)
+        return ModelRunner(
+            model,
+            mesh,
+            cache,
+            slots,
+            grammars,
+            device=self._device,
+            captured=captured,
+            experts=self._rank.experts,
+            late=late,
+        )
 
 
 def _host_share(config: WorkerConfig) -> HostShare:

@@ -5,7 +5,7 @@ likely token (temperature 0; the lowest id among equals) or temperature, min-p, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,24 +32,33 @@ class SamplerOutput:
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SamplerOutput:
-    """``logits`` [R, vocab] float32, which is changed in place; row r belongs to ``rows[r]``."""
-    assert logits.dtype == torch.float32 and logits.shape[0] == len(rows)
+    """``logits`` [R, vocab] float32, which is changed in place; row r belongs to ``rows[r]``. Waits for the device."""
     if not rows:
         return SamplerOutput([], [], [])
+    output = output_of(choose(logits, rows).tolist())
+    return replace(output, logprobs=_logprobs(logits, rows, output.token_ids, output.valid))
+
+
+def choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """[R] int64 on the device of ``logits``, for which nobody waits; −1 where a row is of no use. As ``sample``, of one
+    row or more."""
+    assert logits.dtype == torch.float32 and logits.shape[0] == len(rows)
     adjust_logits(logits, rows)
     tokens = most_likely(logits)
     drawn = [r for r, row in enumerate(rows) if row.params.temperature >= MIN_TEMPERATURE]
     if len(drawn) == len(rows):
-        tokens = torch.where(tokens < 0, tokens, draw(logits, rows))
-    elif drawn:
+        return torch.where(tokens < 0, tokens, draw(logits, rows))
+    if drawn:
         index = to_device(np.array(drawn), logits.device)
         found = draw(logits[index], [rows[r] for r in drawn])
         tokens[index] = torch.where(tokens[index] < 0, -1, found)
-    # Where a GPU computes, the host waits here, once, for all that was queued.
-    answers: list[int] = tokens.tolist()
-    valid = [token_id >= 0 for token_id in answers]
-    token_ids = [max(token_id, 0) for token_id in answers]
-    return SamplerOutput(token_ids, _logprobs(logits, rows, token_ids, valid), valid)
+    return tokens
+
+
+def output_of(tokens: list[int]) -> SamplerOutput:
+    """Of what ``choose`` gave, without log-probabilities."""
+    valid = [token_id >= 0 for token_id in tokens]
+    return SamplerOutput([max(token_id, 0) for token_id in tokens], [None] * len(tokens), valid)
 
 
 def _logprobs(

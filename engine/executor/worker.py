@@ -5,6 +5,7 @@ connected, so that a wrong address or secret shows at once, and the seconds of t
 """
 
 import contextlib
+import functools
 import os
 import socket
 import threading
@@ -113,13 +114,13 @@ class _Life:
                 from engine.executor.rank_startup import Rank
 
                 self._rank = Rank(config, import_seconds=time.perf_counter() - began)
-            runner = self._rank.join(config, channel, end)
-            while runner is not None:
-                message = runner.next_message()
-                if not isinstance(message, StepPlan):
-                    break
-                step = message.step
-                channel.send(encode(runner.execute(message)))
+            rank = self._rank.join(config, channel, end)
+            if rank is None:
+                return True
+            with rank.answering(functools.partial(_report, config, channel)):
+                while isinstance(message := rank.next_message(), StepPlan):
+                    step = message.step
+                    rank.answer(message)
             return True
         except ChannelClosed:
             return False

@@ -1,96 +1,14 @@
-"""A rank's step with a model small enough to see through: the next token is always the last one plus one."""
-
-import math
-from pathlib import Path
+"""A rank's step, with a model small enough to see through."""
 
 import pytest
-import torch
 
-from engine.attention.backend import KvCacheView, StepAttention
-from engine.batch import ForwardBatch
-from engine.config import Dtype
 from engine.errors import ProtocolViolation
-from engine.executor.grammar_masks import GrammarMasks
-from engine.executor.kv_cache import allocate_kv_cache, copy_blocks
-from engine.executor.model_runner import ModelRunner, is_out_of_memory
+from engine.executor.kv_cache import copy_blocks
+from engine.executor.model_runner import is_out_of_memory
 from engine.executor.warm_up import run_largest_steps
-from engine.layer_config import LayerConfig
-from engine.messages import BatchPlan, NewRequest, ScheduledRequest, StepPlan, StepResult
-from engine.model_config import ModelConfig, kv_groups
+from engine.messages import BatchPlan, ScheduledRequest, StepPlan
 from engine.parallel.mesh import Mesh
-from engine.request import SamplingParams
-from engine.rope_config import RopeConfig
-from engine.slot_table import SlotTable
-
-VOCAB = 300
-BLOCK_SIZE = 4
-NAN_TOKEN, HUGE_TOKEN = 290, 291
-CPU = torch.device("cpu")
-
-
-class CountingModel:
-    """Hidden states are the token ids; the logits favour the next id. Two ids break it."""
-
-    slices = conversions = ()
-    dtype = torch.float32
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.batches: list[ForwardBatch] = []
-        self.logits_rows: list[int] = []
-
-    def forward(
-        self,
-        batch: ForwardBatch,
-        kv_cache: KvCacheView,
-        attention: StepAttention,
-        hidden: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        self.batches.append(batch)
-        if HUGE_TOKEN in batch.token_ids.tolist():
-            torch.empty(2**60)
-        return batch.token_ids[:, None].float()
-
-    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor | None:
-        self.logits_rows.append(len(hidden_rows))
-        ids = hidden_rows[:, 0].long()
-        logits = torch.zeros(len(ids), VOCAB)
-        logits[torch.arange(len(ids)), (ids + 1) % VOCAB] = 5.0
-        logits[ids == NAN_TOKEN] = math.nan
-        return logits
-
-
-def make_runner() -> tuple[ModelRunner, CountingModel, KvCacheView]:
-    layers = (LayerConfig(8), LayerConfig(8, chunk_size=8))
-    rope = RopeConfig(theta=10000.0, head_dim=4, original_max_positions=1000)
-    config = ModelConfig("none", VOCAB, 8, 2, 2, 4, layers, rope, 1e-5, 1000)
-    model = CountingModel(config)
-    cache = allocate_kv_cache(config, Mesh(), num_blocks=50, block_size=BLOCK_SIZE, dtype=Dtype.FLOAT32, device=CPU)
-    slots = SlotTable(num_slots=4, kv_groups=kv_groups(config), block_size=BLOCK_SIZE, num_blocks=50, epoch=0)
-    grammars = GrammarMasks(Path("none"), VOCAB)
-    return ModelRunner(model, Mesh(), cache, slots, grammars, device=CPU), model, cache
-
-
-def params(**options: object) -> SamplingParams:
-    return SamplingParams(max_tokens=9, temperature=0.0, **options)  # type: ignore[arg-type]
-
-
-def admit(slot: int, token_ids: list[int], first_block: int, **options: object) -> tuple[NewRequest, ScheduledRequest]:
-    num_blocks = len(token_ids) // BLOCK_SIZE + 1
-    blocks = [list(range(first_block + g * num_blocks, first_block + (g + 1) * num_blocks)) for g in range(2)]
-    new = NewRequest(slot, token_ids, len(token_ids), params(**options))
-    return new, ScheduledRequest(slot, 0, len(token_ids), [], blocks, True)
-
-
-def plan(
-    step: int, *admitted: tuple[NewRequest, ScheduledRequest], scheduled: list[ScheduledRequest] | None = None
-) -> StepPlan:
-    batch = BatchPlan([], [new for new, _ in admitted], [share for _, share in admitted] + (scheduled or []))
-    return StepPlan(0, step, [batch])
-
-
-def tokens(result: StepResult) -> dict[int, int]:
-    return {sampled.slot: sampled.token_id for sampled in result.all_sampled}
+from tests.support.counting_model import CPU, HUGE_TOKEN, NAN_TOKEN, admit, make_runner, plan, tokens
 
 
 def test_slots_become_tensors() -> None:
