@@ -1,5 +1,6 @@
 """What only a GPU can show, each against something that does not use it: the largest error, and what it may be."""
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -13,9 +14,11 @@ from engine.attention.registry import attention_backend
 from engine.config import Dtype, KvGroupConfig, ParallelConfig
 from engine.executor.sampler import sample
 from engine.executor.sampling_row import SamplingRow
+from engine.layer_config import LayerConfig
 from engine.model_config import ModelConfig
 from engine.quantization.fp8 import multiply_float8, quantize_rows
 from engine.request import SamplingParams
+from engine.rope_config import RopeConfig
 
 Check = Callable[[], tuple[float, float]]
 _CPU = torch.device("cpu")
@@ -64,11 +67,17 @@ def _graphs() -> tuple[float, float]:
     return _worst(_tiny_logits(model, is_captured=True), _tiny_logits(model)), 0.02
 
 
-def _long_attention(name: str, group: KvGroupConfig) -> Check:
+_MIXED = [(6000, 700), (9000, 1), (20, 1), (0, 3000)]
+_DECODES = [(9000, 1), (20, 1), (511, 1)]
+"""Of each request: positions before the step, and in it."""
+
+
+def _long_attention(name: str, group: KvGroupConfig, work: list[tuple[int, int]]) -> Check:
     """Prompts after a long past, decoding requests of many parts, against the reference in float32."""
 
     def check() -> tuple[float, float]:
-        batch, cache = attention_step([(6000, 700), (9000, 1), (20, 1), (0, 3000)])
+        _require_installed(name)
+        batch, cache = attention_step(work)
         num_tokens = len(batch.positions)
         query = torch.randn(num_tokens, 32, 128, dtype=torch.bfloat16, device=DEVICE)
         key, value = (torch.randn(num_tokens, 8, 128, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
@@ -78,6 +87,28 @@ def _long_attention(name: str, group: KvGroupConfig) -> Check:
         return _worst(found, reference.forward(0, query.float(), key.float(), value.float(), wide)), 0.02
 
     return check
+
+
+def _require_installed(name: str) -> None:
+    if name == "flashinfer" and importlib.util.find_spec(name) is None:
+        raise NotChecked("FlashInfer is not installed (pip install flashinfer-python)")
+
+
+def _flashinfer_steps() -> tuple[float, float]:
+    _require_installed("flashinfer")
+    return whole_steps("flashinfer", "cuda", DEVICE)
+
+
+def whole_steps(name: str, other: str, device: torch.device) -> tuple[float, float]:
+    """Of a model with random weights and heads of 128 numbers (which FlashInfer has kernels for), prompts, a mixed step
+    and one that decodes, by two kinds of attention."""
+    rope = RopeConfig(theta=10000.0, head_dim=128, original_max_positions=1000)
+    config = ModelConfig("LlamaForCausalLM", 512, 512, 4, 2, 128, (LayerConfig(512),) * 2, rope, 1e-5, 1000)
+    model = GpuModel(config, None, Dtype.BFLOAT16, device, num_requests=len(_PROMPTS), max_len=_LARGEST_PROMPT)
+    model.attention = attention_backend(device, other)
+    expected = _tiny_logits(model)
+    model.attention = attention_backend(device, name)
+    return _worst(_tiny_logits(model), expected), 0.02
 
 
 def _float8() -> tuple[float, float]:
@@ -118,7 +149,13 @@ CHECKS: dict[str, Check] = {
     "remuda-tiny, float32, against the CPU": _model_float32,
     "remuda-tiny, bfloat16, against the CPU in float32": _model_bfloat16,
     "CUDA graphs against single launches": _graphs,
-    **{f"long {kind} attention": _long_attention("cuda", group) for kind, group in _GROUPS.items()},
+    **{
+        f"long {kind} attention, {what}, {label}": _long_attention(name, group, work)
+        for name, label in (("cuda", "Triton"), ("flashinfer", "FlashInfer"))
+        for kind, group in _GROUPS.items()
+        for what, work in (("prompts and decoding", _MIXED), ("decoding alone", _DECODES))
+    },
+    "FlashInfer in whole steps against Triton": _flashinfer_steps,
     "FP8 products against float64": _float8,
     "drawn tokens against the CPU": _draws,
     **{

@@ -115,6 +115,7 @@ class ServeConfig(BaseSettings):
     max_loras: Annotated[int, Field(ge=1, le=1024)] = 8
     enable_prefix_caching: bool = True
     guided_decoding_backend: GrammarBackend = GrammarBackend.LLGUIDANCE
+    attention_backend: Literal["auto", "triton", "flashinfer"] = "auto"
     async_scheduling: bool | None = None
     max_lora_rank: Annotated[int, Field(ge=1, le=4096)] = 64
     api_key_file: Path | None = None

@@ -63,6 +63,7 @@ def engine(
     enable_prefix_caching: options.EnablePrefixCaching = None,
     async_scheduling: options.AsyncScheduling = None,
     guided_decoding_backend: options.GuidedDecodingBackend = None,
+    attention_backend: options.AttentionBackend = None,
     spare_ranks: options.SpareRanks = None,
     deterministic: options.Deterministic = None,
     drain_timeout: options.DrainTimeout = None,
@@ -76,9 +77,8 @@ def engine(
     Front ends reach its leader at --leader-port. /livez and /readyz at --health-port follow its progress. SIGTERM has
     running requests finish, or move to other replicas.
     """
-    given = locals()
+    given = locals() | {"address": f"{node_ip}:{ray_port}"}
     flags = {name: given[name] for name in ServeConfig.model_fields if name in given}
-    flags["address"] = f"{node_ip}:{ray_port}"
     serve_config = load_serve_config(flags, config)
     checked = _for_group(preflight(serve_config), hosts, devices, leader_port, host_wait)
     device, secret = checked.launch.replica.device, checked.launch.secret

@@ -1,5 +1,7 @@
 """``remuda serve``: the options, and nothing else."""
 
+from typing import Any
+
 import typer
 
 from cluster.cli import serve_options as options
@@ -46,6 +48,7 @@ def serve(
     enable_prefix_caching: options.EnablePrefixCaching = None,
     async_scheduling: options.AsyncScheduling = None,
     guided_decoding_backend: options.GuidedDecodingBackend = None,
+    attention_backend: options.AttentionBackend = None,
     api_key_file: options.ApiKeyFile = None,
     security_file: options.SecurityFile = None,
     insecure: options.Insecure = None,
@@ -72,5 +75,9 @@ def serve(
 
     Options may also stand in the environment (REMUDA_TENSOR_PARALLEL_SIZE=2), which wins over a --config file.
     """
-    flags = {name: value for name, value in locals().items() if name != "config"}
-    raise typer.Exit(run(load_serve_config(flags, config)))
+    raise typer.Exit(_serve(locals()))
+
+
+def _serve(options_given: dict[str, Any]) -> int:
+    flags = {name: value for name, value in options_given.items() if name != "config"}
+    return run(load_serve_config(flags, options_given["config"]))

@@ -76,6 +76,10 @@ GuidedDecodingBackend = Annotated[
     str | None,
     typer.Option(help="What follows grammars: llguidance, or xgrammar where that extra is installed. [llguidance]"),
 ]
+AttentionBackend = Annotated[
+    str | None,
+    typer.Option(help="Attention on GPUs: auto, triton (our kernels), or flashinfer where it is installed. [auto]"),
+]
 AsyncScheduling = Annotated[
     bool | None,
     typer.Option(

@@ -13,7 +13,7 @@ from cluster.replica.events import LaunchConfig, ReplicaPlan
 from cluster.replica.model_source import ModelSource, resolve
 from cluster.rpc.shared_secret import required_secret
 from cluster.telemetry.config import otlp_endpoint
-from engine.config import Determinism, ParallelConfig, SchedulerConfig
+from engine.config import Determinism, Dtype, ParallelConfig, SchedulerConfig
 from engine.deterministic import deterministic_layout
 from engine.errors import InvalidOption, LayoutError
 from engine.executor.defaults import default_limits, plans_in_flight
@@ -54,6 +54,7 @@ def preflight(config: ServeConfig) -> Preflight:
             f"{parallel.product}{copies}: more than the {config.cpu_slots} CPU slots of this host; raise --cpu-slots "
             "or lower the degrees"
         )
+    check_attention(config.attention_backend, device, is_deterministic=config.deterministic is not Determinism.OFF)
     source = resolve(config.model, config.revision)
     directory = source.directory()
     model = ModelConfig.from_directory(directory, config.quantization)
@@ -99,6 +100,27 @@ def _check_backend(config: ServeConfig) -> None:
         raise InvalidOption(f"--guided-decoding-backend {name} is not installed; pip install 'remuda[{name}]'")
 
 
+def check_attention(name: str, device: Device, *, is_deterministic: bool) -> None:
+    """Whether GPUs can attend by ``name``. Raises InvalidOption."""
+    if name == "auto":
+        return
+    if device != Device.CUDA:
+        raise InvalidOption(f"--attention-backend {name} is for GPUs; on CPUs leave it out")
+    if is_deterministic:
+        raise InvalidOption(
+            f"--deterministic has an attention of its own; leave out --attention-backend {name}, or --deterministic"
+        )
+    if importlib.util.find_spec(name) is None:
+        package = {"flashinfer": "flashinfer-python"}.get(name, name)
+        raise InvalidOption(f"--attention-backend {name} is not installed; pip install {package} on every GPU host")
+
+
+def check_attention_dtype(name: str, dtype: str) -> None:
+    """Whether the kind of attention ``name`` has the model's format. Raises InvalidOption."""
+    if name == "flashinfer" and dtype != Dtype.BFLOAT16:
+        raise InvalidOption(f"--attention-backend flashinfer computes in bfloat16, not {dtype}; add --dtype bfloat16")
+
+
 def _secret(file: Path | None) -> str:
     """What leaders ask of front ends. Raises InvalidOption."""
     return secrets.token_hex(32) if file is None else required_secret(file)
@@ -130,6 +152,8 @@ def _launch_config(
         raise InvalidOption(
             f"--max-model-len {max_model_len} is more than the model's {model.max_context_len} positions"
         )
+    dtype = model.dtype.value if config.dtype == "auto" else config.dtype
+    check_attention_dtype(config.attention_backend, dtype)
     limits = default_limits(device.value)
     max_num_seqs = config.max_num_seqs or limits.max_num_seqs
     batched = config.max_num_batched_tokens or max(limits.max_num_batched_tokens, max_num_seqs)
@@ -147,7 +171,8 @@ def _launch_config(
         num_redundant_experts=parallel.num_redundant_experts,
         balances_experts=parallel.balances_experts,
         guided_decoding_backend=config.guided_decoding_backend,
-        dtype=model.dtype.value if config.dtype == "auto" else config.dtype,
+        attention_backend=config.attention_backend,
+        dtype=dtype,
         device=device.value,
         load_format=config.load_format,
         max_model_len=max_model_len,

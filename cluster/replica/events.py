@@ -38,6 +38,7 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     enable_prefix_caching: bool = True
     depth: int = 1
     guided_decoding_backend: str = "llguidance"
+    attention_backend: str = "auto"
     spare_ranks: int = 0
     """Processes per host that have imported what a rank needs, and stand by to take a lost one's place."""
     host_wait_s: float = 0.0

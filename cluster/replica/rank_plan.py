@@ -82,6 +82,7 @@ def worker_configs(
                 load_format=LoadFormat(plan.load_format),
                 quantization=plan.quantization,
                 guided_decoding_backend=plan.guided_decoding_backend,
+                attention_backend=plan.attention_backend,
                 device=plan.device,
                 relay=relay,
                 host_ranks=tuple(by_host[placed.host]),

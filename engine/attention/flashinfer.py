@@ -1,5 +1,6 @@
-"""Attention by FlashInfer (arXiv 2501.01005), where the package is installed. Chosen by name only: it has not been run
-yet, and its steps are not captured as graphs. Written for FlashInfer 0.7.
+"""Attention by FlashInfer (arXiv 2501.01005), where the package is installed. Chosen by ``--attention-backend
+flashinfer`` only: it has not been run yet, its steps are not captured as graphs, and each is waited for (its plans are
+copied from pinned memory that the next one overwrites). Written for FlashInfer 0.7.
 
 A step in which every request has one token goes to its decode wrapper, any other as a whole to its prefill wrapper.
 To FlashInfer each run of pages (engine.attention.page_runs) is a request of its own.

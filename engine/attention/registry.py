@@ -17,6 +17,9 @@ BACKENDS = {
 }
 """Name to "module:class"."""
 
+CHOICES: dict[str, str | None] = {"auto": None, "triton": "cuda", "flashinfer": "flashinfer"}
+"""What a user may choose for GPUs (``--attention-backend``), as a name above; None: the best for the device."""
+
 
 def attention_backend(
     device: torch.device | None = None, name: str | None = None, *, is_deterministic: bool = False

@@ -16,10 +16,11 @@ from engine.kernels.host_copy import to_device
 from engine.slot_table import UNREAD, ScheduledSlot, SlotTable, UnreadSample
 
 
-def reads_late(device: torch.device, parallel: ParallelConfig) -> bool:
+def reads_late(device: torch.device, parallel: ParallelConfig, attention: str) -> bool:
     """Whether a rank works so. On a CPU a step is done when it returns. Between stages the leader passes tokens on, and
-    attention replicas wait for one another in every layer."""
-    return device.type == "cuda" and parallel.pp == 1 and parallel.dp == 1
+    attention replicas wait for one another in every layer. FlashInfer's plan of a step overwrites the pinned memory
+    from which that of the step before may still be copied."""
+    return device.type == "cuda" and parallel.pp == parallel.dp == 1 and attention != "flashinfer"
 
 
 class Copied:

@@ -9,8 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from engine.attention.backend import KvCacheView
-from engine.attention.registry import attention_backend
+from engine.attention.backend import AttentionBackend, KvCacheView
 from engine.batch import ForwardBatch
 from engine.errors import AdapterError, ProtocolViolation
 from engine.executor.batch_builder import build_batch
@@ -77,6 +76,7 @@ class ModelRunner:
         slots: SlotTable,
         grammars: GrammarMasks,
         *,
+        attention: AttentionBackend,
         device: torch.device,
         captured: CapturedSteps | None = None,
         experts: ExpertMover | None = None,
@@ -97,7 +97,7 @@ class ModelRunner:
         self._device = device
         self._groups = mesh.kv_groups(model.config)
         self._block_size = cache.key_cache[0].shape[1]
-        self._attention = attention_backend(device, is_deterministic=mesh.config.is_deterministic)
+        self._attention = attention
         self._captured = captured
         self._experts = experts
         self._loads = LoadCounters(model, mesh)

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from engine.attention.backend import KvCacheView
-from engine.attention.registry import attention_backend
+from engine.attention.backend import AttentionBackend, KvCacheView
+from engine.attention.registry import CHOICES, attention_backend
 from engine.errors import ProtocolViolation, RankFailure
 from engine.executor.cache_size import cuda_kv_bytes
 from engine.executor.channel import ChannelClosed, RankChannel
@@ -309,8 +309,13 @@ class _Startup:
             max_num_seqs=self._config.max_num_seqs,
             max_num_batched_tokens=self._config.max_num_batched_tokens,
             max_model_len=max_model_len,
+            attention=self._attention(mesh),
             device=self._device,
         )
+
+    def _attention(self, mesh: Mesh) -> AttentionBackend:
+        name = CHOICES[self._config.attention_backend]
+        return attention_backend(self._device, name, is_deterministic=mesh.config.is_deterministic)
 
     def _capture(self, model: Model, mesh: Mesh, cache: KvCacheView, max_model_len: int) -> CapturedSteps | None:
         """Decoding steps as CUDA graphs, of this epoch: they hold its communicator and cache."""
@@ -318,7 +323,7 @@ class _Startup:
             return None
         from engine.executor.cuda_graphs import DecodeGraphs, can_capture
 
-        attention = attention_backend(self._device, is_deterministic=mesh.config.is_deterministic)
+        attention = self._attention(mesh)
         if not can_capture(model, mesh, attention, self._device):
             return None
         return DecodeGraphs(
@@ -352,7 +357,7 @@ class _Startup:
         grammars.forget(range(config.max_num_seqs))
         drop_adapters(model)  # those that are still wanted are loaded again by plans
         late = None
-        if reads_late(self._device, mesh.config):
+        if reads_late(self._device, mesh.config, config.attention_backend):
             late = LateSamples(slots, config.max_num_seqs, self._device)
         return ModelRunner(
             model,
@@ -360,6 +365,7 @@ class _Startup:
             cache,
             slots,
             grammars,
+            attention=self._attention(mesh),
             device=self._device,
             captured=captured,
             experts=self._rank.experts,

@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from engine.attention.backend import KvCacheView
-from engine.attention.registry import attention_backend
+from engine.attention.backend import AttentionBackend, KvCacheView
 from engine.batch import ForwardBatch
 from engine.executor.sampler import sample
 from engine.executor.sampling_row import SamplingRow
@@ -31,6 +30,7 @@ def run_largest_steps(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     max_model_len: int,
+    attention: AttentionBackend,
     device: torch.device,
 ) -> None:
     """A prefill of as many tokens as a step may have, and a step in which every slot decodes and samples.
@@ -39,7 +39,6 @@ def run_largest_steps(
     """
     block_size = cache.key_cache[0].shape[1]
     groups = mesh.kv_groups(model.config)
-    attention = attention_backend(device, is_deterministic=mesh.config.is_deterministic)
     for query_lens, kv_lens in _largest_steps(max_num_seqs, max_num_batched_tokens, max_model_len):
         batch = _pretended_batch(query_lens, kv_lens, len(groups), block_size, device)
         hidden = run_stage(model, mesh, batch, cache, attention.plan(batch, groups, block_size))

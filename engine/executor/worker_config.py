@@ -40,8 +40,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Dtype = Dtype.FLOAT32
     load_format: LoadFormat = LoadFormat.SAFETENSORS
     quantization: str | None = None
-    guided_decoding_backend: str = "llguidance"
     """int8, int4 or fp8: a float checkpoint is quantized while it is loaded."""
+    guided_decoding_backend: str = "llguidance"
+    attention_backend: str = "auto"
+    """One of engine.attention.registry.CHOICES; of GPUs."""
     device: str = "cpu"
     """cpu, cuda (the first that the process sees) or cuda:N."""
     relay: RelayConfig | None = None

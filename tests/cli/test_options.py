@@ -19,7 +19,7 @@ SERVE_OPTIONS = {
     "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--gpu-memory-utilization", "--kv-cache-memory",
     "--load-format", "--revision", "--quantization", "--served-model-name", "--api-key-file", "--address",
     "--lora-modules", "--lora-dir", "--max-loras", "--max-lora-rank", "--enable-prefix-caching",
-    "--async-scheduling", "--guided-decoding-backend",
+    "--async-scheduling", "--guided-decoding-backend", "--attention-backend",
     "--cpu-slots", "--spare-ranks", "--deterministic", "--request-timeout", "--queue-timeout", "--first-token-timeout",
     "--drain-timeout", "--pooling", "--config", "--secret-file", "--security-file", "--insecure",
     "--tenants", "--limits-store", "--limits-store-password-file", "--usage-log", "--audit-log",

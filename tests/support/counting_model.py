@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from engine.attention.backend import KvCacheView, StepAttention
+from engine.attention.registry import attention_backend
 from engine.batch import ForwardBatch
 from engine.config import Dtype
 from engine.executor.grammar_masks import GrammarMasks
@@ -81,7 +82,9 @@ def make_runner(
     slots = SlotTable(num_slots=4, kv_groups=kv_groups(config), block_size=BLOCK_SIZE, num_blocks=50, epoch=0)
     grammars = GrammarMasks(Path("none"), VOCAB)
     samples = LateSamples(slots, 4, CPU) if late else None
-    return ModelRunner(model, mesh, cache, slots, grammars, device=CPU, late=samples), model, cache
+    attention = attention_backend()
+    runner = ModelRunner(model, mesh, cache, slots, grammars, attention=attention, device=CPU, late=samples)
+    return runner, model, cache
 
 
 def params(**options: object) -> SamplingParams:

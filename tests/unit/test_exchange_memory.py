@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engine.attention.registry import attention_backend
 from engine.config import Dtype, ParallelConfig
 from engine.executor.activations import StepSize, activation_bytes, input_bytes
 from engine.executor.kv_cache import allocate_kv_cache
@@ -49,6 +50,7 @@ def largest_steps(context: RankContext, parallel: ParallelConfig, dtype: Dtype) 
             max_num_seqs=NUM_REQUESTS,
             max_num_batched_tokens=NUM_TOKENS,
             max_model_len=NUM_TOKENS,
+            attention=attention_backend(),
             device=CPU,
         )
 

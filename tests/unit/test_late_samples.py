@@ -1,7 +1,6 @@
 """Tokens that stay on the device until the next step was launched: the same tokens, and nobody waits for them."""
 
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -183,7 +182,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[LateSamples]:
         return made[-1]
 
     monkeypatch.setattr(late_samples, "Copied", DelayedDevice)
-    monkeypatch.setattr(rank_startup, "reads_late", lambda device, parallel: True)
+    monkeypatch.setattr(rank_startup, "reads_late", lambda *arguments: True)
     monkeypatch.setattr(rank_startup, "LateSamples", make)
     return made
 
@@ -223,11 +222,16 @@ def test_what_fails_on_the_device_is_told(late: list[LateSamples], monkeypatch: 
         serve(CASES[0], 2, "cpu")
 
 
-def test_only_gpus_without_stages_and_replicas_read_late() -> None:
-    one = ParallelConfig()
-    found: Callable[[str, ParallelConfig], bool] = lambda name, parallel: late_samples.reads_late(  # noqa: E731
-        torch.device(name), parallel
-    )
-    assert found("cuda", one) and found("cuda", ParallelConfig(tp=4, ep=2))
-    assert not found("cpu", one)
-    assert not found("cuda", ParallelConfig(pp=2)) and not found("cuda", ParallelConfig(dp=2))
+@pytest.mark.parametrize(
+    ("device", "parallel", "attention", "expected"),
+    [
+        ("cuda", ParallelConfig(), "auto", True),
+        ("cuda", ParallelConfig(tp=4, ep=2), "triton", True),
+        ("cpu", ParallelConfig(), "auto", False),
+        ("cuda", ParallelConfig(pp=2), "auto", False),
+        ("cuda", ParallelConfig(dp=2), "auto", False),
+        ("cuda", ParallelConfig(), "flashinfer", False),
+    ],
+)
+def test_who_reads_late(device: str, parallel: ParallelConfig, attention: str, expected: bool) -> None:
+    assert late_samples.reads_late(torch.device(device), parallel, attention) is expected

@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine.attention.registry import attention_backend
 from engine.errors import ProtocolViolation
 from engine.executor.kv_cache import copy_blocks
 from engine.executor.model_runner import is_out_of_memory
@@ -117,7 +118,16 @@ def test_blocks_are_copied_before_the_step_and_from_what_was_before() -> None:
 
 def test_warm_up_computes_the_largest_steps_and_leaves_no_trace() -> None:
     _, model, cache = make_runner()
-    run_largest_steps(model, Mesh(), cache, max_num_seqs=3, max_num_batched_tokens=50, max_model_len=20, device=CPU)
+    run_largest_steps(
+        model,
+        Mesh(),
+        cache,
+        max_num_seqs=3,
+        max_num_batched_tokens=50,
+        max_model_len=20,
+        attention=attention_backend(),
+        device=CPU,
+    )
     assert [(batch.query_lens, batch.kv_lens) for batch in model.batches] == [
         ((20, 20, 10), (20, 20, 10)),
         ((1, 1, 1), (20, 20, 20)),

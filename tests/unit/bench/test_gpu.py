@@ -1,11 +1,13 @@
 """The GPU's benchmark where there is no GPU: what its checks do is done here on the CPU, so that they are known to pass
 what is right and to find what is wrong."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from bench import gpu, gpu_serving
-from bench.gpu_checks import CHECKS, NotChecked, _tiny, _tiny_logits
+from bench.gpu_checks import CHECKS, NotChecked, _tiny, _tiny_logits, whole_steps
 from bench.gpu_serving import (
     CASES,
     DEPTHS,
@@ -36,6 +38,19 @@ def test_what_the_checks_compare_with_runs_on_the_cpu() -> None:
     found = _tiny_logits(_tiny(Dtype.FLOAT32, torch.device("cpu")))
     assert found.shape[0] == 9 and torch.isfinite(found).all()
     assert torch.equal(found, _tiny_logits(_tiny(Dtype.FLOAT32, torch.device("cpu"))))
+
+
+def test_two_kinds_of_attention_are_compared_in_whole_steps() -> None:
+    worst, bound = whole_steps("cpu", "reference", torch.device("cpu"))
+    assert worst <= bound
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flashinfer") is not None, reason="is about machines without FlashInfer")
+def test_flashinfer_is_named_where_it_is_missing() -> None:
+    checks = {name: made for name, made in CHECKS.items() if "FlashInfer" in name}
+    assert len(checks) == 7
+    for made in checks.values():
+        assert gpu.judge(made) == (gpu.NOT_CHECKED, "FlashInfer is not installed (pip install flashinfer-python)")
 
 
 def test_a_served_model_is_checked() -> None:
