@@ -75,7 +75,6 @@ def told(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
         )
 
 
-@pytest.mark.full
 @pytest.mark.timeout(240)
 async def test_bad_inputs(served: Served, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
     report = await attacked(served, request.config.getoption("--seed"), NUM_BAD)

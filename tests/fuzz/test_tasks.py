@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import pytest
-
 from engine.errors import InvalidRequest
 from tests.frontend.real_engine import RealBackend
 from tests.frontend.servers import TINY, served
@@ -26,7 +24,6 @@ class Recorded(RealBackend):
         raise InvalidRequest(f"there is no replica {replica!r}", "replica")
 
 
-@pytest.mark.full
 async def test_tasks_and_blocks(seed: int) -> None:
     backend: Any = Recorded(TINY)
     try:
