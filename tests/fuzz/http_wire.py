@@ -9,8 +9,8 @@ import h11
 from tests.fuzz.http_framing import HttpInput
 
 ANSWER_S = 90.0
-"""What takes longer hangs. An input that is good after all may ask for a whole context of tokens, which took 25 s beside
-other tests."""
+"""What takes longer hangs. An input that is good after all may ask for a whole context of tokens: 25 s beside other
+tests."""
 _GRACE_S = 0.05
 """For an answer to what is no whole request, before the client ends its side; time limits have tests of their own."""
 _READ_BYTES = 1 << 16
