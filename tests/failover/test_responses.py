@@ -1,5 +1,6 @@
 """A stored response outlives the front end that began it: another one takes it over from the leaders."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -79,6 +80,31 @@ async def test_a_response_goes_on_at_another_front_end() -> None:
         await second.openai.responses.delete(response_id)
         with pytest.raises(openai.NotFoundError):
             await second.openai.responses.retrieve(response_id)
+
+
+@pytest.mark.parametrize("how", ["cancel", "delete"])
+async def test_another_front_end_stops_it_at_once(how: str) -> None:
+    """It has not read anything of it yet."""
+    async with AsyncExitStack() as stack:
+        bed = await stack.enter_async_context(serving(SmallVocabulary()))
+        second = await stack.enter_async_context(front_end_of(bed, "second"))
+        async with front_end_of(bed, "first") as first:
+            bed.engine.gate.clear()
+            body = {"model": "m", "input": "Hello", "background": True, "max_output_tokens": NUM_TOKENS}
+            begun = (await first.http.post("/v1/responses", json=body)).json()
+            await until(lambda: bed.server.num_live_requests == 1)
+        api: Any = second.openai.responses
+        async with asyncio.timeout(15):
+            answer = await getattr(api, how)(begun["id"])
+        assert how == "delete" or answer.status == "cancelled"
+        bed.engine.gate.set()
+        await until(lambda: bool(bed.engine.aborted))
+        await until(lambda: bed.server.num_live_requests == 0)
+        if how == "cancel":
+            assert (await api.retrieve(begun["id"])).status == "cancelled"
+        else:
+            with pytest.raises(openai.NotFoundError):
+                await api.retrieve(begun["id"])
 
 
 async def test_a_cancelled_response_stops_at_the_leader() -> None:

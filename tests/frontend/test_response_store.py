@@ -44,6 +44,47 @@ def test_the_oldest_make_room_by_number_and_by_bytes() -> None:
     assert len(store) == 1
 
 
+def test_what_is_due_goes_without_anybody_asking_for_it() -> None:
+    """By whatever comes next, ends, is refused or removed."""
+    store = ResponseStore(ttl_s=10)
+
+    def kept_one(name: str, now_s: float) -> None:
+        store.begin(each := stored(name))
+        store.end(each, now_s)
+
+    kept_one("a", 0.0)
+    kept_one("b", 10.0)
+    assert not store.knows("a")
+    store.begin(stored("refused"))
+    store.forget("refused", 20.0)
+    assert not store.knows("b") and not store.knows("refused") and len(store) == 0
+    kept_one("c", 30.0)
+    store.remove("d", 40.0)
+    assert not store.knows("c") and store.knows("d")
+    store.begin(stored("another"))
+    store.forget("another", 100.0)
+    assert not store.knows("d"), "no leader has it any more"
+
+
+def test_one_tenants_many_cost_the_others_nothing() -> None:
+    by_number, by_bytes = ResponseStore(max_count=10), ResponseStore(max_bytes=10_000)
+    for store, size in ((by_number, 10), (by_bytes, 1000)):
+        for index in range(60):
+            owner = "small" if index in (0, 1) else "flood"
+            store.begin(each := stored(str(index), owner, size))
+            store.end(each, float(index))
+        for index in (0, 1, 59):
+            assert store.knows(str(index))
+        assert not store.knows("2"), "of who has most the oldest go first"
+        assert len(store) == 10
+        store.remove("0", 60.0)
+        store.remove("1", 60.0)
+        store.begin(huge := stored("huge", "huge", 20_000))
+        store.end(huge, 61.0)
+        assert store.knows("huge") == (store is by_number)
+        assert store.knows("59"), "what fits nowhere makes nobody's room"
+
+
 def test_only_its_tenant_sees_a_response_and_what_was_removed_stays_away() -> None:
     store = ResponseStore()
     store.begin(one := stored("one", owner="a"))

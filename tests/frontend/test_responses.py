@@ -11,7 +11,10 @@ import pytest
 from openai.types.responses import Response
 from pydantic import TypeAdapter
 
+from cluster.errors import ModelNotFound
 from cluster.frontend.model_files import read_model_files
+from cluster.frontend.responses.responses import Responses
+from cluster.frontend.responses.store import ResponseStore
 from cluster.frontend.tokenizer import Tokenizer
 from engine.errors import EngineFailure
 from engine.request import GrammarKind, Output, Request
@@ -203,6 +206,20 @@ async def test_in_the_background_and_cancelled() -> None:
         assert one.backend.aborted == [f"{begun.id}.0"]
         assert (await api.retrieve(begun.id)).status == "cancelled"
         assert (await api.cancel(begun.id)).status == "cancelled"
+
+
+async def test_refused_ones_leave_nothing(build: Any) -> None:
+    """They are many where a client does nothing but try."""
+    service, _, clock = build(says(SAID))
+    store = ResponseStore()
+    responses = Responses(service, clock, store)
+    for index in range(5):
+        prepared = await responses.prepare(b'{"model": "other", "input": "x"}', f"resp_{index}", 0)
+        live = responses.begin(*prepared)
+        with pytest.raises(ModelNotFound):
+            await anext(live.follow())
+        await live.over.wait()
+        assert len(store) == 0 and not store.knows(f"resp_{index}")
 
 
 async def test_failures() -> None:

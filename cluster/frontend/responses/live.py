@@ -43,6 +43,8 @@ class LiveResponse:
         self._leaving: Timer | None = None
         self._news = asyncio.Event()
         self._task = asyncio.create_task(self._run(events))
+        # Not by the task itself: one that is cancelled at once never runs.
+        self._task.add_done_callback(self._end)
 
     def cancel(self, why: str) -> None:
         """Stop the work; its readers get what came, then the error."""
@@ -79,25 +81,24 @@ class LiveResponse:
             raise stored.error
 
     async def _run(self, events: AsyncGenerator[Event, None]) -> None:
-        stored = self.stored
-        received = stored.events
+        received = self.stored.events
         try:
             async with aclosing(events):
                 async for event in events:
                     received.append(event)
                     self._tell()
         except Exception as error:  # noqa: BLE001  whatever it is, the readers get it
-            stored.error = error
-        except asyncio.CancelledError:
-            stored.error = Cancelled("the response was stopped")
-            raise
-        finally:
-            stored.is_over = True
-            if self._leaving is not None:
-                self._leaving.cancel()
-            self._ended()
-            self.over.set()
-            self._tell()
+            self.stored.error = error
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            self.stored.error = Cancelled("the response was stopped")
+        self.stored.is_over = True
+        if self._leaving is not None:
+            self._leaving.cancel()
+        self._ended()
+        self.over.set()
+        self._tell()
 
     def _tell(self) -> None:
         news, self._news = self._news, asyncio.Event()

@@ -17,7 +17,7 @@ from cluster.frontend.responses.live import LiveResponse
 from cluster.frontend.responses.schema import CreateBody
 from cluster.frontend.responses.store import ResponseStore, StoredResponse, unknown
 from cluster.frontend.service import Service
-from cluster.frontend.stored_call import StoredCall
+from cluster.frontend.stored_call import FoundCall, StoredCall
 from cluster.frontend.whole_answer import put_together
 from cluster.identity.principal import current_principal
 from engine.errors import InvalidRequest
@@ -69,22 +69,30 @@ class Responses:
         return self._begin(stored, self._service.generate(call, failed, kept), failed)
 
     def _begin(
-        self, stored: StoredResponse, events: AsyncGenerator[Event, None], failed: asyncio.Event
+        self,
+        stored: StoredResponse,
+        events: AsyncGenerator[Event, None],
+        failed: asyncio.Event,
+        found: FoundCall | None = None,
     ) -> LiveResponse:
         response_id = stored.response_id
 
         def stop(error: Cancelled) -> bool:
-            return self._service.end(response_id, error)
+            has_begun = self._service.end(response_id, error)
+            if found is not None and not has_begun:
+                self._service.backend.abandon(found)
+            return has_begun
 
         def ended() -> None:
             del self._live[response_id]
             if stored.error is not None:
                 log_defect(stored.error)
-            if stored.events:
+            is_cancelled = found is not None and isinstance(stored.error, Cancelled)
+            if stored.events or is_cancelled:
                 self._store.end(stored, self._clock.now_s())
             else:
                 # Refused before it began: its client has the reason.
-                self._store.remove(response_id, self._clock.now_s())
+                self._store.forget(response_id, self._clock.now_s())
 
         self._store.begin(stored)
         live = self._live[response_id] = LiveResponse(stored, events, failed, self._clock, stop, ended)
@@ -113,7 +121,7 @@ class Responses:
             stored = _stored(response_id, kept, body, int(found.stored.created_unix_s), size)
             call = response_call(stored.body, stored.messages, response_id)
             failed = asyncio.Event()
-            self._begin(stored, self._service.resume(call, found, failed), failed)
+            self._begin(stored, self._service.resume(call, found, failed), failed, found)
 
     def follow(self, stored: StoredResponse) -> tuple[AsyncGenerator[Event, None], asyncio.Event]:
         """Its events from the first on, as they come, and what is set when it has failed. The events raise its error

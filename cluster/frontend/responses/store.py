@@ -38,6 +38,14 @@ class StoredResponse:
         return self.num_request_bytes + sum(map(_size, self.events))
 
 
+@dataclass
+class _Share:
+    """What one tenant holds. ``ids``: oldest first."""
+
+    ids: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    num_bytes: int = 0
+
+
 def _size(event: Event) -> int:
     if not isinstance(event, Delta):
         return _EVENT_BYTES
@@ -62,6 +70,8 @@ class ResponseStore:
         self._over: OrderedDict[str, tuple[float, int, StoredResponse]] = OrderedDict()
         """By the time of their end, with it and their size."""
         self._num_bytes = 0
+        self._shares: dict[str, _Share] = {}
+        """By tenant."""
         self._removed: OrderedDict[str, float] = OrderedDict()
         """When a client had each removed, for as long as leaders may still have it."""
 
@@ -73,14 +83,27 @@ class ResponseStore:
         self._live[stored.response_id] = stored
 
     def end(self, stored: StoredResponse, now_s: float) -> None:
-        """It is over; the oldest make room for it. One that was removed meanwhile stays so."""
+        """It is over; the oldest of the tenant that holds most make room for it, so that one tenant's many do not cost
+        the others theirs. One that was removed meanwhile stays so."""
+        self._expire(now_s)
         if self._live.pop(stored.response_id, None) is None:
             return
         stored.events = joined(stored.events)
-        self._over[stored.response_id] = (now_s, stored.num_bytes, stored)
-        self._num_bytes += stored.num_bytes
-        while len(self._over) > self._max_count or self._num_bytes > self._max_bytes:
-            self._drop(next(iter(self._over)))
+        num_bytes = stored.num_bytes
+        self._over[stored.response_id] = (now_s, num_bytes, stored)
+        self._num_bytes += num_bytes
+        share = self._shares.setdefault(stored.owner, _Share())
+        share.ids[stored.response_id] = None
+        share.num_bytes += num_bytes
+        while len(self._over) > self._max_count:
+            self._drop_oldest(max(self._shares.values(), key=lambda share: len(share.ids)))
+        while self._num_bytes > self._max_bytes:
+            self._drop_oldest(max(self._shares.values(), key=lambda share: share.num_bytes))
+
+    def forget(self, response_id: str, now_s: float) -> None:
+        """It was refused before it began: no leader has it, so there is nothing to remember of it."""
+        self._expire(now_s)
+        self._live.pop(response_id, None)
 
     def get(self, response_id: str, owner: str, now_s: float) -> StoredResponse:
         """Raises UnknownStream where there is none, or it is somebody else's."""
@@ -97,7 +120,8 @@ class ResponseStore:
         return response_id in self._live or response_id in self._over or response_id in self._removed
 
     def remove(self, response_id: str, now_s: float) -> None:
-        """Nobody gets it any more."""
+        """Nobody gets it any more, nor from the leaders that may still have it."""
+        self._expire(now_s)
         if response_id in self._over:
             self._drop(response_id)
         self._live.pop(response_id, None)
@@ -109,8 +133,17 @@ class ResponseStore:
         while self._over and next(iter(self._over.values()))[0] + self._ttl_s <= now_s:
             self._drop(next(iter(self._over)))
 
+    def _drop_oldest(self, share: _Share) -> None:
+        self._drop(next(iter(share.ids)))
+
     def _drop(self, response_id: str) -> None:
-        self._num_bytes -= self._over.pop(response_id)[1]
+        _, num_bytes, stored = self._over.pop(response_id)
+        self._num_bytes -= num_bytes
+        share = self._shares[stored.owner]
+        share.num_bytes -= num_bytes
+        del share.ids[response_id]
+        if not share.ids:
+            del self._shares[stored.owner]
 
 
 def unknown(response_id: str) -> UnknownStream:
