@@ -78,6 +78,8 @@ class Wire:
                     passed += len(data)
                     if self._lose_answers and passed > 8 + 32 + 32:
                         self.num_lost_answers += 1
+                        # Not close alone: the other thread still reads there.
+                        link.shutdown(socket.SHUT_RDWR)
                         return
                     link.sendall(data)
 
