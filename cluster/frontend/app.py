@@ -5,6 +5,7 @@ import importlib.metadata
 import logging
 import secrets
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -128,6 +129,8 @@ class FrontEnd:
         http_app = build_http_app(self.service, self.health, metrics, self._authenticator, config.http, tracer, is_own)
         self._listen(config, http_app)
         self._watchers: list[asyncio.Task[None]] = []
+        # Its own: no work of clients comes between a key's revocation and its end.
+        self._files_thread = ThreadPoolExecutor(1, thread_name_prefix="files")
 
     def _listen(self, config: FrontEndConfig, http_app: ASGIApp) -> None:
         """Takes all ports, or none. Raises InvalidOption."""
@@ -189,8 +192,8 @@ class FrontEnd:
             await listener.start()
         await self._grpc.start()
         await self._watch_once()
-        self._watchers.append(asyncio.create_task(self._watch()))
-        self._watchers.append(asyncio.create_task(self._watch_files()))
+        watches = (self._watch(), self._watch_files(), self._watch_tenancy())
+        self._watchers.extend(map(asyncio.create_task, watches))
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests, and wait for those that run. False where some are left after ``timeout_s``."""
@@ -218,6 +221,8 @@ class FrontEnd:
         await asyncio.gather(*(listener.stop() for listener in self._http_listeners), self._grpc.stop())
         await self._tenancy.close()
         self._encoder.close()
+        self.service.work.close()
+        self._files_thread.shutdown(wait=False)
         await asyncio.to_thread(self._telemetry.close)
 
     async def _watch(self) -> None:
@@ -230,9 +235,14 @@ class FrontEnd:
         while True:
             await asyncio.sleep(_FILES_INTERVAL_S)
             try:
-                await asyncio.to_thread(self._poll_files)
+                await asyncio.get_running_loop().run_in_executor(self._files_thread, self._poll_files)
             except Exception:  # noqa: BLE001  whatever it is, the next look must come, or revoked keys stay good
                 _log.exception("the files of keys and certificates cannot be looked at; trying again")
+
+    async def _watch_tenancy(self) -> None:
+        """Apart from the files: a shared store that is slow holds up no revocation."""
+        while True:
+            await asyncio.sleep(_FILES_INTERVAL_S)
             await self._tenancy.poll()
 
     def _poll_files(self) -> None:

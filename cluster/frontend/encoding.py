@@ -1,13 +1,12 @@
 """What comes of a request before it is admitted to a replica, off the event loop: prompts to token ids, and whether
 its grammar can be followed."""
 
-import asyncio
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from cluster.frontend.calls import ChatPrompt, Prompt, StructuredOutput, TextPrompt, TokenPrompt
+from cluster.frontend.fair_threads import FairThreads
 from cluster.frontend.infilling import Infilling
 from cluster.frontend.sampling import check_token_ids
 from cluster.frontend.tokenizer import Tokenizer
@@ -20,7 +19,8 @@ _LONG_CHARS = 50_000
 
 
 class PromptEncoder:
-    """Long texts have a thread of their own, so that short ones never wait behind them.
+    """Long texts have a thread of their own, so that short ones never wait behind them; and grammars, which take
+    seconds, two. Tenants take turns at all of them.
 
     Args:
         tokenizer: shared by the threads.
@@ -39,17 +39,19 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.infilling = Infilling(tokenizer)
         self.vocab_size = vocab_size
-        self._short = ThreadPoolExecutor(2, thread_name_prefix="encode")
-        self._long = ThreadPoolExecutor(1, thread_name_prefix="encode-long")
+        self._short = FairThreads(2, "encode")
+        self._long = FairThreads(1, "encode-long")
+        self._grammars = FairThreads(2, "grammars")
 
     def close(self) -> None:
         """Ends the threads; what they are at is finished first."""
-        self._short.shutdown()
-        self._long.shutdown()
+        self._short.close()
+        self._long.close()
+        self._grammars.close()
 
     async def check_structured(self, wish: StructuredOutput) -> None:
         """Raises InvalidRequest where the replicas could not follow it."""
-        await asyncio.to_thread(check_grammar, wish.grammar, wish.param, self._grammar_backend)
+        await self._grammars.run(check_grammar, wish.grammar, wish.param, self._grammar_backend)
 
     async def encode(self, prompt: Prompt, max_tokens: int | None = None, *, truncates: bool = False) -> list[int]:
         """The prompt's ids.
@@ -71,8 +73,8 @@ class PromptEncoder:
             token_ids = list(prompt.token_ids)
             check_token_ids(token_ids, self.vocab_size, "prompt")
         else:
-            pool = self._long if _num_chars(prompt) >= _LONG_CHARS else self._short
-            token_ids = await asyncio.get_running_loop().run_in_executor(pool, self._encode_now, prompt, max_tokens)
+            threads = self._long if _num_chars(prompt) >= _LONG_CHARS else self._short
+            token_ids = await threads.run(self._encode_now, prompt, max_tokens)
         if not token_ids:
             raise InvalidRequest("prompt must not be empty", _param(prompt))
         return token_ids

@@ -114,7 +114,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             call = embed_call_of(request, dimensions, context.time_remaining(), self._service.files)
             async with aclosing(self._service.generate(call)) as events:
                 come = [event async for event in events]
-            embeddings, usage = await asyncio.to_thread(embeddings_of, call, come, dimensions)
+            embeddings, usage = await self._service.work.run(embeddings_of, call, come, dimensions)
             return inference_pb2.EmbedResponse(
                 request_id=call.request_id,
                 model=call.model or self._service.name,

@@ -1,6 +1,5 @@
 """The HTTP API: OpenAI's endpoints, tokenizer, health and metrics, and the other APIs beside them."""
 
-import asyncio
 import importlib.metadata
 import time
 import uuid
@@ -22,7 +21,7 @@ from cluster.frontend.completions import CompletionForm, completion_call
 from cluster.frontend.console.files import console_routes
 from cluster.frontend.cursor import Cursor
 from cluster.frontend.health import Health, Probed
-from cluster.frontend.http_body import parse_body
+from cluster.frontend.http_body import parse_body, while_connected
 from cluster.frontend.http_errors import JsonResponse, plain_error
 from cluster.frontend.http_gate import Gate
 from cluster.frontend.limit_headers import LimitHeaders
@@ -159,7 +158,7 @@ class HttpApi:
         call = body.as_call(f"embd-{uuid.uuid4().hex}", self._service.files)
         events = await self._answers.whole(request, call)
         # In a thread: there may be millions of numbers.
-        return await asyncio.to_thread(
+        return await self._service.work.run(
             lambda: JsonResponse(body.answer(call, events, call.model or self._service.name))
         )
 
@@ -175,7 +174,8 @@ class HttpApi:
 
     async def tokenize(self, request: Request) -> Response:
         body = parse_body(TokenizeBody, await self._body(request))
-        token_ids = await self._service.tokenize(body.as_prompt(), body.model)
+        work = self._service.tokenize(body.as_prompt(), body.model)
+        token_ids = await while_connected(request.receive, work)
         names = self._service.tokenizer.token_strings(token_ids) if body.return_token_strs else None
         length = self._service.max_model_len
         return JsonResponse(
@@ -184,7 +184,8 @@ class HttpApi:
 
     async def detokenize(self, request: Request) -> Response:
         body = parse_body(DetokenizeBody, await self._body(request))
-        return JsonResponse({"prompt": await self._service.detokenize(body.tokens, body.model)})
+        work = self._service.detokenize(body.tokens, body.model)
+        return JsonResponse({"prompt": await while_connected(request.receive, work)})
 
     async def openapi(self, request: Request) -> Response:
         return JsonResponse(openapi_document(importlib.metadata.version("remuda")))

@@ -4,8 +4,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 
 import msgspec
@@ -17,28 +18,31 @@ from cluster.frontend.admission import Admission
 from cluster.frontend.backend import Backend
 from cluster.frontend.call_trace import CallTrace
 from cluster.frontend.calls import Call, Event, Prompt, Started, TextPrompt, TimeLimits, Usage
-from cluster.frontend.choice import Choice, EchoedPrompt
+from cluster.frontend.choice import Choice
 from cluster.frontend.clock import Clock
-from cluster.frontend.detokenizer import Detokenizer
 from cluster.frontend.embedding import MAX_AT_ONCE, check_length
 from cluster.frontend.encoding import PromptEncoder
+from cluster.frontend.fair_threads import FairThreads
 from cluster.frontend.live_request import LiveRequest
 from cluster.frontend.metrics import Metrics
 from cluster.frontend.model_files import ModelFiles
+from cluster.frontend.planned_choice import choice_of, echoed
 from cluster.frontend.run import Planned, Run
 from cluster.frontend.sampling import build_sampling, check_call, check_token_ids, max_tokens_of
-from cluster.frontend.stop_strings import StopStrings
 from cluster.frontend.stored_call import FoundCall, StoredCall
 from cluster.frontend.tools.grammar import TOKENS as TOOL_TOKENS
-from cluster.frontend.tools.parser import ToolCallParser
 from cluster.identity.principal import Principal, acting_as, current_principal
 from cluster.telemetry import names
 from cluster.telemetry.tracing import NO_TRACER
-from cluster.tenants.limiter import Stay
+from cluster.tenants.limiter import Stay, Visit
 from cluster.tenants.record import UsageRecord, shown
+from cluster.tenants.report import current_report
 from cluster.tenants.tenancy import Tenancy
 from engine.errors import RemudaError
 from engine.request import Pooling, Request, SamplingParams
+
+_NUM_WORK_THREADS = 2
+"""For what clients ask beside what the encoder does: texts of token ids, echoed prompts, embeddings."""
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +88,7 @@ class Service:
         self.name = name
         self.created_unix_s = int(time.time())
         self.encoder = encoder
+        self.work = FairThreads(_NUM_WORK_THREADS, "client-work")
         self.tokenizer = encoder.tokenizer
         self._tool_token_ids = encoder.tokenizer.control_tokens(TOOL_TOKENS)
         self.backend = backend
@@ -146,19 +151,30 @@ class Service:
             ModelNotFound: of another name.
             InvalidRequest: a prompt that is none, or much too long.
             Unavailable: no replica is ready, or the server drains.
-            Overloaded: there is no room now; this work counts as a sequence.
+            Overloaded: there is no room now, or the tenant's limits are reached.
         """
         self.check_model(model)
-        if isinstance(prompt, TextPrompt) and not prompt.text and not prompt.add_special_tokens:
-            return []
-        with self.admission.admitted(1):
+        async with self._let_in():
+            if isinstance(prompt, TextPrompt) and not prompt.text and not prompt.add_special_tokens:
+                return []
             return await self.encoder.encode(prompt, self.max_model_len)
 
     async def detokenize(self, token_ids: Sequence[int], model: str = "") -> str:
-        """The text of a whole sequence, control tokens shown. Raises ModelNotFound, InvalidRequest."""
+        """The text of a whole sequence, control tokens shown. Raises as ``tokenize`` does."""
         self.check_model(model)
         check_token_ids(token_ids, self.encoder.vocab_size, "tokens")
-        return await asyncio.to_thread(self.tokenizer.decode, token_ids, with_special=True)
+        async with self._let_in():
+            return await self.work.run(self.tokenizer.decode, token_ids, with_special=True)
+
+    @asynccontextmanager
+    async def _let_in(self) -> AsyncIterator[None]:
+        """While the tokenizer alone works for a client: as a request of its tenant and as one sequence, but with no
+        tokens of the minute's. Raises Draining, Overloaded."""
+        principal = current_principal()
+        visit = Visit(f"tokenizer-{uuid.uuid4().hex}", current_report(), num_used=lambda: 0)
+        async with self.tenancy.stay(principal, visit):
+            with self.admission.admitted(1, principal.tenant):
+                yield
 
     def _used_adapters(self) -> tuple[set[str], set[str]]:
         """Those that requests run with, and those that requests wait for."""
@@ -326,9 +342,10 @@ class Service:
         headers = traced.headers(len(planned) * call.n)
         requests: list[Request] = []
         choices: list[Choice] = []
+        table = self.tokenizer.bytes
         for plan in planned:
             # In a thread: a long prompt has many tokens to look at.
-            echo = await asyncio.to_thread(self._echo, plan) if call.echo else None
+            echo = await self.work.run(echoed, plan, table) if call.echo else None
             for number in range(call.n):
                 index = len(choices)
                 sampling = msgspec.structs.replace(plan.sampling, choice=number)
@@ -345,7 +362,7 @@ class Service:
                         next(headers),
                     )
                 )
-                choices.append(self._choice(index, plan, call, echo))
+                choices.append(choice_of(index, plan, call, echo, table, self._tool_token_ids))
         return requests, choices
 
     async def _plan(self, prompt: Prompt, call: Call) -> Planned:
@@ -366,33 +383,3 @@ class Service:
             self.encoder.vocab_size,
         )
         return Planned(prompt, token_ids, sampling)
-
-    def _choice(self, index: int, plan: Planned, call: Call, echo: EchoedPrompt | None) -> Choice:
-        return Choice(
-            index,
-            Detokenizer(self.tokenizer.bytes, plan.token_ids, self._tool_token_ids if call.tools else frozenset()),
-            StopStrings(call.stop),
-            min_tokens=plan.sampling.min_tokens,
-            wants_logprobs=plan.sampling.logprobs is not None,
-            echo=echo,
-            scores_only=call.options.max_tokens == 0,
-            tools=ToolCallParser(call.tools, call.one_tool_call) if call.tools else None,
-        )
-
-    def _echo(self, plan: Planned) -> EchoedPrompt:
-        """A text comes back as it was written; ids, as the text that they stand for."""
-        table = self.tokenizer.bytes
-        detokenizer = Detokenizer(table)
-        offsets: list[int] = []
-        pieces: list[str] = []
-        num_chars = 0
-        for token_id in plan.token_ids:
-            offsets.append(num_chars)
-            pieces.append(detokenizer.feed(token_id))
-            num_chars += len(pieces[-1])
-        decoded = "".join(pieces)
-        if table.strips_leading_space and decoded.startswith(" "):
-            decoded = decoded[1:]
-            offsets = [max(offset - 1, 0) for offset in offsets]
-        text = plan.prompt.text if isinstance(plan.prompt, TextPrompt) else decoded
-        return EchoedPrompt(text, plan.token_ids, offsets, plan.sampling.prompt_logprobs is not None)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -161,7 +162,10 @@ async def _bounded(response: httpx.Response) -> bytes:
 
 
 def _file_fetch(path: Path) -> Fetch:
+    # Its own: the threads that everybody shares may be at work for clients, who would then decide how old keys get.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="jwks")
+
     async def fetch() -> bytes:
-        return await asyncio.to_thread(path.read_bytes)
+        return await asyncio.get_running_loop().run_in_executor(thread, path.read_bytes)
 
     return fetch

@@ -42,7 +42,7 @@ def tiny(loaded: dict[str, Tokenizer]) -> Tokenizer:
 
 @pytest.fixture
 def build(model_paths: dict[str, Path], tiny: Tokenizer) -> Any:
-    encoders: list[PromptEncoder] = []
+    services: list[Service] = []
 
     def make(
         script: Any, max_live: int = 8, limits: TimeLimits = TimeLimits()
@@ -50,7 +50,6 @@ def build(model_paths: dict[str, Path], tiny: Tokenizer) -> Any:
         backend = ScriptedBackend(script)
         files = read_model_files(model_paths["tiny"])
         encoder = PromptEncoder(tiny, files.vocab_size)
-        encoders.append(encoder)
         clock = FakeClock()
         seeds = itertools.count(1000)
         service = Service(
@@ -64,8 +63,10 @@ def build(model_paths: dict[str, Path], tiny: Tokenizer) -> Any:
             limits,
             draw_seed=lambda: next(seeds),
         )
+        services.append(service)
         return service, backend, clock
 
     yield make
-    for encoder in encoders:
-        encoder.close()
+    for service in services:
+        service.encoder.close()
+        service.work.close()

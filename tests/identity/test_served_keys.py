@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from cluster.frontend.grpc_gate import GrpcGate
 from cluster.identity.config import SecurityConfig
 from cluster.identity.principal import Principal, current_principal
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
-from engine.request import Output, Request
-from tests.frontend.bodies import completion
+from engine.config import GrammarBackend
+from engine.grammar import check_grammar
+from engine.request import Grammar, Output, Request
+from tests.frontend.bodies import chat, completion
 from tests.frontend.scripted import Script, says
 from tests.frontend.servers import Served, served
 from tests.identity.authority import Signer
@@ -163,6 +166,50 @@ async def test_revoked_and_new_keys_count_within_five_seconds(tmp_path: Path) ->
 
         assert await until(is_revoked, 5.0) < 5.0
         assert await status_of(one, INFER, new["key"]) == 200
+
+
+def with_keys_and_tokens(keys: Path, jwks: Path) -> SecurityConfig:
+    return with_tokens(str(jwks)).model_copy(update={"api_keys": with_keys(keys).api_keys})
+
+
+async def test_keys_are_revoked_while_clients_fill_every_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of their work waits than any pool of this process has threads."""
+    path, jwks, opened = tmp_path / "keys", tmp_path / "jwks.json", threading.Event()
+    revoked, busy, first, second = made_key(path), made_key(path)["key"], Signer("one"), Signer("two", "ES256")
+    jwks.write_text(json.dumps({"keys": [first.jwk]}))
+
+    def held_check(grammar: Grammar, param: str, backend: GrammarBackend) -> None:
+        assert opened.wait(60)
+        check_grammar(grammar, param, backend)
+
+    monkeypatch.setattr("cluster.frontend.encoding.check_grammar", held_check)
+    body = chat(response_format={"type": "json_object"})
+    async with guarded(with_keys_and_tokens(path, jwks)) as one, asyncio.TaskGroup() as group:
+        assert await status_of(one, INFER, revoked["key"]) == await status_of(one, INFER, token(first)) == 200
+        ask = partial(one.http.post, "/v1/chat/completions", headers=bearer(busy), json=body, timeout=60)
+        asked = [group.create_task(ask()) for _ in range(48)]
+        try:
+            while one.front_end.service.admission.num_requests < len(asked):  # noqa: ASYNC110  other connections
+                await asyncio.sleep(0.02)
+            CliRunner().invoke(app, ["keys", "revoke", revoked["id"], "--file", str(path)])
+            jwks.write_text(json.dumps({"keys": [second.jwk]}))
+
+            async def is_revoked() -> bool:
+                return await status_of(one, INFER, revoked["key"]) == 401
+
+            async def is_rotated() -> bool:
+                return await status_of(one, INFER, token(second)) == 200
+
+            # Five seconds are promised, and two are usual; a machine with other work gets more.
+            await until(is_revoked, 20.0)
+            await until(is_rotated, 20.0)
+            assert await status_of(one, INFER, token(first)) == 401
+            assert not any(task.done() for task in asked), "all of it was there meanwhile"
+        finally:
+            opened.set()
+    assert {task.result().status_code for task in asked} == {200}
 
 
 @contextmanager

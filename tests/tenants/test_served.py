@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,13 @@ import grpc
 import openai
 import pytest
 from google.rpc import error_details_pb2, status_pb2
-from typer.testing import CliRunner
 
-from cluster.cli.main import app
-from cluster.identity.config import SecurityConfig
 from cluster.rpc.generated.remuda.v1 import common_pb2, inference_pb2, inference_pb2_grpc
-from cluster.tenants.tenancy import TenancyConfig
-from engine.request import Output, Request, Tenant
+from engine.request import Tenant
 from tests.frontend.bodies import chat, completion
-from tests.frontend.scripted import Script, says
-from tests.frontend.servers import Served, served
+from tests.frontend.scripted import Script
+from tests.frontend.servers import Served
+from tests.tenants.front_ends import bearer, endless, key_of, with_tenants
 from tests.tenants.redis_server import RedisServer
 
 TENANTS = """
@@ -32,21 +29,9 @@ tenants:
 """
 
 
-def key_of(folder: Path, tenant: str, *options: str) -> str:
-    arguments = ["keys", "create", "--file", str(folder / "keys"), "--json", "--tenant", tenant, *options]
-    return str(json.loads(CliRunner().invoke(app, arguments).stdout)["key"])
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {key}"}
-
-
 @asynccontextmanager
 async def shared(folder: Path, script: Script | None = None, **tenancy: Any) -> AsyncIterator[Served]:
-    (folder / "tenants.yaml").write_text(TENANTS)
-    config = TenancyConfig(folder / "tenants.yaml", **tenancy)
-    security = SecurityConfig.model_validate({"api_keys": {"file": folder / "keys"}})
-    async with served(script or says([300, 301, 302]), security=security, tenancy=config) as one:
+    async with with_tenants(folder, TENANTS, script, **tenancy) as one:
         yield one
 
 
@@ -137,15 +122,6 @@ async def test_the_engine_knows_whose_request_it_is_and_a_changed_file_holds(tmp
                 await one.http.post("/v1/completions", json=completion(), headers=bearer(slow))
         answer = await one.http.post("/v1/completions", json=completion(), headers=bearer(slow))
         assert answer.status_code == 429
-
-
-def endless(request: Request) -> AsyncGenerator[Output, None]:
-    async def outputs() -> AsyncGenerator[Output, None]:
-        for token_id in range(300, 305):
-            yield Output(request.request_id, [token_id])
-        await asyncio.Event().wait()
-
-    return outputs()
 
 
 async def usage(one: Served, key: str, **params: str) -> list[dict[str, Any]]:

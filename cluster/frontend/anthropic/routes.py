@@ -10,7 +10,7 @@ from cluster.frontend.answers import Answers
 from cluster.frontend.anthropic.calls import chat_prompt, messages_call
 from cluster.frontend.anthropic.form import AnthropicForm, NamedEvents
 from cluster.frontend.anthropic.schema import CountBody, MessagesBody
-from cluster.frontend.http_body import parse_body
+from cluster.frontend.http_body import parse_body, while_connected
 from cluster.frontend.http_errors import JsonResponse
 
 
@@ -38,5 +38,6 @@ class AnthropicApi:
 
     async def count_tokens(self, request: Request) -> Response:
         body = parse_body(CountBody, await self._answers.body(request))
-        token_ids = await self._answers.service.tokenize(chat_prompt(body), body.model)
+        work = self._answers.service.tokenize(chat_prompt(body), body.model)
+        token_ids = await while_connected(request.receive, work)
         return JsonResponse({"input_tokens": len(token_ids)})

@@ -1,6 +1,5 @@
 """Ollama's endpoints."""
 
-import asyncio
 import importlib.metadata
 import time
 import uuid
@@ -97,7 +96,7 @@ class OllamaApi:
         call_id, files = f"embd-{uuid.uuid4().hex}", self._answers.service.files
         call = embed_call(texts, dimensions, truncates, model, files, call_id)
         events = await self._answers.whole(request, call)
-        embeddings, usage = await asyncio.to_thread(embeddings_of, call, events, dimensions)
+        embeddings, usage = await self._answers.service.work.run(embeddings_of, call, events, dimensions)
         return [values.tolist() for values in embeddings], usage
 
     async def tags(self, request: Request) -> Response:
