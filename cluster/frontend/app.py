@@ -137,7 +137,7 @@ class FrontEnd:
         version = importlib.metadata.version("remuda")
         inference, admin = InferenceServicer(self.service), AdminServicer(self.service, version)
         vllm = VllmServicer(self.service, self.health.ready, version)
-        gate = GrpcGate(self._authenticator, tracer=self._telemetry.tracer)
+        gate = GrpcGate(self._authenticator, tracer=self._telemetry.tracer, audit=self._tenancy.audit)
         health_port = None if config.security.tls is None else config.security.tls.health_port
         self._http = HttpListener(http_app, config.host, config.port, config.http_limits, self._tls)
         self._probes: HttpListener | None = None

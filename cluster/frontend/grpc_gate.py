@@ -5,7 +5,7 @@ import contextlib
 import inspect
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -18,9 +18,10 @@ from cluster.identity.principal import ADMIN, INFER, NOBODY, Principal, acting_a
 from cluster.identity.principal import Scope as Permission
 from cluster.rpc.status import abort
 from cluster.telemetry import names
-from cluster.telemetry.propagation import context_of, serving
+from cluster.telemetry.propagation import context_of, serving, trace_id_of
 from cluster.telemetry.request_id import handling, request_id_of
 from cluster.telemetry.tracing import NO_TRACER
+from cluster.tenants.audit import CLIENT_LEFT, NO_AUDIT, AuditLog, current_audited
 from engine.errors import InvalidRequest
 
 MESSAGE_TIMEOUT_S = 60.0
@@ -29,6 +30,28 @@ MESSAGE_TIMEOUT_S = 60.0
 _OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
 _PERMISSIONS: dict[str, Permission] = {"remuda.v1.Admin": ADMIN}
 """What a service asks for; any other one asks for INFER."""
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+HTTP_STATUS_OF: Final[dict[grpc.StatusCode, int]] = {
+    grpc.StatusCode.OK: 200,
+    grpc.StatusCode.CANCELLED: 499,
+    grpc.StatusCode.UNKNOWN: 500,
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.ALREADY_EXISTS: 409,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.FAILED_PRECONDITION: 400,
+    grpc.StatusCode.ABORTED: 409,
+    grpc.StatusCode.OUT_OF_RANGE: 400,
+    grpc.StatusCode.UNIMPLEMENTED: 501,
+    grpc.StatusCode.INTERNAL: 500,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.DATA_LOSS: 500,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+}
+"""As google.rpc.Code has them."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _Metadata: TypeAlias = list[tuple[str, str]]
@@ -43,6 +66,7 @@ class GrpcGate(grpc.aio.ServerInterceptor):
         authenticator: who is who.
         message_timeout_s: for the one message of a call that has one.
         tracer: for the spans of calls.
+        audit: gets a line for each call, but those of open services.
     """
 
     def __init__(
@@ -50,8 +74,10 @@ class GrpcGate(grpc.aio.ServerInterceptor):
         authenticator: Authenticator,
         message_timeout_s: float = MESSAGE_TIMEOUT_S,
         tracer: Tracer = NO_TRACER,
+        audit: AuditLog = NO_AUDIT,
     ) -> None:
         self._tracer = tracer
+        self._audit = audit
         self._authenticator = authenticator
         self._message_timeout_s = message_timeout_s
 
@@ -93,10 +119,18 @@ class GrpcGate(grpc.aio.ServerInterceptor):
                 await answer(messages, context, metadata)
                 return
             request_id = request_id_of(metadata)
-            with handling(request_id), serving(self._tracer, method, context_of(metadata)) as span:
+            with (
+                handling(request_id),
+                self._audit.request(request_id, method) as audited,
+                serving(self._tracer, method, context_of(metadata)) as span,
+            ):
                 try:
                     await answer(messages, context, metadata)
+                except asyncio.CancelledError:
+                    audited.responded(*CLIENT_LEFT, trace_id_of(span))
+                    raise
                 finally:
+                    audited.responded(*_ended(context), trace_id_of(span))
                     if span.is_recording():
                         _describe(span, method, request_id, context)
 
@@ -110,6 +144,7 @@ class GrpcGate(grpc.aio.ServerInterceptor):
             return NOBODY
         shown = Credentials.of(metadata, _peer_certificate(context))
         principal = await self._authenticator.authenticate(shown)
+        current_audited().made_by(principal)
         principal.require(_PERMISSIONS.get(service, INFER))
         return principal
 
@@ -134,9 +169,21 @@ def _pairs(context: Context) -> _Metadata:
 
 def _describe(span: Span, method: str, request_id: str, context: Context) -> None:
     span.set_attributes({names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method, names.REQUEST_ID: request_id})
-    code = context.code()
-    if code not in (None, 0, grpc.StatusCode.OK):
-        span.set_status(Status(StatusCode.ERROR, getattr(code, "name", str(code))))
+    code = _code(context)
+    if code is not grpc.StatusCode.OK:
+        span.set_status(Status(StatusCode.ERROR, code.name))
+
+
+def _code(context: Context) -> grpc.StatusCode:
+    """gRPC gives a number or a member, or nothing where all is well, whatever its stubs say."""
+    found: Any = context.code()
+    return found if isinstance(found, grpc.StatusCode) else _CODES[found or 0]
+
+
+def _ended(context: Context) -> tuple[int, str]:
+    """HTTP's status and the outcome of a call that is over."""
+    code = _code(context)
+    return (200, "completed") if code is grpc.StatusCode.OK else (HTTP_STATUS_OF[code], code.name)
 
 
 class _Unreadable:

@@ -244,7 +244,15 @@ def build_http_app(
     routes = [route for api in (*apis, UsageApi(service), StatusApi(service)) for route in api.routes()]
     routes += console_routes()
     paths = frozenset(route.path for route in routes)
-    gate = Middleware(Gate, authenticator=authenticator, metrics=metrics, paths=paths, tracer=tracer, is_own=is_own)
+    gate = Middleware(
+        Gate,
+        authenticator=authenticator,
+        metrics=metrics,
+        paths=paths,
+        tracer=tracer,
+        is_own=is_own,
+        audit=service.tenancy.audit,
+    )
     around = [Middleware(OtherPrefixes), Middleware(LimitHeaders), gate]
     app = Starlette(routes=routes, middleware=around, exception_handlers={HTTPException: _refused_by_http})
     # They would name our scheme: behind a gateway that speaks TLS, keys would follow in plain text.

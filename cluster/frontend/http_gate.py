@@ -1,4 +1,4 @@
-"""Around the HTTP application: who calls and may it, request ids, errors as responses, counts."""
+"""Around the HTTP application: who calls and may it, request ids, errors as responses, counts, the audit log."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,9 +18,11 @@ from cluster.identity.authenticator import IDENTITY_HEADERS, Authenticator, Cred
 from cluster.identity.principal import ADMIN, INFER, METRICS, NOBODY, Principal, acting_as
 from cluster.identity.principal import Scope as Permission
 from cluster.telemetry import names
-from cluster.telemetry.propagation import context_of, serving
+from cluster.telemetry.propagation import context_of, serving, trace_id_of
 from cluster.telemetry.request_id import handling, request_id_of
 from cluster.telemetry.tracing import NO_TRACER
+from cluster.tenants.audit import CLIENT_LEFT, NO_AUDIT, AuditLog, current_audited
+from engine.errors import RemudaError
 
 OPEN_PATHS: Final = CONSOLE_PATHS | {"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"}
 """Probes have no credentials; nor has a browser that asks for the console's files."""
@@ -48,6 +50,7 @@ class Gate:
     paths: known paths, which may be labels.
     tracer: for the spans of requests.
     is_own: nobody proves anything, because only this machine reaches the server: pages of elsewhere are refused.
+    audit: gets a line for each request, but those for open paths.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Gate:
         paths: frozenset[str],
         tracer: Tracer = NO_TRACER,
         is_own: bool = False,
+        audit: AuditLog = NO_AUDIT,
     ) -> None:
         self._app = app
         self._is_own = is_own
@@ -65,14 +69,18 @@ class Gate:
         self._metrics = metrics
         self._paths = paths
         self._tracer = tracer
+        self._audit = audit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_id, label = request_id_of(_headers(scope)), self._label(scope["path"])
-        with handling(request_id), self._serving(scope, label) as span:
-            status = await self._answer(scope, receive, send, request_id)
+        audit = NO_AUDIT if scope["path"] in OPEN_PATHS else self._audit
+        route = f"{scope['method']} {self._route(scope['path'])}"
+        with handling(request_id), audit.request(request_id, route) as audited, self._serving(scope, label) as span:
+            status, outcome = await self._answer(scope, receive, send, request_id)
+            audited.responded(status, outcome, trace_id_of(span))
             if span.is_recording():
                 _describe(span, scope["method"], label, status, request_id)
         self._metrics.http_response(label, status)
@@ -82,9 +90,10 @@ class Gate:
             return nullcontext(INVALID_SPAN)
         return serving(self._tracer, f"{scope['method']} {label}", context_of(_headers(scope)))
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> int:
-        """The response's status; of one that never began, that of the error."""
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> tuple[int, str]:
+        """The response's status, or of one that never began the error's; and its outcome."""
         status: int | None = None
+        outcome: str | None = None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -101,14 +110,21 @@ class Gate:
             log_defect(error)
             if status is None and not isinstance(error, Cancelled):
                 await error_response(error, path)(scope, receive, send_with_id)
-            status = mapping_of(error).http_status
-        return status or 500
+            status, outcome = _told(error)
+        if status is None:
+            return 500, "internal"
+        return status, outcome or ("completed" if status < 400 else "refused")
 
     def _label(self, path: str) -> str:
         """Of a path that names a thing, what kind of thing."""
         if path in self._paths:
             return path
         return next((known for known in _NAMING_PATHS if path.startswith(f"{known}/")), "other")
+
+    def _route(self, path: str) -> str:
+        """The label, where a thing that the path names is ``*``."""
+        label = self._label(path)
+        return label if label in (path, "other") else f"{label}/*"
 
     async def _admitted(self, scope: Scope) -> Principal:
         """Before a byte of the body is read. Raises Unauthenticated, PermissionDenied, Unavailable."""
@@ -119,9 +135,17 @@ class Gate:
             return NOBODY
         shown = Credentials.of(_headers(scope), scope.get(PEER_CERTIFICATE))
         principal = await self._authenticator.authenticate(shown)
+        current_audited().made_by(principal)
         if path not in ALSO_ADMIN or ADMIN not in principal.scopes:
             principal.require(PERMISSIONS.get(path, INFER))
         return principal
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """Status and outcome, as the log of calls has them."""
+    if isinstance(error, Cancelled):
+        return CLIENT_LEFT
+    return mapping_of(error).http_status, type(error).__name__ if isinstance(error, RemudaError) else "internal"
 
 
 def _headers(scope: Scope) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from cluster.frontend.stored_call import Holder, StoredCall
 from cluster.identity.principal import Principal, current_principal
 from cluster.replica.keep import Keep
 from cluster.telemetry.propagation import current_context
+from cluster.tenants.audit import Audited, current_audited
 from cluster.tenants.limiter import Visit
 from cluster.tenants.report import LimitReport, current_report
 from engine.request import Output, Request, SamplingParams
@@ -33,8 +34,8 @@ class Planned:
 class Run:
     """``failed``: set when the request fails. ``stored``: its client may come back. ``holders``: it has come back, and
     these leaders have the request's sequences; those that none has are computed again. ``principal``: who asks.
-    ``report``: for what the response says of limits. ``meter``: of what it has been given. ``context``: the trace
-    that it belongs to.
+    ``report``: for what the response says of limits. ``audited``: for what the audit log says. ``meter``: of what it
+    has been given. ``context``: the trace that it belongs to.
     """
 
     failed: asyncio.Event | None = None
@@ -42,6 +43,7 @@ class Run:
     holders: dict[int, Holder] | None = None
     principal: Principal = field(default_factory=current_principal)
     report: LimitReport = field(default_factory=current_report)
+    audited: Audited = field(default_factory=current_audited)
     meter: Meter = field(default_factory=Meter)
     context: Context = field(default_factory=current_context)
 

@@ -232,6 +232,7 @@ class Service:
 
     async def _counted(self, call: Call, run: Run) -> AsyncGenerator[Event, None]:
         arrived_s = self._clock.now_s()
+        run.audited.call_begins()
         outcome, status = "cancelled", mapping_of(Cancelled).http_status
         traced = CallTrace(self._tracer, call, shown(call.model or self.name), run.context, run.began)
         try:
@@ -281,6 +282,7 @@ class Service:
         )
         if _log.isEnabledFor(logging.INFO):
             _log.info("a call of the model has ended", extra={"call": msgspec.structs.asdict(record)})
+        run.audited.call_ended(record)
         self.tenancy.ended(record, may_return=run.stored is not None and outcome == "cancelled")
 
     async def _events(

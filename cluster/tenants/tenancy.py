@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from cluster.errors import PermissionDenied
 from cluster.identity.principal import ADMIN, Principal
 from cluster.identity.reloaded import Reloaded, read_file
+from cluster.tenants.audit import AuditLog
 from cluster.tenants.config import NO_POLICIES, Policies, load_policies
 from cluster.tenants.fallback_store import FallbackStore
 from cluster.tenants.ledger import UsageLedger
@@ -71,7 +72,7 @@ class Tenancy:
             limits = FallbackStore(RedisStore(self._redis), limits, now_s, self._metrics.store_failures.inc)
             usage = RedisUsage(self._redis)
         lost = self._metrics.lost_lines.inc
-        self._audit_log = None if config.audit_log is None else LineLog(config.audit_log, lost)
+        self.audit = AuditLog(config.audit_log, lost)
         self._usage_log = None if config.usage_log is None else LineLog(config.usage_log, lost)
         owner = uuid.uuid4().hex
         self.ledger = UsageLedger(usage, self._metrics, self._usage_log, owner, now_s)
@@ -109,10 +110,8 @@ class Tenancy:
             raise
 
     def ended(self, record: UsageRecord, may_return: bool) -> None:
-        """One request has ended; ``may_return``: its client was cut off, and may come back for it."""
+        """One call of the model has ended; ``may_return``: its client was cut off, and may come back for it."""
         self._metrics.ended(record.tenant, record.outcome)
-        if self._audit_log is not None:
-            self._audit_log.write(record)
         self.ledger.ended(record, may_return)
 
     async def usage(self, principal: Principal, tenant: str | None, days: Sequence[str] | None) -> list[UsageTotal]:
@@ -141,9 +140,9 @@ class Tenancy:
     async def close(self) -> None:
         """When no request is left."""
         await self.ledger.close()
-        for log in (self._audit_log, self._usage_log):
-            if log is not None:
-                log.close()
+        self.audit.close()
+        if self._usage_log is not None:
+            self._usage_log.close()
         if self._redis is not None:
             await self._redis.aclose()
 

@@ -19,8 +19,9 @@ from tests.frontend.bodies import completion
 from tests.frontend.servers import Served, served
 from tests.support.leader_bed import Bed, serving
 from tests.support.scripted_engine import ScriptedEngine
+from tests.tenants.front_ends import bearer, key_of
 from tests.tenants.redis_server import RedisServer
-from tests.tenants.test_served import bearer, key_of, usage
+from tests.tenants.test_served import usage
 
 
 class SmallVocabulary(ScriptedEngine):

@@ -13,7 +13,7 @@ from engine.request import Output, Request
 from tests.frontend.bodies import completion
 from tests.frontend.real_engine import RealBackend
 from tests.frontend.servers import TINY, Served, served
-from tests.tenants.test_served import bearer, key_of
+from tests.tenants.front_ends import bearer, key_of
 
 FLOOD = 100
 NUM_NEW = 3

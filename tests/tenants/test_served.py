@@ -157,7 +157,9 @@ async def test_usage_is_told_to_whom_it_concerns_and_logged_without_text(tmp_pat
         await one.http.post("/v1/completions", json=completion(), headers=bearer(narrow))
         strange = b'{"model": "\\ud800' + b"x" * 10_000 + b'", "prompt": "a"}'
         refused = await one.http.post("/v1/completions", headers=bearer(one_key), content=strange)
-        assert refused.status_code in (400, 404)
+        assert refused.status_code == 400
+        unknown = completion(model="\U0001f40e" * 10_000)
+        assert (await one.http.post("/v1/completions", headers=bearer(one_key), json=unknown)).status_code == 404
         mine = await usage(one, one_key)
         assert [(each["tenant"], each["num_requests"], each["num_prompt_tokens"]) for each in mine] == [
             ("one", 2, 2 * num_prompt)
@@ -176,14 +178,26 @@ async def test_usage_is_told_to_whom_it_concerns_and_logged_without_text(tmp_pat
         ("two", num_prompt),
     ]
     audit = [json.loads(line) for line in audit_log.read_text().splitlines()]
-    assert [(line["tenant"], line["status"], line["outcome"]) for line in audit] == [
-        *[("one", 200, "completed")] * 2,
-        ("two", 200, "completed"),
-        ("narrow", 403, "PermissionDenied"),
-        *[("one", 404, "ModelNotFound")] * (len(audit) - 4),
+    completions, usages = "POST /v1/completions", "GET /v1/usage"
+    assert [(line["route"], line["tenant"], line["status"], line["outcome"]) for line in audit] == [
+        *[(completions, "one", 200, "completed")] * 2,
+        (completions, "two", 200, "completed"),
+        (completions, "narrow", 403, "PermissionDenied"),
+        (completions, "one", 400, "InvalidRequest"),
+        (completions, "one", 404, "ModelNotFound"),
+        (usages, "one", 200, "completed"),
+        (usages, "one", 403, "PermissionDenied"),
+        (usages, "one", 400, "InvalidRequest"),
+        (usages, "", 401, "Unauthenticated"),
+        *[(usages, "ops", 200, "completed")] * 3,
     ]
-    assert max(map(len, audit_log.read_text().splitlines())) < 1000
-    assert all(line["key_id"] and line["request_id"].startswith("cmpl-") for line in audit)
+    calls = [line for line in audit if "call_id" in line]
+    assert [audit.index(line) for line in calls] == [0, 1, 2, 3, 5], "those that reached the model's path"
+    counts = ("num_prompt_tokens", "num_completion_tokens")
+    assert [tuple(line[count] for count in counts) for line in calls] == [(num_prompt, 6)] * 3 + [(0, 0)] * 2
+    assert [line["call_id"] for line in calls[:3]] == [line["request_id"] for line in lines]
+    assert max(len(line) for line in audit_log.read_text().splitlines()) < 1000
+    assert all(line["key_id"] or line["status"] == 401 for line in audit)
     for path in (usage_log, audit_log):
         assert "secret" not in path.read_text() and one_key not in path.read_text()
 
