@@ -52,12 +52,12 @@ class MockCluster:
     def make_slice(self, service: Document, pod: Document) -> None:
         """For ``service`` a slice without endpoints, of what ``pod`` listens at."""
         assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
-        (wanted,) = service["spec"]["ports"]
-        (port,) = [
-            one["containerPort"]
-            for container in pod["spec"]["containers"]
-            for one in container["ports"]
-            if one["name"] == wanted["targetPort"]
+        numbers = {
+            one["name"]: one["containerPort"] for container in pod["spec"]["containers"] for one in container["ports"]
+        }
+        ports = [
+            {"name": wanted["name"], "port": numbers[wanted["targetPort"]], "protocol": "TCP"}
+            for wanted in service["spec"]["ports"]
         ]
         self._slice = f"{service['metadata']['name']}-x7k2p"
         body: Any = {
@@ -68,7 +68,7 @@ class MockCluster:
                 "labels": {"kubernetes.io/service-name": service["metadata"]["name"]},
             },
             "addressType": "IPv4",
-            "ports": [{"name": wanted["name"], "port": port, "protocol": "TCP"}],
+            "ports": ports,
             "endpoints": [],
         }
         self._slices.create_namespaced_endpoint_slice(NAMESPACE, body)
