@@ -1,11 +1,12 @@
 """Processor time that ``remuda serve`` uses while nobody asks it anything: remuda-tiny, two ranks.
 
-Ours: the front end, the control process with the supervisor, the leader, the ranks and Ray's guardian, with the threads
-that Ray has inside them; these are shown apart as well. The reference: Ray's own processes in the same seconds.
+What our threads use is told apart from what Ray's threads use inside our processes (the control process, the leader and
+the ranks are Ray's driver and actors), by the threads' names. The reference: Ray's own processes in the same seconds.
 """
 
 import asyncio
 import os
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -14,14 +15,27 @@ from bench.measure import Row, row
 from bench.serving import free_port, remuda_command, serving
 
 MODEL = "remuda-tiny"
-_SETTLE_S = 4.0
-_OURS = ("remuda: ", "ray::LeaderProcess", "ray::Rank")
+_SETTLE_S = 10.0
+FRONT_END, LEADER, CONTROL, RANKS = "front end", "leader", "control process and guardian", "ranks"
+SHOWN = {FRONT_END: (FRONT_END,), "leader and ranks": (LEADER, RANKS), CONTROL: (CONTROL,)}
+RAY = "Ray"
+"""A process of Ray's own, or a thread of Ray's in one of ours."""
+_TITLES = {"remuda: ": CONTROL, "ray::LeaderProcess": LEADER, "ray::Rank": RANKS}
 _RAY_THREADS = ("worker.io", "client.poll", "server.poll", "nexting_thread", "task_event_buff")
 """Names that Ray gives to threads of each process that is its driver or worker, as far as nobody else has them."""
-_NS_PER_S = 1e9
+_GRPC_THREADS = ("timer_manager", "grpc_global_tim", "grpcpp_sync_ser", "event_engine", "lifeguard")
+"""Names that gRPC gives to its threads. Front end and leader have a gRPC of ours, so these count as ours there."""
+_WITHOUT_OUR_GRPC = (CONTROL, RANKS)
+_PERCENT_PER_NS = 100 / 1e9
 
-_Thread = tuple[int, bool, str, int]
-"""Process, whether it is ours, the thread's name and number."""
+_Thread = tuple[str, str, int]
+"""Part, name and number; the part is RAY in Ray's own processes."""
+
+
+def owner(part: str, name: str) -> str:
+    """``part``, or RAY where a thread of this name is not ours there."""
+    is_rays = name.startswith(_RAY_THREADS) or (part in _WITHOUT_OUR_GRPC and name.startswith(_GRPC_THREADS))
+    return RAY if is_rays else part
 
 
 def _cpu_ns(pid: int) -> dict[_Thread, int]:
@@ -30,12 +44,14 @@ def _cpu_ns(pid: int) -> dict[_Thread, int]:
     root = psutil.Process(pid)
     for process in [root, *root.children(recursive=True)]:
         try:
-            is_ours = process.pid == pid or " ".join(process.cmdline()).startswith(_OURS)
+            title = " ".join(process.cmdline())
+            parts = [part for beginning, part in _TITLES.items() if title.startswith(beginning)]
+            part = FRONT_END if process.pid == pid else (*parts, RAY)[0]
             for thread in map(int, os.listdir(f"/proc/{process.pid}/task")):
                 directory = Path(f"/proc/{process.pid}/task/{thread}")
                 name = (directory / "comm").read_text().strip()
                 used_ns = (directory / "schedstat").read_text().split()[0]
-                found[process.pid, is_ours, name, thread] = int(used_ns)
+                found[part, name, thread] = int(used_ns)
         except (psutil.NoSuchProcess, FileNotFoundError):
             continue  # it has just ended
     return found
@@ -43,28 +59,41 @@ def _cpu_ns(pid: int) -> dict[_Thread, int]:
 
 async def measure(num_repetitions: int, seconds: float) -> list[Row]:
     port = free_port()
-    ours, inside, rays = [], [], []
+    ours: list[Counter[str]] = []
+    inside, rays = [], []
     async with serving(remuda_command(MODEL, port, "--tp", "2"), f"http://127.0.0.1:{port}/readyz") as pid:
         await asyncio.sleep(_SETTLE_S)
         for _ in range(num_repetitions):
             before = _cpu_ns(pid)
             await asyncio.sleep(seconds)
-            used = {key: cpu_ns - before.get(key, 0) for key, cpu_ns in _cpu_ns(pid).items()}
-            share = 100 / seconds / _NS_PER_S
-            ours.append(share * sum(cpu_ns for (_, is_ours, _, _), cpu_ns in used.items() if is_ours))
-            rays.append(share * sum(cpu_ns for (_, is_ours, _, _), cpu_ns in used.items() if not is_ours))
-            inside.append(
-                share
-                * sum(
-                    cpu_ns
-                    for (_, is_ours, name, _), cpu_ns in used.items()
-                    if is_ours and name.startswith(_RAY_THREADS)
-                )
-            )
-    what, reference = f"remuda serve {MODEL} --tp 2", "÷ Ray's own processes"
+            own: Counter[str] = Counter()
+            within, without = 0.0, 0.0
+            for (part, name, thread), cpu_ns in _cpu_ns(pid).items():
+                used = _PERCENT_PER_NS / seconds * (cpu_ns - before.get((part, name, thread), 0))
+                if part == RAY:
+                    without += used
+                elif owner(part, name) == RAY:
+                    within += used
+                else:
+                    own[part] += used
+            ours.append(own)
+            inside.append(within)
+            rays.append(without)
+    return _rows(ours, inside, rays)
+
+
+def _rows(ours: list[Counter[str]], inside: list[float], rays: list[float]) -> list[Row]:
+    def figure(case: str, values: list[float]) -> Row:
+        return row("idle", f"{serve}: {case}", "% of a core", values, rays, "lower", "÷ Ray's own processes")
+
+    serve = f"remuda serve {MODEL} --tp 2"
     return [
-        row("idle", what, "% of a core", ours, rays, "lower", reference),
-        row("idle", f"{what}: of that, threads of Ray's", "% of a core", inside, rays, "lower", reference),
+        figure("our threads", [own.total() for own in ours]),
+        *[
+            figure(f"our threads, {shown}", [sum(own[part] for part in parts) for own in ours])
+            for shown, parts in SHOWN.items()
+        ],
+        figure("Ray's threads in our processes", inside),
     ]
 
 

@@ -8,6 +8,7 @@ that holds the other end is killed. Torch-free and Ray-free.
 Standard output carries one JSON object a line: ``{"address": …}`` or ``{"error": …}`` once, later ``{"stopped": …}``.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -30,22 +31,38 @@ RAYLET_GRACE_S = 5.0
 OTHERS_GRACE_S = 5.0
 KILL_GRACE_S = 10.0
 POLL_S = 0.02
-IDLE_REAP_S = 1.0
 LOG_TAIL_BYTES = 2000
 
 
 class EndOfDuty:
-    """Knows when to stop: standard input has ended, or SIGTERM came."""
+    """Knows when to stop: standard input has ended, or SIGTERM came. And when a child has ended."""
 
     def __init__(self) -> None:
         self._signalled, self._wake = os.pipe()
         signal.signal(signal.SIGTERM, lambda number, frame: os.write(self._wake, b"."))
+        self._child_ended, self._child_wake = os.pipe()
+        os.set_blocking(self._child_wake, False)
+        signal.signal(signal.SIGCHLD, lambda number, frame: self._note_child())
         # The terminal's Ctrl-C is for our parent, which then tells us in its own time.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _note_child(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # so many have ended that one more makes no difference
+            os.write(self._child_wake, b".")
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for the end. Returns whether it has come; False after ``timeout_s`` seconds."""
         readable, _, _ = select.select([sys.stdin, self._signalled], [], [], timeout_s)
+        return self._is_among(readable)
+
+    def wait_for_child(self) -> bool:
+        """Wait for the end, or until a child has ended since the last call. Returns whether the end has come."""
+        readable, _, _ = select.select([sys.stdin, self._signalled, self._child_ended], [], [])
+        if self._child_ended in readable:
+            os.read(self._child_ended, 4096)
+        return self._is_among(readable)
+
+    def _is_among(self, readable: list[object]) -> bool:
         return self._signalled in readable or (sys.stdin in readable and os.read(sys.stdin.fileno(), 4096) == b"")
 
 
@@ -186,7 +203,7 @@ def main(arguments: list[str]) -> int:
         address = start_node(arguments[1:], paths, end)
         if address is not None:
             say({"address": address})
-            while not end.wait(IDLE_REAP_S):
+            while not end.wait_for_child():
                 reap()
     except (RuntimeError, OSError) as error:
         status = 1
