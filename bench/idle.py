@@ -6,7 +6,6 @@ the ranks are Ray's driver and actors), by the threads' names. The reference: Ra
 
 import asyncio
 import os
-from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -59,14 +58,14 @@ def _cpu_ns(pid: int) -> dict[_Thread, int]:
 
 async def measure(num_repetitions: int, seconds: float) -> list[Row]:
     port = free_port()
-    ours: list[Counter[str]] = []
+    ours: list[dict[str, float]] = []
     inside, rays = [], []
     async with serving(remuda_command(MODEL, port, "--tp", "2"), f"http://127.0.0.1:{port}/readyz") as pid:
         await asyncio.sleep(_SETTLE_S)
         for _ in range(num_repetitions):
             before = _cpu_ns(pid)
             await asyncio.sleep(seconds)
-            own: Counter[str] = Counter()
+            own = dict.fromkeys((FRONT_END, LEADER, CONTROL, RANKS), 0.0)
             within, without = 0.0, 0.0
             for (part, name, thread), cpu_ns in _cpu_ns(pid).items():
                 used = _PERCENT_PER_NS / seconds * (cpu_ns - before.get((part, name, thread), 0))
@@ -82,13 +81,13 @@ async def measure(num_repetitions: int, seconds: float) -> list[Row]:
     return _rows(ours, inside, rays)
 
 
-def _rows(ours: list[Counter[str]], inside: list[float], rays: list[float]) -> list[Row]:
+def _rows(ours: list[dict[str, float]], inside: list[float], rays: list[float]) -> list[Row]:
     def figure(case: str, values: list[float]) -> Row:
         return row("idle", f"{serve}: {case}", "% of a core", values, rays, "lower", "÷ Ray's own processes")
 
     serve = f"remuda serve {MODEL} --tp 2"
     return [
-        figure("our threads", [own.total() for own in ours]),
+        figure("our threads", [sum(own.values()) for own in ours]),
         *[
             figure(f"our threads, {shown}", [sum(own[part] for part in parts) for own in ours])
             for shown, parts in SHOWN.items()

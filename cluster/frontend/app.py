@@ -44,9 +44,9 @@ from engine.request import Pooling
 
 _log = logging.getLogger(__name__)
 
-_WATCH_INTERVAL_S = 0.5
+_WATCH_INTERVAL_S = 1.0
 _FILES_INTERVAL_S = 1.0
-"""Between two looks at the files of keys, certificates and tenants."""
+"""Between two looks at the files of keys, certificates and tenants. As above, so that both are one wake-up."""
 _LAST_WORDS_S = 1.0
 """For telling those who are cut off that they are."""
 
@@ -128,6 +128,7 @@ class FrontEnd:
         is_own = self._authenticator.is_open and is_loopback(config.host)
         http_app = build_http_app(self.service, self.health, metrics, self._authenticator, config.http, tracer, is_own)
         self._listen(config, http_app)
+        self._has_files = config.security != SecurityConfig() or config.tenancy.tenants_file is not None
         self._watchers: list[asyncio.Task[None]] = []
         # Its own: no work of clients comes between a key's revocation and its end.
         self._files_thread = ThreadPoolExecutor(1, thread_name_prefix="files")
@@ -235,7 +236,8 @@ class FrontEnd:
         while True:
             await asyncio.sleep(_FILES_INTERVAL_S)
             try:
-                await asyncio.get_running_loop().run_in_executor(self._files_thread, self._poll_files)
+                if self._has_files:
+                    await asyncio.get_running_loop().run_in_executor(self._files_thread, self._poll_files)
             except Exception:  # noqa: BLE001  whatever it is, the next look must come, or revoked keys stay good
                 _log.exception("the files of keys and certificates cannot be looked at; trying again")
 
