@@ -108,7 +108,8 @@ class Call:
     With ``embeds`` nothing is generated either: each prompt gets its embedding. ``truncates``: one that is longer than
     the context is cut at its end, not refused.
     ``tools`` are the names of what the model may call: its text is parsed for calls of these. ``one_tool_call`` stops a
-    choice after its first. ``priority``: lower goes first. ``cache_salt``: only calls with the same one share prefixes.
+    choice after its first. ``priority``: lower goes first. ``cache_salt``: of a tenant's calls only those with the same
+    one share prefixes.
     """
 
     request_id: str

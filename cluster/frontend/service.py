@@ -359,7 +359,7 @@ class Service:
                         sampling,
                         priority,
                         adapter,
-                        call.cache_salt,
+                        self.tenancy.cache_salt(principal, call.cache_salt),
                         tenant,
                         next(headers),
                     )

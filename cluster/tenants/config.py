@@ -33,6 +33,8 @@ class TenantPolicy(BaseModel):
     weight: Annotated[float, Field(ge=MIN_TENANT_WEIGHT, le=MAX_TENANT_WEIGHT, strict=False)] = 1.0
     priority: Annotated[int, Field(ge=-MAX_TENANT_PRIORITY, le=MAX_TENANT_PRIORITY)] = 0
     """Of the tenant: those of a lower number are served first."""
+    cache_group: Name | None = None
+    """Tenants of one group share the prefix cache; None: it is alone."""
 
 
 class _File(BaseModel):
@@ -57,6 +59,13 @@ class Policies:
         """As its requests carry it to the scheduler."""
         policy = self.of(tenant)
         return Tenant(_fitting(tenant), policy.weight, policy.priority)
+
+    def cache_salt(self, tenant: str, given: str) -> str:
+        """Of its requests that gave the salt ``given``: equal for equal ones of one tenant or cache group, and never
+        for others, whatever they call themselves and give."""
+        group = self.of(tenant).cache_group
+        whose = f"tenant {tenant}" if group is None else f"group {group}"
+        return f"{len(whose)} {whose} {given}"
 
 
 def _fitting(tenant: str) -> str:

@@ -97,6 +97,11 @@ class Tenancy:
         """As its requests carry it to the scheduler."""
         return self.policies.engine_tenant(principal.tenant)
 
+    def cache_salt(self, principal: Principal, given: str) -> str:
+        """What its requests' prefixes are cached under; ``given``: the request's own. Where nobody proves who he is
+        there is nobody to keep apart."""
+        return given if principal.kind == "anonymous" else self.policies.cache_salt(principal.tenant, given)
+
     @contextlib.asynccontextmanager
     async def stay(self, principal: Principal, visit: Visit) -> AsyncIterator[Stay]:
         """While a request is here. Raises LimitExceeded."""

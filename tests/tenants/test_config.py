@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.tenants.config import TenantPolicy, load_policies, parse_policies
+from cluster.tenants.config import Policies, TenantPolicy, load_policies, parse_policies
 from engine.errors import InvalidOption
 from engine.request import Tenant
 
@@ -53,6 +53,7 @@ def test_each_tenant_has_its_own_and_others_have_the_defaults() -> None:
         ("tenants: {a: {models: llama}}", "tenants.a.models"),
         ("tenants: {a: {models: [1]}}", "tenants.a.models.0"),
         ("default: {priority: 1.5}", "default.priority"),
+        ("tenants: {a: {cache_group: ''}}", "tenants.a.cache_group"),
         ("defaults: {}", "defaults"),
         ("- a", "the file"),
         ("tenants: {'': {}}", "tenants."),
@@ -66,6 +67,17 @@ def test_what_is_wrong_is_named(text: str, key: str) -> None:
         parse_policies(text, "--tenants t.yaml")
     message = str(caught.value)
     assert message.startswith("--tenants t.yaml") and key in message and "\n" not in message
+
+
+def test_salts_of_different_tenants_and_groups_are_never_equal() -> None:
+    groups = {"a": "g", "b": "g", "c": "c", "g": None, "group g": None, "tenant g": None, "x y": "y", "x": "y y"}
+    policies = Policies(TenantPolicy(), {name: TenantPolicy(cache_group=group) for name, group in groups.items()})
+    given = ["", "s", " s", "g", policies.cache_salt("a", ""), policies.cache_salt("g", "s")]
+    found = {(name, salt): policies.cache_salt(name, salt) for name in [*groups, "stranger"] for salt in given}
+    assert [found["a", salt] for salt in given] == [found["b", salt] for salt in given]
+    assert len(set(found.values())) == len(found) - len(given), "but for the two of one group"
+    shared = parse_policies("default: {cache_group: all}\ntenants: {alone: {}}", "t")
+    assert shared.cache_salt("x", "") == shared.cache_salt("y", "") != shared.cache_salt("alone", "")
 
 
 def test_a_changed_file_holds_and_a_broken_one_does_not(tmp_path: Path) -> None:
