@@ -19,6 +19,7 @@ from cluster.plan.layouts import Degrees
 from cluster.plan.link_notices import parse_link
 from cluster.plan.make_report import make_report, plan_options
 from cluster.plan.report import PlanReport, as_object, dispatch_reason, layout_text
+from cluster.plan.search import LayoutSearch
 from engine.config import Determinism, ParallelConfig
 from tests.plan.models import PARAMS, found
 
@@ -92,11 +93,11 @@ def test_the_estimate_is_the_bytes_that_are_read() -> None:
 
 def test_the_nearest_layout_may_have_attention_replicas() -> None:
     """Four such devices are too few, on eight there would be two of each KV head."""
-    report = report_of("Qwen3-30B-A3B", "1xSmall-18")
-    assert not report.plan.fits and report.nearest is not None
-    assert report.nearest.machines.num_devices == 8
-    assert report.nearest.layout == ParallelConfig(tp=4, dp=2, ep=8)
-    assert report.nearest.dispatch is not None and report.nearest.dispatch.exchanged is not None
+    model, machines = found("Qwen3-30B-A3B"), parse_machines("1xSmall-18")
+    nearest = LayoutSearch(model.shapes, plan_options(model, machines)).nearest(machines)
+    assert nearest is not None and nearest.fits and nearest.machines.num_devices == 8
+    assert nearest.layout == ParallelConfig(tp=4, dp=2, ep=8)
+    assert nearest.dispatch is not None and nearest.dispatch.exchanged is not None
 
 
 def test_what_the_user_fixes_stays() -> None:
