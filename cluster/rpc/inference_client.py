@@ -133,6 +133,7 @@ class InferenceClient:
                     elif event == "usage":
                         usage = response.usage
                         yield Summary(_finish_word(reason), usage.num_prompt_tokens, usage.num_completion_tokens)
+                        return  # all has come: a connection that breaks before the status takes nothing away
                 return
             except grpc.RpcError as error:
                 now_s = time.monotonic()

@@ -29,13 +29,21 @@ class FrontEndProcess:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def target(self) -> str:
+        """Of its gRPC API."""
+        return f"127.0.0.1:{self.grpc_port}"
+
 
 @dataclass
 class Cluster:
-    """Leaders r0, r1, … and front ends, all attached to all leaders."""
+    """Leaders r0, r1, … and front ends, all attached to all leaders. ``addresses``: the leaders', as --leaders takes
+    them."""
 
     leaders: list["subprocess.Popen[str]"]
     front_ends: list[FrontEndProcess]
+    addresses: str
+    directory: Path
 
 
 @contextmanager
@@ -52,7 +60,7 @@ def cluster_of(num_leaders: int, num_front_ends: int, directory: Path) -> Iterat
         front_ends = [front_end(stack, named, directory / f"front-end-{i}.log") for i in range(num_front_ends)]
         for each in front_ends:
             wait_ready(each, num_leaders)
-        yield Cluster(leaders, front_ends)
+        yield Cluster(leaders, front_ends, named, directory)
 
 
 def copy_model(directory: Path) -> None:

@@ -1,11 +1,13 @@
 """Processes are killed while streams run: leaders, front ends, connections. What clients get is compared, token by
 token, with what they get when nothing happens."""
 
+import asyncio
 import concurrent.futures
 import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,17 @@ import pytest
 
 from cluster.rpc.generated.remuda.v1 import inference_pb2
 from cluster.rpc.inference_client import GenerateOptions, InferenceClient
-from tests.failover.processes import Cluster, FrontEndProcess, cluster_of
+from tests.failover.grpc_resume import NUM_TOKENS as GRPC_NUM_TOKENS
+from tests.failover.grpc_resume import READERS, Answer
+from tests.failover.processes import Cluster, FrontEndProcess, cluster_of, front_end, wait_ready
 from tests.failover.requests import PROMPT, REQUESTS, assert_same
 from tests.failover.streams import Reading, read
+from tests.failover.wire import wire_to
+from tests.support.leader_bed import until
 
 pytestmark = pytest.mark.timeout(120)
+PART_BYTES = 3000
+"""Of an answer over gRPC that has three times as many."""
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +115,52 @@ def test_a_front_end_is_killed(two_by_two: Cluster, expected: dict[str, Reading]
             assert_same(reading.result(), expected[name])
 
 
+@pytest.fixture(scope="module")
+def whole_answers(shared: Cluster) -> dict[str, Answer]:
+    """Over gRPC, without a fault."""
+    found = {name: reader(shared.front_ends[0].target, lambda num_tokens: None) for name, reader in READERS.items()}
+    for name, num_choices in (("command line", 1), ("two choices", 2)):
+        assert [len(tokens) for tokens in found[name].tokens.values()] == [GRPC_NUM_TOKENS] * num_choices
+        assert len(found[name].usage) == 1 and len(found[name].reasons) == num_choices
+    return found
+
+
+@pytest.mark.parametrize("name", READERS)
+async def test_a_grpc_connection_is_cut_and_the_client_comes_back(
+    shared: Cluster, whole_answers: dict[str, Answer], name: str
+) -> None:
+    """To the other front end each time."""
+    targets, counts = [each.target for each in shared.front_ends], [0]
+    async with wire_to(targets[0]) as wire:
+        wire.budgets.extend([PART_BYTES] * 2)
+        reading = asyncio.create_task(asyncio.to_thread(READERS[name], wire.address, counts.append))
+        for number in (1, 2):
+            await until(lambda: reading.done() or (wire.num_stalled == number and counts[-1] > 0))  # noqa: B023
+            wire.target = targets[number % 2]
+            wire.cut()
+        assert await reading == whole_answers[name]
+        assert wire.num_stalled == 2 and wire.num_connections > 2
+
+
+async def test_a_front_end_is_killed_under_grpc_streams(shared: Cluster, whole_answers: dict[str, Answer]) -> None:
+    """They come back through the same address, as behind a load balancer."""
+    with ExitStack() as stack:
+        victim = front_end(stack, shared.addresses, shared.directory / "killed-front-end.log")
+        await asyncio.to_thread(wait_ready, victim, 1)
+        async with wire_to(victim.target) as wire:
+            wire.budgets.extend([PART_BYTES] * len(READERS))
+            counts: dict[str, list[int]] = {name: [0] for name in READERS}
+            readings = {
+                name: asyncio.create_task(asyncio.to_thread(reader, wire.address, counts[name].append))
+                for name, reader in READERS.items()
+            }
+            await until(lambda: wire.num_stalled == len(READERS) and all(each[-1] > 0 for each in counts.values()))
+            wire.target = shared.front_ends[1].target
+            victim.process.kill()
+            for name, reading in readings.items():
+                assert await reading == whole_answers[name]
+
+
 def test_who_asks_for_what_nobody_has_is_told(shared: Cluster) -> None:
     url = f"{shared.front_ends[0].url}/v1/completions"
     answer = httpx.post(url, json={}, headers={"last-event-id": "cmpl-none/0.1.1"})
@@ -131,7 +185,8 @@ def test_a_client_that_leaves_a_resumable_request_ends_its_work(shared: Cluster)
         request = inference_pb2.GenerateRequest(text=PROMPT, resumable=True)
         request.sampling.max_tokens = 1900
         call = client._inference.Generate(request)
-        name = next(call).request_id
+        # Its start is told before a leader has it.
+        name = next(each.request_id for each in call if each.HasField("delta"))
         other._inference.Cancel(inference_pb2.CancelRequest(request_id=name), timeout=10)
         _wait_until_cancelled(first, before + 2)
         with pytest.raises(grpc.RpcError) as cancelled:
