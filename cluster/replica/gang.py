@@ -27,6 +27,7 @@ class Gang:
     replica_id, host: of the leader.
     tell: takes events for the supervisor.
     on_failure: called from any thread when formations up to this epoch are over, with the reason.
+    host_of: names a rank's host, for people.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class Gang:
         host: str,
         tell: Callable[[Event], None],
         on_failure: Callable[[int, RemudaError], None],
+        host_of: Callable[[int], str],
     ) -> None:
+        self._host_of = host_of
         self._replica_id = replica_id
         self._parallel = parallel
         self._host = host
@@ -64,6 +67,7 @@ class Gang:
             record=self.record,
             times=self.times,
             on_failure=lambda error: self._on_failure(epoch, error),
+            host_of=self._host_of,
         )
         with self._changed:
             assert epoch > self._epoch, f"epoch {epoch} does not follow {self._epoch}"

@@ -89,9 +89,18 @@ class Leader:
             log_as_json("remuda-leader")
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._bytes_by_rank: dict[int, tuple[int, int]] = {}
-        self._gang = Gang(config.replica_id, config.plan.parallel, config.host, self._events.put, self._on_gang_failure)
+        self._gang = Gang(
+            config.replica_id,
+            config.plan.parallel,
+            config.host,
+            self._events.put,
+            self._on_gang_failure,
+            lambda rank: self._hosts.get(rank, self._rank_hosts[rank]),
+        )
         self._gang.record.describe(replica=config.replica_id, plan=msgspec.to_builtins(config.plan))
         self._rank_hosts = config.rank_hosts
+        self._hosts: dict[int, str] = {}
+        """Of the ranks that have joined the present formation, each's as ``status`` names it."""
         self._formed: tuple[int, ChannelExecutor] | None = None
         """The formation that serves: its epoch, and what computes in it."""
         self._ready: GangReady
@@ -104,7 +113,7 @@ class Leader:
 
     def open(self, epoch: int, rank_hosts: list[str]) -> GangEndpoints:
         """Listen for the ranks of a new formation, each on its host; the former one is over."""
-        self._rank_hosts = rank_hosts
+        self._rank_hosts, self._hosts = rank_hosts, {}
         return self._gang.open(epoch, rank_hosts)
 
     def start(self) -> None:
@@ -286,7 +295,7 @@ class Leader:
     def _on_message(self, epoch: int, message: FromRank) -> None:
         replica = self._config.replica_id
         if isinstance(message, Hello):
-            host = self._host_of(message)
+            host = self._hosts[message.rank] = self._host_of(message)
             self._events.put(RankPlaced(replica, message.rank, message.pid, host, message.device, epoch))
         elif isinstance(message, Loaded):
             self._events.put(RankLoaded(replica, message.rank, message.weight_bytes, epoch))

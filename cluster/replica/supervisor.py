@@ -281,8 +281,10 @@ class Supervisor:
         ranks = [action.rank for action in actions if isinstance(action, StartRank)]
         leader = any(isinstance(action, StartLeader) for action in actions)
         if any(isinstance(action, Form) for action in actions):
-            epoch, reason = self._recovery.epoch, self._recovery.reason
-            self._events.put(Repairing(self.replica_id, epoch, ranks, leader, reason))
+            assert self._places is not None
+            lost = ", ".join(f"rank {rank} on {self._places.hosts[rank]}" for rank in ranks)
+            message = f"{self._recovery.reason} ({lost})" if lost else self._recovery.reason
+            self._events.put(Repairing(self.replica_id, self._recovery.epoch, ranks, leader, message))
 
     def _do(self, action: Action) -> None:
         if isinstance(action, KillRank):

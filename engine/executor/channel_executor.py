@@ -77,6 +77,7 @@ class ChannelExecutor:
         record: of the replica; None keeps one that nobody reads.
         on_failure: called once, from any thread, when the gang broke; also while no plan is on its way.
         times: of the replica; None keeps some that nobody reads.
+        host_of: see GangWatch.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class ChannelExecutor:
         record: FlightRecord | None = None,
         on_failure: Callable[[RemudaError], None] = lambda error: None,
         times: RankTimes | None = None,
+        host_of: Callable[[int], str] = lambda rank: "",
     ) -> None:
         self._times = times or RankTimes(parallel.num_ranks)
         self._channel = channel
@@ -113,7 +115,7 @@ class ChannelExecutor:
         self._receiving = threading.Lock()
         self._watcher: threading.Thread | None = None
         self._record = record or FlightRecord()
-        self._watch_over = GangWatch(channel, parallel, step_timeout_s, self._note_verdict)
+        self._watch_over = GangWatch(channel, parallel, step_timeout_s, self._note_verdict, host_of=host_of)
 
     def start(
         self,

@@ -39,6 +39,7 @@ class GangWatch:
     Args:
         plan_timeout_s: for plans of which nobody knows how long they take.
         on_verdict: called with each, from the thread that looks.
+        host_of: names a rank's host, for people; empty: nobody knows.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class GangWatch:
         plan_timeout_s: float,
         on_verdict: Callable[[Verdict], None] = lambda verdict: None,
         clock: Callable[[], float] = time.monotonic,
+        host_of: Callable[[int], str] = lambda rank: "",
     ) -> None:
+        self._host_of = host_of
         self._channel = channel
         self._parallel = parallel
         self._plan_timeout_s = plan_timeout_s
@@ -96,11 +99,17 @@ class GangWatch:
                 self._watchdog.rest()
             verdicts = self._watchdog.observe(now_s, self._channel.progress(), pending)
         for verdict in verdicts:
-            _log.log(logging.ERROR if verdict.is_final else logging.WARNING, "%s", verdict.reason)
+            level = logging.ERROR if verdict.is_final else logging.WARNING
+            _log.log(level, "%s%s", verdict.reason, self._place_of(verdict.rank))
             self._on_verdict(verdict)
         for verdict in verdicts:
             if verdict.is_final:
                 raise RankFailure(verdict.reason, verdict.rank)
+
+    def _place_of(self, rank: int | None) -> str:
+        """Behind a sentence about the rank."""
+        host = "" if rank is None else self._host_of(rank)
+        return f"; rank {rank} is on {host}" if host else ""
 
     def reports(self) -> list[RankReport]:
         """Of all ranks, in order; from any thread."""

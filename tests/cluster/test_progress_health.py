@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -62,19 +63,26 @@ def test_a_stopped_rank_is_named_replaced_and_recorded(
         ranks = served.status()["replicas"][0]["ranks"]
         assert [rank["state"] for rank in ranks] == ["idle", "idle"]
         answers: list[list[int]] = []
-        reader = threading.Thread(target=lambda: answers.append(complete(served, 400)))
+        reader = threading.Thread(target=lambda: answers.append(complete(served, 1500)))
         reader.start()
-        while served.status()["replicas"][0]["num_running"] == 0:
+        while (
+            'remuda_num_requests_running{model_name="remuda-tiny"} 1.0' not in httpx.get(f"{served.url}/metrics").text
+        ):
             assert reader.is_alive()
         os.kill(ranks[1]["pid"], signal.SIGSTOP)
         stopped_at = time.monotonic()
-        while "rank 1 does not go on" not in served.log.read_text():
+        # With its operation and its host, which status names with its address behind it.
+        address = ranks[1]["host"].partition("(")[2].rstrip(")")
+        named = re.compile(
+            rf"rank 1 does not go on in step \d+, .*its process is stopped.* \(rank 1 on {re.escape(address)}\)"
+        )
+        while not named.search(served.log.read_text()):
             assert time.monotonic() - stopped_at < 10
             assert httpx.get(f"{served.url}/livez", timeout=5).status_code == 200
             time.sleep(0.05)
         print(f"named {time.monotonic() - stopped_at:.2f} s after SIGSTOP")
         reader.join(90)
-        assert [len(answer) for answer in answers] == [400], "the request went on"
+        assert [len(answer) for answer in answers] == [1500], "the request went on"
         kept = list((tmp_path / "state" / "remuda").glob("r0-*.jsonl"))
         assert len(kept) == 1 and '"is_final":true' in kept[0].read_text()
         assert run_remuda("status", "--target", served.target, "--dump", str(record)).returncode == 0

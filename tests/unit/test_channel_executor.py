@@ -91,6 +91,7 @@ class Stage:
             stall_timeout_s=1.0,
             step_timeout_s=step_timeout_s,
             on_failure=self._on_failure,
+            host_of=lambda rank: f"host-{rank}",
         )
         self.failures: list[BaseException] = []
         self.failed = threading.Event()
@@ -254,12 +255,13 @@ def test_the_one_silent_rank_is_blamed_for_what_all_others_report(stage: Make) -
     assert failure.value.rank == 1
 
 
-def test_a_step_that_hangs_ends_in_bounded_time(stage: Make) -> None:
+def test_a_step_that_hangs_ends_in_bounded_time(stage: Make, caplog: pytest.LogCaptureFixture) -> None:
     opened = stage(obedient, quiet, step_timeout_s=0.3)
     opened.start()
     with pytest.raises(RankFailure, match=r"step 0 was not answered within 0\.3 s by rank 1") as failure:
         opened.executor.submit(PLAN[0]).result(WAIT_S)
     assert failure.value.rank == 1
+    assert [record.getMessage() for record in caplog.records] == [f"{failure.value}; rank 1 is on host-1"]
 
 
 def test_a_loss_is_told_once_while_nothing_is_in_flight(stage: Make) -> None:
