@@ -49,6 +49,13 @@ def raylet(directory: Path, choice: Choice) -> Iterator[Row]:
             yield _ended(site, fault, "raylet/raylet", "")
 
 
+def control_process(directory: Path, choice: Choice) -> Iterator[Row]:
+    """It supervises the gang, and Ray ends with it."""
+    with one_host(directory, *OPTIONS) as site:
+        for fault in choice.of(["kill -9 control process"]):
+            yield _ended(site, fault, "remuda: control", "the control process ended")
+
+
 def _ended(site: OneHost, fault: str, program: str, reason: str) -> Row:
     """What is right: each request ends with one error, and the server with status 1 and the reason; nothing is left."""
     settle(site)

@@ -25,6 +25,7 @@ GROUPS: dict[str, Callable[[Path, Choice], Iterator[Row]]] = {
     "disk-at-start": disk.disk_full_at_start,
     "control-plane": control_plane.control_plane,
     "raylet": control_plane.raylet,
+    "control-process": control_plane.control_process,
     "starting": starting.starting,
     "starting-hosts": hosts.starting_hosts,
     "front-ends": front_ends.front_ends,
