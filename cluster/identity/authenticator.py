@@ -1,5 +1,6 @@
 """The one decision, for HTTP and gRPC alike: what was shown → whom it stands for."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,13 +18,16 @@ AUTHORIZATION = "authorization"
 API_KEY = "x-api-key"
 """Where Anthropic's clients put a key."""
 TENANT = "x-remuda-tenant"
+KEY = "x-remuda-key"
+"""Who it is within the tenant, as the gateway knows them."""
 PRIORITY = "x-remuda-priority"
 FORWARDED_CERTIFICATE = "x-forwarded-client-cert"
 ENDPOINT = "x-gateway-destination-endpoint"
 
-IDENTITY_HEADERS = frozenset({AUTHORIZATION, API_KEY, TENANT, PRIORITY, FORWARDED_CERTIFICATE, ENDPOINT})
+IDENTITY_HEADERS = frozenset({AUTHORIZATION, API_KEY, TENANT, KEY, PRIORITY, FORWARDED_CERTIFICATE, ENDPOINT})
 """Nothing behind the gates sees them: they are secrets, or claims that only a gateway may make."""
 _MAX_PRIORITY = 1_000_000
+_KEY = re.compile(r"[\x20-\x7e]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,10 @@ class Authenticator:
     async def _through(self, gateway: GatewayConfig, shown: Credentials, names: Sequence[str]) -> Principal:
         """A request that a proven gateway brings."""
         priority = _priority(shown.one(PRIORITY))
-        tenant = shown.one(TENANT)
+        tenant, key = shown.one(TENANT), shown.one(KEY)
         if tenant is not None:
-            key_id, scopes = f"gateway:{gateway.name}"[:128], frozenset(gateway.scopes)
-            return Principal(_tenant(tenant), key_id, "gateway", scopes, priority)
+            scopes = frozenset(gateway.scopes)
+            return Principal(_tenant(tenant), _key_id(gateway, key), "gateway", scopes, priority)
         forwarded = shown.one(FORWARDED_CERTIFICATE)
         client_names = forwarded_names(forwarded) if forwarded is not None else names
         return replace(await self._of_client(shown, client_names), priority=priority)
@@ -149,6 +153,15 @@ def _tenant(named: str) -> str:
         return check_tenant(named)
     except InvalidOption as error:
         raise Unauthenticated(f"the gateway's header {TENANT}: {error}") from None
+
+
+def _key_id(gateway: GatewayConfig, key: str | None) -> str:
+    """Raises Unauthenticated: it would be in logs and metrics as it is."""
+    if key is None:
+        return f"gateway:{gateway.name}"[:128]
+    if not _KEY.fullmatch(key):
+        raise Unauthenticated(f"the gateway's header {KEY} must have 1 to 200 printable ASCII characters")
+    return f"gateway-key:{key}"
 
 
 def _priority(text: str | None) -> int | None:

@@ -23,9 +23,10 @@ class Principal:
     """An authenticated caller; safe to log, it holds no secret.
 
     ``tenant``: whom usage is counted for and limits hold for. ``key_id``: which of the tenant's credentials was shown:
-    the API key's id, ``jwt:SUBJECT`` or ``cert:NAME``; empty for anonymous callers. ``kind``: how the caller proved
-    itself. ``scopes``: what it may do. ``priority``: what a trusted gateway asked for, as a request's own ``priority``
-    (smaller is sooner); None: it said nothing.
+    the API key's id, ``jwt:SUBJECT``, ``cert:NAME``, or ``gateway-key:KEY`` where a gateway says whose request it is,
+    else ``gateway:NAME``; empty for anonymous callers. ``kind``: how the caller proved itself. ``scopes``: what it may
+    do. ``priority``: what a trusted gateway asked for, as a request's own ``priority`` (smaller is sooner); None: it
+    said nothing.
     """
 
     tenant: str

@@ -51,6 +51,7 @@ HEADERS: dict[str, tuple[str, ...]] = {
     ),
     "tracestate": ("=", "a=" + "b" * 900, ",,,,"),
     "x-remuda-tenant": ("a", "../..", "x" * 900),
+    "x-remuda-key": ("", "x" * 900, "\x80"),
     "x-remuda-priority": ("nan", "-1", "9" * 400),
     "x-forwarded-client-cert": ("By=;URI=", 'Subject="', "URI=a;" * 500),
     "x-forwarded-for": ("127.0.0.1, ::1", "é"),

@@ -24,6 +24,7 @@ from tests.identity.authority import Signer, forged_with_hmac
 NUM_TOKENS = 8
 SPOOFED = {
     "x-remuda-tenant": "team-x",
+    "x-remuda-key": "mallory",
     "x-remuda-priority": "-9",
     "x-forwarded-client-cert": f"URI={CLIENT}",
     "x-api-key": "any",
@@ -186,6 +187,7 @@ async def test_an_identity_that_a_client_claims_is_dropped(tmp_path: Path) -> No
             assert answer.status_code == 200
     found = [(each.tenant, each.kind, each.priority) for each in paced.principals]
     assert found == [("team-a", "gateway", None), ("team-c", "certificate", None)]
+    assert [each.key_id for each in paced.principals] == ["gateway-key:bob", f"cert:uri:{CLIENT}"]
 
 
 async def test_certificates_are_checked_at_the_edge_and_their_names_here(tmp_path: Path) -> None:

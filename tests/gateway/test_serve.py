@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from cluster.rpc.generated.remuda.v1 import inference_pb2, inference_pb2_grpc
-from tests.gateway.envoy import Edge, envoy_before, security_values, write_files
+from tests.gateway.envoy import CLIENT, Edge, envoy_before, security_values, write_files
 from tests.gateway.test_envoy import SPOOFED, bearer, channel, http
 from tests.identity.authority import Signer
 from tests.support.served import Served, free_port
@@ -87,7 +87,8 @@ async def _whose_it_is(at: Edge) -> None:
         headers = {name: value for name, value in SPOOFED.items() if name != "x-api-key"}
         assert (await by_certificate.post("/v1/completions", headers=headers, json=body)).status_code == 200
         totals = (await operator.get("/v1/usage")).json()["data"]
-    assert {each["tenant"] for each in totals} == {"team-a", "team-c"}, totals
+    keys = {(each["tenant"], each["key_id"]) for each in totals}
+    assert keys == {("team-a", "gateway-key:bob"), ("team-c", f"cert:uri:{CLIENT}")}, totals
 
 
 def _operator(at: Edge) -> httpx.AsyncClient:

@@ -52,6 +52,7 @@ def bearer(key: str) -> tuple[str, str]:
 
 SPOOFED = {
     "x_remuda_tenant": "team-c",
+    "x_remuda_key": "alice",
     "x_remuda_priority": "-5",
     "x_forwarded_client_cert": f"URI={CLIENT}",
 }
@@ -71,6 +72,7 @@ async def test_keys_in_either_header(authenticator: Authenticator) -> None:
 async def test_only_gateways_speak_for_others(authenticator: Authenticator, uri: str | None) -> None:
     found = await authenticator.authenticate(shown(uri, bearer("alpha"), **SPOOFED))
     assert (found.tenant, found.kind, found.priority) == ("default", "key", None)
+    assert "alice" not in found.key_id
     if uri != CLIENT:
         with pytest.raises(Unauthenticated, match="no API key or token was given"):
             await authenticator.authenticate(shown(uri, **SPOOFED))
@@ -91,9 +93,14 @@ async def test_what_a_gateway_says_counts(authenticator: Authenticator) -> None:
     headers = {"x_remuda_tenant": "team-g", "x_remuda_priority": "-5"}
     found = await authenticator.authenticate(shown(GATEWAY, **headers))
     assert (found.tenant, found.kind, found.priority) == ("team-g", "gateway", -5)
-    assert found.scopes == {"infer"}
+    assert found.scopes == {"infer"} and found.key_id == f"gateway:uri:{GATEWAY}"
+    for key in ("alice", "auth0|5f7c8ec7", "x" * 200, "a b"):
+        found = await authenticator.authenticate(shown(GATEWAY, **headers, x_remuda_key=key))
+        assert (found.tenant, found.key_id) == ("team-g", f"gateway-key:{key}")
     by_key = await authenticator.authenticate(shown(GATEWAY, bearer("alpha"), x_remuda_priority="3"))
     assert (by_key.tenant, by_key.kind, by_key.priority) == ("default", "key", 3)
+    claimed = await authenticator.authenticate(shown(GATEWAY, bearer("alpha"), x_remuda_key="alice"))
+    assert claimed.key_id == by_key.key_id, "a key of our own is who it is"
     forwarded = await authenticator.authenticate(shown(GATEWAY, x_forwarded_client_cert=f"URI={CLIENT}"))
     assert (forwarded.tenant, forwarded.kind) == ("team-c", "certificate")
 
@@ -107,6 +114,10 @@ async def test_what_a_gateway_says_counts(authenticator: Authenticator) -> None:
         {"x_remuda_tenant": ""},
         {"x_remuda_tenant": "a b"},
         {"x_remuda_tenant": "team-g", "x_remuda_priority": "high"},
+        {"x_remuda_tenant": "team-g", "x_remuda_key": ""},
+        {"x_remuda_tenant": "team-g", "x_remuda_key": "x" * 201},
+        {"x_remuda_tenant": "team-g", "x_remuda_key": "bob\n"},
+        {"x_remuda_tenant": "team-g", "x_remuda_key": "b\xf6b"},
         {"x_remuda_tenant": "team-g", "x_remuda_priority": "9" * 5000},
     ],
 )
@@ -115,7 +126,7 @@ async def test_a_gateway_that_says_nothing_useful(authenticator: Authenticator, 
         await authenticator.authenticate(shown(GATEWAY, **headers))
 
 
-@pytest.mark.parametrize("name", ["authorization", "x-remuda-tenant", "x-forwarded-client-cert"])
+@pytest.mark.parametrize("name", ["authorization", "x-remuda-tenant", "x-remuda-key", "x-forwarded-client-cert"])
 async def test_a_header_that_came_twice_is_nobodys_choice(authenticator: Authenticator, name: str) -> None:
     both = [(name, f"URI={CLIENT}"), (name, "Bearer alpha")]
     with pytest.raises(Unauthenticated, match="2 times"):
