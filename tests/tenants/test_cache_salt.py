@@ -23,7 +23,7 @@ from tests.frontend.bodies import completion
 from tests.frontend.real_engine import RealBackend
 from tests.frontend.scripted import replica_info, says
 from tests.frontend.servers import TINY, Served, served
-from tests.tenants.test_served import bearer, key_of
+from tests.tenants.front_ends import bearer, key_of
 
 PROMPT = "The herd came down from the hills before the first snow, and nobody had counted the horses."
 BLOCK_SIZE = 4
