@@ -1,7 +1,9 @@
 """A front end over leaders whose engines compute with simulated ranks, each with an exporter of its own; everything
 that makes, carries and sends spans is real."""
 
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -15,12 +17,25 @@ from cluster.telemetry.tracing import open_telemetry
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.executor.rank_times import RankTimes
+from engine.messages import StepPlan, StepResult
 from tests.frontend.servers import Served, serving_front_end
 from tests.support.leader_bed import INFO
 
 VOCAB_SIZE = 2048
 GROUPS = (KvGroupConfig((0,)),)
 NUM_BLOCKS = 400
+
+
+class HeldGang(SimulatedGang):
+    """Computes its first steps, and the others when it may."""
+
+    NUM_STEPS = 20
+    may_go_on: threading.Event
+
+    def submit(self, plan: StepPlan) -> "Future[list[StepResult]]":
+        if len(self.plans) >= self.NUM_STEPS:
+            assert self.may_go_on.wait(60)
+        return super().submit(plan)
 
 
 @dataclass
@@ -32,9 +47,15 @@ class Site:
     stack: AsyncExitStack
     endpoint: str | None
 
-    async def add(self, replica: str, dies_at: set[tuple[int, int]] | None = None) -> None:
-        """``dies_at``: (seed, position) pairs whose computation breaks its gang for good."""
-        gang = SimulatedGang(
+    async def add(
+        self,
+        replica: str,
+        dies_at: set[tuple[int, int]] | None = None,
+        may_go_on: threading.Event | None = None,
+    ) -> LeaderServer:
+        """``dies_at``: (seed, position) pairs whose computation breaks its gang for good. ``may_go_on``: it stops after
+        some steps until this is set."""
+        gang = (SimulatedGang if may_go_on is None else HeldGang)(
             num_slots=16,
             kv_groups=GROUPS,
             block_size=4,
@@ -43,6 +64,9 @@ class Site:
             depth=1,
             dies_at=dies_at,
         )
+        if may_go_on is not None:
+            assert isinstance(gang, HeldGang)
+            gang.may_go_on = may_go_on
         engine = Engine(
             executor=gang,
             kv_groups=GROUPS,
@@ -58,6 +82,7 @@ class Site:
         address = await server.start()
         self.stack.push_async_callback(server.stop)
         await self.fleet.add(replica, ReplicaClient(address, "front-end"))
+        return server
 
 
 @asynccontextmanager

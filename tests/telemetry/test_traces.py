@@ -3,6 +3,7 @@
 import asyncio
 import json
 import secrets
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from cluster.frontend.call_trace import CallTrace
 from cluster.frontend.calls import Call, SamplingOptions, TextPrompt
 from cluster.rpc.generated.remuda.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from tests.support.leader_bed import until
 from tests.support.otlp_receiver import OtlpReceiver, ReceivedSpan, tree
 from tests.telemetry.bed import site
 
@@ -152,12 +154,16 @@ async def test_of_many_sequences_some_are_shown(receiver: OtlpReceiver) -> None:
 async def test_who_goes_away_is_in_the_trace(receiver: OtlpReceiver) -> None:
     caller = Caller()
     body = {**CHAT, "max_tokens": 500, "stream": True}
-    async with site(receiver.endpoint, "r0") as one:
+    may_go_on = threading.Event()
+    async with site(receiver.endpoint) as one:
+        leader = await one.add("r0", may_go_on=may_go_on)
         stream = one.served.http.stream("POST", "/v1/chat/completions", json=body, headers=caller.headers)
         async with stream as response:
             async for line in response.aiter_lines():
                 if '"content"' in line:
                     break
+        await until(lambda: not leader.num_live_requests)
+        may_go_on.set()
         spans = await asyncio.to_thread(receiver.trace, caller.trace_id, ALL)
     assert named(spans, "chat m").attributes["remuda.outcome"] == "cancelled"
     assert named(spans, "sequence r0").attributes["remuda.finish_reason"] == "abort"
