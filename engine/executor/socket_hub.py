@@ -73,7 +73,9 @@ class SocketHub:
         self._watch_lock = threading.Lock()
         self._watch = select.epoll()
         self._watch.register(self._wake_fd, select.EPOLLIN)
-        self._door = ConnectionDoor(addresses, secret, self._admit)
+        # Whoever waits for the address already may have to be admitted before the door has a name here.
+        with self._lock:
+            self._door = ConnectionDoor(addresses, secret, self._admit)
         self.addresses = self._door.addresses
 
     def _admit(self, link: socket.socket, ranks: tuple[int, ...], answer: bytes) -> bool:

@@ -8,11 +8,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
 
 import pytest
 
 from engine.errors import RankFailure
 from engine.executor.channel import ChannelClosed, LeaderChannel, RankChannel
+from engine.executor.connection_door import ConnectionDoor
 from engine.executor.handshake import new_secret
 from engine.executor.queue_channel import queue_channel
 from engine.executor.relay import HostRelay
@@ -303,6 +306,25 @@ def test_a_rank_waits_for_a_relay_that_starts_later() -> None:
     finally:
         found[0].close()
         hub.close()
+
+
+def test_a_rank_that_waits_already_may_come_before_the_door_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret, address = new_secret(), unix_name()
+    open_door = ConnectionDoor.__init__
+
+    def open_slowly(self: ConnectionDoor, *arguments: Any) -> None:
+        open_door(self, *arguments)
+        early.join(0.5)
+
+    found: list[SocketRankChannel] = []
+    early = threading.Thread(target=lambda: found.append(SocketRankChannel(address, secret, [0], WAIT_S)))
+    early.start()
+    monkeypatch.setattr(ConnectionDoor, "__init__", open_slowly)
+    with closing(SocketHub([0], secret, [address])) as hub:
+        early.join(WAIT_S)
+        with closing(found[0]):
+            hub.send(b"plan")
+            assert found[0].receive(WAIT_S) == b"plan"
 
 
 def test_a_leader_that_never_opens_is_given_up() -> None:
