@@ -193,7 +193,9 @@ class FrontEnd:
             await listener.start()
         await self._grpc.start()
         await self._watch_once()
-        watches = (self._watch(), self._watch_files(), self._watch_tenancy())
+        watches = [self._watch(), self._watch_tenancy()]
+        if self._has_files:
+            watches.append(self._watch_files())
         self._watchers.extend(map(asyncio.create_task, watches))
 
     async def drain(self, timeout_s: float) -> bool:
@@ -236,8 +238,7 @@ class FrontEnd:
         while True:
             await asyncio.sleep(_FILES_INTERVAL_S)
             try:
-                if self._has_files:
-                    await asyncio.get_running_loop().run_in_executor(self._files_thread, self._poll_files)
+                await asyncio.get_running_loop().run_in_executor(self._files_thread, self._poll_files)
             except Exception:  # noqa: BLE001  whatever it is, the next look must come, or revoked keys stay good
                 _log.exception("the files of keys and certificates cannot be looked at; trying again")
 

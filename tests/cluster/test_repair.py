@@ -5,7 +5,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,23 @@ def pids(server: Served) -> list[int]:
     return [rank["pid"] for rank in server.status()["replicas"][0]["ranks"]]
 
 
-@pytest.mark.parametrize("victim", [1, 0])
-def test_a_killed_rank_is_replaced_and_streams_go_on(server: Served, unfaulted: list[list[int]], victim: int) -> None:
-    before = pids(server)
+def assert_streams_outlive(strike: Callable[[], None], server: Served, unfaulted: list[list[int]]) -> None:
+    """All of them have begun by then, and have the tokens of ``unfaulted`` in the end."""
     streams = streams_of(server)
     for stream in streams:
         assert stream.begun.wait(60)
-    os.kill(before[victim], signal.SIGKILL)
+    strike()
     for stream in streams:
         stream.join(REPAIR_TIMEOUT_S)
         assert not stream.is_alive()
     assert [stream.errors for stream in streams] == [[]] * len(streams)
     assert [stream.token_ids for stream in streams] == unfaulted
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_rank_is_replaced_and_streams_go_on(server: Served, unfaulted: list[list[int]], victim: int) -> None:
+    before = pids(server)
+    assert_streams_outlive(partial(os.kill, before[victim], signal.SIGKILL), server, unfaulted)
     after = pids(server)
     assert after[1 - victim] == before[1 - victim], "the survivor keeps its process"
     assert after[victim] != before[victim]
@@ -131,15 +137,7 @@ def test_an_idle_gang_is_repaired_too(server: Served) -> None:
 def test_a_killed_leader_is_replaced_beside_living_ranks(server: Served, unfaulted: list[list[int]]) -> None:
     before = pids(server)
     leader = leader_of(processes_with(server.mark))
-    streams = streams_of(server)
-    for stream in streams:
-        assert stream.begun.wait(60)
-    leader.kill()
-    for stream in streams:
-        stream.join(REPAIR_TIMEOUT_S)
-        assert not stream.is_alive()
-    assert [stream.errors for stream in streams] == [[]] * len(streams)
-    assert [stream.token_ids for stream in streams] == unfaulted
+    assert_streams_outlive(leader.kill, server, unfaulted)
     assert pids(server) == before, "the ranks keep their processes"
 
 
@@ -148,15 +146,7 @@ def test_a_stopped_leader_is_replaced_beside_living_ranks(server: Served, unfaul
     """Nothing of it ends by itself: no process, and no connection."""
     before = pids(server)
     leader = leader_of(processes_with(server.mark))
-    streams = streams_of(server)
-    for stream in streams:
-        assert stream.begun.wait(60)
-    leader.suspend()
-    for stream in streams:
-        stream.join(REPAIR_TIMEOUT_S)
-        assert not stream.is_alive()
-    assert [stream.errors for stream in streams] == [[]] * len(streams)
-    assert [stream.token_ids for stream in streams] == unfaulted
+    assert_streams_outlive(leader.suspend, server, unfaulted)
     assert pids(server) == before, "the ranks keep their processes"
     assert "the leader on" in server.log.read_text()
     leader.wait(30)

@@ -27,13 +27,13 @@ NUM_BLOCKS = 400
 
 
 class HeldGang(SimulatedGang):
-    """Computes its first steps, and the others when it may."""
+    """Computes its first steps, and where there is ``may_go_on``, the others when that is set."""
 
     NUM_STEPS = 20
-    may_go_on: threading.Event
+    may_go_on: threading.Event | None = None
 
     def submit(self, plan: StepPlan) -> "Future[list[StepResult]]":
-        if len(self.plans) >= self.NUM_STEPS:
+        if self.may_go_on is not None and len(self.plans) >= self.NUM_STEPS:
             assert self.may_go_on.wait(60)
         return super().submit(plan)
 
@@ -55,7 +55,7 @@ class Site:
     ) -> LeaderServer:
         """``dies_at``: (seed, position) pairs whose computation breaks its gang for good. ``may_go_on``: it stops after
         some steps until this is set."""
-        gang = (SimulatedGang if may_go_on is None else HeldGang)(
+        gang = HeldGang(
             num_slots=16,
             kv_groups=GROUPS,
             block_size=4,
@@ -64,9 +64,7 @@ class Site:
             depth=1,
             dies_at=dies_at,
         )
-        if may_go_on is not None:
-            assert isinstance(gang, HeldGang)
-            gang.may_go_on = may_go_on
+        gang.may_go_on = may_go_on
         engine = Engine(
             executor=gang,
             kv_groups=GROUPS,
