@@ -8,7 +8,7 @@ ARGS ?=
 TEXT_CONFORMANCE := $(addprefix tests/frontend/test_,templates.py tool_parser.py meta_tokenizers.py infilling.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve hosts simulate test chart chart-golden determinism layouts chaos mutants conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-recovery bench-models clean
+.PHONY: help setup demo serve hosts simulate test chart chart-golden determinism layouts chaos mutants conformance test-full lint type fmt protos bench bench-roof bench-gpu bench-peers bench-recovery bench-pipeline bench-experts bench-models clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -98,6 +98,12 @@ bench-peers: setup  ## us and every installed peer on one checkpoint with the sa
 
 bench-recovery: setup  ## kill a rank of four while they serve: the gap of the streams, with a spare and without, fails where a promise is missed (wants make bench-models)
 	$(PY) -m bench.recovery $(ARGS)
+
+bench-pipeline: setup  ## two stages 5 ms apart: the throughput that is kept, fails below 0.8 (root, iproute2; wants make bench-models)
+	$(PY) -m bench.pipeline_delay $(ARGS)
+
+bench-experts: setup  ## skewed experts on ranks of 0.4 CPU, before and after they have moved, fails below 0.9 of an even load (root)
+	$(PY) -m pytest -m full -s tests/engine/test_zipf_load.py $(ARGS)
 
 bench-models: setup  ## build the benchmark checkpoints in REMUDA_BENCH_CACHE, or only ARGS='dense-1b'
 	$(PY) bench/make_models.py $(ARGS)

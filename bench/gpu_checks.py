@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from bench.gpu_kernels import attention_step
-from bench.gpu_model import GpuModel
+from bench.gpu_model import CacheShape, GpuModel
 from bench.gpu_roofs import DEVICE
 from bench.gpu_serving import CASES, DEPTHS, GANGS, TINY, check_gang, check_served
 from engine.attention.registry import attention_backend
@@ -32,7 +32,7 @@ class NotChecked(Exception):
 
 def _tiny(dtype: Dtype, device: torch.device) -> GpuModel:
     config = ModelConfig.from_directory(TINY)
-    return GpuModel(config, str(TINY), dtype, device, num_requests=len(_PROMPTS), max_len=_LARGEST_PROMPT)
+    return GpuModel(config, str(TINY), dtype, device, shapes=[CacheShape(len(_PROMPTS), _LARGEST_PROMPT)])
 
 
 def _tiny_logits(model: GpuModel, *, is_captured: bool = False) -> torch.Tensor:
@@ -104,7 +104,7 @@ def whole_steps(name: str, other: str, device: torch.device) -> tuple[float, flo
     and one that decodes, by two kinds of attention."""
     rope = RopeConfig(theta=10000.0, head_dim=128, original_max_positions=1000)
     config = ModelConfig("LlamaForCausalLM", 512, 512, 4, 2, 128, (LayerConfig(512),) * 2, rope, 1e-5, 1000)
-    model = GpuModel(config, None, Dtype.BFLOAT16, device, num_requests=len(_PROMPTS), max_len=_LARGEST_PROMPT)
+    model = GpuModel(config, None, Dtype.BFLOAT16, device, shapes=[CacheShape(len(_PROMPTS), _LARGEST_PROMPT)])
     model.attention = attention_backend(device, other)
     expected = _tiny_logits(model)
     model.attention = attention_backend(device, name)

@@ -6,6 +6,7 @@ the ranks are Ray's driver and actors), by the threads' names. The reference: Ra
 
 import asyncio
 import os
+import statistics
 from pathlib import Path
 
 import psutil
@@ -14,21 +15,35 @@ from bench.measure import Row, row
 from bench.serving import free_port, remuda_command, serving
 
 MODEL = "remuda-tiny"
+_TITLE = f"idle, remuda serve {MODEL} --tp 2"
 _SETTLE_S = 10.0
 FRONT_END, LEADER, CONTROL, RANKS = "front end", "leader", "control process and guardian", "ranks"
 SHOWN = {FRONT_END: (FRONT_END,), "leader and ranks": (LEADER, RANKS), CONTROL: (CONTROL,)}
 RAY = "Ray"
 """A process of Ray's own, or a thread of Ray's in one of ours."""
-_TITLES = {"remuda: ": CONTROL, "ray::LeaderProcess": LEADER, "ray::Rank": RANKS}
+_TITLES = {
+    "remuda: leader": LEADER,
+    "remuda: rank": RANKS,
+    "remuda: ": CONTROL,
+    "ray::LeaderProcess": LEADER,
+    "ray::Rank": RANKS,
+}
+"""How titles of ours begin, the first that fits. Leader and ranks have Ray's until they give themselves one."""
 _RAY_THREADS = ("worker.io", "client.poll", "server.poll", "nexting_thread", "task_event_buff")
 """Names that Ray gives to threads of each process that is its driver or worker, as far as nobody else has them."""
 _GRPC_THREADS = ("timer_manager", "grpc_global_tim", "grpcpp_sync_ser", "event_engine", "lifeguard")
 """Names that gRPC gives to its threads. Front end and leader have a gRPC of ours, so these count as ours there."""
 _WITHOUT_OUR_GRPC = (CONTROL, RANKS)
 _PERCENT_PER_NS = 100 / 1e9
+_NOTES = "÷ Ray's own processes; in all: our threads and Ray's in our processes"
 
 _Thread = tuple[str, str, int]
 """Part, name and number; the part is RAY in Ray's own processes."""
+
+
+def part_of(title: str) -> str:
+    """Of a process other than the front end, by its command line."""
+    return next((part for beginning, part in _TITLES.items() if title.startswith(beginning)), RAY)
 
 
 def owner(part: str, name: str) -> str:
@@ -43,9 +58,7 @@ def _cpu_ns(pid: int) -> dict[_Thread, int]:
     root = psutil.Process(pid)
     for process in [root, *root.children(recursive=True)]:
         try:
-            title = " ".join(process.cmdline())
-            parts = [part for beginning, part in _TITLES.items() if title.startswith(beginning)]
-            part = FRONT_END if process.pid == pid else (*parts, RAY)[0]
+            part = FRONT_END if process.pid == pid else part_of(" ".join(process.cmdline()))
             for thread in map(int, os.listdir(f"/proc/{process.pid}/task")):
                 directory = Path(f"/proc/{process.pid}/task/{thread}")
                 name = (directory / "comm").read_text().strip()
@@ -78,22 +91,29 @@ async def measure(num_repetitions: int, seconds: float) -> list[Row]:
             ours.append(own)
             inside.append(within)
             rays.append(without)
-    return _rows(ours, inside, rays)
+    return rows_of(ours, inside, rays)
 
 
-def _rows(ours: list[dict[str, float]], inside: list[float], rays: list[float]) -> list[Row]:
-    def figure(case: str, values: list[float]) -> Row:
-        return row("idle", f"{serve}: {case}", "% of a core", values, rays, "lower", "÷ Ray's own processes")
-
-    serve = f"remuda serve {MODEL} --tp 2"
-    return [
-        figure("our threads", [sum(own.values()) for own in ours]),
-        *[
-            figure(f"our threads, {shown}", [sum(own[part] for part in parts) for own in ours])
+def rows_of(ours: list[dict[str, float]], inside: list[float], rays: list[float]) -> list[Row]:
+    threads = [sum(own.values()) for own in ours]
+    by_case = {
+        "our processes in all": [own + rays_own for own, rays_own in zip(threads, inside, strict=True)],
+        "our threads": threads,
+        **{
+            f"our threads, {shown}": [sum(own[part] for part in parts) for own in ours]
             for shown, parts in SHOWN.items()
-        ],
-        figure("Ray's threads in our processes", inside),
+        },
+        "Ray's threads in our processes": inside,
+    }
+    return [
+        row(_TITLE, f"{case}: {_plain(values)}", "% of a core", values, rays, "lower", _NOTES)
+        for case, values in by_case.items()
     ]
+
+
+def _plain(values: list[float]) -> str:
+    """What a target is held against: the ratio to Ray's own processes says nothing about it."""
+    return f"{statistics.median(values):.2f} % of a core ({min(values):.2f} to {max(values):.2f})"
 
 
 def run(num_repetitions: int, quick: bool = False) -> list[Row]:

@@ -28,6 +28,8 @@ from cluster.bench.timing import Timing, percentile
 
 CLEAN_OTHER_CORES = 0.15
 WARM_UP = "c4"
+CASE_LIMIT_S = 900.0
+"""Of one case: the slowest peers need two minutes for the longest one."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,37 @@ class Repetition:
 
 
 class LoadFailed(Exception):
-    """The server refused or broke a request: a benchmark of it means nothing."""
+    """The server refused or broke a request, or took too long: a benchmark of it means nothing."""
 
 
 class LoadGenerator:
     def __init__(
-        self, url: str, model: str, token_ids: list[int], seed: int, server_pids: tuple[int, ...] = ()
+        self,
+        url: str,
+        model: str,
+        token_ids: list[int],
+        seed: int,
+        server_pids: tuple[int, ...] = (),
+        limit_s: float = CASE_LIMIT_S,
     ) -> None:
-        """``token_ids``: what prompts are drawn from. ``server_pids``: roots of the server's process trees."""
+        """``token_ids``: what prompts are drawn from. ``server_pids``: roots of the server's process trees.
+        ``limit_s``: that a case may take."""
         self._url = url
         self._model = model
         self._token_ids = token_ids
         self._generator = random.Random(seed)
         self._server_pids = server_pids
+        self._limit_s = limit_s
 
     async def run(self, case: LoadCase, requests_per_client: float = 2) -> Repetition:
-        """Run the case once, with at least four requests."""
+        """Run the case once, with at least four requests. Raises LoadFailed."""
+        try:
+            async with asyncio.timeout(self._limit_s):
+                return await self._run(case, requests_per_client)
+        except TimeoutError:
+            raise LoadFailed(f"{case.name} was not over in {self._limit_s:g} s") from None
+
+    async def _run(self, case: LoadCase, requests_per_client: float) -> Repetition:
         maker = PromptMaker(case, self._token_ids, self._generator)
         prompts = [maker.prompt() for _ in range(max(int(case.num_concurrent * requests_per_client), 4))]
         target = await HttpTarget.open(self._url, self._model, keep_alive=False)

@@ -36,6 +36,9 @@ class Row:
     better: str
     """``higher`` or ``lower``: which ratio is the better one."""
     notes: str = ""
+    clean_of_all: tuple[int, int] | None = None
+    """Where a benchmark tells disturbed repetitions apart: pairs in which both sides were clean, and pairs in all. The
+    figures are of the clean ones, or of all where none was."""
 
 
 def row(

@@ -66,10 +66,21 @@ def table(benchmark: str, rows: list[Row]) -> Table:
     found.add_column("reference", justify="right")
     found.add_column(f"ratio ({rows[0].better} is better)", justify="right")
     found.add_column("ratio's spread", justify="right")
+    tells_clean = any(each.clean_of_all for each in rows)
+    if tells_clean:
+        found.add_column("clean/all", justify="right")
     for each in rows:
         spread = f"{_number(each.ratio.low)} to {_number(each.ratio.high)}"
-        found.add_row(each.case, _median(each.ours), _median(each.reference), _number(each.ratio.median), spread)
+        cells = [each.case, _median(each.ours), _median(each.reference), _number(each.ratio.median), spread]
+        found.add_row(*cells, *([_clean(each)] if tells_clean else []))
     return found
+
+
+def _clean(shown: Row) -> str:
+    if shown.clean_of_all is None:
+        return ""
+    num_clean, num_pairs = shown.clean_of_all
+    return f"{num_clean}/{num_pairs}" if num_clean else f"0/{num_pairs}, DISTURBED"
 
 
 def _median(spread: Spread) -> str:

@@ -5,9 +5,11 @@ A peer's command comes from the environment (or ``--peer NAME=COMMAND``), else f
 the number of threads, and {gguf} the same checkpoint as GGUF. Peers answer GET /health with 200 when they are ready.
 """
 
+import importlib.util
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +20,33 @@ from bench.bench_cache import cache_dir
 @dataclass(frozen=True)
 class KnownPeer:
     """``variable``: of the environment, with its start command. ``program``: looked for where there is none, and
-    started by ``command``."""
+    started by ``command``, in which {python} is the interpreter that has ``module``."""
 
     variable: str
     program: str
     command: str
+    module: str | None = None
+
+    def installed_command(self) -> str | None:
+        """None where it is not installed: neither here, nor in the environment of a program on the path."""
+        program = shutil.which(self.program)
+        if self.module is None:
+            return self.command if program else None
+        if importlib.util.find_spec(self.module):
+            return self.command.replace("{python}", shlex.quote(sys.executable))
+        python = Path(program).resolve().parent / "python" if program else None
+        return self.command.replace("{python}", shlex.quote(str(python))) if python and python.exists() else None
 
 
 KNOWN_PEERS = {
     "vllm": KnownPeer(
         "REMUDA_BENCH_VLLM",
         "vllm",
-        "vllm serve {model} --served-model-name {name} --host 127.0.0.1 --port {port} --dtype bfloat16 "
-        "--max-model-len 2048 --max-num-seqs 64 --enable-prompt-tokens-details",
+        # Not "vllm serve": of the wheel for CPUs, which has another name, it ends with PackageNotFoundError.
+        "{python} -m vllm.entrypoints.openai.api_server --model {model} --served-model-name {name} --host 127.0.0.1 "
+        "--port {port} --dtype bfloat16 --max-model-len 2048 --max-num-seqs 64 --max-num-batched-tokens 2048 "
+        "--enable-prompt-tokens-details",
+        module="vllm",
     ),
     "llama.cpp": KnownPeer(
         "REMUDA_BENCH_LLAMACPP",
@@ -76,10 +92,10 @@ def find_peers(
             continue
         if environment.get(peer.variable):
             commands[name] = environment[peer.variable]
-        elif shutil.which(peer.program) is None:
-            skipped[name] = f"not installed: no {peer.program}, and neither --peer nor {peer.variable} names one"
+        elif installed := peer.installed_command():
+            commands[name] = installed
         else:
-            commands[name] = peer.command
+            skipped[name] = f"not installed: no {peer.program}, and neither --peer nor {peer.variable} names one"
     for name, command in list(commands.items()):
         if "{gguf}" in command and not model.gguf.exists():
             skipped[name] = f"there is no {model.gguf}; give --gguf FILE"

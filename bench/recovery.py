@@ -23,6 +23,7 @@ from typing import Any
 import aiohttp
 
 from bench.bench_cache import model_dir
+from bench.interrupts import run_main
 from bench.recovery_verdict import verdicts
 from bench.serving import free_port, serving
 
@@ -36,11 +37,13 @@ REPAIR_TIMEOUT_S = 60.0
 
 @dataclass
 class Stream:
-    """When chunks of one stream came, and how many tokens had come by then."""
+    """When chunks of one stream came, and how many tokens each brought."""
 
     prompt: list[int]
     token_ids: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    """Of each chunk."""
 
     async def run(self, session: aiohttp.ClientSession, url: str, max_tokens: int) -> None:
         body = {
@@ -61,15 +64,21 @@ class Stream:
                 if "error" in chunk:
                     raise RuntimeError(f"a stream was lost: {chunk['error']['message']}")
                 for choice in chunk["choices"]:
-                    self.token_ids += choice.get("token_ids") or []
-                    self.times_s.append(time.monotonic())
+                    self.note(time.monotonic(), choice.get("token_ids") or [])
+
+    def note(self, at_s: float, token_ids: list[int]) -> None:
+        """A chunk has come."""
+        self.token_ids += token_ids
+        self.times_s.append(at_s)
+        self.num_tokens.append(len(token_ids))
 
     def gap_s(self, since_s: float) -> float:
         """The longest pause that ended after ``since_s``."""
         return max((b - a for a, b in zip(self.times_s, self.times_s[1:], strict=False) if b > since_s), default=0.0)
 
     def num_between(self, first_s: float, last_s: float) -> int:
-        return sum(first_s <= at < last_s for at in self.times_s)
+        """Tokens."""
+        return sum(count for at, count in zip(self.times_s, self.num_tokens, strict=True) if first_s <= at < last_s)
 
 
 async def _ranks(remuda: str, target: str) -> list[dict[str, Any]]:
@@ -183,4 +192,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

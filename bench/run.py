@@ -7,7 +7,6 @@ the ratios are meant to be compared between runs, and their spread says how far.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import end_to_end, host_step, idle, streaming
+from bench.interrupts import run_main
 from bench.measure import Row
 from bench.output import machine, make_console, print_rows, write_rows
 
@@ -53,4 +53,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

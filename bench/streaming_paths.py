@@ -3,6 +3,7 @@
 import asyncio
 import bisect
 import json
+import math
 import sys
 import time
 from asyncio.subprocess import PIPE
@@ -11,6 +12,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
 import aiohttp
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.replica.client import ReplicaClient
 from cluster.rpc.channel import open_channel
@@ -18,6 +22,20 @@ from cluster.rpc.generated.remuda.v1 import common_pb2, inference_pb2, inference
 from engine.request import Request, SamplingParams
 
 PROMPT = [300, 301, 302]
+Floats = NDArray[np.float64]
+
+
+class _Choice(msgspec.Struct):
+    token_ids: list[int] | None = None
+
+
+class _Chunk(msgspec.Struct):
+    """Of a server-sent event no more than its tokens: a reader that parses it all holds up the streams."""
+
+    choices: list[_Choice] = []
+
+
+_chunks = msgspec.json.Decoder(_Chunk)
 
 
 @dataclass
@@ -41,11 +59,15 @@ class Received:
         num_messages = bisect.bisect_right(self.times_s, at_s)
         return self.num_tokens[num_messages - 1] if num_messages else 0
 
-    def delays_s(self, step_s: float) -> list[float]:
-        """Of each message, how much later than the stream's quickest it came after the step of its oldest token."""
-        oldest = [0, *self.num_tokens[:-1]]
-        late = [at_s - first * step_s for at_s, first in zip(self.times_s, oldest, strict=True)]
-        return [each - min(late) for each in late]
+    def delays_s(self, step_s: float, since_s: float = -math.inf, until_s: float = math.inf) -> Floats:
+        """Of each token that came between these times, how much later than the stream's quickest it came after its
+        step, where steps are ``step_s`` apart. A message that holds many tokens is as many delays, of which the oldest
+        token has the longest."""
+        counts = np.diff(np.array([0, *self.num_tokens]))
+        arrived_s = np.repeat(np.array(self.times_s), counts)
+        late_s = arrived_s - step_s * np.arange(len(arrived_s))
+        chosen: Floats = late_s[(arrived_s >= since_s) & (arrived_s <= until_s)] - late_s.min()
+        return chosen
 
 
 Read = Callable[[int, int], Awaitable[Received]]
@@ -159,14 +181,14 @@ async def front_end_http(step_s: float) -> AsyncIterator[StreamingPath]:
         async def read(index: int, num_tokens: int) -> Received:
             body = {"model": "mock", "prompt": PROMPT, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
             body["stream_options"] = {"include_usage": True}
-            # Only where delays are measured, and parsing does not hold up the rest.
+            # Only where steps are due at their times, so that the delay of each token is known.
             body["return_token_ids"] = step_s > 0
             received, last = Received(), b""
             async with session.post(f"http://{address}/v1/completions", json=body) as response:
                 async for line in response.content:
                     if line.startswith(b"data: {"):
                         last = line
-                        count = len(_token_ids(line)) if step_s > 0 else 1
+                        count = _num_tokens(line) if step_s > 0 else 1
                         if count:
                             received.note(count)
             _check(json.loads(last[6:])["usage"]["completion_tokens"], num_tokens)
@@ -175,9 +197,8 @@ async def front_end_http(step_s: float) -> AsyncIterator[StreamingPath]:
         yield StreamingPath(pids, read)
 
 
-def _token_ids(line: bytes) -> list[int]:
-    choices = json.loads(line[6:])["choices"]
-    return choices[0].get("token_ids", []) if choices else []
+def _num_tokens(line: bytes) -> int:
+    return sum(len(choice.token_ids or ()) for choice in _chunks.decode(line[6:]).choices)
 
 
 def _check(received: int, wanted: int) -> None:

@@ -34,10 +34,20 @@ def test_every_benchmark_gives_its_figures(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     rows = checked_rows(out)
     cases = [row["case"] for row in rows]
-    parts = ("1 running", "64 running", "256 running, critical path", "leader → client", "→ SSE", "→ gRPC", "serve")
-    for part in (*parts, "concurrency 8"):
+    parts = ("1 running", "64 running", "256 running, critical path", "leader → client", "→ SSE", "→ gRPC")
+    for part in (*parts, "our processes in all", "concurrency 8"):
         assert any(part in case for case in cases), f"no figure of {part}"
         assert part in done.stdout
+    due = [row for row in rows if "steps due at 7 × the rate of grpc.aio" in row["benchmark"]]
+    assert sorted((row["unit"], row["case"].split(" → ")[-1].split(" (")[0]) for row in due) == [
+        *[
+            ("ms added, p99", f"{path}, {when}")
+            for path in ("SSE", "gRPC")
+            for when in ("while all run", "with the beginning")
+        ],
+        ("tokens/s", "SSE"),
+        ("tokens/s", "gRPC"),
+    ]
 
 
 @pytest.mark.full
@@ -71,7 +81,11 @@ def test_peers_take_turns(tmp_path: Path) -> None:
     done = bench(*arguments, "--peer", f"again={serve} --grpc-port 0", module="peers")
     assert done.returncode == 0, done.stderr[-4000:]
     benchmarks = {row["benchmark"] for row in checked_rows(out)}
-    assert {name.rsplit(" ", 1)[1] for name in benchmarks} >= {"again", "transformers"}
+    ours = "remuda-tiny: output, remuda (bfloat16) against"
+    assert benchmarks >= {f"{ours} again (precision not known)", f"{ours} transformers (bfloat16)"}
+    servers = json.loads(out.read_text())["machine"]["servers"]
+    assert "remuda serve remuda-tiny" in servers["remuda"]["command"]
+    assert all(each["version"] for each in servers.values())
     assert {row["case"] for row in checked_rows(out)} == {"c1", "shared2"}
 
 

@@ -149,9 +149,9 @@ async def test_failures_are_reported_and_keys_are_sent(tmp_path: Path) -> None:
             yield output
 
     key = tmp_path / "key"
-    key.write_text("secret\n")
+    key.write_text("secret-of-the-herd\n")
     backend = ScriptedBackend(breaks)
-    async with served(backend, key="secret", api_key_file=key) as one:
+    async with served(backend, key="secret-of-the-herd", api_key_file=key) as one:
         with pytest.raises(Unauthenticated, match="401.*--api-key-file"):
             await measured(one.url)
         arguments = ("--num-requests", "3", "--warm-up", "0", "--api-key-file", str(key))

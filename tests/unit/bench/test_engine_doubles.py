@@ -7,7 +7,7 @@ import time
 import pytest
 
 from bench.host_step_leader import build_engine, null_gang
-from bench.mock_engine import FIRST_TOKEN_ID, NUM_TOKEN_IDS, MockEngine
+from bench.mock_engine import FIRST_TOKEN_ID, NUM_TOKEN_IDS, MockEngine, Pace
 from engine.request import FinishReason, Output, Request, SamplingParams
 
 
@@ -56,6 +56,24 @@ async def test_the_mock_engine_gives_each_request_a_token_a_step(step_s: float) 
     assert [output.request_id for output in flat if output.finish_reason is FinishReason.LENGTH] == ["a", "b"]
     assert all(len(output.token_ids) == 1 for output in flat)
     assert len(outputs) == NUM_TOKEN_IDS + 5 == engine.stats().num_steps
+
+
+def test_a_late_step_takes_nothing_from_those_behind_it() -> None:
+    pace = Pace(0.5)
+    assert pace.wait_s(100.0) == 0
+    assert pace.wait_s(100.25) == 0.25
+    assert [pace.wait_s(102.1) for _ in range(4)] == [0, 0, 0, pytest.approx(0.4)], "due at 101, 101.5, 102 and 102.5"
+    pace.rest()
+    assert (pace.wait_s(200.0), pace.wait_s(200.0)) == (0, 0.5), "nothing was due while nothing ran"
+
+
+@pytest.mark.timeout(60)
+async def test_the_mock_engine_rests_when_nothing_runs() -> None:
+    engine = MockEngine(3600.0, asyncio.get_running_loop())
+    for name in ("a", "b"):
+        engine.add(request(name, 1))
+        assert tokens_of(list(engine.step()), name) == [FIRST_TOKEN_ID], "else it would wait for an hour"
+        assert not engine.has_work
 
 
 async def test_an_abort_ends_with_one_output() -> None:

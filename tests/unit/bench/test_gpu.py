@@ -2,12 +2,17 @@
 what is right and to find what is wrong."""
 
 import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from bench import gpu, gpu_serving
+from bench import gpu, gpu_serving, gpu_steps
 from bench.gpu_checks import CHECKS, NotChecked, _tiny, _tiny_logits, whole_steps
+from bench.gpu_model import CacheShape, GpuModel, cache_bytes
 from bench.gpu_serving import (
     CASES,
     DEPTHS,
@@ -20,10 +25,15 @@ from bench.gpu_serving import (
     expected_of,
     serve,
 )
+from bench.measure import Row, row
 from engine.config import Dtype, ParallelConfig
+from engine.layer_config import LayerConfig
+from engine.model_config import ModelConfig
 from engine.request import TopLogprobs
+from engine.rope_config import RopeConfig
 
 PLAIN = CASES[0]
+ROPE = RopeConfig(theta=10000.0, head_dim=32, original_max_positions=1000)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -127,6 +137,65 @@ def test_checks_are_judged() -> None:
     verdict, text = gpu.judge(breaks)
     assert verdict == gpu.FAILED and "a kernel broke" in text
     assert gpu.judge(lacks) == (gpu.NOT_CHECKED, "wants two GPUs")
+
+
+def test_a_section_that_fails_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    report = gpu.Report(path, Console(quiet=True), {"gpu": "none"})
+    figure = row("b", "c", "GB/s", [1.0], [2.0], "higher")
+
+    def breaks() -> Iterator[Row]:
+        yield figure
+        raise torch.OutOfMemoryError("no memory")
+
+    def goes_on() -> Iterator[Row]:
+        assert len(json.loads(path.read_text())["rows"]) == 1, "the section before is written by now"
+        yield figure
+
+    report.measure("one", breaks)
+    report.measure("two", goes_on)
+    report.judged("a check", *gpu.judge_tests(["sleep", "60"], timeout_s=0.1))
+    report.judged("another", *gpu.judge_tests(["false"]))
+    report.judged("a third", *gpu.judge_tests(["true"]))
+    report.leave_out("256 requests")
+    report.write()
+    written = json.loads(path.read_text())
+    assert len(written["rows"]) == 2
+    assert written["machine"] == {
+        "gpu": "none",
+        "failed": ["section one", "a check", "another"],
+        "not_checked": [],
+        "left_out": ["256 requests"],
+    }
+
+
+def test_the_cache_is_as_large_as_the_largest_step() -> None:
+    """Llama-3.1-8B's: two times 32 layers of 8 heads of 128 numbers of two bytes for each token, in blocks of 16."""
+    config = gpu_steps.model_config(quick=False)
+    a_block = 2 * 32 * 8 * 128 * 2 * 16
+    assert cache_bytes(config, gpu_steps.shapes(256), Dtype.BFLOAT16) == (1 + 256 * 65) * a_block < 35e9
+    assert cache_bytes(config, gpu_steps.shapes(1), Dtype.BFLOAT16) == (1 + 4096 // 16) * a_block
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "batches"), [(139, [1, 8, 64, 256]), (80, [1, 8, 64, 256]), (40, [1, 8, 64]), (26, [1, 8]), (16, [])]
+)
+def test_batches_that_do_not_fit_are_left_out(free_gb: float, batches: list[int]) -> None:
+    assert gpu_steps.fitting_batches(gpu_steps.model_config(quick=False), int(free_gb * 1e9)) == batches
+
+
+def test_shapes_share_the_cache() -> None:
+    """A step of many short requests, and one of a prompt longer than those; what fits into neither is refused."""
+    config = ModelConfig("LlamaForCausalLM", 512, 64, 2, 1, 32, (LayerConfig(64),) * 2, ROPE, 1e-5, 1000)
+    cpu = torch.device("cpu")
+    model = GpuModel(config, None, Dtype.FLOAT32, cpu, shapes=[CacheShape(4, 40), CacheShape(1, 100)])
+    pool = sum(tensor.numel() * 4 for tensor in (*model.cache.key_cache, *model.cache.value_cache))
+    assert pool == cache_bytes(config, model.shapes, Dtype.FLOAT32) == 13 * 16 * 32 * 4 * 2 * 2
+    assert model.batch([39] * 4, [[5]] * 4).block_tables[0].tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]]
+    assert model.batch([0], [[5] * 100]).block_tables[0].tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert torch.isfinite(model.logits(model.batch([0], [[5] * 100]))).all()
+    with pytest.raises(ValueError, match="not in list"):
+        model.batch([0, 0], [[5] * 100, [5]])
 
 
 def test_every_case_has_a_check() -> None:

@@ -99,6 +99,13 @@ async def test_a_refusal_ends_the_measurement(server: tuple[KnownServer, str], s
         await LoadGenerator(url, "m", [5], seed).run(parse_case("c1"))
 
 
+async def test_a_case_that_takes_too_long_ends_the_measurement(server: tuple[KnownServer, str], seed: int) -> None:
+    """Four requests one after another, of 0.3 s each."""
+    _, url = server
+    with pytest.raises(LoadFailed, match="c1 was not over in 0.3 s"):
+        await LoadGenerator(url, "m", [5], seed, limit_s=0.3).run(parse_case("c1"))
+
+
 def test_each_repetition_shares_something_new(seed: int) -> None:
     generator = random.Random(seed)
     case = parse_case("shared1")

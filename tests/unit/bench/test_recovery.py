@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bench.recovery import report
+from bench.recovery import Stream, report
 from bench.recovery_verdict import gap_bound_s, verdicts
 
 SPARE: dict[str, Any] = {
@@ -20,6 +20,14 @@ NO_SPARE: dict[str, Any] = SPARE | {
     "gap_less_prefill_s": 2.26,
     "slowest_rank_s": {"import": 1.03, "rendezvous": 1.6, "load": 0.26, "profile": 0.0, "warm_up": 0.1},
 }
+
+
+def test_tokens_are_counted_and_not_chunks() -> None:
+    stream = Stream([1, 2, 3])
+    for at_s, token_ids in ((1.0, [7]), (2.0, [8, 9, 10]), (3.0, []), (4.0, [11, 12])):
+        stream.note(at_s, token_ids)
+    assert (stream.num_between(0.0, 5.0), stream.num_between(2.0, 4.0)) == (6, 3)
+    assert stream.token_ids == [7, 8, 9, 10, 11, 12] and stream.gap_s(0.0) == 1.0
 
 
 @pytest.mark.parametrize("found", [SPARE, NO_SPARE])
