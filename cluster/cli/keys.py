@@ -13,7 +13,7 @@ import msgspec
 import typer
 
 from cluster.cli import options
-from cluster.identity.key_file import KeyRecord, changing, default_pepper_file, make_pepper, new_key, read_key_file
+from cluster.identity.key_file import KeyRecord, changing, default_pepper_file, new_key, pepper_for, read_key_file
 from cluster.identity.principal import DEFAULT_TENANT, INFER
 from engine.errors import InvalidOption
 
@@ -41,8 +41,8 @@ def create(
 ) -> None:
     """Make a key and print it, once: the file has only its HMAC. Running servers take it within seconds."""
     lifetime_s = _seconds(expires) if expires else None
-    pepper = make_pepper(pepper_file or default_pepper_file(file), secrets.token_bytes)
     with changing(file) as records:
+        pepper = pepper_for(pepper_file or default_pepper_file(file), file, records, secrets.token_bytes)
         key, record = new_key(tenant, scope, pepper, time.time(), secrets.token_bytes, name, lifetime_s)
         records.append(record)
     if as_json:

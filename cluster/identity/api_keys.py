@@ -1,6 +1,7 @@
 """API keys as they are shown: which key, whether it is right, and whom it stands for."""
 
 import hmac
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from cluster.identity.key_file import (
 from cluster.identity.principal import ALL_SCOPES, DEFAULT_TENANT, Principal
 from cluster.identity.reloaded import Reloaded, warn_if_readable_by_all
 from engine.errors import InvalidOption
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,14 @@ class ApiKeys:
 
     def _load(self) -> KeyTable:
         file = read_key_file(self._file)
+        if file.plain and file.records:
+            # Where there are records there are tenants, and each of these keys is above all of them.
+            _log.warning(
+                "the keys file %s has %d keys in plain text beside others: each may do everything, as tenant %s",
+                self._file,
+                len(file.plain),
+                DEFAULT_TENANT,
+            )
         needs_pepper = bool(file.records) or self._pepper_file.exists()
         pepper = read_pepper(self._pepper_file) if needs_pepper else self._own_pepper
         return make_table(file, pepper, self._random_bytes)

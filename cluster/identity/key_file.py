@@ -1,7 +1,7 @@
 """The file of API keys: one JSON object a line, never a key itself but its HMAC-SHA256 under the server's pepper.
 
-A line that is no JSON object is a key in plain text, for a machine of one's own: tenant ``default``, every scope.
-Empty lines and lines that begin with # do not count.
+A line that is no JSON object is a key in plain text, for a machine of one's own: tenant ``default``, every scope, at
+least 16 characters. Empty lines and lines that begin with # do not count.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from engine.errors import InvalidOption
 
 KEY_PREFIX = "rmd"
 PEPPER_BYTES = 32
+MIN_PLAIN_CHARS = 16
+"""Of a key in plain text: what an editor or a merge left behind is shorter, and must let nobody in."""
 _ID_BYTES = 6
 _SECRET_BYTES = 32
 _KEY = re.compile(rf"{KEY_PREFIX}_([0-9a-f]{{12}})_[0-9a-f]{{64}}")
@@ -122,6 +125,11 @@ def parse_key_file(content: bytes, where: Path) -> KeyFile:
         if not line or line.startswith("#"):
             continue
         if not line.startswith("{"):
+            if len(line) < MIN_PLAIN_CHARS:
+                raise InvalidOption(
+                    f"the keys file {where}, line {number}: a key in plain text has at least {MIN_PLAIN_CHARS} "
+                    "characters; remuda keys create makes good ones"
+                )
             plain.append(line)
             continue
         try:
@@ -153,15 +161,25 @@ def read_pepper(path: Path) -> bytes:
     pepper = read_file(path, "the pepper file").strip()
     if len(pepper) < PEPPER_BYTES:
         raise InvalidOption(
-            f"the pepper file {path} holds fewer than {PEPPER_BYTES} bytes; remuda keys create makes one"
+            f"the pepper file {path} holds fewer than {PEPPER_BYTES} bytes; put back what the keys were made with"
         )
     return pepper
 
 
-def make_pepper(path: Path, random_bytes: RandomBytes) -> bytes:
-    """Writes a new one, which nobody else can read, unless there is one already. Raises InvalidOption."""
+def pepper_for(path: Path, keys_file: Path, records: Sequence[KeyRecord], random_bytes: RandomBytes) -> bytes:
+    """What the next of ``records`` is made with; to be called while they are ``changing``.
+
+    Where there are neither records nor a pepper it is made, for those to read who may read ``keys_file``.
+
+    Raises InvalidOption: there are records and not what they were made with, or the file cannot be used.
+    """
     if not path.exists():
-        _write_new(path, random_bytes(PEPPER_BYTES).hex().encode() + b"\n")
+        if records:
+            raise InvalidOption(
+                f"the keys in {keys_file} were made with a pepper that is not at {path}: put it back, or name it with "
+                "--pepper-file; where it is lost they are too, so begin a new keys file"
+            )
+        _replace(Path(os.path.realpath(path)), random_bytes(PEPPER_BYTES).hex().encode() + b"\n", like=keys_file)
     return read_pepper(path)
 
 
@@ -171,8 +189,10 @@ def changing(path: Path) -> Iterator[list[KeyRecord]]:
 
     One writer at a time. Comments and the keys in plain text stay, in front. Raises InvalidOption.
     """
+    # A symbolic link stays one: the server may know the file by either name.
+    path = Path(os.path.realpath(path))
     with _locked(path):
-        content = path.read_bytes() if path.exists() else b""
+        content = read_file(path, "the keys file") if path.exists() else b""
         records = list(parse_key_file(content, path).records)
         yield records
         others = [line for line in content.decode().splitlines() if not line.strip().startswith("{")]
@@ -195,15 +215,21 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """In one step, with mode 0600. Raises InvalidOption."""
+def _replace(path: Path, content: bytes, like: Path | None = None) -> None:
+    """In one step. The file keeps its owner, group and mode; a new one has those of ``like`` without others' rights, or
+    else is its maker's alone. Raises InvalidOption, and leaves what was there."""
     try:
+        kept, rights = _status(path), stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO
+        if kept is None and like is not None:
+            kept, rights = _status(like), stat.S_IRWXU | stat.S_IRWXG
         # mkstemp's files are the owner's alone.
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
+                if kept is not None:
+                    _hand_over(file.fileno(), path, kept, kept.st_mode & rights)
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
@@ -213,13 +239,21 @@ def _replace(path: Path, content: bytes) -> None:
         raise InvalidOption(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _write_new(path: Path, content: bytes) -> None:
-    """Raises InvalidOption; it is no error that somebody else was quicker."""
+def _hand_over(descriptor: int, path: Path, kept: os.stat_result, mode: int) -> None:
+    """To the user and group of ``kept``. Raises InvalidOption: a server that runs as that user could not read what is
+    somebody else's, and would go on with what it read before."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return
-    except OSError as error:
-        raise InvalidOption(f"{path} cannot be written: {error.strerror}") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
+        os.fchown(descriptor, kept.st_uid, kept.st_gid)
+        os.fchmod(descriptor, mode)
+    except PermissionError:
+        raise InvalidOption(
+            f"{path} must belong to user {kept.st_uid} and group {kept.st_gid} as before, so that the server can still "
+            "read it: run this as that user, or as root"
+        ) from None
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None

@@ -1,8 +1,19 @@
 """What one request used."""
 
+from typing import Final
+
 import msgspec
 
 MAX_MODEL_CHARS = 256
+
+Amounts = tuple[int, int, int]
+"""Tokens: of the prompt, those of it that were cached, and generated ones."""
+NOTHING: Final[Amounts] = (0, 0, 0)
+
+
+def most(one: Amounts, other: Amounts) -> Amounts:
+    """What a request was given of which two visits were given these, each from its beginning."""
+    return max(one[0], other[0]), max(one[1], other[1]), max(one[2], other[2])
 
 
 def shown(text: str) -> str:
@@ -36,6 +47,16 @@ class UsageRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         """Whether there is anything to charge for."""
         return bool(self.num_prompt_tokens or self.num_completion_tokens)
 
+    @property
+    def amounts(self) -> Amounts:
+        return self.num_prompt_tokens, self.num_cached_tokens, self.num_completion_tokens
+
+    def with_amounts(self, amounts: Amounts) -> "UsageRecord":
+        prompt, cached, completion = amounts
+        return msgspec.structs.replace(
+            self, num_prompt_tokens=prompt, num_cached_tokens=cached, num_completion_tokens=completion
+        )
+
 
 class UsageTotal(msgspec.Struct):
     """Of one tenant, key and model on one day (UTC, ``YYYY-MM-DD``)."""
@@ -49,8 +70,8 @@ class UsageTotal(msgspec.Struct):
     num_cached_tokens: int = 0
     num_completion_tokens: int = 0
 
-    def add(self, record: UsageRecord) -> None:
-        self.num_requests += 1
-        self.num_prompt_tokens += record.num_prompt_tokens
-        self.num_cached_tokens += record.num_cached_tokens
-        self.num_completion_tokens += record.num_completion_tokens
+    def add(self, amounts: Amounts, num_requests: int) -> None:
+        self.num_requests += num_requests
+        self.num_prompt_tokens += amounts[0]
+        self.num_cached_tokens += amounts[1]
+        self.num_completion_tokens += amounts[2]

@@ -1,7 +1,7 @@
 """Limits of several front ends, in Redis. Time is Redis's own; a bucket is changed by one script at once.
 
 Keys: ``remuda:limit:{TENANT}:requests|tokens`` (hash: level, when, bound) and ``remuda:running:{TENANT}`` (sorted set:
-request, when its lease ends). The braces keep a tenant on one node of a Redis cluster.
+visit of a request, when its lease ends). The braces keep a tenant on one node of a Redis cluster.
 """
 
 from typing import Any, Final
@@ -62,10 +62,11 @@ return 1
 _RENEW = (
     _NOW
     + """
-for index = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', now + ARGV[1], ARGV[index]) end
+for index = 2, #ARGV do redis.call('ZADD', KEYS[1], now + ARGV[1], ARGV[index]) end
 redis.call('EXPIRE', KEYS[1], math.ceil(ARGV[1]) + 60)
 """
 )
+"""Those whose lease has run out, and those that entered while Redis was away or that it has lost, count again."""
 
 
 def connect(url: str, password: str | None, timeout_s: float = TIMEOUT_S) -> Redis:

@@ -36,7 +36,7 @@ class LimitStore(Protocol):
     async def leave(self, tenant: str, request_id: str) -> None: ...
 
     async def renew(self, tenant: str, request_ids: list[str]) -> None:
-        """They still run."""
+        """They still run, wherever they entered."""
         ...
 
 

@@ -105,19 +105,21 @@ class Tenancy:
     @contextlib.asynccontextmanager
     async def stay(self, principal: Principal, visit: Visit) -> AsyncIterator[Stay]:
         """While a request is here. Raises LimitExceeded."""
-        if visit.comes_back:
-            await self.ledger.came_back(visit.request_id)
         try:
             async with self._limiter.stay(principal.tenant, visit) as stay:
+                if visit.comes_back:
+                    await self.ledger.came_back(visit.request_id)
                 yield stay
         except LimitExceeded:
             self._metrics.refused(principal.tenant)
             raise
 
-    def ended(self, record: UsageRecord, may_return: bool) -> None:
-        """One call of the model has ended; ``may_return``: its client was cut off, and may come back for it."""
+    def ended(
+        self, record: UsageRecord, may_return: bool = False, is_taken_over: bool = False, came_back: bool = False
+    ) -> None:
+        """One call of the model has ended, or one connection's part in it, as ``UsageLedger.ended`` says."""
         self._metrics.ended(record.tenant, record.outcome)
-        self.ledger.ended(record, may_return)
+        self.ledger.ended(record, may_return, is_taken_over, came_back)
 
     async def usage(self, principal: Principal, tenant: str | None, days: Sequence[str] | None) -> list[UsageTotal]:
         """Of the caller's own tenant; with the scope ``admin``, of any, and of all where none is named.

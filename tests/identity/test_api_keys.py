@@ -94,9 +94,9 @@ def test_what_could_not_be_read_is_tried_again_though_it_looks_the_same(tmp_path
 
 
 def test_keys_in_plain_text_may_do_everything_for_the_default_tenant() -> None:
-    found = table(plain=("alpha",)).check("alpha", 0.0)
+    found = table(plain=("alpha-of-the-herd",)).check("alpha-of-the-herd", 0.0)
     assert (found.tenant, found.scopes) == ("default", ALL_SCOPES) and found.key_id.startswith("plain-")
-    assert "alpha" not in repr(found)
+    assert "alpha-of-the-herd" not in repr(found)
 
 
 @given(st.text(max_size=200))
@@ -155,14 +155,14 @@ def test_time_does_not_tell_how_much_of_a_secret_is_right() -> None:
 
 def test_a_keys_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    path.write_text("alpha\n")
+    path.write_text("alpha-of-the-herd\n")
     keys = ApiKeys(path, None, os.urandom)
-    keys.check("alpha", 0.0)
-    path.write_text("beta\n")
+    keys.check("alpha-of-the-herd", 0.0)
+    path.write_text("beta-of-the-herd\n")
     assert keys.poll() and not keys.poll()
-    keys.check("beta", 0.0)
+    keys.check("beta-of-the-herd", 0.0)
     with pytest.raises(Unauthenticated):
-        keys.check("alpha", 0.0)
+        keys.check("alpha-of-the-herd", 0.0)
 
 
 @pytest.mark.parametrize("broken", ["{", "\xff"])
@@ -170,28 +170,28 @@ def test_a_broken_file_leaves_what_was_and_is_tried_again(
     broken: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys"
-    path.write_text("alpha\n")
+    path.write_text("alpha-of-the-herd\n")
     keys = ApiKeys(path, None, os.urandom)
     path.write_text(broken, encoding="latin-1")
     for _ in range(3):
         assert not keys.poll()
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
-    keys.check("alpha", 0.0)
+    keys.check("alpha-of-the-herd", 0.0)
     path.unlink()
     assert not keys.poll()
-    path.write_text("beta\n")
+    path.write_text("beta-of-the-herd\n")
     assert keys.poll()
-    keys.check("beta", 0.0)
+    keys.check("beta-of-the-herd", 0.0)
 
 
 def test_taking_all_keys_away_lets_nobody_in(tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    path.write_text("alpha\n")
+    path.write_text("alpha-of-the-herd\n")
     keys = ApiKeys(path, None, os.urandom)
     path.write_text("# none\n")
     assert keys.poll()
     with pytest.raises(Unauthenticated):
-        keys.check("alpha", 0.0)
+        keys.check("alpha-of-the-herd", 0.0)
 
 
 def test_records_need_the_pepper(tmp_path: Path) -> None:
@@ -202,3 +202,18 @@ def test_records_need_the_pepper(tmp_path: Path) -> None:
     (tmp_path / "keys.pepper").write_text("short\n")
     with pytest.raises(InvalidOption, match="fewer than 32 bytes"):
         ApiKeys(path, None, os.urandom)
+
+
+def test_keys_in_plain_text_among_tenants_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, pepper_file = tmp_path / "keys", tmp_path / "pepper"
+    for file in (path, pepper_file):
+        file.touch(mode=0o600)
+    path.write_text("alpha-of-the-herd\n")
+    pepper_file.write_bytes(PEPPER)
+    keys = ApiKeys(path, pepper_file, os.urandom)
+    assert not caplog.records
+    _, made = key()
+    path.write_bytes(b"alpha-of-the-herd\n" + msgspec.json.encode(made))
+    assert keys.poll()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "1 keys in plain text beside others" in warning and "alpha" not in warning

@@ -29,7 +29,7 @@ def certificate(uri: str) -> bytes:
 
 @pytest.fixture
 def authenticator(tmp_path: Path) -> Authenticator:
-    (tmp_path / "keys").write_text("alpha\n")
+    (tmp_path / "keys").write_text("alpha-of-the-herd\n")
     config = SecurityConfig.model_validate(
         {
             "api_keys": {"file": str(tmp_path / "keys")},
@@ -63,14 +63,15 @@ async def test_nothing_configured_lets_everybody_in_as_nobody_in_particular() ->
 
 
 async def test_keys_in_either_header(authenticator: Authenticator) -> None:
-    for credentials in (shown(None, bearer("alpha")), shown(x_api_key="alpha"), shown(authorization="bearer  alpha ")):
+    key = "alpha-of-the-herd"
+    for credentials in (shown(None, bearer(key)), shown(x_api_key=key), shown(authorization=f"bearer  {key} ")):
         found = await authenticator.authenticate(credentials)
         assert (found.tenant, found.kind, found.priority) == ("default", "key", None)
 
 
 @pytest.mark.parametrize("uri", [None, STRANGER, CLIENT])
 async def test_only_gateways_speak_for_others(authenticator: Authenticator, uri: str | None) -> None:
-    found = await authenticator.authenticate(shown(uri, bearer("alpha"), **SPOOFED))
+    found = await authenticator.authenticate(shown(uri, bearer("alpha-of-the-herd"), **SPOOFED))
     assert (found.tenant, found.kind, found.priority) == ("default", "key", None)
     assert "alice" not in found.key_id
     if uri != CLIENT:
@@ -97,9 +98,9 @@ async def test_what_a_gateway_says_counts(authenticator: Authenticator) -> None:
     for key in ("alice", "auth0|5f7c8ec7", "x" * 200, "a b"):
         found = await authenticator.authenticate(shown(GATEWAY, **headers, x_remuda_key=key))
         assert (found.tenant, found.key_id) == ("team-g", f"gateway-key:{key}")
-    by_key = await authenticator.authenticate(shown(GATEWAY, bearer("alpha"), x_remuda_priority="3"))
+    by_key = await authenticator.authenticate(shown(GATEWAY, bearer("alpha-of-the-herd"), x_remuda_priority="3"))
     assert (by_key.tenant, by_key.kind, by_key.priority) == ("default", "key", 3)
-    claimed = await authenticator.authenticate(shown(GATEWAY, bearer("alpha"), x_remuda_key="alice"))
+    claimed = await authenticator.authenticate(shown(GATEWAY, bearer("alpha-of-the-herd"), x_remuda_key="alice"))
     assert claimed.key_id == by_key.key_id, "a key of our own is who it is"
     forwarded = await authenticator.authenticate(shown(GATEWAY, x_forwarded_client_cert=f"URI={CLIENT}"))
     assert (forwarded.tenant, forwarded.kind) == ("team-c", "certificate")
@@ -128,19 +129,19 @@ async def test_a_gateway_that_says_nothing_useful(authenticator: Authenticator, 
 
 @pytest.mark.parametrize("name", ["authorization", "x-remuda-tenant", "x-remuda-key", "x-forwarded-client-cert"])
 async def test_a_header_that_came_twice_is_nobodys_choice(authenticator: Authenticator, name: str) -> None:
-    both = [(name, f"URI={CLIENT}"), (name, "Bearer alpha")]
+    both = [(name, f"URI={CLIENT}"), (name, "Bearer alpha-of-the-herd")]
     with pytest.raises(Unauthenticated, match="2 times"):
         await authenticator.authenticate(shown(GATEWAY, *both))
 
 
-@pytest.mark.parametrize("value", ["alpha", "Basic alpha", "Bearer", "Bearer ", ""])
+@pytest.mark.parametrize("value", ["alpha-of-the-herd", "Basic alpha-of-the-herd", "Bearer", "Bearer ", ""])
 async def test_other_schemes(authenticator: Authenticator, value: str) -> None:
     with pytest.raises(Unauthenticated, match="Authorization: Bearer KEY"):
         await authenticator.authenticate(shown(authorization=value))
 
 
 def test_secrets_are_not_in_what_may_be_logged(authenticator: Authenticator) -> None:
-    assert "alpha" not in repr(shown(None, bearer("alpha"), x_api_key="alpha"))
+    assert "alpha-of-the-herd" not in repr(shown(None, bearer("alpha-of-the-herd"), x_api_key="alpha-of-the-herd"))
 
 
 def test_who_acts_is_known_inside_and_forgotten_after() -> None:

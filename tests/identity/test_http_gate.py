@@ -28,8 +28,8 @@ async def headers_inside(security: SecurityConfig, headers: list[tuple[str, str]
 
 
 async def test_identity_headers_end_at_the_gate(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("alpha\n")
-    claimed = [(name.title(), "Bearer alpha") for name in sorted(IDENTITY_HEADERS)]
+    (tmp_path / "keys").write_text("alpha-of-the-herd\n")
+    claimed = [(name.title(), "Bearer alpha-of-the-herd") for name in sorted(IDENTITY_HEADERS)]
     for security in (SecurityConfig(), SecurityConfig.model_validate({"api_keys": {"file": tmp_path / "keys"}})):
         status, seen = await headers_inside(security, [*claimed, ("x-session-id", "s"), ("traceparent", "t")])
         assert status == 200

@@ -12,7 +12,10 @@ from cluster.rpc.status import fields_of
 from engine.errors import EngineFailure, RankFailure, RemudaError
 from engine.request import Output, Request
 from tests.frontend.bodies import completion
+from tests.frontend.scripted import says
 from tests.frontend.servers import served
+from tests.fuzz.grpc_inputs import GrpcInput
+from tests.fuzz.grpc_wire import call
 
 TRACE = (
     "the engine raised OSError: [Errno 28] No space left on device: '/var/lib/remuda/x.bin'\n"
@@ -52,3 +55,13 @@ async def test_over_both_apis_the_log_has_the_rest(caplog: pytest.LogCaptureFixt
         assert "No space left" in details and "/var/" not in details
     logged = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len([text for text in logged if "/var/lib/remuda/x.bin" in text]) == 3
+
+
+async def test_a_key_that_is_no_text_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """By grpcio, which tells what it cannot decode."""
+    shown = ((b"authorization", b"Bearer hunter2\xff"),)
+    async with served(says([300])) as one:
+        given = GrpcInput("headers", b"/remuda.v1.Inference/ListModels", b"", headers=shown)
+        answer = await call("127.0.0.1", one.front_end.grpc_port, given)
+    assert answer is not None and answer.http_status == 200
+    assert "hunter2" not in caplog.text

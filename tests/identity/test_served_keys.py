@@ -32,6 +32,8 @@ from tests.identity.authority import Signer
 
 INFER, ADMIN, METRICS = "/v1/models", "/v1/unload_lora_adapter", "/metrics"
 PROBES = ("/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready")
+PROMISED_S = 5.0
+"""Until a change of the files counts."""
 
 
 def made_key(path: Path, *args: str) -> dict[str, Any]:
@@ -164,7 +166,7 @@ async def test_revoked_and_new_keys_count_within_five_seconds(tmp_path: Path) ->
             codes = await rpc_codes(one, old["key"])
             return await status_of(one, INFER, old["key"]) == 401 and codes[0] == grpc.StatusCode.UNAUTHENTICATED
 
-        assert await until(is_revoked, 5.0) < 5.0
+        assert await until(is_revoked, 20.0) < PROMISED_S
         assert await status_of(one, INFER, new["key"]) == 200
 
 
@@ -173,7 +175,7 @@ def with_keys_and_tokens(keys: Path, jwks: Path) -> SecurityConfig:
 
 
 async def test_keys_are_revoked_while_clients_fill_every_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """More of their work waits than any pool of this process has threads."""
     path, jwks, opened = tmp_path / "keys", tmp_path / "jwks.json", threading.Event()
@@ -193,6 +195,7 @@ async def test_keys_are_revoked_while_clients_fill_every_thread(
         try:
             while one.front_end.service.admission.num_requests < len(asked):  # noqa: ASYNC110  other connections
                 await asyncio.sleep(0.02)
+            changed_s = time.monotonic()
             CliRunner().invoke(app, ["keys", "revoke", revoked["id"], "--file", str(path)])
             jwks.write_text(json.dumps({"keys": [second.jwk]}))
 
@@ -202,9 +205,13 @@ async def test_keys_are_revoked_while_clients_fill_every_thread(
             async def is_rotated() -> bool:
                 return await status_of(one, INFER, token(second)) == 200
 
-            # Five seconds are promised, and two are usual; a machine with other work gets more.
-            await until(is_revoked, 20.0)
-            await until(is_rotated, 20.0)
+            took_s = {}
+            for name, has_come in (("revoked", is_revoked), ("rotated", is_rotated)):
+                await until(has_come, 20.0)
+                took_s[name] = time.monotonic() - changed_s
+            with capsys.disabled():
+                print(f"\n{', '.join(f'{name} after {seconds:.2f} s' for name, seconds in took_s.items())}")
+            assert max(took_s.values()) < PROMISED_S, took_s
             assert await status_of(one, INFER, token(first)) == 401
             assert not any(task.done() for task in asked), "all of it was there meanwhile"
         finally:
@@ -280,7 +287,7 @@ async def test_an_issuer_that_is_down_is_no_fault_of_the_token() -> None:
 
 
 async def test_the_body_of_a_stranger_is_not_read(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("alpha\n")
+    (tmp_path / "keys").write_text("alpha-of-the-herd\n")
     async with guarded(with_keys(tmp_path / "keys")) as one:
         reader, writer = await asyncio.open_connection("127.0.0.1", one.front_end.port)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
@@ -305,7 +312,7 @@ _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 async def test_secrets_and_forged_identities_stay_out_of_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "keys").write_text("hunter2-right\n")
+    (tmp_path / "keys").write_text("hunter2-hunter2-right\n")
     caplog.set_level(logging.DEBUG)
     caplog.set_level(logging.INFO, logger="hpack")
 
@@ -314,7 +321,7 @@ async def test_secrets_and_forged_identities_stay_out_of_the_log(
         yield
 
     async with guarded(with_keys(tmp_path / "keys"), broken) as one:
-        for key in ("hunter2-right", "hunter2-wrong"):
+        for key in ("hunter2-hunter2-right", "hunter2-hunter2-wrong"):
             for headers in (bearer(key), {"x-api-key": key}):
                 answer = await one.http.post("/v1/completions", headers=headers, json=completion())
                 assert "hunter2" not in answer.text and "Traceback" not in answer.text
@@ -326,13 +333,13 @@ async def test_secrets_and_forged_identities_stay_out_of_the_log(
 
 
 async def test_headers_cannot_be_injected(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("alpha\n")
+    (tmp_path / "keys").write_text("alpha-of-the-herd\n")
     async with guarded(with_keys(tmp_path / "keys")) as one:
         for value in ("a b", "x" * 129, "a\tb", "é"):
-            answer = await one.http.get(INFER, headers={**bearer("alpha"), "x-request-id": value.encode()})
+            answer = await one.http.get(INFER, headers={**bearer("alpha-of-the-herd"), "x-request-id": value.encode()})
             assert answer.headers["x-request-id"].isalnum() and len(answer.headers["x-request-id"]) == 32
         raw = (
-            b"GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: Bearer alpha\r\n",
+            b"GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: Bearer alpha-of-the-herd\r\n",
             b"x-request-id: a\rset-cookie: b\r\n\r\n",
         )
         reader, writer = await asyncio.open_connection("127.0.0.1", one.front_end.port)
@@ -341,7 +348,7 @@ async def test_headers_cannot_be_injected(tmp_path: Path) -> None:
         assert b"set-cookie" not in (await asyncio.wait_for(reader.read(), 5)).lower().replace(b"x-request-id", b"")
         writer.close()
         for path in ("/v1/models/%0d%0aset-cookie:%20a", "/%0d%0a%0d%0a"):
-            answer = await one.http.get(path, headers=bearer("alpha"))
+            answer = await one.http.get(path, headers=bearer("alpha-of-the-herd"))
             assert answer.status_code == 404 and "set-cookie" not in answer.headers
 
 

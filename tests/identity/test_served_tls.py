@@ -121,13 +121,13 @@ async def until(condition: Callable[[], Any], within_s: float = 5.0) -> None:
 
 
 async def test_tls_without_client_certificates(place: Place) -> None:
-    place.path("keys").write_text("alpha\n")
+    place.path("keys").write_text("alpha-of-the-herd\n")
     security = place.security(mutual=False, api_keys={"file": place.path("keys")})
     async with guarded(security) as one:
         assert await place.http_status(one, None) == 401
-        assert await place.http_status(one, None, authorization="Bearer alpha") == 200
+        assert await place.http_status(one, None, authorization="Bearer alpha-of-the-herd") == 200
         assert await place.rpc_code(one, None) == grpc.StatusCode.UNAUTHENTICATED
-        assert await place.rpc_code(one, None, ("authorization", "Bearer alpha")) == grpc.StatusCode.OK
+        assert await place.rpc_code(one, None, ("authorization", "Bearer alpha-of-the-herd")) == grpc.StatusCode.OK
         async with place.http(one, None, maximum_version=ssl.TLSVersion.TLSv1_2) as client:
             assert (await client.get("/livez")).status_code == 200
         with pytest.raises(httpx.HTTPError):

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
+from cluster.errors import Draining
 from cluster.frontend.fleet import Fleet
 from cluster.identity.config import SecurityConfig
 from cluster.replica.client import ReplicaClient
@@ -23,6 +25,8 @@ from tests.tenants.front_ends import bearer, key_of
 from tests.tenants.redis_server import RedisServer
 from tests.tenants.test_served import usage
 
+NUM_TOKENS = 400
+
 
 class SmallVocabulary(ScriptedEngine):
     """Its tokens are remuda-tiny's."""
@@ -32,6 +36,15 @@ class SmallVocabulary(ScriptedEngine):
             msgspec.structs.replace(output, token_ids=[300 + token_id % 700 for token_id in output.token_ids])
             for output in super().step(news)
         ]
+
+
+class Halting(SmallVocabulary):
+    """Stands still after some steps, until somebody opens its gate."""
+
+    def step(self, news: Callable[[], None] = lambda: None) -> list[Output]:
+        if self.num_steps == 20:
+            self.gate.clear()
+        return super().step(news)
 
 
 @asynccontextmanager
@@ -48,7 +61,7 @@ async def front_end_of(beds: list[Bed], folder: Path, name: str, **tenancy: Any)
         await fleet.close()
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
+def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
 
 
@@ -74,7 +87,7 @@ async def test_a_replica_that_fails_under_a_request(tmp_path: Path) -> None:
         (total,) = await usage(one, key)
         assert (total["num_requests"], total["num_completion_tokens"]) == (1, 3000)
         assert total["num_prompt_tokens"] == answer["usage"]["prompt_tokens"]
-    (line,) = lines(tmp_path)
+    (line,) = lines_of(tmp_path)
     assert line["num_completion_tokens"] == 3000 and line["outcome"] == "completed"
 
 
@@ -85,7 +98,7 @@ async def test_a_client_that_comes_back_to_another_front_end(tmp_path: Path, red
         bed = await stack.enter_async_context(serving(SmallVocabulary()))
         first = await stack.enter_async_context(front_end_of([bed], tmp_path, "first", **store))
         second = await stack.enter_async_context(front_end_of([bed], tmp_path, "second", **store))
-        body = completion(max_tokens=400, ignore_eos=True, stream=True)
+        body = completion(max_tokens=NUM_TOKENS, ignore_eos=True, stream=True)
         headers = bearer(key) | {"remuda-resumable": "1"}
         last_id = ""
         async with first.http.stream("POST", "/v1/completions", json=body, headers=headers) as response:
@@ -100,7 +113,73 @@ async def test_a_client_that_comes_back_to_another_front_end(tmp_path: Path, red
             answer = await second.http.post("/v1/completions", headers=headers)
             assert answer.status_code == status, "a request belongs to its tenant"
         (total,) = await usage(second, key)
-        assert (total["num_requests"], total["num_completion_tokens"]) == (1, 400)
-    (line,) = lines(tmp_path)
-    assert line["num_completion_tokens"] == 400 and last_id.startswith(line["request_id"])
+        assert (total["num_requests"], total["num_completion_tokens"]) == (1, NUM_TOKENS)
+    (line,) = lines_of(tmp_path)
+    assert line["num_completion_tokens"] == NUM_TOKENS and last_id.startswith(line["request_id"])
     assert (tmp_path / "first.jsonl").read_text() == "", "also when the first front end has stopped"
+
+
+@asynccontextmanager
+async def cut_in_two(one: Served, bed: Bed, key: str) -> AsyncIterator[tuple[AsyncIterator[str], dict[str, str]]]:
+    """A resumable stream whose engine stands still, read up to its first event: its further lines, and the headers with
+    which its client comes back."""
+    body = completion(max_tokens=NUM_TOKENS, ignore_eos=True, stream=True)
+    headers = bearer(key) | {"remuda-resumable": "1"}
+    async with one.http.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+        lines = response.aiter_lines()
+        async for text in lines:
+            if text.startswith("id: "):
+                await until(lambda: not bed.engine.gate.is_set())
+                yield lines, bearer(key) | {"last-event-id": text.removeprefix("id: ")}
+                break
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+async def test_a_client_that_comes_back_before_its_first_connection_has_ended(
+    where: str, tmp_path: Path, redis_server: RedisServer
+) -> None:
+    key = key_of(tmp_path, "one")
+    (tmp_path / "tenants.yaml").write_text("tenants: {one: {max_concurrent_requests: 1}}")
+    store = {"limits_store": redis_server.url, "limits_store_password_file": redis_server.password_file}
+    store["tenants_file"] = tmp_path / "tenants.yaml"
+    async with AsyncExitStack() as stack:
+        bed = await stack.enter_async_context(serving(Halting()))
+        first = await stack.enter_async_context(front_end_of([bed], tmp_path, "first", **store))
+        second = first
+        if where == "elsewhere":
+            second = await stack.enter_async_context(front_end_of([bed], tmp_path, "second", **store))
+        async with cut_in_two(first, bed, key) as (lines, headers):
+            again = asyncio.create_task(second.http.post("/v1/completions", headers=headers))
+            rest = [text async for text in lines]
+            assert any('"code":"taken_over"' in text for text in rest)
+        busy = await second.http.post("/v1/completions", json=completion(max_tokens=1), headers=bearer(key))
+        assert busy.status_code == 429, "the request runs"
+        bed.engine.gate.set()
+        assert (await again).status_code == 200
+        (total,) = await usage(second, key)
+        assert (total["num_requests"], total["num_completion_tokens"]) == (1, NUM_TOKENS)
+    (line,) = lines_of(tmp_path)
+    assert (line["num_completion_tokens"], line["outcome"]) == (NUM_TOKENS, "completed")
+
+
+async def test_a_front_end_that_stops_and_one_that_is_asked_for_the_end_again(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    key = key_of(tmp_path, "one")
+    store = {"limits_store": redis_server.url, "limits_store_password_file": redis_server.password_file}
+    async with AsyncExitStack() as stack:
+        bed = await stack.enter_async_context(serving(Halting()))
+        first = await stack.enter_async_context(front_end_of([bed], tmp_path, "first", **store))
+        second = await stack.enter_async_context(front_end_of([bed], tmp_path, "second", **store))
+        async with cut_in_two(first, bed, key) as (lines, headers):
+            first.front_end.service.end_all(Draining("the server stops"))
+            rest = [text async for text in lines]
+            assert any('"code":"draining"' in text for text in rest)
+        assert await usage(first, key) == [], "it may be gone on with"
+        bed.engine.gate.set()
+        for each in (second, first, second):
+            assert (await each.http.post("/v1/completions", headers=headers)).status_code == 200
+            (total,) = await usage(each, key)
+            assert (total["num_requests"], total["num_completion_tokens"]) == (1, NUM_TOKENS)
+    (line,) = lines_of(tmp_path)
+    assert line["num_completion_tokens"] == NUM_TOKENS

@@ -81,7 +81,7 @@ async def test_a_client_that_comes_back_here_is_counted_at_its_end(stores: Calla
     await books.ledger.came_back("r")
     books.now_s += 2 * RETURN_S
     await books.ledger.poll()
-    books.ledger.ended(record("r", 10, 50))
+    books.ledger.ended(record("r", 10, 50), came_back=True)
     assert (await books.ledger.totals("a", None))[0].num_completion_tokens == 50
     assert books.metric("completion") == 50
 
@@ -104,10 +104,80 @@ async def test_a_client_that_goes_to_another_front_end_is_counted_there(redis: R
     first.now_s += RETURN_S
     await first.ledger.poll()
     assert await first.ledger.totals("a", None) == [] and first.metric("prompt") == 0
-    second.ledger.ended(record("r", 10, 50))
+    second.ledger.ended(record("r", 10, 50), came_back=True)
     await second.ledger.poll()
     assert (await first.ledger.totals("a", None))[0].num_completion_tokens == 50
     assert (first.metric("completion"), second.metric("completion")) == (0, 50)
+
+
+async def test_what_was_counted_before_its_client_went_elsewhere_is_not_counted_again(
+    redis: Redis, tmp_path: Path
+) -> None:
+    logs = [LineLog(tmp_path / f"{name}.jsonl", lambda: None) for name in ("first", "second")]
+    first, second = Books(RedisUsage(redis), "first", logs[0]), Books(RedisUsage(redis), "second", logs[1])
+    first.ledger.ended(record("r", 10, 30, outcome="Draining"))
+    await first.ledger.poll()
+    for _ in range(2):
+        await second.ledger.came_back("r")
+        second.ledger.ended(record("r", 10, 50), came_back=True)
+        await second.ledger.poll()
+    assert await first.ledger.totals(None, None) == [UsageTotal(DAY, "a", "k1", "m", 1, 10, 4, 50)]
+    assert (first.metric("prompt"), second.metric("prompt")) == (10, 0)
+    assert (first.metric("completion"), second.metric("completion")) == (30, 20)
+    for log in logs:
+        log.close()
+    text = "".join((tmp_path / f"{name}.jsonl").read_text() for name in ("first", "second"))
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["num_completion_tokens"] for line in lines] == [30, 50], "the one with most is right"
+
+
+async def test_coming_back_for_a_moment_makes_nothing_free(stores: Callable[[], UsageStore]) -> None:
+    books = Books(stores())
+    books.ledger.ended(record("r", 10, 30), may_return=True)
+    await books.ledger.came_back("r")
+    books.ledger.ended(record("r", 0, 0), may_return=True, came_back=True)
+    books.now_s += RETURN_S
+    await books.ledger.poll()
+    assert await books.ledger.totals(None, None) == [UsageTotal(DAY, "a", "k1", "m", 1, 10, 4, 30)]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_going_elsewhere_for_a_moment_makes_nothing_free(redis: Redis, order: tuple[int, int]) -> None:
+    books = [Books(RedisUsage(redis), name) for name in ("first", "second")]
+    books[0].ledger.ended(record("r", 10, 30), may_return=True)
+    await books[1].ledger.came_back("r")
+    books[1].ledger.ended(record("r", 0, 0), may_return=True, came_back=True)
+    for index in order:
+        books[index].now_s += RETURN_S
+        await books[index].ledger.poll()
+    assert await books[0].ledger.totals(None, None) == [UsageTotal(DAY, "a", "k1", "m", 1, 10, 4, 30)]
+
+
+async def test_who_was_turned_away_is_counted_with_who_reads_on(stores: Callable[[], UsageStore]) -> None:
+    books = Books(stores())
+    await books.ledger.came_back("r")
+    books.ledger.ended(record("r", 10, 30), is_taken_over=True)
+    books.now_s += RETURN_S
+    await books.ledger.poll()
+    assert await books.ledger.totals(None, None) == []
+    books.ledger.ended(record("r", 10, 20), came_back=True)
+    assert await books.ledger.totals(None, None) == [UsageTotal(DAY, "a", "k1", "m", 1, 10, 4, 30)]
+    books.ledger.ended(record("r", 10, 30), is_taken_over=True)
+    books.now_s += RETURN_S
+    await books.ledger.poll()
+    assert (await books.ledger.totals(None, None))[0].num_completion_tokens == 30
+    assert books.metric("completion") == 30
+
+
+async def test_one_that_was_refused_when_it_came_back_may_try_again(stores: Callable[[], UsageStore]) -> None:
+    books = Books(stores())
+    books.ledger.ended(record("r", 10, 30), may_return=True)
+    books.ledger.ended(record("r", 0, 0, outcome="LimitExceeded", num_cached_tokens=0), came_back=True)
+    await books.ledger.poll()
+    assert await books.ledger.totals(None, None) == []
+    await books.ledger.came_back("r")
+    books.ledger.ended(record("r", 10, 50), came_back=True)
+    assert await books.ledger.totals(None, None) == [UsageTotal(DAY, "a", "k1", "m", 1, 10, 4, 50)]
 
 
 async def test_what_could_not_be_counted_is_when_the_store_is_back(redis_server: RedisServer) -> None:
@@ -128,9 +198,10 @@ async def test_what_could_not_be_counted_is_when_the_store_is_back(redis_server:
 async def test_an_answer_that_was_lost_does_not_lose_the_line(redis: Redis) -> None:
     """Redis has counted, and the front end does not know it."""
     store = RedisUsage(redis)
-    assert await store.count(record("r"), "one")
-    assert await store.count(record("r"), "one"), "it may be noted"
-    assert not await store.count(record("r"), "two")
+    counted = await store.count(record("r"), "one", "entry")
+    assert counted == ((10, 4, 5), (10, 4, 5))
+    assert await store.count(record("r"), "one", "entry") == counted, "it may be noted"
+    assert await store.count(record("r"), "two", "another") is None
     assert (await store.totals("a", None))[0].num_requests == 1
 
 

@@ -5,6 +5,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 import pytest
 
+from cluster.errors import TakenOver
 from cluster.tenants.config import Policies, TenantPolicy
 from cluster.tenants.limiter import Limiter, LimitExceeded, Stay, Visit
 from cluster.tenants.memory_store import MemoryStore
@@ -57,7 +58,7 @@ async def test_a_request_that_fails_or_is_cancelled_gives_back_what_it_did_not_u
 
 
 async def test_limits_are_not_evaded_by_leaving_and_coming_back() -> None:
-    bed = Bed(tokens_per_minute=1000, requests_per_minute=1, max_concurrent_requests=1)
+    bed = Bed(tokens_per_minute=1000, requests_per_minute=2, max_concurrent_requests=1)
     with pytest.raises(asyncio.CancelledError):
         async with bed.stay("r", num_used=10, may_return=True) as stay:
             await stay.reserve(100, 400, is_asked_for=True)
@@ -72,6 +73,66 @@ async def test_limits_are_not_evaded_by_leaving_and_coming_back() -> None:
             async with bed.stay("other"):
                 pytest.fail("the one that came back runs")
     assert await bed.tokens() == 1000, "it has paid before"
+
+
+async def test_limits_are_not_evaded_by_coming_back_while_the_first_connection_is_open() -> None:
+    bed = Bed(tokens_per_minute=1000, max_concurrent_requests=1)
+    async with AsyncExitStack() as stack:
+        with pytest.raises(TakenOver):
+            async with bed.stay("r", num_used=10, may_return=True) as first:
+                await first.reserve(100, 400, is_asked_for=True)
+                again = bed.stay("r", num_used=500, may_return=True, comes_back=True)
+                second = await stack.enter_async_context(again)
+                await second.reserve(100, 400, is_asked_for=True)
+                raise TakenOver("another connection reads it")
+        assert await bed.tokens() == 500, "it runs on: what it may use stays taken"
+        with pytest.raises(LimitExceeded, match="1 requests running"):
+            async with bed.stay("other"):
+                pytest.fail("one connection less does not end it")
+    assert await bed.tokens() == 500
+    async with bed.stay("other"):
+        pass
+
+
+async def test_coming_back_is_a_request_of_the_minute() -> None:
+    bed = Bed(requests_per_minute=3)
+    with pytest.raises(asyncio.CancelledError):
+        async with bed.stay("r", may_return=True):
+            raise asyncio.CancelledError
+    for _ in range(2):
+        async with bed.stay("r", may_return=True, comes_back=True):
+            pass
+    with pytest.raises(LimitExceeded, match="3 requests a minute"):
+        async with bed.stay("r", may_return=True, comes_back=True):
+            pytest.fail("it is one too many")
+
+
+async def test_who_comes_back_waits_for_nobody() -> None:
+    bed = Bed(max_concurrent_requests=1, max_queued_requests=1)
+    async with bed.stay("r", may_return=True):
+
+        async def wait() -> None:
+            async with bed.stay("waits"):
+                pass
+
+        waiting = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20), bed.stay("r", may_return=True, comes_back=True):
+            assert not waiting.done()
+    await waiting
+
+
+async def test_what_goes_beyond_the_bucket_is_owed_once_however_often_its_client_comes_back() -> None:
+    bed = Bed(tokens_per_minute=1000)
+    with pytest.raises(asyncio.CancelledError):
+        async with bed.stay("r", num_used=1200, may_return=True) as stay:
+            await stay.reserve(100, 100_000, is_asked_for=False)
+            raise asyncio.CancelledError
+    for num_used in (1500, 1500, 1300):
+        async with bed.stay("r", num_used=num_used, may_return=True, comes_back=True) as stay:
+            await stay.reserve(100, 100_000, is_asked_for=False)
+    level = await bed.store.take("a", "tokens", 1000, 1)
+    assert level.wait_s == pytest.approx(501 * 60 / 1000)
 
 
 async def test_more_than_the_bucket_is_the_clients_fault_unless_it_named_no_length() -> None:

@@ -3,15 +3,19 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
+from cluster.tenants.config import Policies, TenantPolicy
 from cluster.tenants.fallback_store import RETRY_S, FallbackStore
+from cluster.tenants.limiter import Limiter, LimitExceeded, Visit
 from cluster.tenants.memory_store import MemoryStore
 from cluster.tenants.redis_store import TIMEOUT_S, RedisStore, connect
+from cluster.tenants.report import LimitReport
 from cluster.tenants.store import LimitStore, StoreUnavailable
 from cluster.tenants.tenancy import Tenancy, TenancyConfig
 from engine.errors import InvalidOption
@@ -84,9 +88,62 @@ async def test_what_a_lost_front_end_had_running_is_free_after_its_lease(
     assert await store.enter("a", "renewed", 2) and await store.enter("a", "lost", 2)
     for _ in range(5):
         await asyncio.sleep(0.05)
-        await store.renew("a", ["renewed", "never was here"])
+        await store.renew("a", ["renewed"])
     assert await store.enter("a", "new", 2)
-    assert not await store.enter("a", "one more", 2), "what was renewed still runs, and nothing was made of nothing"
+    assert not await store.enter("a", "one more", 2), "what was renewed still runs"
+
+
+def visit(name: str) -> Visit:
+    return Visit(name, LimitReport(), num_used=lambda: 0)
+
+
+def policies(**policy: int) -> Policies:
+    return Policies(TenantPolicy(), {"a": TenantPolicy.model_validate(policy)})
+
+
+async def test_what_runs_counts_again_when_redis_is_back(redis_server: RedisServer) -> None:
+    """Also what it had lost, and what entered while it was away."""
+    now_s = 0.0
+    async with AsyncExitStack() as stack:
+        limiters: list[Limiter] = []
+        for _ in range(2):
+            client = connect(redis_server.url, PASSWORD, timeout_s=20.0)
+            stack.push_async_callback(client.aclose)
+            store = FallbackStore(RedisStore(client), MemoryStore(lambda: now_s), lambda: now_s, lambda: None)
+            limiters.append(Limiter(lambda: policies(max_concurrent_requests=2), store))
+        one, two = limiters
+        async with AsyncExitStack() as running:
+            await running.enter_async_context(one.stay("a", visit("before")))
+            redis_server.stop()
+            await running.enter_async_context(one.stay("a", visit("meanwhile")))
+            redis_server.start()
+            now_s += RETRY_S
+            await one.renew()
+            with pytest.raises(LimitExceeded, match="2 requests running"):
+                async with two.stay("a", visit("elsewhere")):
+                    pytest.fail("two run")
+        async with two.stay("a", visit("after")), two.stay("a", visit("too")):
+            pass
+
+
+async def test_what_leaves_while_it_is_renewed_does_not_run(redis: Redis) -> None:
+    class Slow(RedisStore):
+        has_begun, may_go_on = asyncio.Event(), asyncio.Event()
+
+        async def renew(self, tenant: str, request_ids: list[str]) -> None:
+            self.has_begun.set()
+            await self.may_go_on.wait()
+            await super().renew(tenant, request_ids)
+
+    store = Slow(redis)
+    limiter = Limiter(lambda: policies(max_concurrent_requests=1), store)
+    async with limiter.stay("a", visit("r")):
+        renewing = asyncio.create_task(limiter.renew())
+        await store.has_begun.wait()
+    store.may_go_on.set()
+    await renewing
+    async with limiter.stay("a", visit("next")):
+        pass
 
 
 async def test_buckets_do_not_stay_for_ever(redis: Redis) -> None:
