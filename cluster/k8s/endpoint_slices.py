@@ -12,6 +12,8 @@ from engine.errors import InvalidOption
 Json = Mapping[str, Any]
 
 PREFIX = "kubernetes:"
+_KUBERAY_PREFIX_LENGTH = 50
+"""Characters of cluster and group that KubeRay leaves before ``-worker-fghij`` in the name of a pod."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,20 @@ class ServiceName:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One pod. ``address``: host:port of the wanted port. ``is_ready``: its probes say so and it is not about to end;
-    ``is_terminating``: it got the order to end, and may still finish what it has."""
+    """One pod. ``address``: host:port of the wanted port. ``is_ready``: its probes say so and nothing has told it to
+    end."""
 
     pod: str
     address: str
     is_ready: bool
+
+
+@dataclass(frozen=True)
+class Pod:
+    """``node``: empty where the API leaves it out. ``is_terminating``: it got the order to end, and may still finish
+    what it has."""
+
+    node: str
     is_terminating: bool
 
 
@@ -56,9 +66,16 @@ def endpoints(slices: Iterable[Json], port_name: str) -> dict[str, Endpoint]:
     return found
 
 
-def nodes_of_pods(slices: Iterable[Json]) -> dict[str, str]:
-    """Pod → node, of all pods behind the Service, whatever their ports."""
-    return {_pod(entry): entry.get("nodeName") or "" for each in slices for entry in each.get("endpoints") or ()}
+def pods(slices: Iterable[Json]) -> dict[str, Pod]:
+    """By name, of all pods behind the Service, whatever their ports. Of a pod in two slices, as while it moves or where
+    another of its name takes its place, the one that lives wins."""
+    found: dict[str, Pod] = {}
+    for each in slices:
+        for entry in each.get("endpoints") or ():
+            name = _pod(entry)
+            if name not in found or found[name].is_terminating:
+                found[name] = Pod(entry.get("nodeName") or "", _is_terminating(entry))
+    return found
 
 
 def _pod(entry: Json) -> str:
@@ -69,12 +86,14 @@ def _pod(entry: Json) -> str:
 def _endpoint(entry: Json, port: int) -> Endpoint:
     # All addresses of one entry are the same pod's, and the first is the one to use, says the API.
     host = entry["addresses"][0]
-    conditions = entry.get("conditions") or {}
-    is_terminating = bool(conditions.get("terminating"))
     # "ready: nil should be interpreted as true": the API leaves it out where nobody knows.
-    is_ready = conditions.get("ready") is not False and not is_terminating
+    is_ready = (entry.get("conditions") or {}).get("ready") is not False and not _is_terminating(entry)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return Endpoint(_pod(entry), address, is_ready, is_terminating)
+    return Endpoint(_pod(entry), address, is_ready)
+
+
+def _is_terminating(entry: Json) -> bool:
+    return bool((entry.get("conditions") or {}).get("terminating"))
 
 
 class LeaderTable:
@@ -86,14 +105,14 @@ class LeaderTable:
 
     def __init__(self) -> None:
         self._known: dict[str, Endpoint] = {}
-        self._nodes: Mapping[str, str] = {}
+        self._pods: Mapping[str, Pod] = {}
 
-    def update(self, found: Mapping[str, Endpoint], nodes: Mapping[str, str]) -> dict[str, str]:
+    def update(self, found: Mapping[str, Endpoint], pods: Mapping[str, Pod]) -> dict[str, str]:
         """Pod → host:port of every leader to know from now on.
 
-        ``nodes``: of all pods of the replicas, leaders and others.
+        ``pods``: all of the replicas, leaders and others.
         """
-        self._nodes = nodes
+        self._pods = pods
         self._known = {
             pod: endpoint
             for pod, endpoint in found.items()
@@ -102,22 +121,27 @@ class LeaderTable:
         return {pod: endpoint.address for pod, endpoint in self._known.items()}
 
     def ending(self) -> frozenset[str]:
-        """Leaders that got the order to end."""
-        return frozenset(pod for pod, endpoint in self._known.items() if endpoint.is_terminating)
+        """The leaders of the replicas of which a pod got the order to end. Without any one of its pods a replica stands
+        still."""
+        return self._leaders_of(pod for pod, it in self._pods.items() if it.is_terminating)
 
     def on_node(self, node: str) -> frozenset[str]:
         """The leaders of the replicas that have a pod there."""
-        pods = [pod for pod, its_node in self._nodes.items() if its_node == node]
-        return frozenset(leader for leader in self._known if any(is_led_by(pod, leader) for pod in pods))
+        return self._leaders_of(pod for pod, it in self._pods.items() if it.node == node)
+
+    def _leaders_of(self, pods: Iterable[str]) -> frozenset[str]:
+        return frozenset(leader for pod in pods for leader in self._known if is_led_by(pod, leader))
 
 
 def is_led_by(pod: str, leader: str) -> bool:
     """Whether both pods are of one replica, by the names that LeaderWorkerSet (``X`` leads ``X-1``) and KubeRay
     (``X-head-abcde`` leads ``X-workers-worker-fghij``) give them."""
     group, _, index = pod.rpartition("-")
-    cluster, is_worker, _ = pod.rpartition("-workers-worker-")
+    cluster, is_head, _ = leader.rpartition("-head")
+    # Only workers' names reach the limit: the chart's clusters have at most so many characters themselves.
+    prefix = f"{cluster}-workers"[:_KUBERAY_PREFIX_LENGTH]
     return (
         pod == leader
         or (group == leader and index.isdigit())
-        or (bool(is_worker) and leader.startswith(f"{cluster}-head"))
+        or (bool(is_head) and pod.rpartition("-worker-")[0] == prefix)
     )

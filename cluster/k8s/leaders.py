@@ -7,7 +7,7 @@ from typing import Any
 
 from kubernetes import client, config
 
-from cluster.k8s.endpoint_slices import PREFIX, LeaderTable, ServiceName, endpoints, nodes_of_pods
+from cluster.k8s.endpoint_slices import PREFIX, LeaderTable, ServiceName, endpoints, pods
 from cluster.k8s.nodes import leaving_nodes
 from cluster.k8s.object_watch import Objects, ObjectWatch
 from engine.errors import InvalidOption
@@ -75,7 +75,7 @@ class KubernetesLeaders:
         return hand_over
 
     def _take_slices(self, slices: Objects) -> None:
-        self._on_leaders(self._table.update(endpoints(slices, PORT_NAME), nodes_of_pods(slices)))
+        self._on_leaders(self._table.update(endpoints(slices, PORT_NAME), pods(slices)))
         self._tell_leaving()
 
     def _take_nodes(self, nodes: Iterable[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ import yaml
 
 from cluster.config import EMBEDDED_MODEL
 from cluster.plan.devices import GIB
+from cluster.plan.helm_sizing import sizing
 from cluster.plan.layout_plan import LayoutPlan
 from cluster.plan.rank_memory import MIB, PlanOptions
 from cluster.plan.report import PlanReport, layout_text
@@ -33,7 +34,8 @@ def helm_values_text(report: PlanReport, quantization: str | None = None) -> str
 
 
 def helm_values(report: PlanReport, quantization: str | None = None) -> dict[str, Any]:
-    """The values that differ from the chart's own. ``quantization``: as it was asked of a float checkpoint.
+    """The values that differ from the chart's own, and what they were made for (``sizing``). ``quantization``: as it
+    was asked of a float checkpoint.
 
     Raises LayoutError where the plan does not fit, or the chart cannot place it.
     """
@@ -45,7 +47,7 @@ def helm_values(report: PlanReport, quantization: str | None = None) -> dict[str
     hosts, per_host = chart_hosts(plan)
     is_gpu = plan.machines.device.is_gpu
     layout = plan.layout
-    return {
+    values = {
         "model": {"path": name, **_model(report, quantization)},
         "parallel": {"tensor": layout.tp, "pipeline": layout.pp, "data": layout.dp, "expert": layout.ep},
         "engine": {
@@ -59,6 +61,7 @@ def helm_values(report: PlanReport, quantization: str | None = None) -> dict[str
         },
         "weights": {"source": "none"} if name == EMBEDDED_MODEL else {"source": "pvc", "existingClaim": CLAIM},
     }
+    return {**values, "sizing": sizing(report, values)}
 
 
 def chart_hosts(plan: LayoutPlan) -> tuple[int, int]:

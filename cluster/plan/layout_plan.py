@@ -77,11 +77,16 @@ def _fitting(ranks: Sequence[RankMemory], block_size: int, longest: int) -> int:
     return min(longest_fitting(groups, block_size, num_usable, longest) for groups, num_usable in distinct)
 
 
+def one_request_bytes(rank: RankMemory, length: int, block_size: int) -> int:
+    """Of KV blocks for ``length`` tokens, with the one that is never handed out."""
+    return (num_blocks_needed(rank.groups, length - 1, block_size) + 1) * rank.block_bytes
+
+
 def _reasons(ranks: Sequence[RankMemory], block_size: int, length: int) -> Iterator[str]:
     """One for all ranks that lack the same, the worst first."""
     lacking: dict[tuple[int, str], list[int]] = {}
     for rank in ranks:
-        one_request = (num_blocks_needed(rank.groups, length - 1, block_size) + 1) * rank.block_bytes
+        one_request = one_request_bytes(rank, length, block_size)
         cache = max(one_request, rank.kv_cache_bytes or 0)
         of_what = f"one request of {length:,} tokens" if rank.kv_cache_bytes is None else "the cache as asked for"
         if cache > rank.left:

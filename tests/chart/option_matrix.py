@@ -134,7 +134,7 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
                 "podAnnotations": {"a": "b"},
                 "priorityClassName": "high",
                 "extraEnv": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
-                "extraArgs": ["--drain-timeout=5"],
+                "extraArgs": ["--request-timeout=1800", "--lora-dir=/adapters"],
                 "extraVolumes": [{"name": "records", "persistentVolumeClaim": {"claimName": "records"}}],
                 "extraVolumeMounts": [{"name": "records", "mountPath": "/var/log/remuda"}],
                 "readinessGates": ["target-health.elbv2.k8s.aws/remuda"],
@@ -142,6 +142,18 @@ FACTORS: Mapping[str, Mapping[str, Values]] = {
         },
         "exclusive": {"engine": {"exclusiveTopologyKey": "example.com/rack", "topologyLabels": []}},
         "rdma": {"engine": {"rdma": {"enabled": True, "count": 8}}},
+    },
+    "drains": {
+        "equal": {},
+        "long front end": {"frontend": {"unreadySeconds": 20, "drainSeconds": 300}},
+        "long engine": {"engine": {"unreadySeconds": 15, "drainSeconds": 240}},
+    },
+    "options": {
+        "none": {},
+        "some": {
+            "model": {"extraArgs": ["--guided-decoding-backend=xgrammar", "--max-num-batched-tokens=4096"]},
+            "sizing": None,
+        },
     },
     "image": {
         "default": {},

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import helm_python
 import pytest
 import typer
 import yaml
 
+from cluster.cli.engine import LEADER_PORT
 from cluster.cli.main import app
 from cluster.config import load_serve_config
 from cluster.identity.cluster_tls import CLUSTER_NAME
@@ -29,7 +31,11 @@ from tests.chart.rendering import (
     only,
     preset,
     render,
+    render_text,
 )
+
+FIRST_OUTGOING_PORT = 32_768
+"""Linux' default (net.ipv4.ip_local_port_range), in pods too."""
 
 
 def _commands(documents: list[Document]) -> Iterator[tuple[str, list[str]]]:
@@ -55,18 +61,127 @@ def test_every_option_is_one_of_the_command() -> None:
     built = _built()
     seen: dict[str, set[str]] = {}
     for case in combinations():
-        for command, arguments in _commands(render(values_of(case))):
-            options = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
+        for command, options in _options_of(render(values_of(case))).items():
             seen.setdefault(command, set()).update(options)
     assert seen.keys() == {f"remuda {name}" for name in "serve frontend generate engine worker".split()}
     assert {command: options - built[command] for command, options in seen.items() if options - built[command]} == {}
+
+
+def _options_of(documents: list[Document]) -> dict[str, set[str]]:
+    """Command → the options that it is given."""
+    found: dict[str, set[str]] = {}
+    for command, arguments in _commands(documents):
+        options = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
+        found.setdefault(command, set()).update(options)
+    return found
+
+
+def test_numbers_stand_as_they_were_written_in_a_file() -> None:
+    """Helm reads them as floats, and of a million on would print 1e+06, which no command takes."""
+    text = """
+    model: {path: llama, maxLen: 1048576}
+    weights: {source: pvc, existingClaim: models}
+    tenants: {limits: {default: {tokens_per_minute: 2000000}}}
+    autoscaling: {mode: keda, prometheusUrl: "http://p:9090", waitingPerReplica: 3000000, runningPerReplica: 4000000}
+    monitoring: {rules: true}
+    """
+    texts = render_text(helm_python.values_from_yaml(text))
+    assert not [path for path, content in texts.items() if re.search(r"[0-9]e\+[0-9]", content)]
+    documents = render(helm_python.values_from_yaml(text))
+    (arguments,) = [found for command, found in _commands(documents) if command == "remuda engine"]
+    assert "--max-model-len=1048576" in arguments
+    limits = parse_policies(only(documents, "ConfigMap", "security")["data"]["tenants.yaml"], "values")
+    assert limits.default.tokens_per_minute == 2_000_000
+    thresholds = {trigger["metadata"]["threshold"] for trigger in only(documents, "ScaledObject")["spec"]["triggers"]}
+    assert thresholds == {"3000000", "4000000"}
+
+
+def _refused(path: str, mode: str, options: set[str]) -> set[str]:
+    """Those of ``options`` that the chart does not take there."""
+    given = [f"{option}=x" for option in sorted(options) if option.startswith("--")]
+    try:
+        render(merged(preset("cpu-demo"), at("engine.mode", mode), at(path, given), {"sizing": None}))
+    except helm_python.HelmRenderError as error:
+        found = re.findall(rf"{re.escape(path)}: (--[^:]*):", str(error))
+        return set(found[0].split(", "))
+    return set()
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "command"),
+    [
+        ("model.extraArgs", "lws", "remuda engine"),
+        ("model.extraArgs", "kuberay", "remuda engine"),
+        ("model.extraArgs", "single", "remuda serve"),
+        ("frontend.extraArgs", "lws", "remuda frontend"),
+    ],
+)
+def test_options_that_the_chart_gives_are_given_once(path: str, mode: str, command: str) -> None:
+    """Under none of their names: the later one would win."""
+    group: Any = typer.main.get_command(app)
+    parameters = group.commands[command.removeprefix("remuda ")].params
+    used = set[str]()
+    for case in combinations():
+        if case["mode"] == mode and case["options"] == "none" and case["placement"] != "all":
+            used |= _options_of(render(values_of(case)))[command]
+    more = merged(
+        preset("cpu-demo"),
+        at("engine.mode", mode),
+        {"model": {"quantization": "int8", "maxNumSeqs": 8}, "sizing": None},
+    )
+    used |= _options_of(render(more))[command]
+    names = {name for one in parameters if used & set(one.opts) for name in one.opts}
+    refused = _refused(path, mode, _built()[command])
+    assert used <= names <= refused <= _built()[command]
+    assert _refused(path, mode, _built()[command] - refused) == set()
+
+
+def test_options_of_front_ends_are_not_given_to_engines() -> None:
+    """All of `remuda serve` that `remuda engine` lacks: it would not start."""
+    built = _built()
+    missing = built["remuda serve"] - built["remuda engine"]
+    of_front_ends = _refused("model.extraArgs", "lws", missing)
+    assert "--request-timeout" in of_front_ends and of_front_ends <= built["remuda frontend"]
+    assert _refused("frontend.extraArgs", "lws", of_front_ends) == set()
+    assert _refused("model.extraArgs", "lws", missing - of_front_ends) == missing - of_front_ends
+
+
+def test_front_ends_check_by_what_the_engines_follow() -> None:
+    pool: Values = {"inferencePool": {"enabled": True, "extensionService": "epp"}, "auth": {"insecure": True}}
+    shared = {"--guided-decoding-backend=xgrammar", "--max-lora-rank=8"}
+    given = at("model.extraArgs", [*sorted(shared), "--enable-eplb"])
+    documents = render(merged(preset("405b-bf16"), pool, given, {"sizing": None}))
+    found = [set(arguments) for command, arguments in _commands(documents) if command == "remuda frontend"]
+    assert len(found) == 2 and all(shared <= arguments and "--enable-eplb" not in arguments for arguments in found)
+
+
+def test_a_replica_waits_for_a_lost_host_as_long_as_hosts_take_to_start() -> None:
+    documents = render(merged(preset("405b-bf16"), at("engine.startupMinutes", 45)))
+    (arguments,) = [found for command, found in _commands(documents) if command == "remuda engine"]
+    assert "--host-wait=2700" in arguments
+    assert only(documents, "Deployment", "frontend")["spec"]["progressDeadlineSeconds"] > 2700
+
+
+@pytest.mark.parametrize("mode", ["lws", "kuberay"])
+def test_a_leader_listens_where_no_outgoing_connection_begins(mode: str) -> None:
+    """It is the last to listen on its host: Ray and the ranks have connections by then."""
+    documents = render(merged(preset("405b-bf16"), at("engine.mode", mode)))
+    ports = {
+        argument.partition("=")[2]
+        for command, arguments in _commands(documents)
+        if command == "remuda engine"
+        for argument in arguments
+        if argument.startswith("--leader-port=")
+    }
+    (port,) = {int(port) for port in ports} | {LEADER_PORT}
+    assert 1024 < port < FIRST_OUTGOING_PORT
 
 
 def test_arguments_of_single_pods_are_good_values() -> None:
     """`remuda serve` itself reads them."""
     values = merged(
         preset("cpu-demo"),
-        {"model": {"quantization": "int8", "maxNumSeqs": 8, "maxLen": 512, "servedName": "tiny"}},
+        {"model": {"quantization": "int8", "maxNumSeqs": 8, "maxLen": 512, "servedName": "tiny"}, "sizing": None},
     )
     ((_, arguments),) = [found for found in _commands(render(values)) if found[0] == "remuda serve"]
     model, *options = arguments

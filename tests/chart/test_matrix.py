@@ -9,7 +9,7 @@ import pytest
 from cluster.k8s.leaders import PORT_NAME
 from tests.chart.option_matrix import FACTORS, combinations, is_legal, values_of
 from tests.chart.policies import violations
-from tests.chart.rendering import Document, all_pods, at, merged, of_kind, only, preset, render
+from tests.chart.rendering import FULLNAME, Document, Values, all_pods, at, merged, of_kind, only, preset, render
 from tests.chart.schemas import problems, versions
 
 GIVEN = {"nccl-topology", "keys", "cluster", "a-tls", "front", "eng", "scrape", "tester", "ca", "redis"}
@@ -153,3 +153,21 @@ def test_readiness_gates_stand_where_clients_arrive(mode: str, name: str) -> Non
     gated = only(documents, "Deployment", name)["spec"]["template"]
     assert gated["spec"]["readinessGates"] == [gate]
     assert all("readinessGates" not in pod["spec"] for pod in all_pods(documents) if pod != gated)
+
+
+@pytest.mark.parametrize(
+    ("mode", "field", "leaders", "workers"), [("lws", "maxUnavailable", 2, 4), ("kuberay", "minAvailable", 3, 6)]
+)
+def test_evictions_take_the_pods_of_few_replicas(mode: str, field: str, leaders: int, workers: int) -> None:
+    layout: Values = {
+        "parallel": {"pipeline": 3, "tensor": 8},
+        "engine": {"hosts": 3, "devicesPerHost": 8},
+        "sizing": None,
+    }
+    values = merged(preset("405b-bf16"), layout, {"engine": {"mode": mode, "replicas": 5, "maxUnavailable": 2}})
+    budgets = {one["metadata"]["name"]: one["spec"] for one in of_kind(render(values), "PodDisruptionBudget")}
+    assert budgets[f"{FULLNAME}-engine"][field] == leaders and budgets[f"{FULLNAME}-workers"][field] == workers
+    roles = {name: budget["selector"]["matchLabels"].get("remuda.io/role") for name, budget in budgets.items()}
+    assert roles == {f"{FULLNAME}-engine": "leader", f"{FULLNAME}-workers": "worker", f"{FULLNAME}-frontend": None}
+    alone = of_kind(render(preset("405b-fp8")), "PodDisruptionBudget")
+    assert f"{FULLNAME}-workers" not in {one["metadata"]["name"] for one in alone}

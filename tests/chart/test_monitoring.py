@@ -16,7 +16,7 @@ from cluster.types import ReplicaInfo, ReplicaState
 from engine.request import FinishReason
 from engine.scheduler.expert_stats import ExpertStats
 from engine.timeline import Waits
-from tests.chart.rendering import CHART, Document, at, merged, of_kind, only, preset, render
+from tests.chart.rendering import CHART, Document, all_pods, at, merged, of_kind, only, preset, render
 
 OF_PROMETHEUS = {"namespace", "pod", "le"}
 """Labels that its operator adds, and the buckets' own."""
@@ -148,3 +148,24 @@ def test_scaling_reads_what_exists(mode: str, combined: str) -> None:
     hpa = only(render(merged(values, at("autoscaling.mode", "hpa"))), "HorizontalPodAutoscaler")
     sources = [metric[metric["type"].lower()] for metric in hpa["spec"]["metrics"]]
     assert {source["metric"]["name"] for source in sources} <= set(_shown())
+
+
+@pytest.mark.parametrize("mode", ["lws", "single"])
+@pytest.mark.parametrize("with_pool", [False, True])
+def test_every_pod_that_answers_clients_is_scraped(mode: str, with_pool: bool) -> None:
+    pool = {"inferencePool": {"enabled": with_pool, "extensionService": "epp"}, "auth": {"insecure": True}}
+    values = merged(preset("cpu-demo"), {"engine": {"mode": mode}, "monitoring": {"podMonitor": True}}, pool)
+    documents = render(values)
+    monitor = only(documents, "PodMonitor")["spec"]
+    (component,) = monitor["selector"]["matchExpressions"]
+    assert (component["key"], component["operator"]) == ("app.kubernetes.io/component", "In")
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    serving = set()
+    for pod in all_pods(documents):
+        labels, containers_of = pod["metadata"]["labels"], pod["spec"]["containers"]
+        ports = {port["name"] for container in containers_of for port in container.get("ports", [])}
+        if endpoint["port"] in ports:
+            serving.add(labels["app.kubernetes.io/component"])
+            assert monitor["selector"]["matchLabels"].items() <= labels.items()
+    assert serving <= set(component["values"])
+    assert serving == ({"engine"} if mode == "single" else {"frontend", "engine"} if with_pool else {"frontend"})

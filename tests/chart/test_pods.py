@@ -15,7 +15,11 @@ POOL: Values = {"inferencePool": {"enabled": True, "extensionService": "epp"}, "
 GROUP = merged(
     preset("cpu-demo"),
     POOL,
-    {"parallel": {"pipeline": 2}, "engine": {"mode": "lws", "hosts": 2, "kvCacheMemory": "64MiB", "drainSeconds": 20}},
+    {
+        "parallel": {"pipeline": 2},
+        "engine": {"mode": "lws", "hosts": 2, "kvCacheMemory": "64MiB", "drainSeconds": 20},
+        "sizing": None,
+    },
 )
 SINGLE = merged(preset("cpu-demo"), {"engine": {"kvCacheMemory": "64MiB", "drainSeconds": 20}})
 

@@ -11,7 +11,7 @@ from cluster.plan.helm_values import chart_hosts
 from cluster.plan.layout_plan import LayoutPlan
 from engine.config import ParallelConfig
 from engine.errors import LayoutError
-from tests.chart.rendering import Values, at, merged, render
+from tests.chart.rendering import NAMESPACE, Values, at, chart, merged, render
 
 # By the schema: path, value, what the message must hold beside the path.
 BY_SCHEMA: list[tuple[str, Any, str]] = [
@@ -24,6 +24,7 @@ BY_SCHEMA: list[tuple[str, Any, str]] = [
     ("model.maxLen", "long", ""),
     ("model.path", "../etc", ""),
     ("model.extraArgs", ["rm -rf"], "does not match"),
+    ("nameOverride", "llama.v3", "does not match"),
     ("parallel.tensor", 0, "minimum"),
     ("parallel.pipeline", "2", "want integer"),
     ("engine.mode", "statefulset", "kuberay"),
@@ -36,6 +37,7 @@ BY_SCHEMA: list[tuple[str, Any, str]] = [
     ("engine.drainSeconds", 1e9, ""),
     ("frontend.httpPort", 80, "minimum"),
     ("frontend.service.type", "ExternalName", "LoadBalancer"),
+    ("frontend.service.sessionAffinity", "Cookie", "ClientIP"),
     ("frontend.extraEnv", [{"nam": "x"}], ""),
     ("frontend.readinessGates", ["a b"], "does not match"),
     ("weights.source", "s3", "pvc"),
@@ -128,6 +130,13 @@ BY_TEMPLATE: list[tuple[Values, list[str]]] = [
     (at("autoscaling.mode", "keda"), ["autoscaling.prometheusUrl"]),
     ({"engine": {"mode": "kuberay"}, "autoscaling": {"mode": "hpa"}}, ["autoscaling.mode", "engine.mode"]),
     (at("autoscaling.minReplicas", 3), ["autoscaling.maxReplicas = 2", "autoscaling.minReplicas = 3"]),
+    (
+        at("model.extraArgs", ["--enable-eplb", "--tp=8", "--dtype=auto"]),
+        ["model.extraArgs: --tp, --dtype", "other values"],
+    ),
+    (at("model.extraArgs", ["--request-timeout=900"]), ["--request-timeout", "engine.mode lws", "frontend.extraArgs"]),
+    (at("model.extraArgs", ["--replicas=2"]), ["model.extraArgs: --replicas", "`remuda engine`"]),
+    (at("frontend.extraArgs", ["--drain-timeout=5"]), ["frontend.extraArgs: --drain-timeout", "other values"]),
 ]
 
 
@@ -145,6 +154,13 @@ def test_the_templates_refuse(values: Values, words: list[str]) -> None:
         render(values)
     message = str(raised.value)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("release", ["llama.v3", "3-llamas"])
+def test_a_release_whose_name_no_service_can_have_is_refused(release: str) -> None:
+    with pytest.raises(helm_python.HelmRenderError, match="fullnameOverride"):
+        chart().render({}, name=release, namespace=NAMESPACE)
+    assert chart().render({"fullnameOverride": "llama"}, name=release, namespace=NAMESPACE)
 
 
 def _chart_takes(layout: ParallelConfig, hosts: int, per_host: int) -> bool:

@@ -7,9 +7,22 @@ from contextlib import contextmanager
 
 import helm_python
 import pytest
+import yaml
 
 from tests.chart.api_server import RunningServer, running_server
-from tests.chart.rendering import CHART, FULLNAME, NAMESPACE, RELEASE, Document, Values, at, merged, preset, render
+from tests.chart.rendering import (
+    CHART,
+    FULLNAME,
+    NAMESPACE,
+    RELEASE,
+    Document,
+    Values,
+    at,
+    merged,
+    only,
+    preset,
+    render,
+)
 
 VALUES = merged(
     preset("405b-bf16"),
@@ -111,3 +124,23 @@ def test_upgrades_move_between_modes() -> None:
         _install(helm, before)
         _upgrade(helm, after)
         assert server.api.existing().keys() == _names(render(after))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("lws", "LeaderWorkerSet"), ("single", "Deployment")])
+def test_autoscaling_begins_with_the_replicas_that_run(mode: str, kind: str) -> None:
+    """Left out, their number would be the API's default, 1; and it stays what the autoscaler made of it."""
+    values = merged(preset("cpu-demo"), {"engine": {"mode": mode, "replicas": 3}})
+    scaled = merged(values, {"autoscaling": {"mode": "hpa", "maxReplicas": 6}})
+    with running_server(render(scaled)) as server, _helm(server) as helm:
+        assert _replicas(_install(helm, values), kind) == 3
+        assert _replicas(_upgrade(helm, scaled), kind) == 3
+        server.api.existing()[kind, f"{FULLNAME}-engine"]["spec"]["replicas"] = 5
+        assert _replicas(_upgrade(helm, merged(scaled, at("frontend.replicas", 4))), kind) == 5
+        server.api.existing()[kind, f"{FULLNAME}-engine"]["spec"]["replicas"] = 0
+        assert _replicas(_upgrade(helm, scaled), kind) == 0
+
+
+def _replicas(release: Document, kind: str) -> int:
+    """As Helm sent it, and not as the mock merged it."""
+    sent = [one for one in yaml.safe_load_all(release["manifest"]) if one]
+    return int(only(sent, kind, "engine")["spec"]["replicas"])

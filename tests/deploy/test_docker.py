@@ -124,6 +124,11 @@ def test_every_step_of_the_script_is_used() -> None:
     assert (unknown.returncode, unknown.stderr) == (2, "no step fly\n")
 
 
+def test_the_builder_that_reads_the_file_is_one_release() -> None:
+    first = DOCKERFILE.read_text().splitlines()[0]
+    assert re.fullmatch(r"# syntax=docker/dockerfile:\d+\.\d+\.\d+", first), "a tag like 1 moves"
+
+
 def test_pythons_of_the_base_are_ours() -> None:
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     assert wanted == ">=3.11,<3.13" and "Python 3.11 or 3.12" in DOCKERFILE.read_text()

@@ -16,7 +16,7 @@ def endpoint(pod: str, host: str, node: str = "node-a", **conditions: bool) -> d
     }
 
 
-def endpoint_slice(name: str, *endpoints: dict[str, Any], port: int = 50052, service: str = SERVICE) -> dict[str, Any]:
+def endpoint_slice(name: str, *endpoints: dict[str, Any], port: int = 9052, service: str = SERVICE) -> dict[str, Any]:
     return {
         "metadata": {"name": name, "namespace": "llm", "labels": {"kubernetes.io/service-name": service}},
         "addressType": "IPv4",

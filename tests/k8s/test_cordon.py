@@ -26,6 +26,7 @@ VALUES = merged(
         "parallel": {"tensor": 1, "expert": 1},
         "engine": {"mode": "lws", "replicas": 2, "devicesPerHost": 1, "kvCacheMemory": "64MiB"},
         "rbac": {"watchNodes": True},
+        "sizing": None,
     },
 )
 NUM_TOKENS = 1500

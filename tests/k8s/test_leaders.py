@@ -68,11 +68,11 @@ def test_leaders_come_change_and_go(api: ApiServer) -> None:
         api.put(SLICES, endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7")))
         api.put(SLICES, endpoint_slice("other", endpoint("qwen-0", "10.0.0.9"), service="qwen"))
         async with followed(api) as seen:
-            await seen.until(lambda seen: seen.leaders == {"llama-0": "10.0.0.7:50052"})
+            await seen.until(lambda seen: seen.leaders == {"llama-0": "10.0.0.7:9052"})
             api.put(SLICES, endpoint_slice("s-2", endpoint("llama-1", "10.0.0.8")))
             await seen.until(lambda seen: len(seen.leaders or {}) == 2)
             api.delete(SLICES, "s-1")
-            await seen.until(lambda seen: seen.leaders == {"llama-1": "10.0.0.8:50052"})
+            await seen.until(lambda seen: seen.leaders == {"llama-1": "10.0.0.8:9052"})
 
     asyncio.run(scenario())
 
@@ -103,7 +103,7 @@ def test_what_happened_before_the_oldest_version_is_listed_anew(api: ApiServer) 
             api.forget()
             api.cut_watches()
             api.put(SLICES, endpoint_slice("s-2", endpoint("llama-1", "10.0.0.8")))
-            await seen.until(lambda seen: seen.leaders == {"llama-1": "10.0.0.8:50052"})
+            await seen.until(lambda seen: seen.leaders == {"llama-1": "10.0.0.8:9052"})
 
     asyncio.run(scenario())
 
@@ -117,7 +117,7 @@ def test_leaders_stay_while_the_api_server_is_away(caplog: pytest.LogCaptureFixt
                 await seen.until(lambda seen: len(seen.leaders or {}) == 1)
                 served.close()
                 await until(lambda: "the API server cannot be reached" in caplog.text)
-                assert seen.leaders == {"llama-0": "10.0.0.7:50052"}
+                assert seen.leaders == {"llama-0": "10.0.0.7:9052"}
                 api.put(SLICES, endpoint_slice("s-2", endpoint("llama-1", "10.0.0.8")))
                 served.enter_context(serve_api(before=api))
                 await seen.until(lambda seen: len(seen.leaders or {}) == 2)
@@ -150,7 +150,7 @@ def test_a_replica_leaves_with_the_node_of_any_of_its_pods_and_when_its_leader_e
         api.put(SLICES, workers)
         api.put(SLICES, endpoint_slice("s-1", endpoint("llama-0", "10.0.0.7", "gpu-1")))
         async with followed(api) as seen:
-            await seen.until(lambda seen: seen.leaders == {"llama-0": "10.0.0.7:50052"})
+            await seen.until(lambda seen: seen.leaders == {"llama-0": "10.0.0.7:9052"})
             api.put(NODES, node("gpu-2", unschedulable=True))
             await seen.until(lambda seen: seen.leaving == {"llama-0": "cordoned"})
             api.put(NODES, node("gpu-2"))
@@ -158,7 +158,28 @@ def test_a_replica_leaves_with_the_node_of_any_of_its_pods_and_when_its_leader_e
             ending = endpoint("llama-0", "10.0.0.7", "gpu-1", ready=False, terminating=True)
             api.put(SLICES, endpoint_slice("s-1", ending))
             await seen.until(lambda seen: seen.leaving == {"llama-0": "about to end"})
-            assert seen.leaders == {"llama-0": "10.0.0.7:50052"}
+            assert seen.leaders == {"llama-0": "10.0.0.7:9052"}
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_whose_worker_ends_is_about_to_leave_until_that_pod_is_gone(api: ApiServer) -> None:
+    """Its ranks compute until the end of the grace period; then the replica would stand still."""
+
+    async def scenario() -> None:
+        leaders = endpoint("llama-0", "10.0.0.7"), endpoint("llama-1", "10.0.0.8")
+        api.put(SLICES, endpoint_slice("s-1", *leaders))
+        workers = endpoint_slice("s-2", endpoint("llama-0-1", "10.0.0.9"), endpoint("llama-1-1", "10.0.0.6"))
+        del workers["ports"][1]
+        api.put(SLICES, workers)
+        async with followed(api) as seen:
+            await seen.until(lambda seen: len(seen.leaders or {}) == 2 and seen.leaving == {})
+            ending = endpoint("llama-1-1", "10.0.0.6", ready=False, terminating=True)
+            api.put(SLICES, {**workers, "endpoints": [workers["endpoints"][0], ending]})
+            await seen.until(lambda seen: seen.leaving == {"llama-1": "about to end"})
+            api.put(SLICES, {**workers, "endpoints": [workers["endpoints"][0]]})
+            await seen.until(lambda seen: seen.leaving == {})
+            assert seen.leaders == {"llama-0": "10.0.0.7:9052", "llama-1": "10.0.0.8:9052"}
 
     asyncio.run(scenario())
 
@@ -171,7 +192,7 @@ def test_an_answer_that_is_no_json_ends_nothing(api: ApiServer, caplog: pytest.L
             await until(lambda: "was not understood" in caplog.text)
             assert seen.leaders is None
             api.is_garbled = False
-            await seen.until(lambda seen: seen.leaders == {"llama-0": "10.0.0.7:50052"})
+            await seen.until(lambda seen: seen.leaders == {"llama-0": "10.0.0.7:9052"})
 
     asyncio.run(scenario())
 

@@ -30,6 +30,7 @@ VALUES = merged(
     {
         "parallel": {"tensor": 1, "expert": 1, "pipeline": NUM_HOSTS},
         "engine": {"mode": "lws", "hosts": NUM_HOSTS, "devicesPerHost": 1, "kvCacheMemory": "64MiB"},
+        "sizing": None,
         "tls": {"internal": {"enabled": True, "existingSecret": "internal"}},
     },
 )

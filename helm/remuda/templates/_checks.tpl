@@ -1,11 +1,21 @@
 {{/* Values that the schema lets through and that cannot work together are refused here, with the keys to be changed. */}}
 {{- define "remuda.check" -}}
+{{- include "remuda.checkName" . -}}
 {{- include "remuda.checkLayout" . -}}
 {{- include "remuda.checkWeights" . -}}
 {{- include "remuda.checkTls" . -}}
 {{- include "remuda.checkAuth" . -}}
 {{- include "remuda.checkRoutes" . -}}
 {{- include "remuda.checkScaling" . -}}
+{{- include "remuda.checkExtraArgs" . -}}
+{{- include "remuda.checkSizing" . -}}
+{{- end -}}
+
+{{- define "remuda.checkName" -}}
+{{- $name := include "remuda.fullname" . -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
+{{- fail (printf "%s, made of the release's name, cannot name a Service: set fullnameOverride to a name of a-z, 0-9 and - that begins with a letter" $name) -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "remuda.checkLayout" -}}

@@ -10,7 +10,8 @@ args:
   - --devices={{ .Values.engine.devicesPerHost }}
   - --node-ip=$(POD_IP)
   - --ray-port=6379
-  - --leader-port=50052
+  - --leader-port=9052
+  - --host-wait={{ mul .Values.engine.startupMinutes 60 }}
   - --health-port=8080
   {{- include "remuda.topologyArgs" . | nindent 2 }}
   {{- include "remuda.rayTokenArgs" . | nindent 2 }}
@@ -60,7 +61,7 @@ args:
   - {{ include "remuda.modelPath" . | quote }}
   - --served-model-name={{ include "remuda.servedName" . }}
   {{- if $ofLeader }}
-  - --leaders=$(POD_NAME)=$(POD_IP):50052
+  - --leaders=$(POD_NAME)=$(POD_IP):9052
   {{- else }}
   - --discover=kubernetes:$(POD_NAMESPACE)/{{ include "remuda.fullname" . }}-leaders
   {{- end }}
@@ -73,6 +74,11 @@ args:
   - --drain-timeout={{ .Values.frontend.drainSeconds }}
   {{- if and .Values.rbac.watchNodes (not $ofLeader) }}
   - --watch-nodes
+  {{- end }}
+  {{- range .Values.model.extraArgs }}
+  {{- if regexMatch "^--(guided-decoding-backend|max-lora-rank)=" . }}
+  - {{ . | quote }}
+  {{- end }}
   {{- end }}
   {{- range .Values.frontend.extraArgs }}
   - {{ . | quote }}
@@ -137,7 +143,8 @@ args:
 - --pipeline-parallel-size={{ .Values.parallel.pipeline }}
 - --data-parallel-size={{ .Values.parallel.data }}
 - --expert-parallel-size={{ .Values.parallel.expert }}
-- --max-model-len={{ .Values.model.maxLen }}
+{{- /* Numbers of files of values are floats, which would be written 1.048576e+06. */}}
+- --max-model-len={{ with .Values.model.maxLen }}{{ kindIs "string" . | ternary . (int64 .) }}{{ end }}
 {{- if eq .Values.engine.device "cuda" }}
 - --gpu-memory-utilization={{ .Values.engine.gpuMemoryUtilization }}
 {{- else }}

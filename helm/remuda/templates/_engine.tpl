@@ -29,7 +29,7 @@ enableServiceLinks: false
 {{- end }}
 securityContext:
   {{- include "remuda.podSecurity" $root | nindent 2 }}
-terminationGracePeriodSeconds: {{ add $e.unreadySeconds $e.drainSeconds 30 }}
+terminationGracePeriodSeconds: {{ include "remuda.engineGrace" . }}
 {{- if eq $e.mode "single" }}
 {{- with include "remuda.readinessGates" $root }}
 {{ . }}
@@ -86,6 +86,18 @@ volumes:
   {{- toYaml . | nindent 2 }}
   {{- end }}
   {{- end }}
+{{- end -}}
+
+{{/* For the slowest container of the pod. */}}
+{{- define "remuda.engineGrace" -}}
+{{- $e := .root.Values.engine -}}
+{{- $f := .root.Values.frontend -}}
+{{- $engine := add $e.unreadySeconds $e.drainSeconds 30 -}}
+{{- if and (include "remuda.leaderServes" .) (ne $e.mode "single") -}}
+{{- max $engine (add $f.unreadySeconds $f.drainSeconds 15) -}}
+{{- else -}}
+{{- $engine -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Whether this pod shows front ends a certificate. */}}
@@ -171,7 +183,7 @@ volumes:
   containerPort: 8080
 {{- if eq .role "leader" }}
 - name: leader
-  containerPort: 50052
+  containerPort: 9052
 - name: ray
   containerPort: 6379
 {{- end }}

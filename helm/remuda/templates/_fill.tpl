@@ -4,18 +4,22 @@
 {{- if and (eq .Values.weights.source "disk") .Values.weights.existingClaim -}}yes{{- end -}}
 {{- end -}}
 
-{{/* A file gets its name only when it is whole, so that a copy that was cut off is taken up again. */}}
+{{/* A file gets its name only when it is whole, so that a copy that was cut off is taken up again. Its time of change comes
+along: what was put in its place since is of another size or time, whenever that was made. */}}
 {{- define "remuda.fillScript" -}}
 set -eu
 cd "$FROM"
 mkdir -p "$TO"
 exec 9>"$TO/.filling"
 flock 9
-find -L . -type f | while IFS= read -r file; do
-  if [ -e "$TO/$file" ] && [ ! "$file" -nt "$TO/$file" ]; then continue; fi
+# Not in a pipe, where it could fail unseen.
+files=$(find -L . -type f)
+if [ -z "$files" ]; then echo "$FROM holds no files" >&2; exit 1; fi
+printf '%s\n' "$files" | while IFS= read -r file; do
+  if [ -e "$TO/$file" ] && [ "$(stat -L -c '%s %Y' "$file")" = "$(stat -c '%s %Y' "$TO/$file")" ]; then continue; fi
   echo "$file"
   mkdir -p "$(dirname "$TO/$file")"
-  cp "$file" "$TO/$file.part"
+  cp --preserve=timestamps "$file" "$TO/$file.part"
   mv "$TO/$file.part" "$TO/$file"
 done
 {{- end -}}
