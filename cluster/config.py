@@ -137,7 +137,7 @@ class ServeConfig(BaseSettings):
     request_timeout: Seconds = 600.0
     queue_timeout: Seconds = 60.0
     first_token_timeout: Seconds = 120.0
-    drain_timeout: Seconds = 30.0
+    drain_timeout: Annotated[float, Field(ge=0)] = 30.0
 
     @property
     def name(self) -> str:
@@ -145,8 +145,9 @@ class ServeConfig(BaseSettings):
         return self.served_model_name or Path(self.model).name.removesuffix(".gguf") or self.model
 
 
-def load_serve_config(flags: Mapping[str, Any], file: Path | None = None) -> ServeConfig:
-    """Merge flags (None: not given), environment and file. Raises InvalidOption with one line that names the option."""
+def load_serve_config(flags: Mapping[str, Any], file: Path | None = None, *, environment: bool = True) -> ServeConfig:
+    """Merge flags (None: not given), environment and file. ``environment``: False for commands that share some of the
+    options and read no ``REMUDA_*``. Raises InvalidOption with one line that names the option."""
     given = {name: value for name, value in flags.items() if value is not None}
     in_file = _read_file(file) if file is not None else {}
 
@@ -160,7 +161,8 @@ def load_serve_config(flags: Mapping[str, Any], file: Path | None = None) -> Ser
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=in_file)
+            file_settings = InitSettingsSource(settings_cls, init_kwargs=in_file)
+            return (init_settings, env_settings, file_settings) if environment else (init_settings, file_settings)
 
     try:
         return FlagsEnvironmentFile(**given)

@@ -79,6 +79,10 @@ class UnknownStream(ServingError):
     """A request that somebody wants to go on with, and that nobody has (any more)."""
 
 
+class TakenOver(ServingError):
+    """Another connection goes on reading the request, which runs on."""
+
+
 class StartFailed(ServingError):
     """The cluster could not be started."""
 
@@ -132,6 +136,7 @@ ERROR_TABLE: dict[type[RemudaError], ErrorMapping] = {
     Draining: ErrorMapping(1, 503, _SERVER, "draining", grpc.StatusCode.UNAVAILABLE),
     ConnectionLost: ErrorMapping(1, 503, _SERVER, "unavailable", grpc.StatusCode.UNAVAILABLE),
     UnknownStream: ErrorMapping(1, 404, _BAD_INPUT, "request_not_found", grpc.StatusCode.NOT_FOUND),
+    TakenOver: ErrorMapping(1, 409, _BAD_INPUT, "taken_over", grpc.StatusCode.ABORTED),
     Unavailable: ErrorMapping(1, 503, _SERVER, "unavailable", grpc.StatusCode.UNAVAILABLE),
     StartFailed: ErrorMapping(1, 500, _SERVER, "start_failed", grpc.StatusCode.INTERNAL),
     SelfTestFailed: ErrorMapping(1, 500, _SERVER, "self_test_failed", grpc.StatusCode.INTERNAL),

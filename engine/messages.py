@@ -289,13 +289,14 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="re
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="hello"):
-    """First message of a rank on its channel."""
+    """First message of a rank on its channel. ``runs``: what its process is made of, by name (WorkerConfig)."""
 
     epoch: int
     rank: int
     pid: int
     host: str
     device: str
+    runs: dict[str, str] = {}
 
 
 class LoadProgress(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="progress"):

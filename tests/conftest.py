@@ -47,15 +47,23 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not any(item.get_closest_marker("gpu") for item in items):
-        return
+    for marker, why_not in (("gpu", _why_no_gpu), ("netns", _why_no_hosts)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and (reason := why_not()) is not None:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_gpu() -> str | None:
     import torch
 
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    return None if torch.cuda.is_available() else "needs a CUDA device"
+
+
+def _why_no_hosts() -> str | None:
+    from tests.support.hosts.namespaces import why_not
+
+    return why_not()
 
 
 @pytest.fixture

@@ -14,11 +14,14 @@ from cluster.cli.serve_run import Serving
 from cluster.config import ServeConfig, load_serve_config
 from cluster.control.group_host import GroupHost, head
 from cluster.control.node_topology import parse_topology
-from cluster.control.preflight import Preflight, preflight
+from cluster.control.preflight import Preflight, local_device, preflight
 from cluster.frontend.fleet import Fleet
 from cluster.frontend.probes import EngineFront
 from engine.errors import LayoutError
 
+LEADER_PORT = 9052
+"""Not one of those that Linux gives to outgoing connections (32768 and above): by the time that the leader listens,
+this host's Ray and ranks have many of them."""
 EXAMPLES = (
     "Example: remuda engine /models/Llama-3.1-405B --tp 8 --pp 2 --hosts 2 --devices 8 --node-ip 10.0.0.1 "
     "--secret-file SECRET (and remuda worker --head 10.0.0.1:6379 … on the other host)"
@@ -35,7 +38,7 @@ def engine(
         float, typer.Option(help="Seconds that a lost host may take to be replaced; the others keep their weights.")
     ] = 600.0,
     ray_port: Annotated[int, typer.Option(help="Where this host's Ray head listens for the others.")] = 6379,
-    leader_port: Annotated[int, typer.Option(help="Where the leader listens for front ends.")] = 50052,
+    leader_port: Annotated[int, typer.Option(help="Where the leader listens for front ends.")] = LEADER_PORT,
     ray_token_file: group_options.RayTokenFile = None,
     health_port: group_options.HealthPort = 0,
     topology: group_options.Topology = "",
@@ -79,12 +82,17 @@ def engine(
     """
     given = locals() | {"address": f"{node_ip}:{ray_port}"}
     flags = {name: given[name] for name in ServeConfig.model_fields if name in given}
-    serve_config = load_serve_config(flags, config)
+    serve_config = _as_here(load_serve_config(flags, config))
     checked = _for_group(preflight(serve_config), hosts, devices, leader_port, host_wait)
     device, secret = checked.launch.replica.device, checked.launch.secret
     here = GroupHost(node_ip, device, devices, secret, ray_token_file, parse_topology(topology))
     with head(here, ray_port):
         raise typer.Exit(_run(serve_config, checked, node_ip, health_port))
+
+
+def _as_here(config: ServeConfig) -> ServeConfig:
+    """The group's hosts are alike, so this one's devices say what all have."""
+    return config.model_copy(update={"device": local_device(config.device)})
 
 
 def _for_group(checked: Preflight, num_hosts: int, num_devices: int, leader_port: int, host_wait_s: float) -> Preflight:

@@ -11,19 +11,18 @@ from rich.console import Console
 
 from cluster.cli import serve_options
 from cluster.cli.console import open_console
-from cluster.cli.serve_run import new_front_end_id
+from cluster.cli.serve_run import front_end_config, new_front_end_id
+from cluster.config import ServeConfig, load_serve_config
 from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.frontend.fleet import Fleet
 from cluster.frontend.leader_set import LeaderSet
 from cluster.identity.cluster_tls import ClusterTls
-from cluster.identity.config import load_security
 from cluster.k8s.endpoint_slices import ServiceName
 from cluster.replica.client import ReplicaClient
 from cluster.replica.model_source import ModelSource
 from cluster.rpc.shared_secret import read_secret
 from cluster.telemetry.config import otlp_endpoint as chosen_endpoint
 from cluster.telemetry.tracing import open_telemetry
-from cluster.tenants.tenancy import TenancyConfig
 from engine.config import GrammarBackend
 from engine.errors import InvalidOption
 from engine.request import Pooling
@@ -33,7 +32,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "Examples: remuda frontend remuda-tiny --leaders r0=10.0.0.1:7000,r1=10.0.0.2:7000 --secret-file SECRET | "
-    "remuda frontend /models/Llama-3.1-70B --discover kubernetes:llm/llama-leaders --secret-file SECRET"
+    "remuda frontend /models/Llama-3.1-70B --discover kubernetes:llm/llama-leaders --secret-file SECRET "
+    "--request-timeout 3600"
 )
 
 
@@ -59,6 +59,8 @@ def frontend(
     guided_decoding_backend: Annotated[
         GrammarBackend, typer.Option(help="What follows grammars on the replicas; requests are checked by it too.")
     ] = GrammarBackend.LLGUIDANCE,
+    lora_dir: serve_options.LoraDirectory = None,
+    max_lora_rank: serve_options.MaxLoraRank = None,
     api_key_file: serve_options.ApiKeyFile = None,
     security_file: serve_options.SecurityFile = None,
     insecure: serve_options.Insecure = None,
@@ -69,30 +71,25 @@ def frontend(
     audit_log: serve_options.AuditLog = None,
     otlp_endpoint: serve_options.OtlpEndpoint = None,
     log_format: serve_options.LogFormat = None,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get at the end.")] = 30.0,
+    request_timeout: serve_options.RequestTimeout = None,
+    queue_timeout: serve_options.QueueTimeout = None,
+    first_token_timeout: serve_options.FirstTokenTimeout = None,
+    drain_timeout: serve_options.DrainTimeout = None,
 ) -> None:
     """Serve clients for leaders that run already, beside other front ends.
 
     Any front end can go on with a resumable request that another one began. It stops at SIGTERM; leaders go on.
     """
-    console = open_console(log_format, "remuda-frontend")
+    given = locals()
+    flags = {name: given[name] for name in ServeConfig.model_fields if name in given}
+    shared = load_serve_config(flags, environment=False)
+    console = open_console(shared.log_format, "remuda-frontend")
     endpoint = chosen_endpoint(otlp_endpoint)
     known = _source(leaders, discover, watch_nodes)
-    config = FrontEndConfig(
-        name=served_model_name or model,
-        model_path=ModelSource(model, None).directory(),
-        host=host,
-        port=port,
-        grpc_port=grpc_port,
-        security=load_security(security_file, api_key_file),
-        insecure=bool(insecure),
-        pooling=pooling,
-        guided_decoding_backend=guided_decoding_backend,
-        tenancy=TenancyConfig(tenants, limits_store, limits_store_password_file, usage_log, audit_log),
-    )
+    config = front_end_config(shared, ModelSource(model, None).directory())
     secret = "" if secret_file is None else read_secret(secret_file)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(console, config, endpoint, known, watch_nodes, secret, drain_timeout))
+        runner.run(_serve(console, config, endpoint, known, watch_nodes, secret, shared.drain_timeout))
 
 
 def _source(leaders: str | None, discover: str | None, watch_nodes: bool) -> dict[str, str] | ServiceName:

@@ -24,7 +24,7 @@ from cluster.frontend.fleet import Fleet
 from cluster.identity.config import load_security
 from cluster.licence import licence_of
 from cluster.replica.client import ReplicaClient
-from cluster.replica.events import Failed, GangFormed, Repairing, ReplicaEnded, ReplicaReady
+from cluster.replica.events import Failed, GangFormed, Notice, Repairing, ReplicaEnded, ReplicaReady
 from cluster.replica.heap import settle_heap
 from cluster.telemetry.tracing import NO_TRACER, open_telemetry
 from cluster.tenants.tenancy import TenancyConfig
@@ -46,7 +46,7 @@ def run(config: ServeConfig) -> int:
     checked = preflight(config)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         telemetry = open_telemetry(checked.launch.replica.otlp_endpoint, "remuda-frontend", new_front_end_id())
-        front_end = functools.partial(FrontEnd, _front_end_config(config, checked.directory), telemetry=telemetry)
+        front_end = functools.partial(FrontEnd, front_end_config(config, checked.directory), telemetry=telemetry)
         return runner.run(Serving(console, config, checked, front_end, telemetry.tracer).run())
 
 
@@ -55,7 +55,9 @@ def new_front_end_id() -> str:
     return f"front-end-{uuid.uuid4().hex[:12]}"
 
 
-def _front_end_config(config: ServeConfig, directory: Path) -> FrontEndConfig:
+def front_end_config(config: ServeConfig, directory: Path) -> FrontEndConfig:
+    """Of the options of ``remuda serve`` those that a front end needs. ``directory``: the checkpoint's. Raises
+    InvalidOption."""
     return FrontEndConfig(
         name=config.name,
         model_path=directory,
@@ -148,8 +150,9 @@ class Serving:
         copies = f", {config.replicas} replicas" if config.replicas > 1 else ""
         quantization = self._checked.model.quantization
         weights = f", weights in {quantization.name}" if quantization else ""
+        device = plan.device if self._checked.launch.on_gpus is None else "what the cluster has"
         self._console.print(
-            f"{plan.served_name}: {self._checked.model.architecture} in {plan.dtype}{weights} on {plan.device}, "
+            f"{plan.served_name}: {self._checked.model.architecture} in {plan.dtype}{weights} on {device}, "
             f"tp={plan.tensor_parallel_size} ep={plan.expert_parallel_size}{copies}\n"
             f"{front_end.addresses} (Ctrl-C stops)"
         )
@@ -215,6 +218,8 @@ class Serving:
                     self._give_up_joining(event.replica)
                     fleet.await_leader(event.replica)
                 self._console.print(_describe(event), markup=False)
+            elif isinstance(event, Notice):
+                self._console.print(event.text, markup=False)
             elif isinstance(event, ReplicaEnded):
                 self._give_up_joining(event.replica)
                 await fleet.remove(event.replica)

@@ -1,9 +1,9 @@
 """``remuda status``: the replicas of a server and where their ranks run."""
 
 import json
-import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -48,10 +48,10 @@ def status(
     if as_json:
         sys.stdout.write(json.dumps(answer.as_object()) + "\n")
     else:
-        _print_text(answer)
+        print_status(answer)
 
 
-def _print_text(answer: ServerStatus) -> None:
+def print_status(answer: ServerStatus) -> None:
     draining = ", draining" if answer.draining else ""
     print(f"{answer.model}: {answer.num_live_requests} live requests{draining}")
     for replica in answer.replicas:
@@ -68,10 +68,19 @@ def _print_text(answer: ServerStatus) -> None:
                 f"  experts: the busiest ranks have {experts.imbalance:.2f} of the mean, {experts.num_moves} tables "
                 f"changed ({experts.num_moved_experts} experts read), {experts.num_failed_moves} given up"
             )
+            print(f"  experts' load since the start: {_shares(experts.rank_pairs)}")
         if replica.error:
             print(f"  {replica.error}")
         for rank in replica.ranks:
             print(f"  rank {rank.rank}: {_doing(rank)}, {rank.device} on {rank.host}, pid {rank.pid}")
+
+
+def _shares(rank_pairs: Sequence[int]) -> str:
+    """Of (token, expert) pairs: each ep rank's."""
+    total = sum(rank_pairs)
+    if not total:
+        return "no token yet"
+    return ", ".join(f"ep rank {rank} {pairs / total:.1%}" for rank, pairs in enumerate(rank_pairs))
 
 
 def _doing(rank: RankInfo) -> str:
@@ -83,9 +92,17 @@ def _doing(rank: RankInfo) -> str:
 
 
 def _write(path: Path, parts: Iterator[bytes]) -> int:
-    """Readable by this user alone. Returns the number of bytes."""
-    num_bytes = 0
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        for part in parts:
-            num_bytes += file.write(part)
+    """Readable by this user alone, and there only when all of it is; a pipe or a terminal is written to as it is.
+    Returns the number of bytes."""
+    if path.exists() and not path.is_file():
+        with path.open("wb") as there:
+            return sum(there.write(part) for part in parts)
+    path = path.resolve()
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:  # of mode 0600
+        try:
+            num_bytes = sum(file.write(part) for part in parts)
+        except BaseException:
+            Path(file.name).unlink()
+            raise
+    Path(file.name).replace(path)
     return num_bytes

@@ -16,8 +16,10 @@ from typing import IO, TYPE_CHECKING
 
 import setproctitle
 
+from cluster.control.device_choice import with_device
 from cluster.control.host_calls import HostCalls
 from cluster.control.nearby import MeasureLinks, place_nearby
+from cluster.control.next_hosts import next_hosts
 from cluster.control.placement import HostInfo
 from cluster.control.ray_runtime import RayRuntime
 from cluster.replica.events import (
@@ -93,6 +95,7 @@ class Launch:
         if self._stop.is_set():
             return
         self._events.send(PhaseStarted("placement"))
+        self._choose_device(self._runtime)
         gangs, config = place_nearby(self._runtime, self._config, self._measure_links)
         self._config = config
         planned = self._plan_memory(gangs, self._runtime.host)
@@ -104,7 +107,9 @@ class Launch:
         else:
             (hosts,) = gangs
             ranks = [PlacedRank(rank, host.address) for rank, host in enumerate(hosts)]
-            self._begin(supervisor_class("r0", config.replica, ranks, self._runtime.host, config.secret))
+            host = self._runtime.host
+            choose = next_hosts(config, host)
+            self._begin(supervisor_class("r0", config.replica, ranks, host, config.secret, choose))
         self._watch()
 
     def _serve_app(self, this_host: str) -> "ServeApp":
@@ -130,6 +135,13 @@ class Launch:
             self._events.send(PhaseStarted("hosts"))
         while len(runtime.nodes()) < num_hosts and not self._stop.wait(POLL_INTERVAL_S):
             pass
+
+    def _choose_device(self, runtime: RayRuntime) -> None:
+        """Where the user left it to the cluster's hosts."""
+        if self._config.on_gpus is not None:
+            self._config = with_device(self._config, runtime.nodes())
+            device = self._config.replica.device
+            self._events.send(Notice(f"ranks run on {device}, by what the cluster's hosts have (--device auto)"))
 
     def _plan_memory(self, gangs: list[list[HostInfo]], this_host: str) -> MemoryPlanned:
         """Before any actor is created. Raises DoesNotFit."""

@@ -14,6 +14,7 @@ from engine.errors import LayoutError
 
 Links = Mapping[tuple[str, str], float]
 """Measured seconds from one node id to another. A pair that is not there is farther than any."""
+_NOBODY: Mapping[int, "HostInfo"] = {}
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,40 @@ def place_gangs(
     return [cluster.place_gang(parallel) for _ in range(num_gangs)]
 
 
+def place_again(
+    parallel: ParallelConfig,
+    hosts: Sequence[HostInfo],
+    kept: Mapping[int, HostInfo],
+    *,
+    on_gpus: bool,
+    tp_across_hosts: bool = False,
+    links: Links | None = None,
+) -> dict[int, HostInfo]:
+    """The hosts of one gang's ranks that have none any more, by the rules of place_gangs; the others stay.
+
+    A stage that has ranks left is completed near them, on one host if one can take all that it lacks.
+
+    Args:
+        hosts: what is free there, beside the ranks that stay.
+        kept: the hosts of those, among ``hosts``.
+
+    Raises:
+        LayoutError: there is no room, or only cut groups would fit; the message counts the slots.
+    """
+    num_needed = parallel.num_ranks - len(kept)
+    free = {host.node_id: max(0, host.num_free(on_gpus)) for host in hosts}
+    each = ", ".join(f"{host.address}: {free[host.node_id]}" for host in hosts) or "there are no hosts"
+    if num_needed > sum(free.values()):
+        raise LayoutError(f"{num_needed} ranks have no host, and only {sum(free.values())} slots are free ({each})")
+    gang = _Cluster(hosts, free, links).place_gang(parallel, kept)
+    groups = [gang[first : first + parallel.tp] for first in range(0, len(gang), parallel.tp)]
+    if not tp_across_hosts and any(len({host.node_id for host in group}) > 1 for group in groups):
+        raise LayoutError(
+            f"{num_needed} ranks have no host, and no host has room for a whole group of {parallel.tp} ({each})"
+        )
+    return {rank: host for rank, host in enumerate(gang) if rank not in kept}
+
+
 def may_choose_by_links(gangs: Sequence[Sequence[HostInfo]], hosts: Sequence[HostInfo], *, on_gpus: bool) -> bool:
     """Whether measured links could lead to another placement than ``gangs``: one of them is on several hosts, of which
     there are more than two to choose from, and labels do not tell these apart: some have none, or all stand in the same
@@ -127,30 +162,41 @@ class _Cluster:
         self._num_free = num_free
         self._links = links
 
-    def place_gang(self, parallel: ParallelConfig) -> list[HostInfo]:
-        for host in self._hosts:
+    def place_gang(self, parallel: ParallelConfig, kept: Mapping[int, HostInfo] = _NOBODY) -> list[HostInfo]:
+        """``kept``: ranks that have their hosts already."""
+        for host in () if kept else self._hosts:
             if self._num_free[host.node_id] >= parallel.num_ranks:
                 self._num_free[host.node_id] -= parallel.num_ranks
                 return [host] * parallel.num_ranks
-        tried = [self._place_from(seed, parallel) for seed in self._hosts]
+        tried = [self._place_from(seed, parallel, kept) for seed in self._hosts]
         # The first of equals, so the order of hosts decides.
         placed, self._num_free = min(tried, key=lambda found: self._cost(found[0], parallel))
         return placed
 
-    def _place_from(self, seed: HostInfo, parallel: ParallelConfig) -> tuple[list[HostInfo], dict[str, int]]:
+    def _place_from(
+        self, seed: HostInfo, parallel: ParallelConfig, kept: Mapping[int, HostInfo]
+    ) -> tuple[list[HostInfo], dict[str, int]]:
         """Each stage as near to the one before as it can be, the first to ``seed``; and what is free then."""
         tried = _Cluster(self._hosts, dict(self._num_free), self._links)
         placed: list[HostInfo] = []
-        last = seed
-        for _ in range(parallel.pp):
-            stage = tried._take_near(last, parallel.dp * parallel.tp)
-            for _ in range(0 if stage else parallel.dp):
-                stage += tried._take_near(stage[-1] if stage else last, parallel.tp) or tried._take_cut(
-                    last, parallel.tp
-                )
-            placed += stage
-            last = placed[-1]
+        stage_size = parallel.dp * parallel.tp
+        for first in range(0, parallel.num_ranks, stage_size):
+            stage = [kept.get(rank) for rank in range(first, first + stage_size)]
+            placed += tried._complete_stage(placed[-1] if placed else seed, stage, parallel.tp)
         return placed, tried._num_free
+
+    def _complete_stage(self, last: HostInfo, stage: list[HostInfo | None], tp: int) -> list[HostInfo]:
+        """``stage``: each rank's host, None where it has none yet. Near those that it has, else near ``last``."""
+        near = next(filter(None, stage), last)
+        if together := self._take_near(near, stage.count(None)):
+            return _filled(stage, together)
+        placed: list[HostInfo] = []
+        for first in range(0, len(stage), tp):
+            group = stage[first : first + tp]
+            near, num_missing = next(filter(None, group), near), group.count(None)
+            placed += _filled(group, self._take_near(near, num_missing) or self._take_cut(near, num_missing))
+            near = placed[-1]
+        return placed
 
     def _take_near(self, last: HostInfo, num_ranks: int) -> list[HostInfo]:
         """So many slots of the nearest host that has them, of those the one with the most; [] where there is none."""
@@ -161,16 +207,16 @@ class _Cluster:
         self._num_free[host.node_id] -= num_ranks
         return [host] * num_ranks
 
-    def _take_cut(self, last: HostInfo, tp: int) -> list[HostInfo]:
-        """A group over several hosts. The roomiest first: it then crosses as few borders between hosts as it can; of
-        equals the nearest."""
+    def _take_cut(self, last: HostInfo, num_ranks: int) -> list[HostInfo]:
+        """Ranks of one group, over several hosts. The roomiest first: the group then crosses as few borders between
+        hosts as it can; of equals the nearest."""
         group: list[HostInfo] = []
         by_room = sorted(self._hosts, key=lambda host: distance(last, host, self._links))
         for host in sorted(by_room, key=lambda host: -self._num_free[host.node_id]):
-            num_taken = min(self._num_free[host.node_id], tp - len(group))
+            num_taken = min(self._num_free[host.node_id], num_ranks - len(group))
             self._num_free[host.node_id] -= num_taken
             group += [host] * num_taken
-        assert len(group) == tp, "check_room has counted the slots"
+        assert len(group) == num_ranks, "the slots were counted before"
         return group
 
     def _cost(self, placed: list[HostInfo], parallel: ParallelConfig) -> tuple[int, float, float]:
@@ -185,3 +231,9 @@ class _Cluster:
     def _width(self, stage: list[HostInfo]) -> float:
         hosts = {host.node_id: host for host in stage}.values()
         return max((distance(a, b, self._links) for a, b in itertools.combinations(hosts, 2)), default=0.0)
+
+
+def _filled(places: Sequence[HostInfo | None], hosts: Sequence[HostInfo]) -> list[HostInfo]:
+    """``hosts``: for the places that have none, in order."""
+    left = iter(hosts)
+    return [place or next(left) for place in places]

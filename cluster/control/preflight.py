@@ -5,6 +5,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from cluster.config import Device, ServeConfig
 from cluster.control.ray_settings import parse_address
 from cluster.identity.cluster_tls import ClusterTls
@@ -46,7 +48,7 @@ def preflight(config: ServeConfig) -> Preflight:
     _check_exposure(config)
     _check_backend(config)
     _check_balancing(config)
-    device = _device(config.device)
+    device = _device(config)
     num_ranks = parallel.num_ranks * config.replicas
     if config.address is None and device == Device.CPU and num_ranks > config.cpu_slots:
         copies = f", × {config.replicas} replicas = {num_ranks}" if config.replicas > 1 else ""
@@ -61,7 +63,10 @@ def preflight(config: ServeConfig) -> Preflight:
     validate_layout(model, parallel)
     parallel = deterministic_layout(model, parallel, config.deterministic)
     _check_adapters(config)
-    return Preflight(_launch_config(config, parallel, device, source, model), directory, model)
+    launch = _launch_config(config, _replica_plan(config, parallel, device, source, model))
+    if _is_device_open(config):
+        launch = msgspec.structs.replace(launch, on_gpus=_replica_plan(config, parallel, Device.CUDA, source, model))
+    return Preflight(launch, directory, model)
 
 
 def _check_balancing(config: ServeConfig) -> None:
@@ -134,8 +139,26 @@ def _check_exposure(config: ServeConfig) -> None:
         parse_address(config.address)
 
 
-def _device(wanted: Device) -> Device:
-    """Auto means CUDA where the driver's device files are, without importing torch."""
+def _is_device_open(config: ServeConfig) -> bool:
+    """Whether the cluster's hosts decide it, which may have other devices than this one (device_choice.py)."""
+    return config.address is not None and config.device == Device.AUTO and config.attention_backend == "auto"
+
+
+def _device(config: ServeConfig) -> Device:
+    """Of the ranks; the CPU where it is open. Raises InvalidOption."""
+    if config.address is None:
+        return local_device(config.device)
+    if _is_device_open(config):
+        return Device.CPU
+    # What attends by an engine of GPUs alone runs on them.
+    return Device.CUDA if config.device == Device.AUTO else config.device
+
+
+def local_device(wanted: Device) -> Device:
+    """Of ranks on this host. Auto means CUDA where the driver's device files are, without importing torch.
+
+    Raises InvalidOption.
+    """
     has_cuda = Path("/dev/nvidiactl").exists()
     if wanted == Device.CUDA and not has_cuda:
         raise InvalidOption("--device cuda: this host has no NVIDIA driver; use --device cpu")
@@ -144,9 +167,9 @@ def _device(wanted: Device) -> Device:
     return wanted
 
 
-def _launch_config(
+def _replica_plan(
     config: ServeConfig, parallel: ParallelConfig, device: Device, source: ModelSource, model: ModelConfig
-) -> LaunchConfig:
+) -> ReplicaPlan:
     max_model_len = None if config.max_model_len == "auto" else config.max_model_len
     if max_model_len is not None and max_model_len > model.max_context_len:
         raise InvalidOption(
@@ -155,10 +178,11 @@ def _launch_config(
     dtype = model.dtype.value if config.dtype == "auto" else config.dtype
     check_attention_dtype(config.attention_backend, dtype)
     limits = default_limits(device.value)
-    max_num_seqs = config.max_num_seqs or limits.max_num_seqs
+    # What is left out gives way to what is given.
+    max_num_seqs = config.max_num_seqs or min(limits.max_num_seqs, config.max_num_batched_tokens or limits.max_num_seqs)
     batched = config.max_num_batched_tokens or max(limits.max_num_batched_tokens, max_num_seqs)
     SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=batched)
-    plan = ReplicaPlan(
+    return ReplicaPlan(
         model=source.model,
         revision=source.revision,
         served_name=config.name,
@@ -191,6 +215,9 @@ def _launch_config(
         otlp_endpoint=otlp_endpoint(config.otlp_endpoint),
         log_format=config.log_format,
     )
+
+
+def _launch_config(config: ServeConfig, plan: ReplicaPlan) -> LaunchConfig:
     return LaunchConfig(
         replica=plan,
         num_replicas=config.replicas,

@@ -23,6 +23,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from cluster.control.autoscaling import DOWN_DELAY_S, UP_DELAY_S, ReplicaLoad, wanted_replicas
+from cluster.control.next_hosts import measured_links, next_hosts
 from cluster.control.placement import place_gangs
 from cluster.control.ray_runtime import living_hosts
 from cluster.control.replica_board import BoardLink, ReplicaBoard
@@ -125,19 +126,23 @@ class GangReplica:
 
     def _start(self) -> Supervisor:
         plan, this_host = self._config.replica, ray.util.get_node_ip_address()
-        measured = self._config.links
-        links = None if measured is None else {(one, other): seconds for one, other, seconds in measured}
         for attempt in range(_NUM_PLACEMENTS):
             (gang,) = place_gangs(
                 plan.parallel,
                 living_hosts(this_host),
                 on_gpus=plan.device == "cuda",
                 tp_across_hosts=self._config.tp_across_hosts,
-                links=links,
+                links=measured_links(self._config),
             )
             ranks = [PlacedRank(rank, host.address) for rank, host in enumerate(gang)]
             supervisor = Supervisor(
-                self._name, plan, ranks, this_host, self._config.secret, reserve_timeout_s=_RESERVE_TIMEOUT_S
+                self._name,
+                plan,
+                ranks,
+                this_host,
+                self._config.secret,
+                next_hosts(self._config, this_host),
+                reserve_timeout_s=_RESERVE_TIMEOUT_S,
             )
             try:
                 supervisor.start()

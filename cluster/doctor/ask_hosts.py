@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import msgspec
 
 from cluster.config import is_loopback
-from cluster.control.host_calls import HostCall, HostCalls
+from cluster.control.host_calls import HostAnswer, HostCall, HostCalls
 from cluster.control.placement import HostInfo
 from cluster.doctor.facts import Clock, HostFacts, HostQuestion
 from cluster.doctor.finding import Finding, Level
 from cluster.doctor.measure_host import measure_host, tell_time
+from cluster.replica.model_source import ModelSource
 
 HOST_TIMEOUT_S = 60.0
 _CLOCK_TIMEOUT_S = 20.0
@@ -27,9 +28,10 @@ def ask_hosts(
     A private Ray's only host is measured in this process, which is quicker. Any other is asked through its Ray, this
     one too: only there the settings are seen with which it was started.
     """
+    num_bytes = 0 if model is None else ModelSource(model, revision).cached_bytes()
     questions = [
-        msgspec.msgpack.encode(HostQuestion(host.address, model, revision, reads_disk)) for host in hosts
-    ]  # fmt: skip
+        msgspec.msgpack.encode(HostQuestion(host.address, model, revision, reads_disk, num_bytes)) for host in hosts
+    ]
     remote = [
         HostCall(host, _MEASURE, question)
         for host, question in zip(hosts, questions, strict=True)
@@ -40,15 +42,21 @@ def ask_hosts(
     }
     facts, failures = [], []
     for host, question in zip(hosts, questions, strict=True):
-        answer = answers.get(host.address)
-        if answer is None:
-            facts.append(msgspec.msgpack.decode(measure_host(question), type=HostFacts))
-        elif answer.error is not None:
+        answer = answers.get(host.address) or _measure_here(question)
+        if answer.error is not None:
             remedy = "install the same wheels as here, under the same path; see that the host is up (ray status)"
             failures.append(Finding("host", host.address, Level.FAIL, answer.error, "", remedy))
         else:
             facts.append(msgspec.msgpack.decode(answer.value, type=HostFacts))
     return facts, failures
+
+
+def _measure_here(question: bytes) -> HostAnswer:
+    """As a call of another host answers: what goes wrong is told, and the others are still measured."""
+    try:
+        return HostAnswer(measure_host(question))
+    except OSError as error:
+        return HostAnswer(error=str(error))
 
 
 def ask_clocks(calls: HostCalls, hosts: Sequence[HostInfo]) -> dict[str, Clock]:

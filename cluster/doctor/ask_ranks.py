@@ -1,13 +1,14 @@
 """Lets the ranks of a gang measure the links between them."""
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import msgspec
 
 from cluster.control.host_calls import HostCall, HostCalls
 from cluster.control.placement import HostInfo
 from cluster.doctor.facts import LinkFacts, RankFacts, RankQuestion
+from cluster.doctor.follow_rounds import Tell, rounds_followed
 from cluster.doctor.rounds import measuring_rounds
 from cluster.replica.rendezvous import Rendezvous
 
@@ -17,17 +18,27 @@ _MEASURE = "cluster.doctor.measure_links:measure_rank"
 
 
 def ask_ranks(
-    calls: HostCalls, placed: Sequence[HostInfo], *, on_gpus: bool, tcp_only: bool = False
+    calls: HostCalls,
+    gangs: Sequence[Sequence[HostInfo]],
+    *,
+    on_gpus: bool,
+    tcp_only: bool = False,
+    tell: Tell | None = None,
 ) -> tuple[list[RankFacts], list[LinkFacts]]:
-    """What each rank says of its device, and every pair's link. A pair of which nobody told has an error.
+    """What each rank says of its device, and the link of every pair in a gang. One of which nobody told has an error.
 
     Args:
-        placed: each rank's host.
+        gangs: each rank's host; ranks are numbered through all gangs.
         tcp_only: links between hosts alone, without collectives over them.
+        tell: hears how far the measurement is.
     """
+    placed = [host for gang in gangs for host in gang]
     addresses = tuple(host.address for host in placed)
-    rounds = measuring_rounds(addresses)
-    with closing(Rendezvous(calls.host)) as store:
+    rounds = measuring_rounds([[host.address for host in gang] for gang in gangs])
+    with ExitStack() as stack:
+        store = stack.enter_context(closing(Rendezvous(calls.host)))
+        if tell is not None:
+            stack.enter_context(rounds_followed(store, len(rounds), tell))
         asked = [
             RankQuestion(rank, addresses, on_gpus, store.host, store.port, rounds, tcp_only)
             for rank in range(len(placed))

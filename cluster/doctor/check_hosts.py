@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from cluster.config import is_loopback
 from cluster.control.ray_settings import OBJECT_STORE_MEMORY_BYTES
-from cluster.doctor.facts import Clock, HostFacts
+from cluster.doctor.facts import DOWNLOADS, Clock, HostFacts
 from cluster.doctor.finding import Finding, Level, least, most
 
 GIB = 2**30
@@ -126,6 +126,10 @@ def check_limits(hosts: Sequence[HostFacts]) -> Iterator[Finding]:
 def check_disks(hosts: Sequence[HostFacts]) -> Iterator[Finding]:
     for host in hosts:
         for disk in host.disks:
+            if disk.error is not None:
+                remedy = "let the user that Ray runs as read and write there, or name another place"
+                yield Finding(f"disk for {disk.use}", host.address, Level.FAIL, disk.error, "", remedy)
+                continue
             level = least(disk.free_bytes, DISK_WARN_BYTES, DISK_FAIL_BYTES)
             remedy = "" if level is Level.OK else f"make room under {disk.path}"
             limit = f"at least {_mib(DISK_WARN_BYTES)}"
@@ -134,8 +138,8 @@ def check_disks(hosts: Sequence[HostFacts]) -> Iterator[Finding]:
 
 
 def check_checkpoints(hosts: Sequence[HostFacts]) -> Iterator[Finding]:
-    """Every host has it, and the same."""
-    there = [host.checkpoint.digest for host in hosts if host.checkpoint and not host.checkpoint.error]
+    """Every host has it, and the same; or has room for what it will download of a hub's model."""
+    there = [host.checkpoint.digest for host in hosts if host.checkpoint and host.checkpoint.digest]
     usual = _usual(there) if there else ""
     for host in hosts:
         if host.checkpoint is None:
@@ -143,6 +147,8 @@ def check_checkpoints(hosts: Sequence[HostFacts]) -> Iterator[Finding]:
         if host.checkpoint.error is not None:
             remedy = "put the checkpoint under the same path on every host"
             yield Finding("checkpoint", host.address, Level.FAIL, host.checkpoint.error, "", remedy)
+        elif host.checkpoint.bytes_to_download is not None:
+            yield _download(host, host.checkpoint.bytes_to_download)
         elif host.checkpoint.digest != usual:
             yield Finding(
                 "checkpoint", host.address, Level.FAIL,
@@ -153,9 +159,22 @@ def check_checkpoints(hosts: Sequence[HostFacts]) -> Iterator[Finding]:
             yield Finding("checkpoint", host.address, Level.OK, f"{host.checkpoint.num_bytes:,} bytes")
 
 
+def _download(host: HostFacts, num_bytes: int) -> Finding:
+    disk = next(disk for disk in host.disks if disk.use == DOWNLOADS)
+    level, remedy = Level.WARN, "download it there before, and the start takes no longer than on the other hosts"
+    if num_bytes + DISK_FAIL_BYTES > disk.free_bytes:
+        level = Level.FAIL
+        remedy = f"make room under {disk.path}, or set HF_HOME to a larger disk before Ray is started"
+    value, limit = f"{num_bytes:,} bytes will be downloaded", f"{disk.free_bytes:,} free under {disk.path}"
+    return Finding("checkpoint", host.address, level, value, limit, remedy)
+
+
 def check_read_rates(hosts: Sequence[HostFacts], bytes_read: Mapping[str, int]) -> Iterator[Finding]:
     """``bytes_read``: what the ranks of each address will read; tells how long that takes."""
     for host in hosts:
+        if host.read_error is not None:
+            remedy = "see that its files can be read there: the disk, the mount, their owner"
+            yield Finding("disk read", host.address, Level.FAIL, host.read_error, "", remedy)
         if host.bytes_read_per_s is None:
             continue
         rate = host.bytes_read_per_s

@@ -99,6 +99,7 @@ def check_exchange_link(
 
 
 def check_pipeline_links(
+    gang: range,
     stage_size: int,
     num_in_flight: int,
     links: Sequence[LinkFacts],
@@ -109,6 +110,7 @@ def check_pipeline_links(
     """What a pipeline would lose to the links between its stages, of which the slowest is named.
 
     Args:
+        gang: its ranks, stage after stage.
         stage_size: ranks of a stage.
         num_in_flight: micro-batches.
         row_bytes: of one micro-batch, from a rank to its neighbour.
@@ -116,18 +118,20 @@ def check_pipeline_links(
     """
     by_boundary: dict[int, tuple[float, LinkFacts]] = {}
     for link in links:
-        if link.second - link.first != stage_size or link.channel_s is None or link.channel_bytes_per_s is None:
+        if link.first not in gang or link.second - link.first != stage_size:
+            continue
+        if link.channel_s is None or link.channel_bytes_per_s is None:
             continue
         # Half of a round trip.
         one_way_s = StepTraffic(1, row_bytes).seconds(Link(link.channel_s / 2, link.channel_bytes_per_s))
-        boundary = link.first // stage_size
+        boundary = (link.first - gang.start) // stage_size
         by_boundary[boundary] = max(by_boundary.get(boundary, (0.0, link)), (one_way_s, link), key=lambda item: item[0])
     if not by_boundary:
         return
     slowest_s, slowest = max(by_boundary.values(), key=lambda item: item[0])
     # What was sampled goes back to the leader, over one more of them.
     link_s = sum(one_way_s for one_way_s, _ in by_boundary.values()) + slowest_s
-    loss = pipeline_loss(stage_s, len(hosts) // stage_size, num_in_flight, link_s)
+    loss = pipeline_loss(stage_s, len(gang) // stage_size, num_in_flight, link_s)
     level = most(loss, TENSOR_PARALLEL_LOSS, 1.0)
     value = (
         f"{loss:.0%} of the throughput of {num_in_flight} micro-batches would be lost: a token takes {_time(link_s)} "

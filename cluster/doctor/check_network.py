@@ -91,7 +91,7 @@ def check_numa(hosts: Sequence[HostFacts], *, on_gpus: bool) -> Iterator[Finding
                           f"adapters are on {', '.join(map(str, sorted(adapters)))}",
                           "bring the adapters of the other nodes up, or use the near GPUs only")  # fmt: skip
         elif not on_gpus and host.num_numa_nodes > 1:
-            yield Finding("NUMA", host.address, Level.WARN, f"{nodes}, ranks run on any", "",
+            yield Finding("NUMA", host.address, Level.WARN, f"{nodes}; a gang with fewer ranks there runs on any", "",
                           "start Ray there under numactl --interleave=all")  # fmt: skip
         else:
             yield Finding("NUMA", host.address, Level.OK, nodes)

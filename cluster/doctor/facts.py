@@ -15,27 +15,35 @@ class Gpu(msgspec.Struct, frozen=True):
     numa_node: int | None = None
 
 
+DOWNLOADS = "downloads"
+"""The use of the disk that a hub's models are downloaded to."""
+
+
 class Disk(msgspec.Struct, frozen=True):
-    """The file system under ``path``, which is there for ``use``."""
+    """The file system under ``path``, which is there for ``use``. ``error``: why nothing could be asked of it."""
 
     use: str
     path: str
     free_bytes: int
     total_bytes: int
+    error: str | None = None
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
     """``digest``: of the names and sizes of its files, and of the manifest of their hashes where it has one. ``error``:
-    why this host does not have it."""
+    why this host does not have it. ``bytes_to_download``: of a hub's model that is not there yet, or only in part; None
+    where nothing is missing."""
 
     digest: str = ""
     num_bytes: int = 0
     error: str | None = None
+    bytes_to_download: int | None = None
 
 
 class HostFacts(msgspec.Struct, frozen=True):
     """One host's. ``settings``: variables of the environment that Ray on this host was started with.
-    ``bytes_read_per_s``: of the checkpoint, past the page cache; None where it was not measured."""
+    ``bytes_read_per_s``: of the checkpoint, past the page cache; None where it was not measured, and where it cannot be
+    read, as ``read_error`` then says."""
 
     address: str
     name: str
@@ -52,15 +60,18 @@ class HostFacts(msgspec.Struct, frozen=True):
     num_numa_nodes: int
     checkpoint: Checkpoint | None = None
     bytes_read_per_s: float | None = None
+    read_error: str | None = None
 
 
 class HostQuestion(msgspec.Struct, frozen=True):
-    """What a host is asked. ``model`` None: no checkpoint is looked at; ``reads_disk``: read from it, too."""
+    """What a host is asked. ``model`` None: no checkpoint is looked at; ``reads_disk``: read from it, too.
+    ``checkpoint_bytes``: of a hub's model, as whoever asks has it."""
 
     address: str
     model: str | None = None
     revision: str | None = None
     reads_disk: bool = False
+    checkpoint_bytes: int = 0
 
 
 class Clock(msgspec.Struct, frozen=True):

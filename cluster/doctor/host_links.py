@@ -22,7 +22,7 @@ _STEP = 4.0
 
 def measure_host_links(calls: HostCalls, hosts: Sequence[HostInfo]) -> Links:
     """One TCP connection between every two hosts; pairs that do not reach each other are left out."""
-    _, found = ask_ranks(calls, hosts, on_gpus=False, tcp_only=True)
+    _, found = ask_ranks(calls, [hosts], on_gpus=False, tcp_only=True)
     links = {}
     for link in found:
         if (seconds := message_seconds(link)) is not None:

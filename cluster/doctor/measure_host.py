@@ -1,29 +1,23 @@
 """Measures the host it runs on. Imports neither torch nor Ray; takes far less than a second without the disk."""
 
-import hashlib
-import importlib.util
-import platform
 import resource
 import shutil
 import socket
 import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
 from huggingface_hub import constants
 
 from cluster.doctor.config import ray_settings, temporary_directory
-from cluster.doctor.facts import Checkpoint, Disk, Gpu, HostFacts, HostQuestion
+from cluster.doctor.facts import DOWNLOADS, Checkpoint, Disk, Gpu, HostFacts, HostQuestion
 from cluster.doctor.measure_disk import checkpoint_facts, read_rate
 from cluster.plan.local import available_host_bytes
+from cluster.replica.build import code_digest, versions
 from cluster.replica.fabric import SYS, network_interfaces, num_numa_nodes, numa_node, rdma_ports
 from cluster.replica.model_source import ModelSource
-from engine.errors import CheckpointError
 
-# Those whose versions decide what ranks compute or how they talk to each other.
-PACKAGES = ("remuda", "ray", "torch", "numpy", "safetensors", "msgspec", "grpcio", "protobuf", "tokenizers")
 MIB = 2**20
 SHM = "/dev/shm"
 UNLIMITED = 2**63 - 1
@@ -35,7 +29,7 @@ _GPU_TIMEOUT_S = 30.0
 def measure_host(argument: bytes) -> bytes:
     """HostQuestion → HostFacts, both encoded."""
     question = msgspec.msgpack.decode(argument, type=HostQuestion)
-    checkpoint, rate = _checkpoint(question)
+    checkpoint, rate, read_error = _checkpoint(question)
     facts = HostFacts(
         address=question.address,
         name=socket.gethostname(),
@@ -46,12 +40,13 @@ def measure_host(argument: bytes) -> bytes:
         gpus=gpus(),
         shm_free_bytes=shutil.disk_usage(SHM).free if Path(SHM).is_dir() else 0,
         limits={name: _soft_limit(number) for name, number in _LIMITS.items()},
-        disks=(_disk("temporary files", Path(temporary_directory())), _disk("downloads", Path(constants.HF_HUB_CACHE))),
+        disks=(_disk("temporary files", Path(temporary_directory())), _disk(DOWNLOADS, Path(constants.HF_HUB_CACHE))),
         nics=network_interfaces(),
         hcas=rdma_ports(),
         num_numa_nodes=num_numa_nodes(),
         checkpoint=checkpoint,
         bytes_read_per_s=rate,
+        read_error=read_error,
     )
     return msgspec.msgpack.encode(facts)
 
@@ -59,28 +54,6 @@ def measure_host(argument: bytes) -> bytes:
 def tell_time(argument: bytes) -> bytes:
     """The clock, and for how long this function has run: nothing."""
     return msgspec.msgpack.encode(time.time())
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
-
-
-def code_digest() -> str:
-    """Of our own Python files: two hosts may call different code by one version."""
-    digest = hashlib.blake2b(digest_size=8)
-    for package in ("cluster", "engine"):
-        spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.submodule_search_locations
-        root = Path(spec.submodule_search_locations[0])
-        for path in sorted(root.rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def gpus(sys: Path = SYS) -> tuple[Gpu, ...]:
@@ -104,21 +77,29 @@ def parse_gpus(text: str, sys: Path = SYS) -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def _checkpoint(question: HostQuestion) -> tuple[Checkpoint | None, float | None]:
+def _checkpoint(question: HostQuestion) -> tuple[Checkpoint | None, float | None, str | None]:
+    """The checkpoint, bytes per second of reading it, and why it cannot be read."""
     if question.model is None:
-        return None, None
+        return None, None, None
+    source = ModelSource(question.model, question.revision)
+    found = checkpoint_facts(source, question.checkpoint_bytes)
+    if not question.reads_disk or not found.digest:
+        return found, None, None
+    path = source.cached()
+    assert path is not None, "its digest is known"
     try:
-        directory = ModelSource(question.model, question.revision).directory()
-    except CheckpointError as error:
-        return Checkpoint(error=str(error)), None
-    rate = read_rate(directory) if question.reads_disk else None
-    return checkpoint_facts(directory), rate
+        return found, read_rate(path), None
+    except OSError as error:
+        return found, None, str(error)
 
 
 def _disk(use: str, path: Path) -> Disk:
-    while not path.exists():
-        path = path.parent
-    usage = shutil.disk_usage(path)
+    try:
+        while not path.exists():
+            path = path.parent
+        usage = shutil.disk_usage(path)
+    except OSError as error:
+        return Disk(use, str(path), 0, 0, str(error))
     return Disk(use, str(path), usage.free, usage.total)
 
 

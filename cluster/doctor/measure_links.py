@@ -16,6 +16,7 @@ import torch.distributed as dist
 from cluster.doctor import measure_tcp
 from cluster.doctor.config import visible_devices
 from cluster.doctor.facts import LinkFacts, RankFacts, RankQuestion
+from cluster.doctor.rounds import begun_key
 from engine.config import ParallelConfig
 from engine.errors import RemudaError
 from engine.executor import sockets
@@ -55,7 +56,7 @@ class _Rank:
         rate = 0.0 if self._question.tcp_only else memory_rate(self._device)
         links = []
         for number, pairs in enumerate(self._question.rounds):
-            self._meet(str(number))
+            self._meet(number)
             for first, second in pairs:
                 if self._rank == first and second in self._present:
                     links.append(self._measure(first, second))
@@ -80,11 +81,11 @@ class _Rank:
             raise TimeoutError(f"came more than {_START_TIMEOUT_S:.0f} s after the first rank")
         return present
 
-    def _meet(self, turn: str) -> None:
+    def _meet(self, number: int) -> None:
         """Wait until all ranks that are present are here."""
-        if self._store.add(f"turn/{turn}", 1) == len(self._present):
-            self._store.set(f"turn/{turn}/all", "")
-        self._store.wait([f"turn/{turn}/all"], timedelta(seconds=_TURN_TIMEOUT_S))
+        if self._store.add(f"turn/{number}", 1) == len(self._present):
+            self._store.set(begun_key(number), "")
+        self._store.wait([begun_key(number)], timedelta(seconds=_TURN_TIMEOUT_S))
 
     def _measure(self, first: int, second: int) -> LinkFacts:
         hosts = self._question.hosts

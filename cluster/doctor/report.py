@@ -24,7 +24,13 @@ def as_object(found: Examination) -> dict[str, Any]:
         "findings": [finding.as_object() for finding in found.findings],
         "hosts": [{**msgspec.to_builtins(host), "chosen": chosen_environment(host)} for host in found.hosts],
         "ranks": [
-            {**msgspec.structs.asdict(rank), "links": None, "host": found.rank_hosts[rank.rank]} for rank in found.ranks
+            {
+                **msgspec.structs.asdict(rank),
+                "links": None,
+                "host": found.rank_hosts[rank.rank],
+                "replica": rank.rank // found.gang_size,
+            }
+            for rank in found.ranks
         ],
         "links": [msgspec.to_builtins(link) for link in found.links],
     }
@@ -33,6 +39,8 @@ def as_object(found: Examination) -> dict[str, Any]:
 def print_examination(found: Examination, console: Console) -> None:
     for first in range(0, len(found.hosts), _COLUMNS):
         console.print(_hosts(found, [host.address for host in found.hosts[first : first + _COLUMNS]]))
+    if len(found.rank_hosts) > found.gang_size:
+        console.print(f"each replica has {found.gang_size} ranks: those of the first are numbered from 0, and so on")
     if found.links:
         for first in range(0, len(found.rank_hosts), _COLUMNS):
             console.print(_links(found, range(first, min(first + _COLUMNS, len(found.rank_hosts)))))

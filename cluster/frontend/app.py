@@ -5,6 +5,7 @@ import importlib.metadata
 import logging
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,8 +46,7 @@ from engine.request import Pooling
 _log = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 1.0
-_FILES_INTERVAL_S = 1.0
-"""Between two looks at the files of keys, certificates and tenants. As above, so that both are one wake-up."""
+"""Between two looks at health, at limits, and at the files of keys, certificates and tenants: one wake-up for all."""
 _LAST_WORDS_S = 1.0
 """For telling those who are cut off that they are."""
 
@@ -193,10 +193,13 @@ class FrontEnd:
             await listener.start()
         await self._grpc.start()
         await self._watch_once()
-        watches = [self._watch(), self._watch_tenancy()]
+        looks: dict[str, Callable[[], Awaitable[None]]] = {
+            "the replicas' health": self._watch_once,
+            "limits and usage": self._tenancy.poll,
+        }
         if self._has_files:
-            watches.append(self._watch_files())
-        self._watchers.extend(map(asyncio.create_task, watches))
+            looks["the files of keys and certificates"] = self._poll_files_apart
+        self._watchers.extend(asyncio.create_task(_again_and_again(look, what)) for what, look in looks.items())
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests, and wait for those that run. False where some are left after ``timeout_s``."""
@@ -228,25 +231,9 @@ class FrontEnd:
         self._files_thread.shutdown(wait=False)
         await asyncio.to_thread(self._telemetry.close)
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(_WATCH_INTERVAL_S)
-            await self._watch_once()
-
-    async def _watch_files(self) -> None:
+    async def _poll_files_apart(self) -> None:
         """Keys, certificates and limits that change hold from the next request, and the next connection."""
-        while True:
-            await asyncio.sleep(_FILES_INTERVAL_S)
-            try:
-                await asyncio.get_running_loop().run_in_executor(self._files_thread, self._poll_files)
-            except Exception:  # noqa: BLE001  whatever it is, the next look must come, or revoked keys stay good
-                _log.exception("the files of keys and certificates cannot be looked at; trying again")
-
-    async def _watch_tenancy(self) -> None:
-        """Apart from the files: a shared store that is slow holds up no revocation."""
-        while True:
-            await asyncio.sleep(_FILES_INTERVAL_S)
-            await self._tenancy.poll()
+        await asyncio.get_running_loop().run_in_executor(self._files_thread, self._poll_files)
 
     def _poll_files(self) -> None:
         self._authenticator.poll()
@@ -257,3 +244,13 @@ class FrontEnd:
     async def _watch_once(self) -> None:
         self.health.observe()
         await self._grpc.set_ready(self.health.ready()[0])
+
+
+async def _again_and_again(look: Callable[[], Awaitable[None]], what: str) -> None:
+    """Every second, in a task of its own: a shared store that is slow holds up no revocation."""
+    while True:
+        await asyncio.sleep(_WATCH_INTERVAL_S)
+        try:
+            await look()
+        except Exception:  # noqa: BLE001  the next look must come, or revoked keys stay good and leases end
+            _log.exception("%s cannot be looked at; trying again", what)

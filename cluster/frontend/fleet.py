@@ -70,6 +70,8 @@ class Fleet:
         self._has_work = asyncio.Event()
         self._asking: set[asyncio.Task[None]] = set()
         self._aside: frozenset[str] = frozenset()
+        self._draining: dict[str, ReplicaClient] = {}
+        """Those that take no new requests, and what runs there is to move."""
         self._table = ReplicaTable()
         self._router = default_router(self._table)
         self._refresher: asyncio.Task[None] | None = None
@@ -79,6 +81,7 @@ class Fleet:
         Raises Unavailable where it does not answer; until it is added or removed, it is expected to answer later."""
         self._expected.add(replica_id)
         self._repaired.discard(replica_id)
+        self._tell()
         await client.connect()
         await self._bring_adapters(client)
         self._expected.discard(replica_id)
@@ -102,11 +105,13 @@ class Fleet:
         """Whoever supervises this replica replaces its leader, and says when the new one can be added, or that there
         will be none."""
         self._repaired.add(replica_id)
+        self._tell()
 
     async def remove(self, replica_id: str) -> None:
         """The replica is gone; what still streams from it ends with Unavailable."""
         self._expected.discard(replica_id)
         self._repaired.discard(replica_id)
+        self._draining.pop(replica_id, None)
         client = self._clients.pop(replica_id, None)
         if client is not None:
             self._table.remove(replica_id)
@@ -167,7 +172,7 @@ class Fleet:
         try:
             while not journal.is_finished:
                 attempts.routing()
-                action = journal.next_action(self._clock.now_s(), self._table.views())
+                action = journal.next_action(self._clock.now_s(), self._table.views(), bool(self._repaired))
                 self._abandon(journal)
                 if isinstance(action, Wait):
                     await self._news(action.until_s)
@@ -285,11 +290,24 @@ class Fleet:
         own) goes on at another replica, if one is ready by then."""
         if replica not in self._clients:
             raise InvalidRequest(f"there is no replica {replica!r}; there are {', '.join(self._clients)}", "replica")
-        client = self._clients[replica]
+        client = self._draining[replica] = self._clients[replica]
         self._table.update(replace(await client.drain(), id=replica))
         self._tell()
         delay_s = self._migrate_after_s if migrate_after_s is None else migrate_after_s
         self._clock.call_at(self._clock.now_s() + delay_s, lambda: self._migrate(replica, client))
+
+    def _note_drain(self, replica_id: str, client: ReplicaClient, state: ReplicaState) -> None:
+        """Whoever had it drained may have told another front end, or the replica's supervisor."""
+        if state is not ReplicaState.DRAINING:
+            self._draining.pop(replica_id, None)
+        elif self._draining.get(replica_id) is not client:
+            self._draining[replica_id] = client
+            due_s = self._clock.now_s() + self._migrate_after_s
+            self._clock.call_at(due_s, lambda: self._migrate_drained(replica_id, client))
+
+    def _migrate_drained(self, replica_id: str, client: ReplicaClient) -> None:
+        if self._draining.get(replica_id) is client:
+            self._migrate(replica_id, client)
 
     def set_aside(self, replicas: Collection[str]) -> None:
         """These (and, until the next call, no others) will end soon. While another replica is ready nothing new goes
@@ -372,6 +390,7 @@ class Fleet:
         if self._clients.get(replica_id) is not client:
             return
         if info is not None and client.is_connected:
+            self._note_drain(replica_id, client, info.state)
             state = self._state_for_routing(replica_id, info.state)
             self._table.update(replace(info, id=replica_id, state=state))
         else:

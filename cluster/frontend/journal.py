@@ -6,6 +6,7 @@ before: sampling depends on (seed, choice, position) alone, penalties are recomp
 advanced over them. So what is kept here is the tokens, and how many of the prompt's log-probabilities have come.
 """
 
+import math
 import re
 from array import array
 from collections.abc import Sequence
@@ -136,6 +137,9 @@ class Journal:
         self._has_taken = False
         """Anything of the present attempt."""
         self._num_replays = 0
+        self._is_repairing = False
+        self._waits_from_s = -math.inf
+        """Its patience counts from there, or from its loss."""
         self._abandoned: list[tuple[str, str]] = []
         self.is_finished = False
 
@@ -162,18 +166,28 @@ class Journal:
         abandoned, self._abandoned = self._abandoned, []
         return abandoned
 
-    def next_action(self, now_s: float, replicas: Sequence[ReplicaView]) -> Action:
-        """What to do now. Raises the error that lost the request, where there is nothing left to try."""
+    def next_action(self, now_s: float, replicas: Sequence[ReplicaView], is_repairing: bool = False) -> Action:
+        """What to do now. Raises the error that lost the request, where there is nothing left to try.
+
+        ``is_repairing``: a leader is being replaced, and whoever does it will say when that has ended, or failed: until
+        then no time is too long, but for the request's own deadline. To be called when that changes.
+        """
         if self._loss is None:
             return self._attach() if self._is_attaching else Submit(self._resumed(), frozenset())
         sampling = self._request.sampling
         if sampling.pooling is None and len(self._token_ids) >= sampling.max_tokens:
             self.is_finished = True
             return Finish(Output(self._request.request_id, [], FinishReason.LENGTH))
-        if now_s >= self._loss.at_s + self._policy.wait_s:
+        if is_repairing or self._is_repairing:
+            self._waits_from_s = now_s
+        self._is_repairing = is_repairing
+        until_s = max(self._loss.at_s, self._waits_from_s) + self._policy.wait_s
+        if now_s >= until_s:
             raise self._given_up(f"no replica could go on with it within {self._policy.wait_s:g} s")
-        if self._loss.is_held and (action := self._reattachment(self._loss, now_s, replicas)) is not None:
-            return action
+        if self._loss.is_held:
+            action = self._reattachment(self._loss, now_s, replicas, until_s)
+            if action is not None:
+                return action
         self._leave()
         if self._num_replays > self._policy.max_replays:
             raise self._given_up(f"it was begun {self._num_replays} times")
@@ -183,7 +197,6 @@ class Journal:
         if not self._has_begun and (self._tried or not ready):
             raise self._loss.error
         if not ready or now_s < self._pause_until_s:
-            until_s = self._loss.at_s + self._policy.wait_s
             return Wait(min(until_s, self._pause_until_s) if ready else until_s)
         self._tried = frozenset()
         return Submit(self._resumed(), self._tried)
@@ -193,8 +206,11 @@ class Journal:
         self._num_to_skip = 0
         return Attach(self._place.replica, self._place.request_id, self.num_tokens, self._num_prompt_logprobs)
 
-    def _reattachment(self, loss: _Loss, now_s: float, replicas: Sequence[ReplicaView]) -> Attach | Wait | None:
-        """To the same leader, or waiting for it. None: it is gone, or others need not wait for it any longer."""
+    def _reattachment(
+        self, loss: _Loss, now_s: float, replicas: Sequence[ReplicaView], until_s: float
+    ) -> Attach | Wait | None:
+        """To the same leader, or waiting for it, at most ``until_s``. None: it is gone, or others need not wait for it
+        any longer."""
         assert self._place is not None
         place = self._place
         view = next((replica for replica in replicas if replica.id == place.replica), None)
@@ -203,10 +219,10 @@ class Journal:
         if view.is_connected:
             return self._attach()
         others = any(replica.is_ready for replica in replicas)
-        until_s = loss.held_since_s + self._policy.reattach_s
         if not others:
-            return Wait(loss.at_s + self._policy.wait_s)
-        return Wait(until_s) if now_s < until_s else None
+            return Wait(until_s)
+        reattach_until_s = loss.held_since_s + self._policy.reattach_s
+        return Wait(reattach_until_s) if now_s < reattach_until_s else None
 
     def _resumed(self) -> Request:
         """The request as it goes on from here, under a name that no earlier attempt had."""

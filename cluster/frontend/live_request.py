@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
-from cluster.errors import DeadlineExceeded, Draining, Unavailable
+from cluster.errors import DeadlineExceeded, Draining, TakenOver, Unavailable
 from cluster.frontend.calls import Delta, Echo, Event, Finished, TimeLimits
 from cluster.frontend.choice import Choice
 from cluster.frontend.clock import Clock, Timer
@@ -141,8 +141,8 @@ class LiveRequest:
         """The first error is the request's. Its work stops here and now: who reads the events may be stuck."""
         if self._error is None:
             self._error = error
-        # A server that stops is no reason to end what another one can go on with.
-        if not isinstance(error, Draining):
+        # What somebody else can go on with, or does already, is not to end with its reader here.
+        if not isinstance(error, Draining | TakenOver):
             for keep in self._keeps:
                 keep.is_wanted = False
         self._stop_work()

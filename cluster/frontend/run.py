@@ -54,8 +54,13 @@ class Run:
             self.report,
             self.meter.num_tokens,
             may_return=self.stored is not None,
-            comes_back=self.holders is not None,
+            comes_back=self.comes_back,
         )
+
+    @property
+    def comes_back(self) -> bool:
+        """Its client was here, or at another front end, before."""
+        return self.holders is not None
 
     @property
     def created_unix_s(self) -> float:
@@ -65,7 +70,7 @@ class Run:
     @property
     def began(self) -> str:
         """``traceparent`` of the call that its client has come back for; empty where there is none."""
-        return self.stored.trace if self.stored is not None and self.holders is not None else ""
+        return self.stored.trace if self.stored is not None and self.comes_back else ""
 
     def as_decided(self, planned: Sequence[Planned]) -> list[Planned]:
         """With the seeds and bounds of the first time."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 import msgspec
 from opentelemetry.trace import Tracer
 
-from cluster.errors import Cancelled, ModelNotFound, Unavailable, UnknownStream, mapping_of
+from cluster.errors import Cancelled, ModelNotFound, Unavailable, UnknownStream
 from cluster.frontend.adapters import Adapters
 from cluster.frontend.admission import Admission
 from cluster.frontend.backend import Backend
@@ -22,6 +22,7 @@ from cluster.frontend.choice import Choice
 from cluster.frontend.clock import Clock
 from cluster.frontend.embedding import MAX_AT_ONCE, check_length
 from cluster.frontend.encoding import PromptEncoder
+from cluster.frontend.ending import COMPLETED, DEFECT, LEFT, Ending, ending_of
 from cluster.frontend.fair_threads import FairThreads
 from cluster.frontend.live_request import LiveRequest
 from cluster.frontend.metrics import Metrics
@@ -233,7 +234,7 @@ class Service:
     async def _counted(self, call: Call, run: Run) -> AsyncGenerator[Event, None]:
         arrived_s = self._clock.now_s()
         run.audited.call_begins()
-        outcome, status = "cancelled", mapping_of(Cancelled).http_status
+        ending = LEFT
         traced = CallTrace(self._tracer, call, shown(call.model or self.name), run.context, run.began)
         try:
             with acting_as(run.principal):
@@ -248,32 +249,30 @@ class Service:
                 await stack.enter_async_context(aclosing(events))
                 async for event in events:
                     if isinstance(event, Usage):
-                        outcome, status = "completed", 200
+                        ending = COMPLETED
                     yield event
         except RemudaError as error:
-            outcome, status = type(error).__name__, mapping_of(error).http_status
+            ending = ending_of(error)
             raise
         except Exception:
-            outcome, status = "internal", 500
+            ending = DEFECT
             raise
         finally:
             duration_s = self._clock.now_s() - arrived_s
-            self._metrics.ended(outcome, duration_s)
+            self._metrics.ended(ending.outcome, duration_s)
             usage = run.meter.usage()
-            traced.ended(outcome, status, usage, run.meter.choices, arrived_s)
-            self._account(call, run, usage, outcome, status, duration_s, traced.trace_id)
+            traced.ended(ending.outcome, ending.status, usage, run.meter.choices, arrived_s)
+            self._account(call, run, usage, ending, duration_s, traced.trace_id)
 
-    def _account(
-        self, call: Call, run: Run, usage: Usage, outcome: str, status: int, duration_s: float, trace_id: str
-    ) -> None:
+    def _account(self, call: Call, run: Run, usage: Usage, ending: Ending, duration_s: float, trace_id: str) -> None:
         record = UsageRecord(
             time_unix_s=time.time(),
             request_id=call.request_id,
             tenant=shown(run.principal.tenant),
             key_id=shown(run.principal.key_id),
             model=shown(call.model or self.name),
-            outcome=outcome,
-            status=status,
+            outcome=ending.outcome,
+            status=ending.status,
             num_prompt_tokens=usage.num_prompt_tokens,
             num_cached_tokens=usage.num_cached_tokens,
             num_completion_tokens=usage.num_completion_tokens,
@@ -283,7 +282,12 @@ class Service:
         if _log.isEnabledFor(logging.INFO):
             _log.info("a call of the model has ended", extra={"call": msgspec.structs.asdict(record)})
         run.audited.call_ended(record)
-        self.tenancy.ended(record, may_return=run.stored is not None and outcome == "cancelled")
+        self.tenancy.ended(
+            record,
+            may_return=run.stored is not None and ending.may_return,
+            is_taken_over=ending.is_taken_over,
+            came_back=run.comes_back,
+        )
 
     async def _events(
         self, call: Call, arrived_s: float, run: Run, stay: Stay, traced: CallTrace
@@ -295,7 +299,7 @@ class Service:
                 if (structured := call.options.structured) is not None:
                     await self.encoder.check_structured(structured)
                 planned = [await self._plan(prompt, call) for prompt in call.prompts]
-            if run.holders is not None:
+            if run.comes_back:
                 planned = run.as_decided(planned)
             num_prompt_tokens = sum(len(plan.token_ids) for plan in planned)
             max_new_tokens = sum(plan.sampling.max_tokens for plan in planned) * call.n
@@ -305,7 +309,7 @@ class Service:
             run.meter.begin([len(plan.token_ids) for plan in planned], choices)
             yield Started(call.model or self.name, [plan.token_ids for plan in planned])
             limits = call.limits.within(self._limits)
-            if run.holders is not None:
+            if run.comes_back:
                 # It began to run long ago.
                 arrived_s -= max(0.0, time.time() - run.created_unix_s)
                 limits = TimeLimits(total_s=limits.total_s)

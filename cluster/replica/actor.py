@@ -16,7 +16,9 @@ from typing import Any
 import msgspec
 import ray
 
+from cluster.replica.build import CHECKPOINT, software, with_checkpoint
 from cluster.replica.config import choose_network, quiet_torch
+from cluster.replica.cores import bind_to_cores
 from cluster.replica.leader import Leader, LeaderConfig
 from cluster.replica.model_source import ModelSource
 from cluster.replica.side_door import SideDoor
@@ -55,10 +57,13 @@ class Rank:
 
     def __init__(self, door: str, secret: str) -> None:
         quiet_torch()
+        self._runs = software()
         self._formations = Formations(RANK_LEASE_S)
         self._door = SideDoor(door, secret, {"form": self._form, "stay": lambda _: _nothing(self._formations.renew)})
         self._begun = threading.Event()
         self._last_call_s: float | None = None
+        self._directory = ""
+        """The checkpoint's, once it was found."""
 
     def stand_by(self) -> int:
         """Import what a rank needs, which is most of the time between a rank's creation and its work. Returns the
@@ -84,8 +89,13 @@ class Rank:
     def _form(self, encoded: bytes) -> bytes:
         """Raises ProtocolViolation where the formation is not later than the last."""
         call = msgspec.msgpack.decode(encoded, type=RankCall)
-        directory = ModelSource(call.model, call.revision).directory()
-        worker = msgspec.structs.replace(WorkerConfig.decode(call.config), model=str(directory))
+        config = WorkerConfig.decode(call.config)
+        if CHECKPOINT not in self._runs:
+            # Once: weights and memory stay, and a disk that hangs must not keep a survivor from joining in time.
+            directory = ModelSource(call.model, call.revision).directory()
+            self._directory, self._runs = str(directory), with_checkpoint(self._runs, directory)
+            bind_to_cores(config)
+        worker = msgspec.structs.replace(config, model=self._directory, runs=self._runs)
         choose_network(worker.bind_address)
         self._formations.put(worker)
         return b""
@@ -102,8 +112,8 @@ class LeaderProcess:
     Args:
         config: an encoded LeaderConfig.
         door: the side door's address. It takes ``open`` (an encoded OpenCall) and answers with the encoded
-            GangEndpoints, ``start``, ``load`` (an encoded LeaderLoad; empty before the gang serves), ``drain`` and
-            ``stop``; see Leader.
+            GangEndpoints, ``start``, ``stay``, ``load`` (an encoded LeaderLoad; empty before the gang serves),
+            ``drain`` and ``stop``; see Leader.
         secret: of the side door.
     """
 
@@ -112,6 +122,7 @@ class LeaderProcess:
         calls = {
             "open": self._open,
             "start": lambda _: _nothing(leader.start),
+            "stay": lambda _: _nothing(leader.stay),
             "load": self._load,
             "drain": lambda _: _nothing(leader.drain),
             "stop": lambda _: _nothing(leader.stop),

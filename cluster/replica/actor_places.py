@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.replica.actor import RANK_LEASE_S, LeaderActor, RankActor
 from cluster.replica.control_service import ControlService, ControlServiceSilent
 from cluster.replica.placed_rank import PlacedRank
-from cluster.replica.reservations import Reservations
+from cluster.replica.reservations import ChooseHosts, Reservations
 
 
 @dataclass
@@ -32,6 +32,7 @@ class ActorPlaces:
         name: of the replica, for its actors' names.
         host: of the supervisor, who knocks at the actors' side doors.
         secret: of the side doors.
+        choose: other hosts for ranks whose own are lost.
         on_gpu: a rank takes a GPU; otherwise a CPU slot.
         num_spares: that stand by on each host.
         timeout_s: how long Ray may take to reserve the places.
@@ -45,6 +46,7 @@ class ActorPlaces:
         ranks: list[PlacedRank],
         host: str,
         secret: str,
+        choose: ChooseHosts,
         on_gpu: bool,
         num_spares: int,
         timeout_s: float,
@@ -56,7 +58,7 @@ class ActorPlaces:
         # Ray shows no GPU to a process that was not given one.
         self._num_spares = 0 if on_gpu else num_spares
         self.control = ControlService(ray.get_runtime_context().gcs_address)
-        self._reserved = Reservations(name, ranks, "GPU" if on_gpu else "CPU", self.control, timeout_s)
+        self._reserved = Reservations(name, ranks, "GPU" if on_gpu else "CPU", self.control, choose, timeout_s)
         self._spares: dict[str, list[_Spare]] = {}
         """By host."""
 
@@ -74,7 +76,7 @@ class ActorPlaces:
         """A spare where one is ready on the rank's host. Raises NotReserved where there is no place, and
         ControlServiceSilent."""
         if self.control.answers() or not self._has_spare(self.hosts[rank]):
-            self.find(rank)
+            self.move(rank)
         spare = self._take_spare(self.hosts[rank])
         if spare is not None:
             return spare
@@ -93,19 +95,24 @@ class ActorPlaces:
     def _actor_name(self, role: str) -> str:
         return f"remuda-{self._name}-{role}-{uuid.uuid4().hex[:12]}"
 
-    def has_room(self, rank: int) -> bool:
-        """Whether the rank's host lives, or another one has room for it at this moment. Where Ray cannot be asked, only
-        a spare has room."""
+    @property
+    def why_not(self) -> str:
+        """Why ``find_room`` found none."""
+        return self._reserved.why_not
+
+    def find_room(self, rank: int) -> bool:
+        """Whether the rank has a place: its own, or another that is reserved for it now. Where Ray cannot be asked,
+        only a spare has one."""
         if not self.control.answers():
             return self._has_spare(self.hosts[rank])
         try:
-            return self._reserved.has_room(rank)
-        except ControlServiceSilent:
+            return self._reserved.find_room(rank)
+        except (ControlServiceSilent, RayError):
             return False
 
-    def find(self, rank: int) -> None:
-        """Another host, where the rank's own is gone. Raises NotReserved or ControlServiceSilent."""
-        self._reserved.find(rank)
+    def move(self, rank: int) -> None:
+        """To another host, where the rank's own is gone. Raises NotReserved or ControlServiceSilent."""
+        self._reserved.move(rank)
 
     def _options(self, rank: int, share: float) -> dict[str, Any]:
         place = self._reserved.places[rank]

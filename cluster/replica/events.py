@@ -88,6 +88,8 @@ class LaunchConfig(msgspec.Struct, frozen=True):
     """So many hosts the Ray cluster must have before anything is placed."""
     links: tuple[tuple[str, str, float], ...] | None = None
     """From a node to another, seconds: measured when the first gangs were placed, if it was."""
+    on_gpus: ReplicaPlan | None = None
+    """Instead of ``replica``, if the cluster at ``address`` has GPUs: the user left it open. None: it is decided."""
 
     @property
     def is_managed(self) -> bool:
@@ -170,6 +172,12 @@ class BreaksExplained(msgspec.Struct, frozen=True, tag="explained"):
     num_breaks: int
 
 
+class DrainBegun(msgspec.Struct, frozen=True, tag="draining"):
+    """The leader was asked to take no new requests. One that takes its place is to go on with that."""
+
+    replica: str
+
+
 class GangFormed(msgspec.Struct, frozen=True, tag="formed"):
     """All ranks of this epoch are ready. ``phase_seconds``: of the slowest rank in each phase of this formation."""
 
@@ -219,6 +227,7 @@ Event = (
     | ReplicaReady
     | GangBroke
     | BreaksExplained
+    | DrainBegun
     | GangFormed
     | Repairing
     | Failed

@@ -94,6 +94,22 @@ def num_numa_nodes(sys: Path = SYS) -> int:
     return max(1, len(list((sys / "devices/system/node").glob("node[0-9]*"))))
 
 
+def numa_cores(sys: Path = SYS) -> list[list[int]]:
+    """The cores of each NUMA node, in order of node; [] where the kernel does not tell."""
+    files = (sys / "devices/system/node").glob("node[0-9]*/cpulist")
+    by_node = {int(file.parent.name.removeprefix("node")): _text(file) for file in files}
+    return [_numbers(by_node[node]) for node in sorted(by_node)]
+
+
+def _numbers(text: str) -> list[int]:
+    """``0-1,4``."""
+    numbers: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text().strip()

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 
 from cluster.replica.events import Event, GangBroke, GangFormed
@@ -16,7 +17,7 @@ from engine.executor.rank_times import RankTimes
 from engine.executor.socket_hub import SocketHub
 
 PATIENCE_S = 120.0
-"""So long a leader whose gang broke waits for its supervisor to open the next formation."""
+"""So long a leader whose gang broke waits for its supervisor to open the next formation, or to say that it will."""
 
 StartGang = Callable[[int, ChannelExecutor], GangReady]
 """Start the ranks of this epoch; raises what went wrong."""
@@ -55,6 +56,8 @@ class Gang:
         self._is_new = False
         """Nobody has started it yet."""
         self._is_closed = False
+        self._heard_s = 0.0
+        """When somebody waited last, or was told to stay."""
 
     def open(self, epoch: int, rank_hosts: list[str]) -> GangEndpoints:
         """Listen for the ranks of a new formation; the one before is over. From any thread."""
@@ -82,11 +85,16 @@ class Gang:
         remote = next((address for address in hub.addresses if address.startswith("tcp:")), "")
         return GangEndpoints(self._host, local, remote, secret)
 
+    def stay(self) -> None:
+        """A formation will be opened, later: whoever opens it waits for something itself. From any thread."""
+        with self._changed:
+            self._heard_s = time.monotonic()
+
     def form(self, start: StartGang) -> tuple[int, ChannelExecutor, GangReady]:
         """Waits for a formation and starts it, again and again until one is ready.
 
-        Raises what no other formation would mend (CheckpointError, DoesNotFit, …), and EngineFailure where nobody opens
-        one in time, or the gang was closed.
+        Raises what no other formation would mend (CheckpointError, DoesNotFit, StartFailed, …), and EngineFailure where
+        nobody opens one in time, or the gang was closed.
         """
         while True:
             epoch, executor = self._take()
@@ -100,8 +108,12 @@ class Gang:
 
     def _take(self) -> tuple[int, ChannelExecutor]:
         with self._changed:
-            if not self._changed.wait_for(lambda: self._is_new or self._is_closed, PATIENCE_S):
-                raise EngineFailure(f"the gang broke, and nobody repaired it for {PATIENCE_S:g} s")
+            self._heard_s = time.monotonic()
+            while not (self._is_new or self._is_closed):
+                left_s = self._heard_s + PATIENCE_S - time.monotonic()
+                if left_s <= 0:
+                    raise EngineFailure(f"the gang broke, and nobody repaired it for {PATIENCE_S:g} s")
+                self._changed.wait(left_s)
             if self._is_closed or self._executor is None:
                 raise EngineFailure("the gang was closed")
             self._is_new = False

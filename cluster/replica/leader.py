@@ -16,9 +16,11 @@ import msgspec
 import setproctitle
 
 from cluster.errors import StartFailed
+from cluster.replica.build import CHECKPOINT, check_same, software, with_checkpoint
 from cluster.replica.engine_loop import EngineLoop
 from cluster.replica.events import (
     BreaksExplained,
+    DrainBegun,
     Event,
     Failed,
     Loading,
@@ -49,9 +51,8 @@ from engine.executor.gang_start import GangReady
 from engine.messages import FromRank, Hello, Loaded, LoadProgress
 from engine.model_config import ModelConfig, kv_groups
 from engine.scheduler.expert_balancer import ExpertBalancer
-from engine.scheduler.expert_layout import expert_layout
+from engine.scheduler.expert_layout import ExpertLayout, expert_layout
 from engine.weights.golden import read_golden
-from engine.weights.identity import checkpoint_identity
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class LeaderConfig(msgspec.Struct, frozen=True):
     rank_hosts: list[str]
     """At first."""
     secret: str
+    is_draining: bool = False
+    """It takes the place of one that was asked to take no new requests."""
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
@@ -99,6 +102,8 @@ class Leader:
         )
         self._gang.record.describe(replica=config.replica_id, plan=msgspec.to_builtins(config.plan))
         self._rank_hosts = config.rank_hosts
+        self._runs = software()
+        """Every rank must run the same."""
         self._hosts: dict[int, str] = {}
         """Of the ranks that have joined the present formation, each's as ``status`` names it."""
         self._formed: tuple[int, ChannelExecutor] | None = None
@@ -107,6 +112,7 @@ class Leader:
         self._server: LeaderServer | None = None
         self._experts: ExpertBalancer | None = None
         self._loop: EngineLoop | None = None
+        self._is_draining = config.is_draining
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._last_poll_s = time.monotonic()
@@ -115,6 +121,10 @@ class Leader:
         """Listen for the ranks of a new formation, each on its host; the former one is over."""
         self._rank_hosts, self._hosts = rank_hosts, {}
         return self._gang.open(epoch, rank_hosts)
+
+    def stay(self) -> None:
+        """A formation will be opened, later."""
+        self._gang.stay()
 
     def start(self) -> None:
         """Everything else happens in threads of its own; ``poll`` reports it."""
@@ -143,6 +153,7 @@ class Leader:
 
     def drain(self) -> None:
         """Refuse new requests from now on; what runs may finish."""
+        self._is_draining = True
         if self._loop is not None:
             self._loop.drain()
 
@@ -159,9 +170,10 @@ class Leader:
             plan = self._config.plan
             directory = ModelSource(plan.model, plan.revision).directory()
             self._model = ModelConfig.from_directory(directory, plan.quantization)
+            self._runs = with_checkpoint(self._runs, directory)
             epoch, executor, gang = self._gang.form(self._start_gang)
             self._formed = epoch, executor
-            engine = self._make_engine(directory, epoch, executor, gang)
+            engine = self._make_engine(epoch, executor, gang)
             self._ready = gang
             seconds = self._self_test(engine, directory)
             asyncio.run(self._serve(engine, self._info(self._ready, {"self_test": seconds})))
@@ -192,9 +204,14 @@ class Leader:
         assert self._formed is not None
         leave_record(self._gang.record, self._config.replica_id)
         self._gang.end(*self._formed, failure)
-        epoch, executor, gang = self._gang.form(self._start_gang)
+        try:
+            epoch, executor, gang = self._gang.form(self._start_gang)
+        except StartFailed as error:
+            raise EngineFailure(str(error)) from error
         self._formed, self._ready = (epoch, executor), gang
         engine.reset(epoch, executor=executor, cache_config=self._cache_config(gang))
+        if self._experts is not None:  # ranks may have moved
+            self._experts.set_layout(self._expert_layout(gang))
         if self._server is not None:
             self._server.set_ranks(self._info(gang).ranks, gang.phase_seconds)
 
@@ -221,7 +238,7 @@ class Leader:
         keeps_prefixes = gang.cache.keeps_prefixes and self._config.plan.enable_prefix_caching
         return replace(gang.cache, keeps_prefixes=keeps_prefixes)
 
-    def _make_engine(self, directory: Path, epoch: int, executor: ChannelExecutor, gang: GangReady) -> Engine:
+    def _make_engine(self, epoch: int, executor: ChannelExecutor, gang: GangReady) -> Engine:
         plan, model = self._config.plan, self._model
         scheduler = SchedulerConfig(
             max_num_seqs=plan.max_num_seqs,
@@ -229,9 +246,10 @@ class Leader:
             max_model_len=gang.max_model_len,
             depth=plan.depth,
         )
-        self._experts = self._balancer(model, gang)
+        self._experts = self._balancer(gang)
         engine = RecordedEngine(
             self._gang.record,
+            self._tell_explained,
             executor=executor,
             epoch=epoch,
             kv_groups=kv_groups(model, plan.pipeline_parallel_size),
@@ -243,23 +261,25 @@ class Leader:
             cache_config=self._cache_config(gang),
             lora_config=LoraConfig(plan.max_loras, plan.max_lora_rank),
             experts=self._experts,
-            model_identity=f"{checkpoint_identity(directory)} {plan.dtype} {plan.quantization}",
+            model_identity=f"{self._runs[CHECKPOINT]} {plan.dtype} {plan.quantization}",
             clock=self._gang.times.moment,
         )
-        engine.trials.on_explained = self._tell_explained
         self._load_adapters(engine)
         return engine
 
     def _tell_explained(self, num_breaks: int) -> None:
         self._events.put(BreaksExplained(self._config.replica_id, num_breaks))
 
-    def _balancer(self, model: ModelConfig, gang: GangReady) -> ExpertBalancer | None:
+    def _balancer(self, gang: GangReady) -> ExpertBalancer | None:
         """Where there is one ep rank there is nothing to balance."""
-        plan = self._config.plan
-        if plan.expert_parallel_size == 1:
+        if self._config.plan.expert_parallel_size == 1:
             return None
-        hosts = [self._config.rank_hosts[hello.rank] for hello in gang.ranks]
-        return ExpertBalancer(expert_layout(model, plan.parallel, hosts, Dtype(plan.dtype)), time.monotonic)
+        return ExpertBalancer(self._expert_layout(gang), time.monotonic)
+
+    def _expert_layout(self, gang: GangReady) -> ExpertLayout:
+        plan = self._config.plan
+        hosts = [self._rank_hosts[hello.rank] for hello in gang.ranks]
+        return expert_layout(self._model, plan.parallel, hosts, Dtype(plan.dtype))
 
     def _load_adapters(self, engine: Engine) -> None:
         """Those that are there from the beginning. Raises AdapterError."""
@@ -295,7 +315,9 @@ class Leader:
     def _on_message(self, epoch: int, message: FromRank) -> None:
         replica = self._config.replica_id
         if isinstance(message, Hello):
-            host = self._hosts[message.rank] = self._host_of(message)
+            host = self._host_of(message)
+            check_same(f"rank {message.rank} on {host}", message.runs, self._config.host, self._runs)
+            self._hosts[message.rank] = host
             self._events.put(RankPlaced(replica, message.rank, message.pid, host, message.device, epoch))
         elif isinstance(message, Loaded):
             self._events.put(RankLoaded(replica, message.rank, message.weight_bytes, epoch))
@@ -327,11 +349,14 @@ class Leader:
             secret=self._config.secret,
             credentials=None if tls is None else tls.server_credentials(),
             on_failure=failure.set_result,
+            on_drain=lambda: self._events.put(DrainBegun(info.id)),
             gang=lambda: None if self._formed is None else self._formed[1],
             record=self._gang.record,
             tracer=telemetry.tracer,
         )
         address = await server.start()
+        if self._is_draining:
+            await server.drain()
         settle_heap()
         self._events.put(ReplicaReady(info.id, address, info.num_blocks))
         stop = asyncio.create_task(asyncio.to_thread(self._stopping.wait))

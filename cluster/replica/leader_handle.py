@@ -1,11 +1,18 @@
 """A gang's leader, as its supervisor reaches it: a question that it always has to answer, and its side door."""
 
+import logging
+import threading
 import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
+from cluster.replica.ray_reason import ray_reason
 from cluster.replica.side_door import knock
+from engine.executor.channel import ChannelClosed
+
+_log = logging.getLogger(__name__)
 
 NEWS_WAIT_S = 5.0
 """So long a leader may wait for an event before it answers; well below its lease."""
@@ -75,6 +82,16 @@ class LeaderHandle:
         timeout_s = SILENT_S if self._has_begun else START_TIMEOUT_S
         address = ray.get(self._door, timeout=timeout_s)
         return knock(address, self._secret, name, argument, timeout_s)
+
+    def tell(self, name: str) -> None:
+        """As ``call``, but returns at once: what came of it is in the log, and one that hangs shows by its silence."""
+        threading.Thread(target=self._tell, args=(name,), name="tell-leader", daemon=True).start()
+
+    def _tell(self, name: str) -> None:
+        try:
+            self.call(name)
+        except (RayError, ChannelClosed) as error:
+            _log.warning("the leader was not told to %s: %s", name, ray_reason(error))
 
     def kill(self) -> None:
         """Whether it still runs or not."""

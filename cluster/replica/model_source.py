@@ -4,6 +4,7 @@ import importlib.resources
 import os
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import httpx2
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from cluster.config import EMBEDDED_MODEL
 from engine.errors import CheckpointError
@@ -43,6 +45,27 @@ class ModelSource:
         if self.revision is None:
             return _local_directory(self.model)
         return _download(self.model, self.revision)
+
+    def cached(self) -> Path | None:
+        """As ``directory``, from what this host has already, without the network. None: a hub's model that would have
+        to be downloaded first. Raises CheckpointError."""
+        if self.revision is None:
+            return self.directory()
+        try:
+            found = snapshot_download(self.model, revision=self.revision, allow_patterns=_FILES, local_files_only=True)
+        except LocalEntryNotFoundError:
+            return None
+        return Path(found)
+
+    def cached_bytes(self) -> int:
+        """Of the files of a hub's model that would be downloaded, those that this host has already. 0 for what is no
+        hub's. Raises OSError."""
+        if self.revision is None:
+            return 0
+        cache = Path(constants.HF_HUB_CACHE).expanduser()
+        snapshot = cache / repo_folder_name(repo_id=self.model, repo_type="model") / "snapshots" / self.revision
+        files = ((path, str(path.relative_to(snapshot))) for path in snapshot.rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path, name in files if any(fnmatch(name, pattern) for pattern in _FILES))
 
 
 def resolve(model: str, revision: str | None) -> ModelSource:

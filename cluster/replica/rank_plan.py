@@ -1,7 +1,7 @@
 """Who connects to whom in a gang, and what each rank is told. Pure."""
 
 import secrets
-from collections import defaultdict
+from collections.abc import Collection
 from typing import Self
 
 import msgspec
@@ -47,21 +47,21 @@ def worker_configs(
     *,
     epoch: int = 0,
     num_blocks: int = 0,
+    loaded: Collection[int] = (),
 ) -> list[WorkerConfig]:
-    """One per rank, in order. On each host but the leader's, the first rank relays for the others there.
+    """One per rank, in order. On each host but the leader's one rank relays for the others: the first of those that are
+    ``loaded`` (they join at once, and have no time to wait for a process that only starts), else the first.
     ``num_blocks``: of a gang that has served before."""
-    by_host: dict[str, list[int]] = defaultdict(list)
-    for placed in ranks:
-        by_host[placed.host].append(placed.rank)
+    by_host = {placed.host: [each.rank for each in ranks if each.host == placed.host] for placed in ranks}
+    relays = {host: min(local, key=lambda rank: (rank not in loaded, rank)) for host, local in by_host.items()}
     relay_name = secrets.token_hex(12)
     configs = []
     for placed in ranks:
         address, relay = endpoints.local, None
         if placed.host != endpoints.leader_host:
-            local_ranks = by_host[placed.host]
-            address = f"unix:@remuda-{relay_name}-{local_ranks[0]}"
-            if placed.rank == local_ranks[0]:
-                relay = RelayConfig(endpoints.remote, tuple(local_ranks))
+            address = f"unix:@remuda-{relay_name}-{relays[placed.host]}"
+            if placed.rank == relays[placed.host]:
+                relay = RelayConfig(endpoints.remote, tuple(by_host[placed.host]))
         configs.append(
             WorkerConfig(
                 rank=placed.rank,

@@ -31,11 +31,15 @@ class EngineFacts(msgspec.Struct, frozen=True):
 
 
 class RecordedEngine(Engine):
-    """See Engine. ``options``: its arguments."""
+    """See Engine. ``options``: its arguments. ``on_explained``: see engine.scheduler.break_trials.BreakTrials."""
 
-    def __init__(self, record: FlightRecord, **options: Any) -> None:
+    def __init__(
+        self, record: FlightRecord, on_explained: Callable[[int], None] = lambda num_breaks: None, **options: Any
+    ) -> None:
         super().__init__(**options)
         self._record = record
+        self._on_explained = on_explained
+        self.trials.on_explained = self._note_explained
         self._num_turns = 0
         self._is_news = False
         facts = EngineFacts(
@@ -60,6 +64,10 @@ class RecordedEngine(Engine):
     def _when(self) -> dict[str, Any]:
         """So many calls of ``step`` had begun, and whether the last of them was asking for news."""
         return {"turn": self._num_turns, "is_news": self._is_news}
+
+    def _note_explained(self, num_breaks: int) -> None:
+        self._record.event("explained", num_breaks=num_breaks)
+        self._on_explained(num_breaks)
 
     def step(self, news: Callable[[], None] = lambda: None) -> Outputs:
         self._num_turns += 1

@@ -118,6 +118,11 @@ class Recovery:
             return set()
         return set(range(self._num_ranks)) - self._joined - self._loaded
 
+    @property
+    def loaded(self) -> frozenset[int]:
+        """Ranks that have their weights: they have nothing to do but to join, and are bound by JOIN_TIMEOUT_S."""
+        return frozenset(self._loaded)
+
     def rank_ended(self, rank: int, life: int, reason: str, now_s: float) -> list[Action]:
         """The rank's process is gone."""
         if self._phase is Phase.FAILED or life != self._lives[rank]:

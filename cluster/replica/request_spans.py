@@ -58,7 +58,9 @@ class _Recorder:
     def _phases(self, inside: Context, timeline: Timeline, ended: Moment) -> None:
         """Each begins where the one before ended."""
         begun, answered = timeline.begun, timeline.answered
-        self._phase(names.QUEUE, inside, timeline.arrived, begun or ended, {})
+        waited_until = begun or ended
+        num_steps = waited_until.num_steps - timeline.arrived.num_steps
+        self._phase(names.QUEUE, inside, timeline.arrived, waited_until, {names.NUM_STEPS: num_steps})
         if begun is not None:
             self._phase(names.PREFILL, inside, begun, answered or ended, steps_between(begun, answered or ended))
         if answered is not None:

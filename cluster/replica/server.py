@@ -13,7 +13,7 @@ from dataclasses import replace
 import grpc
 from opentelemetry.trace import Tracer
 
-from cluster.errors import StartFailed, Unauthenticated, Unavailable, UnknownStream
+from cluster.errors import Cancelled, StartFailed, Unauthenticated, Unavailable, UnknownStream
 from cluster.replica.attachment import Attachment
 from cluster.replica.engine_loop import EngineLoop, StepOutputs
 from cluster.replica.held_streams import GRACE_S, HeldStreams
@@ -62,6 +62,7 @@ class LeaderServer:
         secret: str = "",
         credentials: grpc.ServerCredentials | None = None,
         on_failure: Callable[[RemudaError], None] | None = None,
+        on_drain: Callable[[], None] = lambda: None,
         grace_s: float = GRACE_S,
         gang: Callable[[], WatchedGang | None] = lambda: None,
         record: FlightRecord | None = None,
@@ -74,6 +75,7 @@ class LeaderServer:
         self._secret = secret
         self._credentials = credentials
         self._on_failure = on_failure
+        self._on_drain = on_drain
         self._gang = gang
         self._record = record or FlightRecord()
         self._streams = HeldStreams(grace_s)
@@ -145,6 +147,7 @@ class LeaderServer:
     async def drain(self) -> None:
         """Refuses new requests from now on; what runs may finish."""
         self._engine_loop.drain()
+        self._on_drain()
         await self._set_not_serving()
 
     def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
@@ -312,7 +315,7 @@ class LeaderServer:
             # Somebody else may read it by now.
             if stream is None or (stream.has_reader and not abort.even_if_read):
                 return
-            stream.turn_away("the request was cancelled")
+            stream.turn_away(Cancelled("the request was cancelled"))
         else:
             stream = attachment.streams.get(abort.stream)
             attachment.forget(abort.stream)

@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Sequence
 
-from cluster.errors import Cancelled
+from cluster.errors import TakenOver
 from cluster.replica.attachment import Attachment
 from engine.errors import RemudaError
 from engine.request import Output, TopLogprobs
@@ -95,7 +95,7 @@ class StreamHistory:
     ) -> None:
         """From now on everything behind this position goes to ``stream``, and nothing to whoever read it before.
         ``window``: tokens until the first credit; 0 is no bound."""
-        self.turn_away("somebody else goes on reading this request")
+        self.turn_away(TakenOver("another connection goes on reading this request"))
         self._attachment = attachment
         self._stream = stream
         attachment.streams[stream] = self
@@ -103,12 +103,12 @@ class StreamHistory:
         self._limit = num_tokens + window if window else _NO_BOUND
         self._send_waiting(attachment)
 
-    def turn_away(self, why: str) -> None:
-        """Whoever reads it gets no more."""
+    def turn_away(self, error: RemudaError) -> None:
+        """Whoever reads it gets no more than ``error``."""
         if self._attachment is not None:
             before, number = self._attachment, self._stream
             self.detach()
-            before.put_error(number, Cancelled(why))
+            before.put_error(number, error)
             before.wake.set()
 
     def detach(self) -> None:

@@ -23,10 +23,12 @@ from cluster.replica.actor import OpenCall, RankCall
 from cluster.replica.actor_places import ActorPlaces
 from cluster.replica.events import (
     BreaksExplained,
+    DrainBegun,
     Event,
     Failed,
     GangBroke,
     GangFormed,
+    Notice,
     RankLoaded,
     RankPlaced,
     Repairing,
@@ -43,6 +45,7 @@ from cluster.replica.rank_plan import GangEndpoints, worker_configs
 from cluster.replica.ray_reason import ray_reason
 from cluster.replica.recovery import Action, Form, GiveUp, KillRank, Phase, Recovery, StartLeader, StartRank
 from cluster.replica.rendezvous import Rendezvous
+from cluster.replica.reservations import MOVE_TIMEOUT_S, ChooseHosts
 from engine.errors import EngineFailure, RemudaError
 from engine.executor.channel import ChannelClosed
 from engine.executor.handshake import new_secret
@@ -65,6 +68,7 @@ class Supervisor:
         ranks: where each rank goes, in order of rank; the leader goes beside rank 0.
         host: this host's address, as the ranks reach it.
         secret: what front ends must show to the leader.
+        choose: other hosts for ranks whose own are lost.
         reserve_timeout_s: how long Ray may take to reserve the ranks' places.
     """
 
@@ -75,6 +79,7 @@ class Supervisor:
         ranks: list[PlacedRank],
         host: str,
         secret: str,
+        choose: ChooseHosts,
         reserve_timeout_s: float = PLACEMENT_TIMEOUT_S,
     ) -> None:
         self.replica_id = replica_id
@@ -82,6 +87,7 @@ class Supervisor:
         self._ranks = ranks
         self._host = host
         self._secret = secret
+        self._choose = choose
         self._reserve_timeout_s = reserve_timeout_s
         self._rendezvous: Rendezvous | None = None
         self._places: ActorPlaces | None = None
@@ -96,8 +102,9 @@ class Supervisor:
         self._recovery = Recovery(len(ranks), time.monotonic())
         self._due: deque[Action] = deque()
         """What recovery wants and has not been done."""
-        self._host_wait = HostWait(plan.host_wait_s)
+        self._host_wait = HostWait(max(plan.host_wait_s, MOVE_TIMEOUT_S))
         self._looked_s = 0.0
+        self._is_draining = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
 
@@ -114,6 +121,7 @@ class Supervisor:
                 self._ranks,
                 self._host,
                 self._door_secret,
+                self._choose,
                 self._plan.device == "cuda",
                 self._plan.spare_ranks,
                 self._reserve_timeout_s,
@@ -206,6 +214,8 @@ class Supervisor:
             self._carry_out(recovery.gang_broke(event.epoch, event.culprit, event.message, now_s))
         elif isinstance(event, BreaksExplained):
             recovery.explained(event.num_breaks)
+        elif isinstance(event, DrainBegun):
+            self._is_draining = True
 
     def _note_end(self, run: Any) -> None:
         rank, life = self._runs.pop(run)
@@ -233,8 +243,7 @@ class Supervisor:
         for rank, host in self._places.lost():
             if rank not in newcomers:
                 reason = f"rank {rank} is lost with its host {host}"
-                life = self._recovery.life_of(rank)
-                self._carry_out(self._recovery.rank_ended(rank, life, reason, now_s))
+                self._carry_out(self._recovery.rank_ended(rank, self._recovery.life_of(rank), reason, now_s))
 
     def _fail(self, failed: Failed) -> None:
         self._recovery.impossible(failed.message)
@@ -258,16 +267,18 @@ class Supervisor:
     def _waits_for_host(self, action: Action) -> bool:
         """Whether nobody has room for a newcomer yet, and somebody may still come who has. The others are told to
         stay meanwhile."""
-        if not self._plan.host_wait_s:
-            return False
         assert self._places is not None
         now_s = time.monotonic()
-        has_room = not isinstance(action, StartRank) or self._places.has_room(action.rank)
+        rank = action.rank if isinstance(action, StartRank) else 0 if isinstance(action, StartLeader) else None
+        has_room = rank is None or self._places.find_room(rank)
         waits = self._host_wait.goes_on(has_room, now_s)
         if waits and self._host_wait.is_time_to_tell(now_s):
-            _log.warning("replica %s: %s waits for a host with room for it", self.replica_id, action)
+            text = f"replica {self.replica_id}: rank {rank} waits for a host with room for it: {self._places.why_not}"
+            self._events.put(Notice(text))
             for rank in self._doors.ranks - self._newcomers():
                 self._doors.tell(rank, "stay")
+            if self._leader is not None:
+                self._leader.tell("stay")
         return waits
 
     def _newcomers(self) -> set[int]:
@@ -301,11 +312,9 @@ class Supervisor:
 
     def _start_leader(self) -> None:
         assert self._places is not None
-        self._places.find(0)
+        self._places.move(0)
         hosts = self._places.hosts
-        config = LeaderConfig(
-            replica_id=self.replica_id, plan=self._plan, host=hosts[0], rank_hosts=hosts, secret=self._secret
-        )
+        config = LeaderConfig(self.replica_id, self._plan, hosts[0], hosts, self._secret, self._is_draining)
         self._leader = LeaderHandle(self._places.new_leader(config.encode()), self._door_secret)
 
     def _start_rank(self, rank: int) -> None:
@@ -323,8 +332,9 @@ class Supervisor:
         endpoints = GangEndpoints.decode(self._leader.call("open", msgspec.msgpack.encode(OpenCall(epoch, hosts))))
         rendezvous = self._rendezvous = Rendezvous(self._host)
         placed = [PlacedRank(rank, host) for rank, host in enumerate(hosts)]
+        store, loaded = (rendezvous.host, rendezvous.port), self._recovery.loaded
         configs = worker_configs(
-            self._plan, placed, endpoints, rendezvous.host, rendezvous.port, epoch=epoch, num_blocks=self._num_blocks
+            self._plan, placed, endpoints, *store, epoch=epoch, num_blocks=self._num_blocks, loaded=loaded
         )
         running = dict(self._runs.values())
         for rank, config in enumerate(configs):
@@ -351,15 +361,14 @@ class Supervisor:
     def drain(self, timeout_s: float) -> None:
         """Have the gang refuse new requests; returns when what runs has ended, or the time is up."""
         deadline_s = time.monotonic() + timeout_s
+        self._is_draining = True
         try:
             if (leader := self._leader) is not None:
                 leader.call("drain")
         except (RayError, ChannelClosed):
             return
-        load = self.load()
-        while load is not None and not load.has_drained and time.monotonic() < deadline_s:
+        while (load := self.load()) is not None and not load.has_drained and time.monotonic() < deadline_s:
             time.sleep(DRAIN_POLL_INTERVAL_S)
-            load = self.load()
 
     def stop(self) -> None:
         """End the leader and the ranks, by force after STOP_TIMEOUT_S, and give their resources back."""

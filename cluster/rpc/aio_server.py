@@ -6,6 +6,7 @@ methods of ours are registered; so what comes without a registered name is refus
 """
 
 import asyncio
+import logging
 from typing import Any
 
 import grpc
@@ -13,6 +14,16 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 _NAMELESS = "not a method"
 """In the place of a name that may be none."""
+
+
+class _Unquoted(logging.Filter):
+    """grpcio logs metadata that is not UTF-8 as it came: of a key with one wrong byte all the others."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Invalid encoding on")
+
+
+logging.getLogger(cygrpc.__name__).addFilter(_Unquoted())
 
 
 def make_server(**arguments: Any) -> grpc.aio.Server:

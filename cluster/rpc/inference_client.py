@@ -138,7 +138,7 @@ class InferenceClient:
             except grpc.RpcError as error:
                 now_s = time.monotonic()
                 give_up_s = give_up_s or now_s + COME_BACK_S
-                if not (request_id and _was_cut_off(error)) or now_s >= give_up_s:
+                if not (request_id and _may_go_on(error, request.HasField("resume"))) or now_s >= give_up_s:
                     raise self._explained(error) from error
                 point = inference_pb2.ResumePoint(request_id=request_id, choices=[place])
                 request = inference_pb2.GenerateRequest(resume=point)
@@ -220,8 +220,11 @@ class InferenceClient:
         return explained(error, self._target)
 
 
-def _was_cut_off(error: grpc.RpcError) -> bool:
-    """By the network, or by a front end that died or stops: the request itself may run on."""
+def _may_go_on(error: grpc.RpcError, comes_back: bool) -> bool:
+    """Whether the request may run on: it was cut off by the network, or by a front end that died or stops; or it came
+    back too soon for its tenant's limits."""
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return comes_back
     return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 

@@ -11,8 +11,11 @@ from cluster.simulate.gang import logprobs_at, sequential_tokens
 from cluster.simulate.record import Record, add_to
 from cluster.simulate.replica import SimulatedReplica
 from cluster.simulate.vocabulary import STRUCTURES, VOCAB_SIZE, allowed_behind, text_of
-from engine.errors import RemudaError, RequestFailure
+from engine.errors import RankFailure, RemudaError, RequestFailure
 from engine.request import Request
+
+_LOSSES = (Unavailable, RankFailure)
+"""Errors of processes that are gone. A deadly request whose replays other faults have used up ends with one."""
 
 
 def check(scenario: Scenario, records: Sequence[Record], replicas: Sequence[SimulatedReplica]) -> None:
@@ -44,10 +47,14 @@ def _check_record(scenario: Scenario, record: Record, replicas: Sequence[Simulat
         assert [usage.num_prompt_tokens for usage in record.usages] == [record.requests[0].num_prompt_tokens]
         num_tokens = sum(map(len, record.token_ids))
         assert record.usages[0].num_completion_tokens == num_tokens, f"{record.name}: {record.usages[0]}"
-    elif _is_deadly(record, scenario.depth):
-        assert isinstance(record.error, RequestFailure) or scenario.faults, f"{record.name}: {record.error!r}"
-    else:
+        return
+    assert record.usages == [], f"{record.name} was counted, and failed: {record.usages}"
+    if not _is_deadly(record, scenario.depth):
         assert _may_be_lost(record, record.error, replicas), f"{record.name} was lost: {record.error!r}"
+    elif not isinstance(record.error, RequestFailure):
+        assert scenario.faults, f"{record.name}: {record.error!r}"
+        is_loss = isinstance(record.error, _LOSSES) or _may_be_lost(record, record.error, replicas)
+        assert is_loss, f"{record.name}, which breaks what it runs on, ended as another one: {record.error!r}"
 
 
 def _is_deadly(record: Record, depth: int) -> bool:

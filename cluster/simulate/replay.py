@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from cluster.frontend.journal import Journal
-from cluster.replica.recorded_engine import EngineFacts
 from cluster.replica.recovery import Phase, Recovery
+from cluster.simulate.record_lines import HeadLine, check_line
 from engine.config import CacheConfig
 from engine.engine import Engine
 from engine.errors import EngineFailure, InvalidOption, InvalidRequest, RemudaError
@@ -72,10 +72,7 @@ class Recorded:
     """
 
     def __init__(self, data: bytes) -> None:
-        try:
-            self.lines: list[Line] = [msgspec.json.decode(line) for line in data.splitlines()]
-        except msgspec.DecodeError as error:
-            raise CannotReplay(f"this is no flight record: {error}") from None
+        self.lines = [_decode(number, line) for number, line in enumerate(data.splitlines())]
         head = self.lines[0] if self.lines else {}
         if head.get("kind") != "head" or head.get("format") != FORMAT:
             raise CannotReplay(f"this is no flight record of format {FORMAT}")
@@ -86,11 +83,11 @@ class Recorded:
             )
         if "engine" not in head or "sampling_ranks" not in head:
             raise CannotReplay("the record was written before there was an engine")
-        self.facts = msgspec.convert(head["engine"], EngineFacts)
+        known = _head(head)
+        self.facts = known.engine
         if self.facts.moves_experts:
             raise CannotReplay("experts move between ranks by a clock that is not in the record")
-        self.num_ranks: int = head["num_ranks"]
-        self.sampling_ranks: list[int] = head["sampling_ranks"]
+        self.num_ranks, self.sampling_ranks = known.num_ranks, known.sampling_ranks
         self.epochs: dict[int, _Epoch] = {}
         self.calls: dict[tuple[int, bool], list[tuple[int, Line]]] = {}
         """What the engine was asked for, by the step, and whether within it."""
@@ -105,7 +102,7 @@ class Recorded:
             case "answer" if line["message"][0] == "result":
                 result = msgspec.convert(line["message"], StepResult)
                 epoch = self.epochs.setdefault(result.epoch, _Epoch())
-                if epoch.failure is None and result.step < len(epoch.steps):
+                if epoch.failure is None and 0 <= result.step < len(epoch.steps):
                     epoch.steps[result.step].answers[line["rank"]] = result
             case "failure":
                 self.epochs.setdefault(line["epoch"], _Epoch()).failure = line["error"]
@@ -118,6 +115,29 @@ class Recorded:
             entry = self.lines[number]
             rest = {key: value for key, value in entry.items() if key not in ("kind", "at_s")}
             yield f"line {number + 1}: {entry['kind']} at {entry.get('at_s', 0.0):.6f} s {_short(rest)}"
+
+
+def _decode(number: int, data: bytes) -> Line:
+    """Raises CannotReplay."""
+    try:
+        line = msgspec.json.decode(data, type=Line)
+        if number:
+            check_line(line)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        message = f"this is no flight record of format {FORMAT}, or a damaged one: line {number + 1}: {error}"
+        raise CannotReplay(message) from None
+    return line
+
+
+def _head(line: Line) -> HeadLine:
+    """Raises CannotReplay."""
+    try:
+        known = msgspec.convert(line, HeadLine)
+    except msgspec.ValidationError as error:
+        raise CannotReplay(f"this flight record is damaged, or another version's: its head: {error}") from None
+    if not set(known.sampling_ranks) <= set(range(known.num_ranks)):
+        raise CannotReplay("this flight record is damaged: ranks that sample are not ranks of its gang")
+    return known
 
 
 class _Executor:
@@ -271,6 +291,8 @@ def check_recovery(recorded: Recorded) -> None:
                 recovery.formed(epoch)
             case "failure" if recovery is not None:
                 recovery.gang_broke(line["epoch"], line.get("rank"), line["error"], line["at_s"])
+            case "explained" if recovery is not None:
+                recovery.explained(line["num_breaks"])
 
 
 def _difference(then: Any, now: Any, path: str = "") -> str:

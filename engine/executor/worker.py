@@ -107,7 +107,8 @@ class _Life:
         wrong."""
         step = -1
         try:
-            channel.send(encode(Hello(config.epoch, config.rank, os.getpid(), socket.gethostname(), config.device)))
+            host = socket.gethostname()
+            channel.send(encode(Hello(config.epoch, config.rank, os.getpid(), host, config.device, config.runs)))
             if self._rank is None:
                 channel.send(encode(LoadProgress(config.rank, "import")))
                 began = time.perf_counter()

@@ -49,6 +49,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     relay: RelayConfig | None = None
     host_ranks: tuple[int, ...] = ()
     """The ranks on this one's host, itself among them, which share the check of the checkpoint's hashes."""
+    runs: dict[str, str] = {}
+    """Versions and digests of what the rank's process runs, by name: it tells its leader, who compares."""
     store_host: str = "127.0.0.1"
     store_port: int = 0
     bind_address: str = "127.0.0.1"

@@ -183,6 +183,10 @@ class ExpertBalancer:
         self._move = None
         self._queue.clear()
 
+    def set_layout(self, layout: ExpertLayout) -> None:
+        """Between two epochs: the same gang, some of its ranks on other hosts."""
+        self._layout = layout
+
     def placements(self) -> list[LayerExperts]:
         """Where the experts were in the last plan that returned, of layers where that is not the linear placement."""
         return [

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.chaos.cell import Cell, Choice, Moment, Row, Strike, moments_of, run_cell, unfaulted
-from tests.chaos.clients import Client, run_all
-from tests.chaos.comparison import Outcome
+from tests.chaos.cell import Cell, Choice, Expected, Moment, Row, Strike, moments_of, run_cell, unfaulted
+from tests.chaos.clients import run_all
+from tests.chaos.comparison import judge_cut_off
 from tests.chaos.processes import OPTIONS, kill, kill_program, only
 from tests.chaos.site import OneHost, one_host, settle
 
@@ -27,8 +27,9 @@ def control_plane(directory: Path, choice: Choice) -> Iterator[Row]:
     leader = "no GCS, kill -9 leader"
     chosen = choice.of([first, silent, without_rank, leader])
     cells = [cell for cell in chosen if isinstance(cell, Cell)]
+    moments = moments_of([*cells, *([first] if leader in chosen else [])])
     with one_host(directory, *OPTIONS) as site:
-        expected, rows = unfaulted(site, moments_of(cells))
+        expected, rows = unfaulted(site, moments)
         yield from (dataclasses.replace(row, site="tp2") for row in rows)
         gone_s = time.monotonic()
         if first not in cells:
@@ -39,31 +40,38 @@ def control_plane(directory: Path, choice: Choice) -> Iterator[Row]:
                 time.sleep(max(0.0, gone_s + SILENT_S - time.monotonic()))  # the fault itself
             yield run_cell("tp2", site, cell, expected)
         if leader in chosen:
-            yield _ended(site, leader, "leader", "control service")
+            yield _ended(site, leader, "leader", "control service", expected)
 
 
 def raylet(directory: Path, choice: Choice) -> Iterator[Row]:
     """All ranks and the leader are its children."""
     with one_host(directory, *OPTIONS) as site:
         for fault in choice.of(["kill -9 raylet"]):
-            yield _ended(site, fault, "raylet/raylet", "")
+            yield from _alone(site, fault, "raylet/raylet", "")
 
 
 def control_process(directory: Path, choice: Choice) -> Iterator[Row]:
     """It supervises the gang, and Ray ends with it."""
     with one_host(directory, *OPTIONS) as site:
         for fault in choice.of(["kill -9 control process"]):
-            yield _ended(site, fault, "remuda: control", "the control process ended")
+            yield from _alone(site, fault, "remuda: control", "the control process ended")
 
 
-def _ended(site: OneHost, fault: str, program: str, reason: str) -> Row:
-    """What is right: each request ends with one error, and the server with status 1 and the reason; nothing is left."""
+def _alone(site: OneHost, fault: str, program: str, reason: str) -> Iterator[Row]:
+    """First without a fault."""
+    expected, rows = unfaulted(site, (Moment.DECODE,))
+    yield from (dataclasses.replace(row, site="tp2") for row in rows)
+    yield _ended(site, fault, program, reason, expected)
+
+
+def _ended(site: OneHost, fault: str, program: str, reason: str, expected: Expected) -> Row:
+    """What is right: each request ends with one error behind the beginning of its answer, and the server with status 1
+    and the reason; nothing is left."""
     settle(site)
     strike = Strike(Moment.DECODE, site.num_live, lambda: _kill(site, program))
     clients = run_all(Moment.bodies(Moment.DECODE), site.urls, None, strike)
-    ended = [client for client in clients if len(client.reading.errors) == 1 and client.failure is None]
-    gap_s = max(client.gap_s(strike.struck_s) for client in clients)
-    wrong = [*strike.wrong, *(_how(client) for client in clients if client not in ended)]
+    outcome = judge_cut_off(clients, expected[Moment.DECODE], strike.struck_s)
+    wrong = [*strike.wrong, *outcome.notes]
     assert site.served.process is not None
     try:
         status = site.served.process.wait(END_TIMEOUT_S)
@@ -74,13 +82,8 @@ def _ended(site: OneHost, fault: str, program: str, reason: str) -> Row:
     if reason not in site.log or "Traceback" in site.log:
         wrong.append(site.log)
     wrong += site.served.left_processes(30.0)
-    outcome = Outcome(len(clients), len(clients), 0, 0, gap_s, ())
     return Row("tp2", fault, Moment.DECODE, outcome, (), tuple(wrong))
 
 
 def _kill(site: OneHost, program: str) -> None:
     (kill("leader") if program == "leader" else kill_program(program))(site)
-
-
-def _how(client: Client) -> str:
-    return f"{client.name}: {client.failure or client.reading.errors or 'no error'}"

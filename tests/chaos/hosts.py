@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.cell import Cell, Choice, Moment, Row, moments_of, run_cell, unfaulted
-from tests.chaos.comparison import Outcome
+from tests.chaos.comparison import Outcome, ask_once
 from tests.chaos.several_hosts import RayHosts, SeveralHosts, ray_hosts, several_hosts
-from tests.chaos.site import NotSettled, Site, settle
+from tests.chaos.site import Site, gang_of, replaced_since, settle
 from tests.support.hosts.host import Host
 
 NAME = "tp2 over two hosts"
@@ -152,16 +152,21 @@ def starting_hosts(directory: Path, choice: Choice) -> Iterator[Row]:
 
 
 def _started(hosts: RayHosts, name: str, fault: Fault) -> Row:
-    wrong, became = [], "ready"
+    wrong: list[str] = []
+    replaced: tuple[str, ...] = ()
+    became = "ready"
     with SeveralHosts(hosts) as site:
         site.wait_for("connecting ranks")
+        before = gang_of(site.processes())
         struck_s = time.monotonic()
         fault(site, hosts.bed.hosts[2])
+        outcome = Outcome(0, 0, 0, 0, 0.0, ())
         try:
             site.wait_for("ready in")
-            settle(site)
-        except (AssertionError, NotSettled) as error:
+            outcome = ask_once(site.urls, site.network, time.monotonic() - struck_s)
+            replaced = replaced_since(before, settle(site))
+            wrong += outcome.notes
+        except AssertionError as error:  # NotSettled is one
             became = "not ready"
             wrong.append(str(error))
-        pause_s = time.monotonic() - struck_s
-    return Row(NAME, name, f"loading: {became}", Outcome(0, 0, 0, 0, pause_s, ()), (), tuple(wrong))
+    return Row(NAME, name, f"loading: {became}", outcome, replaced, tuple(wrong))

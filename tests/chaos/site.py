@@ -126,6 +126,24 @@ def settle(site: Site) -> dict[str, int]:
     raise NotSettled(f"not settled within {SETTLE_TIMEOUT_S:g} s: {reason}\n{site.log}")
 
 
+def gang_of(processes: list[psutil.Process]) -> dict[int, str]:
+    """Process → ``a rank`` or ``leader``, of those that have begun to be one. Ray names a process after its call."""
+    titles = {"remuda: rank": "a rank", "ray::Rank": "a rank", "remuda: leader": "leader", "ray::Leader": "leader"}
+    found: dict[int, str] = {}
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            name = " ".join(process.cmdline()[:1])
+            for title, kind in titles.items():
+                if name.startswith(title):
+                    found[process.pid] = kind
+    return found
+
+
+def replaced_since(before: dict[int, str], whole: dict[str, int]) -> tuple[str, ...]:
+    """Kinds of ``gang_of`` of which a process is not in the whole cluster (``settle``) any more."""
+    return tuple(sorted({kind for pid, kind in before.items() if pid not in whole.values()}))
+
+
 @contextlib.contextmanager
 def one_host(
     directory: Path, *options: str, temporary: Path = Path("/tmp"), speaks_grpc: bool = False

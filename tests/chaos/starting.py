@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.cell import Choice, Row
-from tests.chaos.comparison import Outcome
+from tests.chaos.comparison import Outcome, ask_once
+from tests.chaos.site import NotSettled, OneHost, gang_of, replaced_since, settle
 from tests.failover.processes import copy_model
 from tests.support.served import Served, processes_with
 from tests.support.shared_memory import left_since, shared_memory_files
@@ -20,21 +21,28 @@ TIMEOUT_S = 150.0
 
 @dataclass(frozen=True)
 class StartFault:
-    """``strike``: called when the start has come to ``phase``. ``replaced``: the process that is another one
-    afterwards. Where the start does not survive, ``status`` is what the server ends with."""
+    """``strike``: called when the start has come to ``phase``; returns its victim, if that is one process.
+    ``replaced``: what the victim is, where it is to be another one afterwards; all others are to be the same. Where the
+    start does not survive, ``status`` is what the server ends with."""
 
     name: str
-    strike: Callable[[Served], object]
+    strike: Callable[[Served], psutil.Process | None]
     survives: bool = False
     replaced: str | None = None
     status: int = 1
     phase: str = "connecting ranks"
 
 
-def on(number: signal.Signals, *titles: str) -> Callable[[Served], object]:
+def on(number: signal.Signals, *titles: str) -> Callable[[Served], psutil.Process]:
     """A signal to the process whose command line has one of these in it. Ray names a process after the call that it is
     in."""
-    return lambda served: _wait_for(served, titles).send_signal(number)
+
+    def strike(served: Served) -> psutil.Process:
+        victim = _wait_for(served, titles)
+        victim.send_signal(number)
+        return victim
+
+    return strike
 
 
 _RANK = ("remuda: rank", "ray::Rank")
@@ -67,16 +75,24 @@ def starting(directory: Path, choice: Choice) -> Iterator[Row]:
 def struck_at_start(directory: Path, fault: StartFault, temporary: Path = Path("/tmp")) -> Row:
     """``directory`` has the model. ``temporary``: the server's TMPDIR."""
     files = shared_memory_files()
-    served = Served((str(directory / "model"), "--tp", "2", "--dtype", "float32"), directory / "serve.log", temporary)
+    arguments = (str(directory / "model"), "--served-model-name", "m", "--tp", "2", "--dtype", "float32")
+    served = Served(arguments, directory / "serve.log", temporary)
     served.start()
     assert served.process is not None
-    wrong = []
+    wrong: list[str] = []
+    replaced: tuple[str, ...] = ()
     try:
         _wait_until(served, fault.phase)
+        before = gang_of(processes_with(served.mark))
         struck_s = time.monotonic()
-        fault.strike(served)
-        wrong += _after(served, fault)
-        pause_s = time.monotonic() - struck_s
+        victim = fault.strike(served)
+        if victim is not None and fault.replaced is not None:
+            before[victim.pid] = fault.replaced
+        wrong += _end_of_start(served, fault)
+        outcome = Outcome(0, 0, 0, 0, time.monotonic() - struck_s, ())
+        if fault.survives and not wrong:
+            outcome, replaced, more = _started(served, fault, before, outcome.gap_s)
+            wrong += more
     finally:
         if served.process.poll() is None:
             served.stop()
@@ -87,8 +103,24 @@ def struck_at_start(directory: Path, fault: StartFault, temporary: Path = Path("
     if new := {name for name in left_since(files) if "remuda" in name}:
         wrong.append(f"left in shared memory: {new}")
     became = "ready" if fault.survives else f"ended, status {served.process.returncode}"
-    replaced = () if fault.replaced is None else (fault.replaced,)
-    return Row("tp2", fault.name, f"loading: {became}", Outcome(0, 0, 0, 0, pause_s, ()), replaced, tuple(wrong))
+    return Row("tp2", fault.name, f"loading: {became}", outcome, replaced, tuple(wrong))
+
+
+def _started(
+    served: Served, fault: StartFault, before: dict[int, str], pause_s: float
+) -> tuple[Outcome, tuple[str, ...], list[str]]:
+    """Whether it serves, who was replaced, and what is wrong with that. ``before``: the gang's processes when it
+    struck."""
+    outcome = ask_once([served.url], None, pause_s)
+    try:
+        replaced = replaced_since(before, settle(OneHost(served)))
+    except NotSettled as error:
+        return outcome, (), [*outcome.notes, str(error)]
+    due = () if fault.replaced is None else (fault.replaced,)
+    wrong = (
+        [] if replaced == due else [f"replaced: {', '.join(replaced) or 'nobody'}, not {', '.join(due) or 'nobody'}"]
+    )
+    return outcome, replaced, [*outcome.notes, *wrong]
 
 
 def _wait_until(served: Served, phase: str) -> None:
@@ -111,7 +143,7 @@ def _wait_for(served: Served, titles: Sequence[str]) -> psutil.Process:
     raise AssertionError(f"{titles[0]} did not appear:\n{served.log.read_text()}")
 
 
-def _after(served: Served, fault: StartFault) -> list[str]:
+def _end_of_start(served: Served, fault: StartFault) -> list[str]:
     """What is wrong."""
     assert served.process is not None
     if fault.survives:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.chaos import balancing, control_plane, disk, front_ends, hosts, processes, starting
 from tests.chaos.cell import Choice, Row
+from tests.chaos.comparison import Outcome
 
 GROUPS: dict[str, Callable[[Path, Choice], Iterator[Row]]] = {
     "ranks": processes.ranks,
@@ -46,6 +47,7 @@ COLUMNS = (
     "commit",
 )
 NUM_KEY_COLUMNS = 3
+CUT_SHORT = "the cells behind were not run"
 
 
 def line_of(row: Row, commit: str) -> str:
@@ -103,12 +105,21 @@ def with_only(text: str, group: str, lines: Iterable[str]) -> str:
 
 
 def run(group: str, choice: Choice, commit: str) -> Iterator[tuple[Row, str]]:
-    """Each row with its line of the table, which is printed as it comes."""
+    """Each row with its line of the table, which is printed as it comes. A group whose cluster does not come to rest
+    ends with a row that says so."""
     with tempfile.TemporaryDirectory(prefix="remuda-chaos-") as directory:
-        for row in GROUPS[group](Path(directory), choice):
+        for row in _rows(group, Path(directory), choice):
             line = line_of(row, commit)
             print(line, *(f"\n    {wrong}" for wrong in row.wrong), flush=True)
             yield row, line
+
+
+def _rows(group: str, directory: Path, choice: Choice) -> Iterator[Row]:
+    try:
+        yield from GROUPS[group](directory, choice)
+    except AssertionError as error:  # NotSettled and its like
+        nothing = Outcome(0, 0, 0, 0, 0.0, ())
+        yield Row(f"group {group}", CUT_SHORT, "-", nothing, (), (f"{type(error).__name__}: {error}",))
 
 
 def present_commit() -> str:
@@ -132,13 +143,14 @@ def main() -> int:
     commit = present_commit()
     is_wrong = False
     for group in arguments.groups or GROUPS:
-        lines = []
+        lines, is_whole = [], not arguments.cell
         for row, line in run(group, Choice(*arguments.cell), commit):
             is_wrong |= bool(row.wrong)
+            is_whole &= row.fault != CUT_SHORT
             lines.append(line)
             if not arguments.no_write:
                 FILE.write_text(with_row(FILE.read_text(), group, line))
-        if not arguments.cell and not arguments.no_write:
+        if is_whole and not arguments.no_write:
             # What the whole group no longer gives is of cells that are no more.
             FILE.write_text(with_only(FILE.read_text(), group, lines))
     return int(is_wrong)

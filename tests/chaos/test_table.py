@@ -1,9 +1,15 @@
 """How what was found gets into docs/chaos.md."""
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+from tests.chaos import table
 from tests.chaos.cell import Choice, Row
 from tests.chaos.comparison import Outcome
+from tests.chaos.site import NotSettled
 from tests.chaos.table import FILE, GROUPS, line_of, with_only, with_row
 
 HEADER = (
@@ -48,3 +54,26 @@ def test_cells_of_a_group_can_be_chosen() -> None:
     for number in (0, 4):
         with pytest.raises(ValueError, match="this group has 3"):
             Choice(number).of("abc")
+
+
+def test_a_group_that_does_not_come_to_rest_is_told_and_the_next_is_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def row(fault: str) -> Row:
+        return Row("tp2", fault, "decode", Outcome(9, 0, 0, 0, 0.5, ()), ())
+
+    def restless(directory: Path, choice: Choice) -> Iterator[Row]:
+        yield row("the first")
+        raise NotSettled("not settled within 60 s")
+
+    monkeypatch.setattr(table, "GROUPS", {"restless": restless, "calm": lambda *arguments: iter([row("another")])})
+    monkeypatch.setattr(sys, "argv", ["chaos", "--no-write"])
+    assert table.main() == 1
+    printed = capsys.readouterr().out
+    lines = [line.strip(" |").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    assert [(line[1], line[-2]) for line in lines] == [
+        ("the first", "yes"),
+        (table.CUT_SHORT, "no"),
+        ("another", "yes"),
+    ]
+    assert "not settled within 60 s" in printed

@@ -37,6 +37,11 @@ def test_serve_options_are_frozen() -> None:
     assert _options("serve") == SERVE_OPTIONS
 
 
+def test_doctor_can_be_asked_about_what_serve_will_do() -> None:
+    decisive = {"--replicas", "--dtype", "--enable-eplb", "--num-redundant-experts", "--tp", "--pp", "--dp", "--ep"}
+    assert decisive <= _options("doctor")
+
+
 def test_every_config_field_is_an_option_of_serve() -> None:
     fields = {"--" + name.replace("_", "-") for name in ServeConfig.model_fields} - {"--model"}
     assert fields <= _options("serve")

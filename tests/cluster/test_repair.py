@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.served import Served, leader_of, processes_with
+from tests.support.served import Served, leader_of, processes_with, run_remuda
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -139,6 +139,20 @@ def test_a_killed_leader_is_replaced_beside_living_ranks(server: Served, unfault
     leader = leader_of(processes_with(server.mark))
     assert_streams_outlive(leader.kill, server, unfaulted)
     assert pids(server) == before, "the ranks keep their processes"
+
+
+@pytest.mark.full
+def test_a_leader_that_takes_the_place_of_a_draining_one_drains_too(tmp_path: Path) -> None:
+    with Served(("remuda-tiny", "--dtype", "float32"), tmp_path / "serve.log") as server:
+        assert run_remuda("drain", "r0", "--target", server.target).returncode == 0
+        leader = leader_of(processes_with(server.mark))
+        leader.kill()
+        deadline_s = time.monotonic() + REPAIR_TIMEOUT_S
+        while "replica r0 has joined" not in server.log.read_text():
+            assert time.monotonic() < deadline_s, server.log.read_text()
+            time.sleep(0.2)
+        assert leader_of(processes_with(server.mark)).pid != leader.pid
+        assert server.status()["replicas"][0]["state"] == "draining"
 
 
 @pytest.mark.full

@@ -87,14 +87,28 @@ def test_stages_are_priced_by_the_slowest_link_of_each_boundary() -> None:
     # Ranks 0, 1 are a stage, 2, 3 the next: 0 → 2 and 1 → 3 are neighbours; the way of 0 → 3 is nobody's.
     slow = {(1, 3): 10e-3, (0, 3): 1.0}
     links = [msgspec.structs.replace(link, channel_s=slow.get((link.first, link.second), 50e-6)) for link in links]
-    (bad,) = check_pipeline_links(2, 2, links, HOSTS, row_bytes=0, stage_s=10e-3)
+    (bad,) = check_pipeline_links(range(4), 2, 2, links, HOSTS, row_bytes=0, stage_s=10e-3)
     # 5 ms over and back beside twice 10 ms: a third is lost.
     assert (bad.level, bad.where) == (Level.WARN, "rank 1 → rank 3 (10.0.0.2 → 10.0.0.4)")
     assert bad.value.startswith("33% of the throughput of 2 micro-batches would be lost: a token takes 10.00 ms more")
-    (hidden,) = check_pipeline_links(2, 3, links, HOSTS, row_bytes=0, stage_s=10e-3)
+    (hidden,) = check_pipeline_links(range(4), 2, 3, links, HOSTS, row_bytes=0, stage_s=10e-3)
     assert hidden.level is Level.OK and hidden.value.startswith("0% ")
     inside = [msgspec.structs.replace(link, channel_s=None, channel_bytes_per_s=None) for link in links]
-    assert list(check_pipeline_links(2, 2, inside, HOSTS, row_bytes=0, stage_s=10e-3)) == []
+    assert list(check_pipeline_links(range(4), 2, 2, inside, HOSTS, row_bytes=0, stage_s=10e-3)) == []
+
+
+def test_the_second_gangs_stages_are_priced_by_its_own_links() -> None:
+    links = [msgspec.structs.replace(good(*pair), channel_s=10e-3 if pair == (2, 3) else 50e-6) for pair in PAIRS]
+    found = [
+        finding
+        for gang in (range(2), range(2, 4))
+        for finding in check_pipeline_links(gang, 1, 2, links, HOSTS, row_bytes=0, stage_s=10e-3)
+    ]
+    assert [(each.level, each.where.partition(" (")[0]) for each in found] == [
+        (Level.OK, "rank 0 → rank 1"),
+        (Level.WARN, "rank 2 → rank 3"),
+    ]
+    assert found[1].value.startswith("33% of the throughput of 2 micro-batches would be lost")
 
 
 def test_ranks_that_exchange_tokens_are_priced_over_the_whole_stage() -> None:
@@ -132,14 +146,16 @@ def test_traffic_of_a_step_from_shapes() -> None:
     assert predicted_loss(0.02, 0.02) == 0.5
 
 
-@given(st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=10))
-def test_every_pair_measures_once_and_no_host_twice_at_a_time(hosts: list[str]) -> None:
-    rounds = measuring_rounds(hosts)
-    assert sorted(itertools.chain(*rounds)) == list(itertools.combinations(range(len(hosts)), 2))
+@given(st.integers(1, 5), st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=10))
+def test_every_pair_of_a_gang_measures_once_and_no_host_twice_at_a_time(size: int, hosts: list[str]) -> None:
+    gangs = [range(first, min(first + size, len(hosts))) for first in range(0, len(hosts), size)]
+    rounds = measuring_rounds([[hosts[rank] for rank in gang] for gang in gangs])
+    expected = [pair for gang in gangs for pair in itertools.combinations(gang, 2)]
+    assert sorted(itertools.chain(*rounds)) == expected
     for pairs in rounds:
         used = [host for pair in pairs for host in {hosts[rank] for rank in pair}]
         assert len(used) == len(set(used))
 
 
 def test_four_hosts_take_three_rounds() -> None:
-    assert [len(pairs) for pairs in measuring_rounds(HOSTS)] == [2, 2, 2]
+    assert [len(pairs) for pairs in measuring_rounds([HOSTS])] == [2, 2, 2]

@@ -1,6 +1,7 @@
 """Streams outlive what produces them: leaders are cut off, broken and drained under a fleet, and nothing is lost."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -199,18 +200,32 @@ async def test_nobody_ready_is_said_at_once() -> None:
         assert bed.engine.num_steps == 0
 
 
+async def streams_move_off(beds: Sequence[Bed], reader: Fleet, drained_by: Fleet, migrate_after_s: float) -> None:
+    """What ``reader`` reads at the first replica, which cannot end there, once ``drained_by`` has drained it."""
+    wanted = [request(f"r{index}", 3000, [index + 1] * 4) for index in range(4)]
+    readers = [asyncio.create_task(collect(reader, each)) for each in wanted]
+    await until(lambda: all(bed.engine.num_steps > 20 for bed in beds))
+    beds[0].engine.gate.clear()
+    await drained_by.drain("r0", migrate_after_s=migrate_after_s)
+    for each, read in zip(wanted, readers, strict=True):
+        assert tokens_of(await read) == answer(each)
+    assert beds[0].server.num_live_requests == 0
+
+
 async def test_streams_move_off_a_draining_replica() -> None:
     async with fleet_of(2) as (fleet, beds):
-        wanted = [request(f"r{index}", 3000, [index + 1] * 4) for index in range(4)]
-        readers = [asyncio.create_task(collect(fleet, each)) for each in wanted]
-        await until(lambda: all(bed.engine.num_steps > 20 for bed in beds))
-        beds[0].engine.gate.clear()  # what it has cannot end there
-        await fleet.drain("r0", migrate_after_s=0.0)
-        for each, reader in zip(wanted, readers, strict=True):
-            assert tokens_of(await reader) == answer(each)
-        assert beds[0].server.num_live_requests == 0
+        await streams_move_off(beds, fleet, fleet, migrate_after_s=0.0)
         beds[0].engine.gate.set()
         await until(lambda: bool(beds[0].engine.aborted))
+
+
+async def test_streams_of_other_front_ends_move_off_a_draining_replica_too() -> None:
+    async with fleet_of(2) as (fleet, beds):
+        other = Fleet(policy=POLICY, migrate_after_s=0.1)
+        for index, bed in enumerate(beds):
+            await other.add(f"r{index}", ReplicaClient(bed.address, "another front end"))
+        await streams_move_off(beds, other, fleet, migrate_after_s=3600.0)
+        await other.close()
 
 
 async def test_leaving_a_stream_ends_its_work() -> None:

@@ -1,17 +1,19 @@
 """A leader hangs while a stream of it runs, and another takes its place: what the front end does meanwhile."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from cluster.frontend import fleet as fleet_module
 from cluster.frontend.fleet import Fleet
+from cluster.frontend.journal import FailoverPolicy
 from cluster.replica.client import ReplicaClient
 from cluster.types import ReplicaInfo, ReplicaState
 from tests.failover.fleet_bed import POLICY
@@ -69,18 +71,19 @@ def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def fleet_over_leader() -> AsyncIterator[tuple[Hung, asyncio.subprocess.Process]]:
+async def fleet_over_leader(policy: FailoverPolicy = POLICY) -> AsyncIterator[tuple[Hung, asyncio.subprocess.Process]]:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", LEADER, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     client = Impatient((await process.stdout.readline()).decode().strip(), "front-end")
     lost = asyncio.Event()
-    fleet = Fleet(lost.set, policy=POLICY, lost_after_s=LOST_AFTER_S)
+    fleet = Fleet(lost.set, policy=policy, lost_after_s=LOST_AFTER_S)
     try:
         await fleet.add("r0", client)
         yield Hung(fleet, client, lost), process
     finally:
         await fleet.close()
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
         await process.wait()
 
 
@@ -100,6 +103,26 @@ async def test_a_stream_waits_for_the_leader_that_takes_the_place_of_one_that_ha
             assert [output.finish_reason is not None for output in outputs] == [False] * (len(outputs) - 1) + [True]
             assert bed.engine.num_steps > 0, "the rest came from it"
             assert not hung.lost.is_set()
+
+
+async def test_a_stream_is_more_patient_than_usual_while_its_leader_is_being_replaced() -> None:
+    wanted, patience_s = request("a", 20_000), 0.3
+    async with fleet_over_leader(replace(POLICY, wait_s=patience_s)) as (hung, process):
+        stream = hung.fleet.generate(wanted)
+        outputs = [await anext(stream)]
+        hung.fleet.await_leader("r0")
+        process.kill()
+
+        async def rest() -> None:
+            outputs.extend([output async for output in stream])
+
+        reading = asyncio.create_task(rest())
+        ended, _ = await asyncio.wait([reading], timeout=5 * patience_s)
+        assert not ended, reading
+        async with serving() as bed:
+            await hung.fleet.add("r0", ReplicaClient(bed.address, "front-end"))
+            await reading
+            assert tokens_of(outputs) == answer(wanted)
 
 
 async def test_a_replica_whose_new_leader_hangs_too_is_lost() -> None:

@@ -12,8 +12,8 @@ import pytest
 from cluster.frontend.fleet import Fleet
 from cluster.replica.client import ReplicaClient
 from tests.frontend.servers import Served, served
-from tests.support.leader_bed import Bed, serving, until
-from tests.tenants.test_counted_once import SmallVocabulary
+from tests.support.leader_bed import WAIT_S, Bed, serving, until
+from tests.tenants.test_counted_once import Halting, SmallVocabulary
 
 NUM_TOKENS = 400
 
@@ -35,8 +35,12 @@ def text_of(events: list[Any]) -> str:
 
 async def read(response: Any, num_deltas: int | None = None) -> list[dict[str, Any]]:
     """All events, or those until so many deltas came."""
+    return await read_lines(response.aiter_lines(), num_deltas)
+
+
+async def read_lines(lines: AsyncIterator[str], num_deltas: int | None = None) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
-    async for line in response.aiter_lines():
+    async for line in lines:
         if line.startswith("data: "):
             events.append(json.loads(line.removeprefix("data: ")))
             if num_deltas is not None and sum("delta" in event for event in events) == num_deltas:
@@ -80,6 +84,51 @@ async def test_a_response_goes_on_at_another_front_end() -> None:
         await second.openai.responses.delete(response_id)
         with pytest.raises(openai.NotFoundError):
             await second.openai.responses.retrieve(response_id)
+
+
+async def test_two_front_ends_that_are_asked_in_turn() -> None:
+    """Each has it from the leaders when it is asked; neither says of it that it was cancelled."""
+    async with AsyncExitStack() as stack:
+        bed = await stack.enter_async_context(serving(Halting()))
+        both = [await stack.enter_async_context(front_end_of(bed, name)) for name in ("first", "second")]
+        first, second = (each.openai.responses for each in both)
+        begun = await first.create(model="m", input="Hello", background=True, max_output_tokens=NUM_TOKENS)
+        path = f"/v1/responses/{begun.id}?stream=true"
+        async with both[0].http.stream("GET", path) as response:
+            lines = response.aiter_lines()
+            had = await read_lines(lines, num_deltas=1)
+            await until(lambda: not bed.engine.gate.is_set())
+            assert (await second.retrieve(begun.id)).status == "in_progress"
+            had += await read_lines(lines)
+        last = had.pop()
+        assert (last["type"], last["code"]) == ("error", "taken_over")
+        assert "response.cancelled" not in {event["type"] for event in had}
+        for each in (first, second, first):
+            assert (await each.retrieve(begun.id)).status == "in_progress"
+        bed.engine.gate.set()
+        rest = await _rest(both[1], path, last["sequence_number"])
+        kept = [await _finished(each, begun.id) for each in (second, first)]
+        assert [each.status for each in kept] == ["incomplete"] * 2
+        assert kept[0].output_text == kept[1].output_text == text_of(had) + text_of(rest)
+
+
+async def _rest(one: Served, path: str, number: int) -> list[dict[str, Any]]:
+    """As a client goes on, also where it is turned away again."""
+    events: list[dict[str, Any]] = []
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            async with one.http.stream("GET", f"{path}&starting_after={number}") as response:
+                events += await read(response)
+            if events[-1]["type"] != "error":
+                return events
+            number = events.pop()["sequence_number"]
+
+
+async def _finished(api: Any, response_id: str) -> Any:
+    async with asyncio.timeout(WAIT_S):
+        while (found := await api.retrieve(response_id)).status == "in_progress":  # noqa: ASYNC110  as its clients do
+            await asyncio.sleep(0.02)
+    return found
 
 
 @pytest.mark.parametrize("how", ["cancel", "delete"])

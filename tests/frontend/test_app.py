@@ -13,6 +13,7 @@ import pytest
 from cluster.frontend.app import FrontEnd, FrontEndConfig
 from cluster.identity.config import load_security
 from cluster.rpc.generated.remuda.v1 import inference_pb2, inference_pb2_grpc
+from cluster.tenants.tenancy import Tenancy
 from engine.errors import InvalidOption
 from engine.request import Output, Request
 from tests.frontend.scripted import Gate, ScriptedBackend, replica_info, says
@@ -32,8 +33,8 @@ async def test_an_open_address_needs_keys(host: str) -> None:
 
 
 async def test_an_open_address_with_keys_serves(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("alpha\n")
-    async with served(says([300]), key="alpha", host="0.0.0.0", api_key_file=tmp_path / "keys") as one:
+    (tmp_path / "keys").write_text("alpha-of-the-herd\n")
+    async with served(says([300]), key="alpha-of-the-herd", host="0.0.0.0", api_key_file=tmp_path / "keys") as one:
         assert (await one.http.get("/v1/models")).status_code == 200
 
 
@@ -109,6 +110,27 @@ async def test_streams_that_outlast_the_grace_are_told_so() -> None:
             await rpc
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert one.backend.live == set()
+
+
+async def test_watching_goes_on_after_a_defect(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else leases would run out, and nothing would be counted, until somebody starts it anew."""
+    poll, num_looks, again = Tenancy.poll, 0, asyncio.Event()
+
+    async def breaks_once(tenancy: Tenancy) -> None:
+        nonlocal num_looks
+        num_looks += 1
+        if num_looks == 1:
+            raise ZeroDivisionError
+        await poll(tenancy)
+        again.set()
+
+    monkeypatch.setattr(Tenancy, "poll", breaks_once)
+    monkeypatch.setattr("cluster.frontend.app._WATCH_INTERVAL_S", 0.01)
+    async with served(says([300])), asyncio.timeout(60):
+        await again.wait()
+    assert "limits and usage cannot be looked at; trying again" in caplog.text
 
 
 async def test_nothing_is_left_after_stop() -> None:

@@ -231,10 +231,10 @@ async def test_admin_shows_and_drains() -> None:
 
 async def test_keys_guard_all_but_health(tmp_path: Path) -> None:
     path = tmp_path / "keys"
-    path.write_text("alpha\n")
-    async with served(says([300]), key="alpha", api_key_file=path) as one:
-        metadata = (("authorization", "Bearer alpha"),)
-        for given in (None, (("authorization", "Bearer beta"),)):
+    path.write_text("alpha-of-the-herd\n")
+    async with served(says([300]), key="alpha-of-the-herd", api_key_file=path) as one:
+        metadata = (("authorization", "Bearer alpha-of-the-herd"),)
+        for given in (None, (("authorization", "Bearer beta-of-the-herd"),)):
             for attempt in (
                 responses(one.channel, chat(), metadata=given),
                 admin_pb2_grpc.AdminStub(one.channel).GetStatus(admin_pb2.GetStatusRequest(), metadata=given),

@@ -255,15 +255,15 @@ async def test_overload_says_when_to_come_back() -> None:
 
 async def test_keys(tmp_path: Any) -> None:
     path = tmp_path / "keys"
-    path.write_text("# ours\nalpha\n\n  beta \n")
-    async with served(says([300]), key="beta", api_key_file=path) as one:
+    path.write_text("# ours\nalpha-of-the-herd\n\n  beta-of-the-herd \n")
+    async with served(says([300]), key="beta-of-the-herd", api_key_file=path) as one:
         assert (await one.http.get("/v1/models")).status_code == 200
         assert [model.id async for model in one.openai.models.list()] == ["m"]
         for headers in (
             {},
             {"authorization": "Bearer wrong"},
-            {"authorization": "Basic beta"},
-            {"authorization": "beta"},
+            {"authorization": "Basic beta-of-the-herd"},
+            {"authorization": "beta-of-the-herd"},
         ):
             async with httpx.AsyncClient(trust_env=False) as client:
                 response = await client.get(f"{one.url}/v1/models", headers=headers)

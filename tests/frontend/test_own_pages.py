@@ -79,8 +79,9 @@ async def test_a_page_of_elsewhere_gets_nothing_done_and_nothing_read() -> None:
 @pytest.mark.parametrize("is_guarded", [True, False])
 async def test_servers_that_others_reach_have_other_names(tmp_path: Path, is_guarded: bool) -> None:
     """Behind a gateway or under --insecure: there keys or the network keep strangers out."""
-    (tmp_path / "keys").write_text("alpha\n")
-    how = {"key": "alpha", "api_key_file": tmp_path / "keys"} if is_guarded else {"host": "0.0.0.0", "insecure": True}
+    path, key = tmp_path / "keys", "alpha-of-the-herd"
+    path.write_text(f"{key}\n")
+    how = {"key": key, "api_key_file": path} if is_guarded else {"host": "0.0.0.0", "insecure": True}
     elsewhere = {"host": "models.corp", "origin": "https://models.corp"}
     async with served(says([300]), **how) as one:  # type: ignore[arg-type]
         answer: httpx.Response = await one.http.get("/v1/models", headers=elsewhere)

@@ -133,6 +133,8 @@ async def test_errors_are_statuses() -> None:
             (asked(), grpc.StatusCode.INTERNAL, "the engine broke"),
             (pb.GenerateRequest(request_id="q"), grpc.StatusCode.INVALID_ARGUMENT, "tokenized and text"),
             (asked(logprobs=-1), grpc.StatusCode.INVALID_ARGUMENT, "logprobs"),
+            # Refused before anything is made for each of them: 400 million would take more memory than there is.
+            (asked(n=400_000_000), grpc.StatusCode.INVALID_ARGUMENT, "n must be from 1"),
             (asked(structural_tag="x"), grpc.StatusCode.INVALID_ARGUMENT, "structural tags"),
             (
                 pb.GenerateRequest(tokenized=PROMPT, media_refs=pb.MediaRefs()),

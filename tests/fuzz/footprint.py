@@ -45,8 +45,8 @@ async def idle(url: str) -> None:
             await asyncio.sleep(0.1)
 
 
-async def gauges(client: httpx.AsyncClient) -> dict[str, float]:
-    text = (await client.get("/metrics")).text
+async def gauges(client: httpx.AsyncClient, headers: dict[str, str] | None = None) -> dict[str, float]:
+    text = (await client.get("/metrics", headers=headers)).text
     found = {}
     for line in text.splitlines():
         if line.startswith(_GAUGES):

@@ -3,9 +3,11 @@
 import json
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.support.hosts import network
 from tests.support.hosts.bed import Bed
 from tests.support.hosts.fixture import MakeBed
 from tests.support.hosts.host import Host
@@ -112,6 +114,20 @@ def test_a_delayed_link_takes_so_long_each_way_and_keeps_its_bandwidth(bed: Bed)
     finally:
         bed.network.delay(second, 0)
     assert round_trip_ms(first, second) < 1
+
+
+def test_a_delay_that_cannot_be_leaves_the_link_as_it_was(
+    bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, _ = bed.hosts
+    broken = tmp_path / "wire.py"
+    broken.write_text("raise SystemExit('no such device')")
+    bed.network.delay(second, 5)
+    monkeypatch.setattr(network, "_WIRE", broken)
+    for _ in range(2):  # in place of a wire, and where there is none
+        with pytest.raises(RuntimeError, match="the wire of .* did not start"):
+            bed.network.delay(second, 7)
+        assert reaches(first, second)
 
 
 def test_a_limited_link_carries_what_it_was_given_both_ways(bed: Bed) -> None:

@@ -44,9 +44,7 @@ def run_all(cases: Iterable[Case], results: Results, kept: Path) -> None:
     """Fills ``results``; each is also appended to ``kept`` at once."""
     with tempfile.TemporaryDirectory(prefix="remuda-layouts-") as directory, all_hosts() as hosts:
         references = {name: make_layout_reference(name, Path(directory) / name) for name in LAYOUT_MODELS}
-        for case in cases:
-            if str(case) in results:
-                continue
+        for case in left(cases, results):
             began_s = time.monotonic()
             try:
                 answer = run_layout(references[case.model], case.parallel, hosts[case.num_hosts])
@@ -57,6 +55,11 @@ def run_all(cases: Iterable[Case], results: Results, kept: Path) -> None:
             with kept.open("a") as file:
                 file.write(json.dumps([str(case), found]) + "\n")
             print(f"{case}: {found} ({time.monotonic() - began_s:.1f} s)", flush=True)
+
+
+def left(cases: Iterable[Case], results: Results) -> list[Case]:
+    """Those that have no number. A failure may have been a disturbed run's, so it is tried again."""
+    return [case for case in cases if not isinstance(results.get(str(case)), float)]
 
 
 def table(cases: Iterable[Case], results: Results) -> list[str]:

@@ -104,7 +104,7 @@ async def test_what_may_not_be_loaded(lora_dir: Path) -> None:
 
 async def test_off_unless_allowed(lora_dir: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("alpha\n")
+    keys.write_text("alpha-of-the-herd\n")
     async with served(BackendWithAdapters()) as one:
         one.backend.loaded["given"] = AdapterInfo("given", "somewhere", 5)
         one.backend._show()

@@ -232,6 +232,23 @@ def test_a_leader_that_comes_back_is_asked_first_and_left_after_a_while() -> Non
     assert journal.take_abandoned() == [("r0", "a.0")]
 
 
+@pytest.mark.parametrize("error", [ConnectionLost("cut"), RankFailure("died")])
+def test_time_does_not_count_while_a_leader_is_being_replaced(error: RemudaError) -> None:
+    journal = Journal(Request("a.0", PROMPT, 4, SamplingParams(max_tokens=5)), POLICY)
+    journal.next_action(0.0, [view("r0")])
+    journal.sent("r0", 1, "a.0")
+    journal.take(Output("", whole(2)))
+    journal.lost(error, 10.0)
+    gone = [view("r0", connected=False)]
+    assert journal.next_action(10.0, gone) == Wait(30.0)
+    for now_s in (11.0, 500.0, 900.0):
+        assert journal.next_action(now_s, gone, is_repairing=True) == Wait(now_s + POLICY.wait_s)
+    assert journal.next_action(1000.0, gone) == Wait(1000.0 + POLICY.wait_s), "from the end of the repair on"
+    assert journal.next_action(1010.0, gone) == Wait(1000.0 + POLICY.wait_s)
+    with pytest.raises(Unavailable, match="within 20 s"):
+        journal.next_action(1020.0, gone)
+
+
 def test_another_life_of_the_leader_is_not_asked() -> None:
     journal = Journal(Request("a.0", PROMPT, 4, SamplingParams(max_tokens=5)), POLICY)
     journal.sent("r0", 1, "a.0")

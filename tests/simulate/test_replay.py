@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from cluster.cli.main import app
 from cluster.errors import mapping_of
 from cluster.replica.recorded_engine import RecordedEngine
+from cluster.replica.recovery import MAX_REPAIRS
 from cluster.simulate.gang import SimulatedGang
 from cluster.simulate.replay import CannotReplay, Differs, Recorded, Replay
 from engine.config import CacheConfig, KvGroupConfig, SchedulerConfig
@@ -45,7 +46,9 @@ class _RecordedGang(SimulatedGang):
         return future
 
 
-def _gang(record: FlightRecord, epoch: int, depth: int, num_dp_groups: int) -> _RecordedGang:
+def _gang(
+    record: FlightRecord, epoch: int, depth: int, num_dp_groups: int, dies_at: set[tuple[int, int]] | None = None
+) -> _RecordedGang:
     gang = _RecordedGang(
         num_slots=4,
         kv_groups=_GROUPS,
@@ -55,6 +58,7 @@ def _gang(record: FlightRecord, epoch: int, depth: int, num_dp_groups: int) -> _
         depth=depth,
         epoch=epoch,
         num_dp_groups=num_dp_groups,
+        dies_at=dies_at,
     )
     gang.record = record
     record.event("epoch", epoch=epoch, num_blocks=24)
@@ -140,6 +144,87 @@ def test_an_altered_result_is_found_out() -> None:
     number, answer = [(i, line) for i, line in enumerate(lines) if line["kind"] == "answer" and line["message"][11:]][9]
     answer["message"][11] = answer["message"][12] = ""
     assert number < _difference(lines).line < number + 20
+
+
+def _record_of_deadly_requests(num_deadly: int) -> tuple[bytes, int]:
+    """One after the other, each beside harmless ones. Also returns how often the gang broke."""
+    chance, record, num_breaks = random.Random(1), FlightRecord(), 0
+    dies_at = {(1000 + number, 6) for number in range(num_deadly)}
+    record.describe(num_ranks=1, sampling_ranks=[0])
+    engine = RecordedEngine(
+        record,
+        executor=_gang(record, 0, 1, 1, dies_at),
+        kv_groups=_GROUPS,
+        vocab_size=VOCAB_SIZE,
+        scheduler_config=SchedulerConfig(4, 16, 32),
+        cache_config=CacheConfig(4, 24),
+    )
+    for number in range(num_deadly):
+        engine.add(Request(f"deadly{number}", [number + 1] * 3, 3, SamplingParams(12, seed=1000 + number)))
+        for index in range(2):
+            engine.add(_request(chance, f"harmless{number}.{index}"))
+        while engine.has_work:
+            try:
+                engine.step()
+            except EngineFailure as error:
+                record.event("failure", epoch=num_breaks, rank=0, error=str(error))
+                num_breaks += 1
+                gang = _gang(record, num_breaks, 1, 1, dies_at)
+                engine.reset(num_breaks, executor=gang, cache_config=CacheConfig(4, 24))
+    return b"".join(record.lines()), num_breaks
+
+
+def test_breaks_that_were_the_doing_of_requests_are_no_difference() -> None:
+    data, num_breaks = _record_of_deadly_requests(4)
+    assert num_breaks > MAX_REPAIRS + 1
+    Replay(Recorded(data)).run()
+    told = [line for line in _lines(data) if line["kind"] != "explained"]
+    assert "given up" in str(_difference(told))
+
+
+def _damaged(lines: list[dict[str, Any]]) -> dict[str, bytes]:
+    """By what was done to it."""
+
+    def first(kind: str) -> int:
+        return next(number for number, line in enumerate(lines) if line["kind"] == kind)
+
+    def changed(number: int, **fields: Any) -> bytes:
+        news = {key: value for key, value in (lines[number] | fields).items() if value is not ...}
+        return b"\n".join(json.dumps(news if at == number else line).encode() for at, line in enumerate(lines))
+
+    whole = changed(0)
+    request = lines[first("request")]["request"]
+    return {
+        "cut off": whole[:-9],
+        "no object": whole + b"\nnull",
+        "not UTF-8": whole + b'\n"\xff"',
+        "head without an engine's option": changed(0, engine={"vocab_size": 3}),
+        "head with another number of ranks": changed(0, sampling_ranks=[3]),
+        "head without ranks": changed(0, num_ranks=...),
+        "line without a kind": changed(first("epoch"), kind=...),
+        "line without a time": changed(first("epoch"), at_s=...),
+        "plan of one part": changed(first("plan"), message=["plan"]),
+        "plan that is none": changed(first("plan"), message={"epoch": 0}),
+        "answer of nothing": changed(first("answer"), message=[]),
+        "answer of one part": changed(first("answer"), message=["result"]),
+        "answer of nobody": changed(first("answer"), rank=...),
+        "request without its tokens": changed(first("request"), request={**request, "token_ids": None}),
+        "request of no turn": changed(first("request"), turn=...),
+        "request of a strange turn": changed(first("request"), turn="one"),
+        "abort of nothing": changed(first("abort"), request_id=...),
+        "failure of no epoch": changed(first("failure"), epoch="x"),
+        "reset without its cache": changed(first("reset"), cache_config=...),
+    }
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    file, runner = tmp_path / "record", CliRunner()
+    lines = _lines(_record(5))
+    for damage, data in _damaged(lines).items():
+        file.write_bytes(data)
+        refused = runner.invoke(app, ["replay", str(file)]).exception
+        assert isinstance(refused, CannotReplay), f"{damage}: {refused!r}"
+        assert mapping_of(refused).exit_code == 2
 
 
 def test_what_does_not_reach_back_is_refused() -> None:

@@ -74,6 +74,7 @@ async def test_one_request_is_one_trace(receiver: OtlpReceiver) -> None:
     assert (attempt.kind, sequence.kind, sequence.service) == ("CLIENT", "SERVER", "remuda-leader")
     assert attempt.attributes["remuda.num_tokens"] == 20
     phases = [named(spans, name) for name in ("queue", "prefill", "decode")]
+    assert phases[0].attributes["remuda.num_steps"] == 0
     ends = [sequence.start_ns, *(phase.end_ns for phase in phases)]
     assert [phase.start_ns for phase in phases] == ends[:-1] and ends[-1] == sequence.end_ns
     assert 0 < call.attributes["remuda.time_to_first_token_s"] < call.seconds < root.seconds

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cluster.control.placement import HostInfo, distance, may_choose_by_links, place_gangs
+from cluster.control.placement import HostInfo, distance, may_choose_by_links, place_again, place_gangs
 from engine.config import ParallelConfig
 from engine.errors import LayoutError
 
@@ -134,6 +134,35 @@ def test_links_are_measured_only_where_they_decide() -> None:
     assert not decide(cluster_of(2, 2, 0), ParallelConfig(tp=2, pp=2)), "there is no other"
 
 
+def test_ranks_that_lost_their_host_go_where_placement_would_have_put_them() -> None:
+    hosts = at("a/1", "b/1", "a/1", "b/1")
+    parallel = ParallelConfig(tp=2, pp=2)
+    for kept in ({0: hosts[0], 1: hosts[0]}, {2: hosts[0], 3: hosts[0]}):
+        full = [replace(host, used_cpu_slots=2 if host is hosts[0] else 0) for host in hosts]
+        placed = place_again(parallel, full, kept, on_gpus=False)
+        assert {rank: host.node_id for rank, host in placed.items()} == dict.fromkeys({0, 1, 2, 3} - set(kept), "node2")
+        links = {(a.node_id, b.node_id): 1e-3 for a, b in itertools.permutations(hosts, 2)}
+        links["node0", "node3"] = links["node3", "node0"] = 1e-5
+        placed = place_again(parallel, full, kept, on_gpus=False, links=links)
+        assert {host.node_id for host in placed.values()} == {"node3"}
+
+
+def test_a_lost_group_is_not_cut_over_what_is_left_unless_asked() -> None:
+    hosts, parallel = cluster_of(4, 4), ParallelConfig(tp=8)
+    with pytest.raises(LayoutError, match=r"8 ranks have no host, and no host has room for a whole group of 8 \(.*: 4"):
+        place_again(parallel, hosts, {}, on_gpus=False)
+    placed = place_again(parallel, hosts, {}, on_gpus=False, tp_across_hosts=True)
+    assert names([placed[rank] for rank in range(8)]) == "00001111"
+    with pytest.raises(LayoutError, match="8 ranks have no host, and only 7 slots are free"):
+        place_again(parallel, cluster_of(4, 3), {}, on_gpus=False, tp_across_hosts=True)
+
+
+def test_what_a_stage_lacks_goes_onto_one_host_if_one_has_room() -> None:
+    hosts = cluster_of(0, 3, 4)
+    placed = place_again(ParallelConfig(tp=2, dp=3), hosts, {0: hosts[0], 1: hosts[0]}, on_gpus=False)
+    assert {rank: host.node_id for rank, host in placed.items()} == dict.fromkeys((2, 3, 4, 5), "node2")
+
+
 def test_replicas_do_not_share_slots() -> None:
     gangs = place_gangs(ParallelConfig(tp=2), cluster_of(3, 4), on_gpus=False, num_gangs=3)
     assert [names(gang) for gang in gangs] == ["00", "11", "11"]
@@ -198,3 +227,32 @@ def test_spread_only_when_needed(hosts: list[HostInfo], parallel: ParallelConfig
     for group in groups:
         # A cut group is still a run for each of its hosts.
         assert len(set(group)) == 1 + sum(left != right for left, right in itertools.pairwise(group))
+
+
+@given(hosts=hosts_strategy, parallel=parallel_strategy, across=st.booleans(), data=st.data())
+def test_a_repair_keeps_the_rules(
+    hosts: list[HostInfo], parallel: ParallelConfig, across: bool, data: st.DataObject
+) -> None:
+    """Some hosts are lost under a gang, and others may have become fuller or emptier."""
+    try:
+        (gang,) = place_gangs(parallel, hosts, on_gpus=False, tp_across_hosts=across)
+    except LayoutError:
+        assume(False)
+    lost = data.draw(st.sets(st.sampled_from([host.node_id for host in hosts]), max_size=len(hosts) - 1))
+    free = {host.node_id: data.draw(st.integers(0, 8)) for host in hosts if host.node_id not in lost}
+    living = {name: HostInfo(name, name, slots) for name, slots in free.items()}
+    kept = {rank: living[host.node_id] for rank, host in enumerate(gang) if host.node_id not in lost}
+    homeless = set(range(parallel.num_ranks)) - set(kept)
+    num_places = sum(slots if across else slots // parallel.tp * parallel.tp for slots in free.values())
+    if len(homeless) > num_places:
+        with pytest.raises(LayoutError):
+            place_again(parallel, list(living.values()), kept, on_gpus=False, tp_across_hosts=across)
+        return
+    placed = place_again(parallel, list(living.values()), kept, on_gpus=False, tp_across_hosts=across)
+    assert set(placed) == homeless
+    used = Counter(host.node_id for host in placed.values())
+    assert all(used[name] <= free[name] for name in used)
+    whole = kept | placed
+    if not across:
+        for first in range(0, parallel.num_ranks, parallel.tp):
+            assert len({whole[rank].node_id for rank in range(first, first + parallel.tp)}) == 1

@@ -9,7 +9,7 @@ one at a time.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cluster.errors import Cancelled, mapping_of
+from cluster.errors import Cancelled, TakenOver, mapping_of
 from cluster.frontend.calls import Delta, Echo, Event, Finished, Started, ToolCallDelta, Usage
 from cluster.frontend.http_errors import error_object
 from cluster.frontend.logprob_forms import chat_logprobs
@@ -63,6 +63,8 @@ class ResponseForm:
         return f"event: {chunk['type']}\ndata: ".encode() + encode_json(chunk) + b"\n\n"
 
     def error(self, error: BaseException) -> bytes:
+        if isinstance(error, TakenOver):
+            return self.chunk(self._runs_on(error), None)
         return b"".join(self.chunk(chunk, None) for chunk in self._wanted(self._failed(error)))
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -188,6 +190,17 @@ class ResponseForm:
             "output": self._output,
         }
         yield self._event(f"response.{self._response['status']}", response=self._response)
+
+    def _runs_on(self, error: TakenOver) -> dict[str, Any]:
+        """No end of it: whoever asks again for what comes behind this number gets the rest."""
+        told, number = error_object(error), max(self._next_number - 1, self._starting_after)
+        return {
+            "type": "error",
+            "sequence_number": number,
+            "code": told["code"],
+            "message": told["message"],
+            "param": None,
+        }
 
     def _failed(self, error: BaseException) -> Iterator[dict[str, Any]]:
         """What was written stays; it is not complete."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from cluster.errors import Cancelled, UnknownStream
+from cluster.errors import Cancelled, TakenOver, UnknownStream
 from cluster.frontend.calls import Call, Event
 from cluster.frontend.clock import Clock
 from cluster.frontend.http_body import parse_body
@@ -88,10 +88,12 @@ class Responses:
             if stored.error is not None:
                 log_defect(stored.error)
             is_cancelled = found is not None and isinstance(stored.error, Cancelled)
-            if stored.events or is_cancelled:
+            is_elsewhere = isinstance(stored.error, TakenOver)
+            if (stored.events or is_cancelled) and not is_elsewhere:
                 self._store.end(stored, self._clock.now_s())
             else:
-                # Refused before it began: its client has the reason.
+                # Refused before it began: its client has the reason. Or another front end reads it: who asks here
+                # gets it from the leaders again.
                 self._store.forget(response_id, self._clock.now_s())
 
         self._store.begin(stored)
@@ -131,12 +133,15 @@ class Responses:
 
     async def cancel(self, response_id: str) -> StoredResponse:
         """Stop its work, and wait until it has. One that is over stays as it is. Raises UnknownStream."""
-        stored = await self.find(response_id)
-        live = self._live.get(response_id)
-        if live is not None:
+        while True:
+            stored = await self.find(response_id)
+            live = self._live.get(response_id)
+            if live is None:
+                return stored
             live.cancel("the response was cancelled")
             await live.over.wait()
-        return stored
+            if not isinstance(stored.error, TakenOver):
+                return stored
 
     async def delete(self, response_id: str) -> None:
         """Raises UnknownStream."""

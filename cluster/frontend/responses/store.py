@@ -101,7 +101,7 @@ class ResponseStore:
             self._drop_oldest(max(self._shares.values(), key=lambda share: share.num_bytes))
 
     def forget(self, response_id: str, now_s: float) -> None:
-        """It was refused before it began: no leader has it, so there is nothing to remember of it."""
+        """It was refused before it began, or is another front end's now: there is nothing to remember of it here."""
         self._expire(now_s)
         self._live.pop(response_id, None)
 

@@ -28,11 +28,13 @@ class VllmForm:
         self._call = call
         self._streams = streams
         self._num_prompt_tokens = 0
-        self._choices = [_Choice() for _ in range(call.n)]
+        self._choices: list[_Choice] = []
 
     def responses(self, event: Event) -> Iterator[pb.GenerateResponse]:
         """What shows this event. Whole choices come with the usage, which knows what came from the cache."""
         if isinstance(event, Started):
+            # Not before: until then nobody has looked at what was asked, and n may be any number.
+            self._choices = [_Choice() for _ in range(self._call.n)]
             self._num_prompt_tokens = sum(map(len, event.prompt_token_ids))
         elif isinstance(event, Echo):
             self._choices[event.choice].echo = event

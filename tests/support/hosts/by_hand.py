@@ -1,8 +1,9 @@
 """Hosts to try things on by hand: ``python -m tests.support.hosts.by_hand 4`` (``make hosts N=4``).
 
-Says how to enter each; takes a line for each fault; Ctrl-C (or the end of input) removes everything.
+Says how to enter each; takes a line for each fault; Ctrl-C, SIGTERM, SIGHUP or the end of input removes everything.
 """
 
+import contextlib
 import signal
 import sys
 
@@ -19,6 +20,7 @@ Faults, one a line (hosts by number):
   cut 2, heal 2   pull host 2's cable, plug it in again
   reunite         no loss, drop or partition any more
 Ctrl-C removes the hosts and ends whatever runs in them."""
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def obey(bed: Bed, line: str) -> None:
@@ -56,12 +58,13 @@ def main(num_hosts: int) -> int:
         print(f"no hosts can be made: {reason}", file=sys.stderr)
         return 1
     # Background jobs of a shell are started with Ctrl-C ignored, and so would be what they start.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in _ENDS:
+        signal.signal(number, signal.default_int_handler)
     with Bed(num_hosts) as bed:
-        for host in bed.hosts:
-            print(f"host {host.number}  {host.address}  enter: ip netns exec {host.name} bash")
-        print(HELP, flush=True)
         try:
+            for host in bed.hosts:
+                print(f"host {host.number}  {host.address}  enter: ip netns exec {host.name} bash")
+            print(HELP, flush=True)
             for line in filter(str.strip, sys.stdin):
                 try:
                     obey(bed, line)
@@ -69,7 +72,11 @@ def main(num_hosts: int) -> int:
                 except (ValueError, IndexError, RuntimeError) as error:
                     print(f"not done: {error}", flush=True)
         except KeyboardInterrupt:
-            print()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(flush=True)
+        finally:
+            for number in _ENDS:  # once more would leave hosts behind
+                signal.signal(number, signal.SIG_IGN)
     return 0
 
 

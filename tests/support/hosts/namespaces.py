@@ -8,14 +8,20 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock
+
 PREFIX = "rmd"
 # Bind-mounted over /etc by ``ip netns exec``.
 NETNS_ETC = Path("/etc/netns")
+TUN = Path("/dev/net/tun")
+SWEEPING = FileLock(Path(tempfile.gettempdir()) / "remuda-hosts.lock")
+"""Held by whoever sweeps, and by tests of what is swept. A thread may take it again while it has it."""
 END_GRACE_S = 2.0
 _STARTED_FIELD = 19
 """Of /proc/PID/stat, counted after the command's closing parenthesis."""
@@ -36,11 +42,13 @@ def ip(*arguments: str) -> str:
 @cache
 def why_not() -> str | None:
     """Why no bed can be made here; None where one can."""
-    for tool, package in (("ip", "iproute2"), ("nft", "nftables")):
+    for tool, package in (("ip", "iproute2"), ("tc", "iproute2"), ("nft", "nftables")):
         if shutil.which(tool) is None:
             return f"needs the Debian package {package}"
     if os.geteuid() != 0:
         return "network namespaces are not permitted here: not root"
+    if not TUN.exists():
+        return f"needs {TUN}, for links with a delay"
     name = f"{base_name(0)}-probe"
     try:
         ip("netns", "add", name)
@@ -73,7 +81,7 @@ def namespaces() -> list[str]:
 
 
 def pids_in(names: Sequence[str]) -> set[int]:
-    return {int(pid) for name in names for pid in ip("netns", "pids", name).split()}
+    return {int(pid) for name in names for pid in _of_namespace(name, "pids").split()}
 
 
 def remove_namespaces(base: str) -> None:
@@ -88,8 +96,18 @@ def remove_namespaces(base: str) -> None:
             told |= pids
             time.sleep(0.02)
     for name in names:
-        ip("netns", "del", name)
+        _of_namespace(name, "del")
         shutil.rmtree(NETNS_ETC / name, ignore_errors=True)
+
+
+def _of_namespace(name: str, verb: str) -> str:
+    """What ``ip netns`` says; nothing of a namespace that is gone, for somebody else may have removed it."""
+    try:
+        return ip("netns", verb, name)
+    except RuntimeError:
+        if name in namespaces():
+            raise
+        return ""
 
 
 def send_signal(pid: int, number: signal.Signals) -> None:
@@ -101,7 +119,8 @@ def send_signal(pid: int, number: signal.Signals) -> None:
 
 def sweep() -> None:
     """Remove what beds of dead processes left, for example after SIGKILL."""
-    for base in {"-".join(name.split("-")[:3]) for name in namespaces()}:
-        pid, _, start = base.split("-")[1].partition(".")
-        if started(int(pid)) != start:
-            remove_namespaces(base)
+    with SWEEPING:
+        for base in {"-".join(name.split("-")[:3]) for name in namespaces()}:
+            pid, _, start = base.split("-")[1].partition(".")
+            if started(int(pid)) != start:
+                remove_namespaces(base)

@@ -69,22 +69,28 @@ class Network:
         ip("-n", self.switch, "link", "set", f"p{host.number}", "up")
 
     def delay(self, host: Host, one_way_ms: float) -> None:
-        """Frames from and to the host take so long each way. 0: as they were."""
+        """Frames from and to the host take so long each way. 0: as they were. Raises RuntimeError; they are as they
+        were then, too."""
         port, tap = f"p{host.number}", f"w{host.number}"
         if (former := self._wires.pop(host, None)) is not None:
             end(former)
-        if one_way_ms == 0:
             ip("-n", self.switch, "link", "set", port, "master", BRIDGE)
+        if one_way_ms == 0:
             return
-        ip("-n", self.switch, "link", "set", port, "nomaster")
         enter = ["ip", "netns", "exec", self.switch]
         command = [*enter, sys.executable, "-SE", str(_WIRE), port, tap, str(one_way_ms / 1000)]
         wire = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        try:
+            assert wire.stdout is not None
+            if wire.stdout.readline() != "up\n":
+                raise RuntimeError(f"the wire of {host.name} did not start")
+            ip("-n", self.switch, "link", "set", port, "nomaster")
+            ip("-n", self.switch, "link", "set", tap, "master", BRIDGE, "up")
+        except BaseException:
+            end(wire)
+            ip("-n", self.switch, "link", "set", port, "master", BRIDGE)
+            raise
         self._wires[host] = wire
-        assert wire.stdout is not None
-        if wire.stdout.readline() != "up\n":
-            raise RuntimeError(f"the wire of {host.name} did not start")
-        ip("-n", self.switch, "link", "set", tap, "master", BRIDGE, "up")
 
     def limit(self, host: Host, mbit_per_s: float | None) -> None:
         """What the host sends, and what it is sent, at most. None: no limit."""

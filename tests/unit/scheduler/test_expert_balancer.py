@@ -1,6 +1,7 @@
 """The balancer alone: told what ranks counted and answered, by a clock of the test's own."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -180,6 +181,24 @@ def test_a_new_epoch_begins_with_what_the_last_plan_used() -> None:
     assert was_moving and not bed.balancer.is_moving and bed.balancer.table == 0
     (placement,) = bed.balancer.placements()
     assert tuple(map(tuple, placement.slots)) == bed.held[placement.layer].slots
+
+
+def test_hosts_of_ranks_that_moved_count_from_the_next_epoch_on() -> None:
+    """Two hot experts of one host: copies go to the other host's ranks as the hosts are now."""
+    loads = [8.0] * 4 + [1.0] * 12
+
+    def first_placement(*hosts: tuple[int, ...]) -> ExpertPlacement:
+        bed = Bed()
+        for ranks_per_host in hosts:
+            bed.balancer.restart()
+            bed.balancer.set_layout(replace(LAYOUT, ranks_per_host=(ranks_per_host,)))
+        while not bed.of_kind(UseExperts):
+            bed.step(loads)
+        return bed.held[1] if bed.held[1] != Bed._linear() else bed.held[3]
+
+    moved = first_placement((2, 2), (1, 3))
+    assert moved == first_placement((1, 3))
+    assert moved != first_placement((2, 2))
 
 
 @pytest.mark.parametrize("seed", range(5))
