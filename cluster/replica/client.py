@@ -31,6 +31,8 @@ MAX_REQUEST_TOKENS = 10_000_000
 """At 5 bytes each still below channel.MAX_MESSAGE_BYTES: a message over it would break the stream for all."""
 
 GOODBYE_TIMEOUT_S = 1.0
+CROSSED = "Internal error from Core"
+REASON_TIMEOUT_S = 2.0
 MAX_ABANDONED = 4096
 """Requests that the leader is told to end when the connection is back; it ends the others after its grace time."""
 WINDOW = 2048
@@ -261,7 +263,7 @@ class ReplicaClient(LeaderCalls):
                 await self._attach()
                 lost: RemudaError = Unavailable("the leader ended the stream")
             except grpc.aio.AioRpcError as error:
-                lost = error_from_rpc(error)
+                lost = await self._reason(error)
             except ProtocolViolation as error:
                 lost = error
             except Exception as error:  # noqa: BLE001  (a defect, but streams must end and later ones must work)
@@ -277,6 +279,16 @@ class ReplicaClient(LeaderCalls):
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
             if self._tls is not None:
                 await self._dial_again()
+
+    async def _reason(self, error: grpc.aio.AioRpcError) -> RemudaError:
+        """Why the stream ended. Where a write of ours crosses the leader's refusal, gRPC's library gives an error of
+        its own (grpc/aio/_call.py, ``_write``) in place of what the leader said; a call of one message is told."""
+        if error.code() is grpc.StatusCode.INTERNAL and error.details() == CROSSED:
+            try:
+                await self.info(REASON_TIMEOUT_S)
+            except RemudaError as reason:
+                return reason
+        return error_from_rpc(error)
 
     async def _dial_again(self) -> None:
         """Certificates may have changed since; where they cannot be read now, with those from before."""

@@ -194,6 +194,22 @@ async def test_no_leader_is_an_error_in_bounded_time() -> None:
     await client.close()
 
 
+async def test_a_refusal_that_crosses_the_first_message_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC's library then says INTERNAL in place of the leader's status: rare, so the error is put here by hand."""
+    server = LeaderServer(EngineLoop(ScriptedEngine()), INFO, secret="geheim")
+    stranger = ReplicaClient(await server.start(), "stranger", secret="g")
+
+    async def crossed(_: ReplicaClient) -> None:
+        none = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, none, none, "Internal error from Core")
+
+    monkeypatch.setattr(ReplicaClient, "_attach", crossed)
+    with pytest.raises(Unavailable, match="secret"):
+        await stranger.connect(0.3)
+    await stranger.close()
+    await server.stop(WAIT_S)
+
+
 async def test_only_those_who_know_the_secret_are_served() -> None:
     engine = ScriptedEngine()
     server = LeaderServer(EngineLoop(engine), INFO, secret="geheim")
