@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import inspect
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, Final, TypeAlias, cast
 
 import grpc
@@ -96,8 +96,7 @@ class GrpcGate(grpc.aio.ServerInterceptor):
         async def attempt(messages: AsyncIterator[Any], context: Context, metadata: _Metadata) -> None:
             try:
                 principal = await self._admitted(service, context, metadata)
-                decoded = _readable(messages)
-                given = decoded if handler.request_streaming else await self._only(decoded)
+                given = _readable(messages) if handler.request_streaming else await self._only(messages)
                 with acting_as(principal):
                     await _answer(behaviour, given, context)
             except (grpc.aio.AbortError, grpc.aio.InternalError):
@@ -110,8 +109,9 @@ class GrpcGate(grpc.aio.ServerInterceptor):
 
         async def answer(messages: AsyncIterator[Any], context: Context, metadata: _Metadata) -> None:
             # What cannot be sent any more has nobody to read it.
-            with contextlib.suppress(grpc.aio.InternalError):
-                await attempt(messages, context, metadata)
+            async with _given_back(messages):
+                with contextlib.suppress(grpc.aio.InternalError):
+                    await attempt(messages, context, metadata)
 
         async def serve(messages: AsyncIterator[Any], context: Context) -> None:
             metadata = _pairs(context)
@@ -152,7 +152,7 @@ class GrpcGate(grpc.aio.ServerInterceptor):
         """Raises DeadlineExceeded, and InvalidRequest where there is none."""
         try:
             async with asyncio.timeout(self._message_timeout_s):
-                message = await anext(messages, None)
+                message = _read(await anext(messages, None))
         except TimeoutError:
             raise DeadlineExceeded("the call's message did not come in time") from None
         if message is None:
@@ -207,12 +207,30 @@ def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] |
     return decode_or_mark
 
 
+@contextlib.asynccontextmanager
+async def _given_back(messages: AsyncIterator[Any]) -> AsyncIterator[None]:
+    """Lets go, at a call's end, of what would keep the call until the garbage collector comes."""
+    try:
+        yield
+    except grpc.aio.AbortError as error:
+        # gRPC keeps it with the call and raises it again; its traces keep the call.
+        error.__traceback__ = error.__context__ = None
+    finally:
+        # A generator that stands still keeps the call too, and the collector only wakes it.
+        await cast(AsyncGenerator[Any, None], aiter(messages)).aclose()
+
+
 async def _readable(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
     """Raises InvalidRequest at a message that is none."""
     async for message in messages:
-        if message is _UNREADABLE:
-            raise InvalidRequest("the message is not a protobuf of the kind that this method takes")
-        yield message
+        yield _read(message)
+
+
+def _read(message: Any) -> Any:
+    """Raises InvalidRequest."""
+    if message is _UNREADABLE:
+        raise InvalidRequest("the message is not a protobuf of the kind that this method takes")
+    return message
 
 
 def _behaviour(handler: "_Handler") -> Callable[[Any, Context], Any]:

@@ -34,3 +34,5 @@ async def until_overdue(writing: Coroutine[Any, Any, None], failed: asyncio.Even
         writer.cancel()
         late.cancel()
         await asyncio.gather(writer, late, return_exceptions=True)
+        # A task keeps its error, and the error's trace this frame: let them go without the garbage collector.
+        del writer, late

@@ -1,5 +1,6 @@
 """One served cluster for the whole session: remuda-tiny, tp=2 ep=2, through the real command."""
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,16 @@ def collector() -> Iterator[OtlpReceiver]:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory, collector: OtlpReceiver) -> Iterator[Served]:
+def secret_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the leader of ``served`` asks of front ends."""
+    file = tmp_path_factory.mktemp("secret") / "secret"
+    file.write_text(secrets.token_hex(32))
+    return file
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, collector: OtlpReceiver, secret_file: Path) -> Iterator[Served]:
     log: Path = tmp_path_factory.mktemp("served") / "serve.log"
-    with Served(("remuda-tiny", "--tp", "2", "--ep", "2", "--otlp-endpoint", collector.endpoint), log) as server:
+    options = ("--otlp-endpoint", collector.endpoint, "--secret-file", str(secret_file))
+    with Served(("remuda-tiny", "--tp", "2", "--ep", "2", *options), log) as server:
         yield server

@@ -38,9 +38,9 @@ def footprints(pids: Iterable[int]) -> dict[int, Footprint]:
     return found
 
 
-async def idle(url: str) -> None:
+async def idle(client: httpx.AsyncClient) -> None:
     """Returns when /metrics says that there is no request and no block in use. Fails after 45 s."""
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=10) as client, asyncio.timeout(_SETTLE_S):
+    async with asyncio.timeout(_SETTLE_S):
         while any((await gauges(client)).values()):  # noqa: ASYNC110  the server has no event for it
             await asyncio.sleep(0.1)
 

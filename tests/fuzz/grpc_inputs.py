@@ -93,6 +93,7 @@ class GrpcInput:
 
     ``data``: its one message's bytes, or with ``is_raw`` the stream's. ``headers``: beside, or instead of, those that a
     call has. ``leaves``: the client resets the stream. ``tears``: instead of a call, ``data`` goes into the connection.
+    ``shown``: more metadata, of who calls; ``is_text``: it is printable ASCII.
 
     ``is_proper``: gRPC's own rules are kept, so that the answer is a status that we choose.
     """
@@ -104,10 +105,12 @@ class GrpcInput:
     is_raw: bool = False
     leaves: bool = False
     tears: bool = False
+    shown: tuple[tuple[bytes, bytes], ...] = field(default=())
+    is_text: bool = True
 
     @property
     def is_proper(self) -> bool:
-        return not (self.is_raw or self.headers or self.tears)
+        return self.is_text and not (self.is_raw or self.headers or self.tears)
 
 
 class GrpcInputs:

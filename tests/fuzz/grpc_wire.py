@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 import struct
 from dataclasses import dataclass, field
 from urllib.parse import unquote
@@ -12,7 +13,7 @@ import h2.events
 import h2.exceptions
 
 from tests.fuzz.grpc_inputs import GrpcInput
-from tests.fuzz.http_wire import ANSWER_S, BadAnswer
+from tests.fuzz.http_wire import ANSWER_S, BadAnswer, connect, hang_up
 from tests.fuzz.messages import ENDLESS
 
 _GRACE_S = 0.05
@@ -34,18 +35,16 @@ class GrpcAnswer:
     is_ended: bool = False
 
 
-async def call(host: str, port: int, given: GrpcInput) -> GrpcAnswer | None:
-    """None where nothing was waited for. Raises BadAnswer."""
-    reader, writer = await asyncio.open_connection(host, port)
+async def call(host: str, port: int, given: GrpcInput, tls: ssl.SSLContext | None = None) -> GrpcAnswer | None:
+    """None where nothing was waited for. ``tls``: None: in clear text. Raises BadAnswer."""
+    reader, writer = await connect(host, port, tls)
     try:
         async with asyncio.timeout(ANSWER_S):
             return await _Call(reader, writer).run(given)
     except TimeoutError:
         raise BadAnswer(f"nothing came within {ANSWER_S} s") from None
     finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
+        await hang_up(writer)
 
 
 class _Call:
@@ -145,4 +144,4 @@ def _headers(given: GrpcInput) -> list[tuple[bytes, bytes]]:
         (b"content-type", b"application/grpc"),
     ]
     names = {name for name, _ in given.headers}
-    return [pair for pair in usual if pair[0] not in names] + list(given.headers)
+    return [pair for pair in usual if pair[0] not in names] + [*given.headers, *given.shown]

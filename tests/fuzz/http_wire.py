@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 from dataclasses import dataclass
 
 import h11
@@ -13,6 +14,8 @@ ANSWER_S = 90.0
 tests."""
 _GRACE_S = 0.05
 """For an answer to what is no whole request, before the client ends its side; time limits have tests of their own."""
+_TLS_GRACE_S = 0.3
+"""The same over TLS, where a client cannot end its side alone: then it leaves."""
 _READ_BYTES = 1 << 16
 
 
@@ -29,9 +32,25 @@ class BadAnswer(Exception):
     """What came is not HTTP, or did not come."""
 
 
-async def ask(host: str, port: int, given: HttpInput) -> list[HttpAnswer]:
+async def connect(
+    host: str, port: int, tls: ssl.SSLContext | None = None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """``tls``: None: in clear text."""
+    return await asyncio.open_connection(host, port, ssl=tls)
+
+
+async def hang_up(writer: asyncio.StreamWriter) -> None:
+    """Over TLS without its farewell, which the other side need not answer."""
+    if writer.get_extra_info("ssl_object") is not None:
+        writer.transport.abort()
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
+async def ask(host: str, port: int, given: HttpInput, tls: ssl.SSLContext | None = None) -> list[HttpAnswer]:
     """As many answers as the input has requests; of one that is none, at most one. Raises BadAnswer."""
-    reader, writer = await asyncio.open_connection(host, port)
+    reader, writer = await connect(host, port, tls)
     try:
         async with asyncio.timeout(ANSWER_S):
             with contextlib.suppress(ConnectionError):  # it need not read to the end
@@ -47,20 +66,39 @@ async def ask(host: str, port: int, given: HttpInput) -> list[HttpAnswer]:
     except TimeoutError:
         raise BadAnswer(f"nothing came within {ANSWER_S} s") from None
     finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
+        await hang_up(writer)
+
+
+async def ask_in_clear(host: str, port: int, data: bytes) -> bytes:
+    """Whatever comes back from a port that speaks TLS. Raises BadAnswer."""
+    reader, writer = await connect(host, port)
+    found = b""
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            with contextlib.suppress(OSError):  # it need not read to the end
+                writer.write(data)
+                writer.write_eof()
+                while piece := await reader.read(_READ_BYTES):
+                    found += piece
+    except TimeoutError:
+        raise BadAnswer(f"the connection was left open for {ANSWER_S} s") from None
+    finally:
+        await hang_up(writer)
+    return found
 
 
 async def _perhaps(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, method: str) -> list[HttpAnswer]:
     """Of what is no whole request."""
     data, is_ended = b"", False
+    can_end = writer.can_write_eof()
     try:
         while True:
             try:
-                async with asyncio.timeout(None if is_ended else _GRACE_S):
+                async with asyncio.timeout(None if is_ended else _GRACE_S if can_end else _TLS_GRACE_S):
                     piece = await reader.read(_READ_BYTES)
             except TimeoutError:
+                if not can_end:
+                    break
                 is_ended = True
                 writer.write_eof()
                 continue

@@ -12,19 +12,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.identity.cluster_tls import CLUSTER_NAME
 from tests.identity.authority import Authority, write_pair
-from tests.support.served import Served, free_port, run_remuda
+from tests.support.served import Secured, free_port, run_remuda
 
 CLIENT = "spiffe://corp/client"
-
-
-class Secured(Served):
-    """One that is asked for its health at a port of its own."""
-
-    probes_port: int
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.probes_port}"
 
 
 def security_file(directory: Path, probes_port: int) -> Path:

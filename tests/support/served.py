@@ -83,6 +83,7 @@ class Served:
     log: Path
     temporary: Path = Path("/tmp")
     """TMPDIR of the server. Short: Ray's socket paths start with it."""
+    command: str = "serve"
 
     def __post_init__(self) -> None:
         self.port, self.grpc_port = free_port(), free_port()
@@ -99,9 +100,9 @@ class Served:
 
     def start(self) -> None:
         """Start without waiting."""
-        command = [REMUDA, "serve", *self.arguments]
+        command = [REMUDA, self.command, *self.arguments]
         command += ["--port", str(self.port), "--grpc-port", str(self.grpc_port)]
-        environment = {**os.environ, MARK: self.mark, "TMPDIR": str(self.temporary)}
+        environment = {**os.environ, MARK: self.mark, "TMPDIR": str(self.temporary), "PYTHONFAULTHANDLER": "1"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
 
@@ -109,7 +110,9 @@ class Served:
         assert self.process is not None
         deadline_s = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline_s:
-            assert self.process.poll() is None, f"serve ended with {self.process.returncode}:\n{self.log.read_text()}"
+            assert self.process.poll() is None, (
+                f"{self.command} ended with {self.process.returncode}:\n{self.log.read_text()}"
+            )
             try:
                 if httpx.get(f"{self.url}/readyz", timeout=2).status_code == httpx.codes.OK:
                     return
@@ -154,3 +157,13 @@ class Served:
     def _kill(self) -> None:
         for process in processes_with(self.mark):
             process.kill()
+
+
+class Secured(Served):
+    """One that is asked for its health at a plain port of its own."""
+
+    probes_port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.probes_port}"
