@@ -21,6 +21,7 @@ from tests.fuzz.guarded import Guard, Shown
 from tests.fuzz.guarded_inputs import GuardedInput, grpc_breach, guarded, http_breach
 from tests.fuzz.http_framing import HOST, HttpInput, request
 from tests.fuzz.http_wire import HttpAnswer
+from tests.fuzz.verdicts import http_fault
 from tests.support.deaths import Watched
 
 NOBODY, INFER, ADMIN = Shown("nothing", ()), Shown("a", (), frozenset({"infer"})), Shown("b", (), frozenset({"admin"}))
@@ -100,6 +101,12 @@ def test_inputs_show_what_they_say(guard: Guard, seed: int) -> None:
                 pair for key in keys.values() for pair in ((b"authorization", b"Bearer " + key), (b"x-api-key", key))
             ]
             assert is_right == bool(shown.scopes), shown
+
+
+@pytest.mark.parametrize(("text", "is_fault"), [(f"{Path.home()}/a", True), (f"{Path.home()} ::= a", False)])
+def test_a_path_of_this_machine_is_told_from_what_was_asked(text: str, is_fault: bool) -> None:
+    given = HttpInput("paths", "GET", request("GET", b"/v1/models", b"", b""))
+    assert (http_fault(given, [HttpAnswer(404, {}, text.encode())]) is not None) == is_fault
 
 
 @asynccontextmanager

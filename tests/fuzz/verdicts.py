@@ -17,10 +17,10 @@ _OUR_FAULT = frozenset(mapping.code for mapping in ERROR_TABLE.values() if mappi
 _CODE = re.compile(rb'"code": ?"([a-z_]+)"')
 _LEAKS = re.compile(
     rb"Traceback|File \"|site-packages|\.py\b|line \d+, in |"
-    + b"|".join(re.escape(str(path).encode()) for path in (ROOT, Path(sys.prefix), Path.home()))
+    + b"|".join(re.escape(f"{path}/".encode()) for path in (ROOT, Path(sys.prefix), Path.home()))
     + rb"|object at 0x|[a-z]+_pb2|pydantic|asyncio\.|grpc\._"
 )
-"""Of our machine or our code; no input says any of it."""
+"""Of our machine or our code; no input says any of it. Folders count with what is in them: an input may say /root."""
 _SERVER_FAULTS = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS}
 _FAULT_NUMBERS = {code.value[0] for code in _SERVER_FAULTS}
 _REFUSED = 400
