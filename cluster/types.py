@@ -27,6 +27,7 @@ class RankInfo:
 
     ``state``: idle, busy, stalled or dead; in a failed gang stalled or dead is the rank that was lost, and the others
     have ended. ``step``, ``operation``, ``since_s``: where it is (or was last) and for how long.
+    ``weight_bytes_from_peers``, ``weight_bytes_from_disk``: whence its weights came when it loaded them.
     """
 
     rank: int
@@ -37,6 +38,8 @@ class RankInfo:
     step: int = 0
     operation: str = ""
     since_s: float = 0.0
+    weight_bytes_from_peers: int = 0
+    weight_bytes_from_disk: int = 0
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,8 @@ class Loaded(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="loaded
     """Weights are in memory and a step of the largest size was profiled.
 
     ``kv_bytes_available``: bytes that this rank can give to KV blocks. ``block_bytes``: bytes of one block on this
-    rank. ``phase_seconds``: seconds by phase.
+    rank. ``phase_seconds``: seconds by phase. ``num_bytes_from_peers``, ``num_bytes_from_disk``: of its weights, from
+    where they came when it loaded them; ``is_newcomer``: in this formation.
     """
 
     rank: int
@@ -320,6 +321,9 @@ class Loaded(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="loaded
     kv_bytes_available: int
     block_bytes: int
     phase_seconds: dict[str, float]
+    num_bytes_from_peers: int = 0
+    num_bytes_from_disk: int = 0
+    is_newcomer: bool = False
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="ready"):

@@ -275,4 +275,8 @@ def _describe(event: Repairing | GangFormed) -> str:
     if isinstance(event, Repairing):
         return f"replica {event.replica}: {event.message}; it forms anew, as epoch {event.epoch}"
     phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in event.phase_seconds.items())
-    return f"replica {event.replica} serves as epoch {event.epoch}: {phases}"
+    text = f"replica {event.replica} serves as epoch {event.epoch}: {phases}"
+    peers, disk = event.weight_bytes.get("peers", 0), event.weight_bytes.get("disk", 0)
+    if peers + disk:
+        text += f"; of the new ranks' weights {peers:,} bytes came from other ranks, {disk:,} from the checkpoint"
+    return text

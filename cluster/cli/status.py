@@ -72,7 +72,16 @@ def print_status(answer: ServerStatus) -> None:
         if replica.error:
             print(f"  {replica.error}")
         for rank in replica.ranks:
-            print(f"  rank {rank.rank}: {_doing(rank)}, {rank.device} on {rank.host}, pid {rank.pid}")
+            print(f"  rank {rank.rank}: {_doing(rank)}, {rank.device} on {rank.host}, pid {rank.pid}{_source(rank)}")
+
+
+def _source(rank: RankInfo) -> str:
+    """Of one that took the place of another, whence its weights came."""
+    if not rank.weight_bytes_from_peers:
+        return ""
+    return (
+        f", loaded {rank.weight_bytes_from_peers:,} bytes from other ranks, {rank.weight_bytes_from_disk:,} from disk"
+    )
 
 
 def _shares(rank_pairs: Sequence[int]) -> str:

@@ -202,6 +202,16 @@ class _ReplicaGauges:
         for info in infos:
             steps.add_metric([self._model, info.id], info.num_steps)
         yield steps
+        text = "Bytes of each rank's weights when it loaded them, by source: peers (ranks that had them) or disk."
+        weights = GaugeMetricFamily(
+            "remuda_loaded_weight_bytes", text, labels=["model_name", "replica", "rank", "source"]
+        )
+        for info in infos:
+            for rank in info.ranks:
+                labels = [self._model, info.id, str(rank.rank)]
+                weights.add_metric([*labels, "peers"], rank.weight_bytes_from_peers)
+                weights.add_metric([*labels, "disk"], rank.weight_bytes_from_disk)
+        yield weights
         yield from self._experts([(info.id, info.experts) for info in infos if info.experts is not None])
 
     def _experts(self, replicas: list[tuple[str, ExpertStats]]) -> Iterator[Metric]:

@@ -50,7 +50,18 @@ _USAGE_TOTAL = _object(
     num_completion_tokens=COUNT,
 )
 
-_RANK = _object(rank=COUNT, pid=COUNT, host=TEXT, device=TEXT, state=TEXT, step=COUNT, operation=TEXT, since_s=NUMBER)
+_RANK = _object(
+    rank=COUNT,
+    pid=COUNT,
+    host=TEXT,
+    device=TEXT,
+    state=TEXT,
+    step=COUNT,
+    operation=TEXT,
+    since_s=NUMBER,
+    weight_bytes_from_peers=COUNT,
+    weight_bytes_from_disk=COUNT,
+)
 _REPLICA = _object(
     id=TEXT,
     state=_one_of("starting", "ready", "draining", "failed", "repairing"),

@@ -179,12 +179,14 @@ class DrainBegun(msgspec.Struct, frozen=True, tag="draining"):
 
 
 class GangFormed(msgspec.Struct, frozen=True, tag="formed"):
-    """All ranks of this epoch are ready. ``phase_seconds``: of the slowest rank in each phase of this formation."""
+    """All ranks of this epoch are ready. ``phase_seconds``: of the slowest rank in each phase of this formation.
+    ``weight_bytes``: of its newcomers' weights, those from ``peers`` and those from ``disk``."""
 
     replica: str
     epoch: int
     num_blocks: int
     phase_seconds: dict[str, float]
+    weight_bytes: dict[str, int] = {}
 
 
 class Repairing(msgspec.Struct, frozen=True, tag="repairing"):

@@ -103,7 +103,12 @@ class Gang:
             except EngineFailure as error:
                 self.end(epoch, executor, error)
                 continue
-            self._tell(GangFormed(self._replica_id, epoch, ready.cache.num_blocks, ready.phase_seconds))
+            new = [loaded for loaded in ready.loaded if loaded.is_newcomer]
+            weight_bytes = {
+                "peers": sum(loaded.num_bytes_from_peers for loaded in new),
+                "disk": sum(loaded.num_bytes_from_disk for loaded in new),
+            }
+            self._tell(GangFormed(self._replica_id, epoch, ready.cache.num_blocks, ready.phase_seconds, weight_bytes))
             return epoch, executor, ready
 
     def _take(self) -> tuple[int, ChannelExecutor]:

@@ -303,7 +303,16 @@ class Leader:
             block_size=gang.cache.block_size,
             num_blocks=gang.cache.num_blocks,
             ranks=tuple(
-                RankInfo(hello.rank, hello.pid, self._host_of(hello), hello.device, "ready") for hello in gang.ranks
+                RankInfo(
+                    hello.rank,
+                    hello.pid,
+                    self._host_of(hello),
+                    hello.device,
+                    "ready",
+                    weight_bytes_from_peers=loaded.num_bytes_from_peers,
+                    weight_bytes_from_disk=loaded.num_bytes_from_disk,
+                )
+                for hello, loaded in zip(gang.ranks, gang.loaded, strict=True)
             ),
             phase_seconds=gang.phase_seconds | (further_seconds or {}),
         )

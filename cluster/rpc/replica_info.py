@@ -59,11 +59,24 @@ def _rank_to_proto(rank: RankInfo) -> replica_pb2.Rank:
         step=rank.step,
         operation=rank.operation,
         since_s=rank.since_s,
+        weight_bytes_from_peers=rank.weight_bytes_from_peers,
+        weight_bytes_from_disk=rank.weight_bytes_from_disk,
     )
 
 
 def _rank_from_proto(rank: replica_pb2.Rank) -> RankInfo:
-    return RankInfo(rank.rank, rank.pid, rank.host, rank.device, rank.state, rank.step, rank.operation, rank.since_s)
+    return RankInfo(
+        rank.rank,
+        rank.pid,
+        rank.host,
+        rank.device,
+        rank.state,
+        rank.step,
+        rank.operation,
+        rank.since_s,
+        rank.weight_bytes_from_peers,
+        rank.weight_bytes_from_disk,
+    )
 
 
 def _experts_to_proto(experts: ExpertStats) -> replica_pb2.ExpertBalance:

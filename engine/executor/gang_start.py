@@ -38,8 +38,12 @@ class GangReady:
     cache: CacheConfig
     max_model_len: int
     ranks: tuple[Hello, ...]
-    weight_bytes: tuple[int, ...]
+    loaded: tuple[Loaded, ...]
     phase_seconds: dict[str, float]
+
+    @property
+    def weight_bytes(self) -> tuple[int, ...]:
+        return tuple(message.weight_bytes for message in self.loaded)
 
 
 class GangStart:
@@ -94,7 +98,7 @@ class GangStart:
             cache=CacheConfig(block_size, size.num_blocks, keeps_prefixes=not model.rope.depends_on_prompt_length),
             max_model_len=size.max_model_len,
             ranks=tuple(self._hellos[rank] for rank in sorted(self._hellos)),
-            weight_bytes=tuple(self._loaded[rank].weight_bytes for rank in sorted(self._loaded)),
+            loaded=tuple(self._loaded[rank] for rank in sorted(self._loaded)),
             phase_seconds={phase: max(message.phase_seconds.get(phase, 0.0) for message in ready) for phase in phases},
         )
 

@@ -92,9 +92,11 @@ class ProcessGang(ChannelExecutor):
             if (status := process.poll()) is not None:
                 raise RankFailure(f"rank {rank} ended with status {status} before it was ready", rank)
 
-    def reform(self, experts: Sequence[LayerExperts] = ()) -> "ProcessGang":
+    def reform(
+        self, experts: Sequence[LayerExperts] = (), on_message: OnMessage = lambda message: None
+    ) -> "ProcessGang":
         """The next formation, of the ranks that live and of new ones in place of those that do not, or that the failure
-        names. ``experts``: see InitCache."""
+        names. ``experts``: see InitCache. ``on_message``: see GangStart."""
         failure = self.failure
         self.disband()
         self._store = None
@@ -110,6 +112,7 @@ class ProcessGang(ChannelExecutor):
         return ProcessGang(
             config,
             max_model_len=ready.max_model_len,
+            on_message=on_message,
             step_timeout_s=self._step_timeout_s,
             processes=living,
             experts=experts,

@@ -6,7 +6,6 @@ slot table) is made again each time."""
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,13 +17,15 @@ from engine.attention.registry import CHOICES, attention_backend
 from engine.errors import ProtocolViolation, RankFailure
 from engine.executor.cache_size import cuda_kv_bytes
 from engine.executor.channel import ChannelClosed, RankChannel
-from engine.executor.expert_mover import ExpertMover, mixture_layers
+from engine.executor.expert_mover import mixture_layers
 from engine.executor.grammar_masks import GrammarMasks
 from engine.executor.kv_cache import allocate_kv_cache
 from engine.executor.late_samples import LateSamples, reads_late
-from engine.executor.memory_check import check_memory
 from engine.executor.model_runner import CapturedSteps, ModelRunner
+from engine.executor.rank_weights import RankWeights
 from engine.executor.result_sender import ResultSender
+from engine.executor.shard_peers import in_order_of_kinship
+from engine.executor.shard_server import shard_served
 from engine.executor.warm_up import MIN_BLOCKS, run_largest_steps
 from engine.executor.worker_config import WorkerConfig
 from engine.kernels.gpu import has_triton
@@ -39,19 +40,15 @@ from engine.messages import (
     encode,
 )
 from engine.model_config import ModelConfig
-from engine.models.registry import Model, build_model
+from engine.models.registry import Model
 from engine.parallel.distributed import init_distributed
 from engine.parallel.formation_end import FormationEnd
-from engine.parallel.lasting_axis import LastingAxis
 from engine.parallel.mesh import Mesh
 from engine.parallel.store import connect_store
 from engine.progress import RankProgress
 from engine.slot_table import SlotTable
 from engine.weights.adapter_loader import drop_adapters
-from engine.weights.expert_reader import ExpertReader
 from engine.weights.ledger import held_bytes, kv_block_bytes, staged_expert_bytes
-from engine.weights.load_check import HostShare
-from engine.weights.loader import load_weights
 
 _PROGRESS_INTERVAL_S = 0.1
 
@@ -104,12 +101,8 @@ class Rank:
         self._import_seconds = import_seconds
         self._model_config = ModelConfig.from_directory(config.model, config.quantization)
         self._grammars = GrammarMasks(Path(config.model), self._model_config.vocab_size, config.guided_decoding_backend)
-        self._mesh: Mesh | None = None
-        self._model: Model | None = None
         self._cache: KvCacheView | None = None
-        self.experts: ExpertMover | None = None
-        """Where experts may move."""
-        self.is_loading = False
+        self.weights = RankWeights(self._model_config, self._device)
         self.progress = RankProgress()
 
     def join(self, config: WorkerConfig, channel: RankChannel, end: FormationEnd) -> ReadyRank | None:
@@ -121,27 +114,6 @@ class Rank:
         Raises what went wrong.
         """
         return _Startup(self, config, channel, end).run()
-
-    def load(self, config: WorkerConfig, mesh: Mesh, report: Callable[[int, int], None]) -> Model:
-        """The model with its weights; read at the first call, from then on only its mesh is another one."""
-        if self._model is not None and self._mesh is not None:
-            for lasting, group in ((self._mesh.tp, mesh.tp), (self._mesh.stage, mesh.stage)):
-                assert isinstance(lasting, LastingAxis)
-                lasting.form(group)
-            return self._model
-        self.is_loading = True
-        try:
-            check_memory(self._model_config, mesh, config.dtype, self._device, config.gpu_memory_utilization)
-            self._mesh = replace(mesh, tp=LastingAxis(mesh.tp), stage=LastingAxis(mesh.stage))
-            model = build_model(self._model_config, self._mesh, config.dtype, self._device)
-            load_weights(model, config.model, config.load_format, report, _host_share(config))
-            if mesh.config.balances_experts:
-                reader = ExpertReader(config.model, self._model_config, config.load_format)
-                self.experts = ExpertMover(model, mesh, reader, self._device)
-        finally:
-            self.is_loading = False
-        self._model = model
-        return model
 
     def cache(self, config: WorkerConfig, mesh: Mesh, num_blocks: int) -> KvCacheView:
         """Kept where it has the right size: a block is written before it is read."""
@@ -190,34 +162,47 @@ class _Startup:
 
     def run(self) -> ReadyRank | None:
         config, model_config = self._config, self._rank.model_config
-        with self._phase("rendezvous"):
-            store = self._connect_store()
-            self._await_others(store, "here")
-            mesh = self._join(store)
-        with self._phase("load"):
-            model = self._rank.load(config, mesh, self._report_bytes)
-            assert isinstance(model, torch.nn.Module)
-            weight_bytes = held_bytes(model).total
-            self._await_others(store, "loaded")
+        model, mesh, loaded = self._meet_and_load()
+        assert isinstance(model, torch.nn.Module)
+        weight_bytes = held_bytes(model).total
         block_bytes = kv_block_bytes(model_config, mesh, config.block_size, config.dtype)
         with self._phase("profile"):
             # Of a gang that has served before the cache's size is known, and that its largest step fits.
             kv_bytes = config.num_blocks * block_bytes if config.num_blocks else self._profile(model, mesh)
-        self._send(Loaded(config.rank, weight_bytes, kv_bytes, block_bytes, dict(self._phase_seconds)))
+        phase_seconds = dict(self._phase_seconds)
+        self._send(Loaded(config.rank, weight_bytes, kv_bytes, block_bytes, phase_seconds, *loaded))
         message = decode_to_rank(self._channel.receive(None))
         if isinstance(message, Shutdown):
             return None
         if not isinstance(message, InitCache) or message.epoch != config.epoch:
             raise ProtocolViolation(f"the size of the cache for epoch {config.epoch} is due, not {message!r}")
         with self._phase("warm_up"):
-            if self._rank.experts is not None:
-                self._rank.experts.begin_epoch(message.experts)
+            if self._rank.weights.experts is not None:
+                self._rank.weights.experts.begin_epoch(message.experts)
             cache = self._rank.cache(config, mesh, message.num_blocks)
             if not config.num_blocks:
                 self._run_largest_steps(model, mesh, cache, message.max_model_len)
             captured = self._capture(model, mesh, cache, message.max_model_len)
         self._send(Ready(config.rank, dict(self._phase_seconds)))
         return ReadyRank(self._channel, self._runner(model, mesh, cache, message.num_blocks, captured))
+
+    def _meet_and_load(self) -> tuple[Model, Mesh, tuple[int, int, bool]]:
+        """Ranks that have their weights give them to the others meanwhile. The last: what Loaded says of the load."""
+        config, weights = self._config, self._rank.weights
+        is_newcomer = weights.shard is None
+        # A gang of one has nobody to give to.
+        shard = weights.shard if config.parallel.num_ranks > 1 else None
+        with shard_served(config.bind_address, config.secret, shard) as address:
+            with self._phase("rendezvous"):
+                store = self._connect_store()
+                servers = self._await_others(store, "here", address)
+                mesh = self._join(store)
+            with self._phase("load"):
+                peers = {rank: server for rank, server in enumerate(servers) if server}
+                peers = in_order_of_kinship(peers, config.rank, config.parallel)
+                model = weights.load(config, mesh, self._report_bytes, peers)
+                self._await_others(store, "loaded")
+        return model, mesh, (weights.num_bytes_from_peers, weights.num_bytes_from_disk, is_newcomer)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -258,15 +243,16 @@ class _Startup:
             self._rank.progress,
         )
 
-    def _await_others(self, store: dist.Store | None, place: str) -> None:
+    def _await_others(self, store: dist.Store | None, place: str, word: str = "") -> list[str]:
         """Collectives and their groups wait for seconds. Processes may take longer to start, and minutes to load, so
-        ranks meet before both. Who waits in vain is freed by the end of the store."""
+        ranks meet before both. Who waits in vain is freed by the end of the store. Returns every rank's ``word``."""
         if store is None:
-            return
-        store.set(f"{place}/{self._config.rank}", "")
+            return []
+        store.set(f"{place}/{self._config.rank}", word)
         others = [f"{place}/{rank}" for rank in range(self._config.parallel.num_ranks)]
         try:
             store.wait(others, timedelta(seconds=self._config.load_timeout_s))
+            return [store.get(key).decode() for key in others]
         except RuntimeError as error:
             waited_s = self._config.load_timeout_s
             raise RankFailure(f"not all ranks were {place} within {waited_s:g} s: {error}") from error
@@ -368,15 +354,9 @@ class _Startup:
             attention=self._attention(mesh),
             device=self._device,
             captured=captured,
-            experts=self._rank.experts,
+            experts=self._rank.weights.experts,
             late=late,
         )
-
-
-def _host_share(config: WorkerConfig) -> HostShare:
-    if not config.host_ranks:
-        return HostShare()
-    return HostShare(config.host_ranks.index(config.rank), len(config.host_ranks))
 
 
 def _device(config: WorkerConfig) -> torch.device:

@@ -100,7 +100,7 @@ class _Life:
     @property
     def is_loading(self) -> bool:
         """It is not stuck, however long it takes: nobody waits for it in a collective."""
-        return self._rank is not None and self._rank.is_loading
+        return self._rank is not None and self._rank.weights.is_loading
 
     def serve(self, config: WorkerConfig, channel: RankChannel, end: FormationEnd) -> bool:
         """One formation. True: the leader ordered the rank to leave. False: the leader is gone. Raises what went

@@ -23,7 +23,7 @@ def can_multiply(dtype: torch.dtype, device: torch.device, group_size: int, row_
         and device.type == "cpu"
         and group_size in _GROUP_SIZES
         and all(count % BLOCK_ROWS == 0 for count in row_counts)
-        and _is_packed_as_here()
+        and is_packed_as_here()
     )
 
 
@@ -65,7 +65,8 @@ def multiply(
 
 
 @functools.cache
-def _is_packed_as_here() -> bool:
+def is_packed_as_here() -> bool:
+    """Whether this machine's torch reads codes in the order of ``pack_blocks``."""
     codes = (torch.arange(2 * BLOCK_ROWS * 32, dtype=torch.int32) * 7919 >> 5) & 15
     codes = codes.view(2 * BLOCK_ROWS, 32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)

@@ -1,7 +1,7 @@
 """Fills a rank's parameters. Each rank reads only its own slices, by offset."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +30,9 @@ class Pieces(Protocol):
     def conversions(self) -> tuple[Conversion, ...]: ...
 
 
+FillFromOthers = Callable[[Sequence[TensorSlice | Conversion]], Iterator[TensorSlice | Conversion]]
+"""Fills pieces exactly as the loader would, and yields each that is whole; it may leave out any."""
+
 _STAGING_BYTES = 8 * 1024 * 1024
 _log = logging.getLogger(__name__)
 
@@ -50,10 +53,12 @@ def load_weights(
     load_format: LoadFormat = LoadFormat.SAFETENSORS,
     on_progress: ProgressCallback = lambda done, total: None,
     share: HostShare = HostShare(),
+    fill_from_others: FillFromOthers = lambda pieces: iter(()),
 ) -> int:
-    """Fill ``model``'s parameters and return how many bytes they have.
+    """Fill ``model``'s parameters and return how many bytes they have. What ``fill_from_others`` leaves out is read.
 
-    Where the checkpoint has a manifest, this rank checks its ``share`` of the hashes meanwhile.
+    Where the checkpoint has a manifest, this rank checks its ``share`` of the hashes meanwhile; if it reads no weights
+    at all, of the hashes of the other files.
 
     Raises CheckpointError before any weight is read where the checkpoint does not suit the model or its manifest, and
     while reading where a weight is NaN or infinite, a file changes its size or a hash is wrong.
@@ -68,8 +73,13 @@ def load_weights(
         _log.warning("%s stores every key-value head twice; one of each pair is read", directory)
     # In the order of the files' bytes, so that reading ahead helps.
     work.sort(key=lambda item: (item[0][0].file, item[0][0].offset))
-    done = 0
-    with _hash_check(checkpoint, model.config, share) as check:
+    done, filled = 0, set[int]()
+    for piece in fill_from_others([piece for _, piece in work]):
+        filled.add(id(piece))
+        done += piece.num_bytes
+        on_progress(done, total)
+    work = [(entries, piece) for entries, piece in work if id(piece) not in filled]
+    with _hash_check(checkpoint, model.config, share, reads_weights=bool(work)) as check:
         for num_bytes in _read(checkpoint, work):
             done += num_bytes
             on_progress(done, total)
@@ -113,10 +123,12 @@ def _whole_model(config: ModelConfig) -> Model:
     return build_model(config, Mesh(), config.dtype, torch.device("meta"))
 
 
-def _hash_check(checkpoint: Checkpoint | GgufCheckpoint, config: ModelConfig, share: HostShare) -> LoadCheck:
+def _hash_check(
+    checkpoint: Checkpoint | GgufCheckpoint, config: ModelConfig, share: HostShare, *, reads_weights: bool
+) -> LoadCheck:
     manifest = open_manifest(checkpoint.directory)
     needed: list[TensorEntry] = []
-    if manifest is not None:
+    if manifest is not None and reads_weights:
         # Of all ranks, so that those of a host divide the same list.
         needed = [entry for entries, _ in _find_tensors(checkpoint, _whole_model(config)) for entry in entries]
     return LoadCheck(checkpoint.directory, manifest, needed, share)

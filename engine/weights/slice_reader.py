@@ -78,7 +78,7 @@ def read_slice(files: OpenFiles, entry: TensorEntry, piece: TensorSlice, staging
     widened = _dim_to_widen(entry, size, limit)
     if widened is not None:
         start[widened], size[widened] = 0, entry.shape[widened]
-    for offset, block_size in _blocks(tuple(size), limit):
+    for offset, block_size in blocks_of_size(tuple(size), limit):
         num_elements = math.prod(block_size)
         first = [s + o for s, o in zip(start, offset, strict=True)]
         _read_block(descriptor, entry, first, block_size, memoryview(staging)[: num_elements * entry.element_bytes])
@@ -107,7 +107,7 @@ def _dim_to_widen(entry: TensorEntry, size: Sequence[int], limit: int) -> int | 
     return dim if is_short and entry.shape[dim] * row <= limit else None
 
 
-def _blocks(
+def blocks_of_size(
     size: tuple[int, ...], limit: int, offset: tuple[int, ...] = ()
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Cut a rectangle into blocks of at most ``limit`` elements: yields (offset, size), in order of memory."""
@@ -115,7 +115,7 @@ def _blocks(
     inner = math.prod(size[dim + 1 :])
     if inner > limit:
         for index in range(size[dim]):
-            yield from _blocks(size, limit, (*offset, index))
+            yield from blocks_of_size(size, limit, (*offset, index))
         return
     step = limit // inner
     rest = size[dim + 1 :]

@@ -121,6 +121,13 @@ def test_a_killed_rank_is_replaced_and_streams_go_on(server: Served, unfaulted: 
     after = pids(server)
     assert after[1 - victim] == before[1 - victim], "the survivor keeps its process"
     assert after[victim] != before[victim]
+    newcomer, survivor = (server.status()["replicas"][0]["ranks"][rank] for rank in (victim, 1 - victim))
+    assert 0 < newcomer["weight_bytes_from_peers"] < newcomer["weight_bytes_from_disk"], "norms alone are on both"
+    whole = survivor["weight_bytes_from_peers"] + survivor["weight_bytes_from_disk"]
+    assert newcomer["weight_bytes_from_peers"] + newcomer["weight_bytes_from_disk"] == whole
+    assert f"{newcomer['weight_bytes_from_peers']:,} bytes came from other ranks" in server.log.read_text()
+    metrics = httpx.get(f"{server.url}/metrics", timeout=30).text
+    assert f'remuda_loaded_weight_bytes{{model_name="remuda-tiny",rank="{victim}",' in metrics
 
 
 def test_an_idle_gang_is_repaired_too(server: Served) -> None:

@@ -47,7 +47,10 @@ def test_status_names_every_rank(served: Served) -> None:
     assert replica["state"] == "ready"
     assert [rank["rank"] for rank in replica["ranks"]] == [0, 1]
     for rank in replica["ranks"]:
-        assert set(rank) == {"rank", "pid", "host", "device", "state", "step", "operation", "since_s"}
+        assert set(rank) == {
+            *("rank", "pid", "host", "device", "state", "step", "operation", "since_s"),
+            *("weight_bytes_from_peers", "weight_bytes_from_disk"),
+        }
         assert rank["state"] in ("idle", "busy")
         assert psutil.pid_exists(rank["pid"])
     assert len({rank["pid"] for rank in replica["ranks"]}) == 2

@@ -863,6 +863,8 @@ class Rank(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     OPERATION_FIELD_NUMBER: _builtins.int
     SINCE_S_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FROM_PEERS_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FROM_DISK_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     pid: _builtins.int
     host: _builtins.str
@@ -872,6 +874,9 @@ class Rank(_message.Message):
     """Where it is, or was last: the step, what it does in it, and for how long."""
     operation: _builtins.str
     since_s: _builtins.float
+    weight_bytes_from_peers: _builtins.int
+    """Whence its weights came when it loaded them: from ranks that had them, and from the checkpoint."""
+    weight_bytes_from_disk: _builtins.int
     def __init__(
         self,
         *,
@@ -883,10 +888,12 @@ class Rank(_message.Message):
         step: _builtins.int = ...,
         operation: _builtins.str = ...,
         since_s: _builtins.float = ...,
+        weight_bytes_from_peers: _builtins.int = ...,
+        weight_bytes_from_disk: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "operation", b"operation", "pid", b"pid", "rank", b"rank", "since_s", b"since_s", "state", b"state", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "operation", b"operation", "pid", b"pid", "rank", b"rank", "since_s", b"since_s", "state", b"state", "step", b"step", "weight_bytes_from_disk", b"weight_bytes_from_disk", "weight_bytes_from_peers", b"weight_bytes_from_peers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
