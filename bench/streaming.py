@@ -24,6 +24,7 @@ import psutil
 
 from bench.measure import Row, row
 from bench.streaming_paths import MakePath, Received, front_end_grpc, front_end_http, leader_to_client, plain_grpc
+from cluster.replica.heap import settle_heap
 
 NUM_STREAMS = 64
 PACED_STEP_S = 0.020
@@ -83,6 +84,7 @@ class Loads:
 
 
 def _measured(make_path: MakePath, num_tokens: int, step_s: float) -> Figures:
+    settle_heap()  # of the readers, whose own pauses are not the path's
     return asyncio.run(measure(make_path, num_tokens, step_s))
 
 

@@ -19,6 +19,7 @@ from cluster.frontend.leader_set import LeaderSet
 from cluster.identity.cluster_tls import ClusterTls
 from cluster.k8s.endpoint_slices import ServiceName
 from cluster.replica.client import ReplicaClient
+from cluster.replica.heap import settle_heap
 from cluster.replica.model_source import ModelSource
 from cluster.rpc.shared_secret import read_secret
 from cluster.telemetry.config import otlp_endpoint as chosen_endpoint
@@ -148,6 +149,7 @@ async def _serve(
         discovery.start()
     else:
         known.update(leaders)
+    settle_heap()
     await stop.wait()
     if discovery is not None:
         discovery.stop()
