@@ -20,10 +20,12 @@ def replay(
     """Do again what a replica did: its requests and its ranks' answers through scheduler, supervisor and journal.
 
     Every plan that the scheduler makes must be the recorded one. The first that is not is shown with what led there,
-    and the exit status is 1. It is 2 where the record does not have all that the scheduler saw: it must reach back to
-    the engine's start. Needs no model and no device.
+    and the exit status is 1. A record that has lost its beginning is replayed from the first state of the engine that
+    is left in it. The exit status is 2 where it does not have all that the scheduler saw from there on. Needs no model
+    and no device.
     """
-    from cluster.simulate.replay import Differs, Recorded, Replay
+    from cluster.simulate.recorded import Recorded
+    from cluster.simulate.replay import Differs, Replay
 
     recorded = Recorded(file.read_bytes())
     run = Replay(recorded)
@@ -34,4 +36,8 @@ def replay(
             print(line)
         print(f"line {difference.line + 1} differs: {difference}")
         sys.exit(1)
-    print(f"{run.num_steps:,} steps in {len(recorded.epochs)} epochs replay exactly: {run.num_tokens:,} tokens")
+    begin = (
+        "" if recorded.begin is None else f" from line {recorded.begin[0] + 1} on, where the engine's state is noted"
+    )
+    num_epochs = len(recorded.epochs)
+    print(f"{run.num_steps:,} steps in {num_epochs} epochs replay exactly{begin}: {run.num_tokens:,} tokens")

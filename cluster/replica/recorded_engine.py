@@ -1,5 +1,6 @@
 """An engine that notes in the flight record what it is asked for, and when: with the plans and answers that the
-executor notes, everything that its scheduler saw, so that ``remuda replay`` can do it again."""
+executor notes, everything that its scheduler saw, so that ``remuda replay`` can do it again. Now and then it notes what
+it holds as well: a replay can begin there when what came before has made room."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -7,8 +8,8 @@ from typing import Any
 
 import msgspec
 
+from cluster.replica.resumable_engine import ResumableEngine
 from engine.config import CacheConfig, KvGroupConfig, LoraConfig, SchedulerConfig
-from engine.engine import Engine
 from engine.executor.executor import Executor
 from engine.executor.flight_record import FlightRecord
 from engine.outputs import Outputs
@@ -30,7 +31,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     moves_experts: bool
 
 
-class RecordedEngine(Engine):
+class RecordedEngine(ResumableEngine):
     """See Engine. ``options``: its arguments. ``on_explained``: see engine.scheduler.break_trials.BreakTrials."""
 
     def __init__(
@@ -81,9 +82,16 @@ class RecordedEngine(Engine):
 
         return super().step(told)
 
+    def _make_draft(self) -> None:
+        # Now and then, while the ranks compute. Where experts move by a clock there is no replay to begin from it.
+        if self._record.wants_state and self._experts is None:
+            state = self._state(self._num_turns)
+            self._record.state(state, state.scheduling.arrivals)
+        super()._make_draft()
+
     def add(self, request: Request) -> None:
         super().add(request)
-        self._record.request(request, **self._when)
+        self._record.request(request, arrival=self._num_arrivals - 1, **self._when)
 
     def abort(self, request_id: str) -> bool:
         was_live = super().abort(request_id)

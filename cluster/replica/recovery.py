@@ -71,15 +71,15 @@ class Phase(enum.StrEnum):
 
 class Recovery:
     """Args:
-    num_ranks: of the gang. All of them and the leader have been started; epoch 0 is forming.
+    num_ranks: of the gang. All of them and the leader have been started; ``epoch`` is forming.
     now_s: the time, as in all methods; seconds of any clock that never goes back.
     """
 
-    def __init__(self, num_ranks: int, now_s: float) -> None:
+    def __init__(self, num_ranks: int, now_s: float, epoch: int = 0) -> None:
         self._num_ranks = num_ranks
         self._lives = [0] * num_ranks
         self._leader_life = 0
-        self._epoch = 0
+        self._epoch = epoch
         self._phase = Phase.FORMING
         self._joined: set[int] = set()
         """Of the present formation."""

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import msgspec
 
 from cluster.replica.recorded_engine import EngineFacts
+from cluster.replica.resumable_engine import EngineState
 from engine.config import CacheConfig
 from engine.messages import StepPlan, StepResult
 from engine.request import Request
@@ -30,6 +31,7 @@ class _Call(msgspec.Struct, frozen=True):
 
 class _Request(_Call, frozen=True):
     request: Request
+    arrival: int | None = None
 
 
 class _Abort(_Call, frozen=True):
@@ -73,6 +75,10 @@ class _Explained(msgspec.Struct, frozen=True):
     num_breaks: int
 
 
+class _State(msgspec.Struct, frozen=True):
+    state: EngineState
+
+
 _FORMS: dict[str, type[msgspec.Struct]] = {
     "request": _Request,
     "abort": _Abort,
@@ -84,14 +90,15 @@ _FORMS: dict[str, type[msgspec.Struct]] = {
     "epoch": _Epoch,
     "failure": _Failure,
     "explained": _Explained,
+    "state": _State,
 }
 
 
 def check_line(line: dict[str, Any]) -> None:
-    """Any line but the head. Raises msgspec.ValidationError."""
+    """Any line but the head. Raises msgspec.ValidationError. Keys are text in JSON, whatever they were."""
     kind = msgspec.convert(line, _Line).kind
     if (form := _FORMS.get(kind)) is not None:
-        msgspec.convert(line, form)
+        msgspec.convert(line, form, str_keys=True)
     elif "turn" in line:
         msgspec.convert(line, _Call)
     if kind == "answer" and line["message"][0] == "result":

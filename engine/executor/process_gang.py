@@ -12,6 +12,7 @@ import msgspec
 
 from engine.errors import RankFailure
 from engine.executor.channel_executor import ChannelExecutor
+from engine.executor.flight_record import FlightRecord
 from engine.executor.gang_start import GangReady, OnMessage
 from engine.executor.handshake import new_secret
 from engine.executor.socket_hub import SocketHub
@@ -37,6 +38,7 @@ class ProcessGang(ChannelExecutor):
         step_timeout_s: a step that takes longer has failed.
         processes: the living ranks of the formation before, by rank; ``close`` ends them too.
         experts: see InitCache.
+        record: see ChannelExecutor.
     """
 
     def __init__(
@@ -48,11 +50,12 @@ class ProcessGang(ChannelExecutor):
         step_timeout_s: float = 120.0,
         processes: Mapping[int, RankProcess] | None = None,
         experts: Sequence[LayerExperts] = (),
+        record: FlightRecord | None = None,
     ) -> None:
         num_ranks = config.parallel.num_ranks
         secret = new_secret()
         hub = SocketHub(range(num_ranks), secret, [f"unix:@remuda-{uuid.uuid4().hex}"])
-        super().__init__(hub, config.parallel, epoch=config.epoch, step_timeout_s=step_timeout_s)
+        super().__init__(hub, config.parallel, epoch=config.epoch, step_timeout_s=step_timeout_s, record=record)
         self.config = config
         self._store = _serve_store() if num_ranks > 1 else None
         living = dict(processes or {})

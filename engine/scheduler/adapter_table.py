@@ -12,7 +12,7 @@ from engine.request import AdapterInfo
 
 
 @dataclass(slots=True, eq=False)
-class _Adapter:
+class Adapter:
     """``loaded`` ends when the ranks have answered, ``unloaded`` (if somebody asked) when the slot was freed."""
 
     info: AdapterInfo
@@ -29,16 +29,16 @@ class AdapterTable:
     def __init__(self, config: LoraConfig) -> None:
         self._config = config
         self._num_loads = 0
-        self._by_name: dict[str, _Adapter] = {}
+        self._by_name: dict[str, Adapter] = {}
         """Loaded and being loaded."""
-        self._leaving: list[_Adapter] = []
+        self._leaving: list[Adapter] = []
         """To be unloaded as soon as no request has it."""
-        self._failed: list[_Adapter] = []
+        self._failed: list[Adapter] = []
         """Which some rank could not load, to be unloaded by the next plan; their slots count as free."""
         self._free_slots = list(range(config.max_loras - 1, -1, -1))
-        self._queue: list[_Adapter] = []
+        self._queue: list[Adapter] = []
         """Whose loading goes into the next plan."""
-        self._sent: deque[_Adapter] = deque()
+        self._sent: deque[Adapter] = deque()
         """Whose changes are in plans in flight, in their order."""
 
     def load(self, name: str, path: str) -> "Future[AdapterInfo]":
@@ -48,7 +48,7 @@ class AdapterTable:
         if not self._free_slots:
             raise AdapterError(f"there is room for {self._config.max_loras} adapters (--max-loras); unload one first")
         self._num_loads += 1
-        adapter = _Adapter(AdapterInfo(name, path), self._free_slots.pop(), self._num_loads)
+        adapter = Adapter(AdapterInfo(name, path), self._free_slots.pop(), self._num_loads)
         self._by_name[name] = adapter
         self._queue.append(adapter)
         return adapter.loaded
@@ -133,7 +133,7 @@ class AdapterTable:
                 adapter.loaded.set_result(adapter.info)
         return failed
 
-    def _give_up(self, adapter: _Adapter, error: str) -> None:
+    def _give_up(self, adapter: Adapter, error: str) -> None:
         if self._by_name.get(adapter.info.name) is adapter:
             del self._by_name[adapter.info.name]
             self._failed.append(adapter)

@@ -22,7 +22,7 @@ MAX_IDLE_ACCOUNTS = 1024
 memory of what they would hardly have had to wait for."""
 
 
-class _Level:
+class Level:
     """The tenants of one priority that wait.
 
     ``last_pick``: the last admission of one of them; ``last_left``: whose requests were the last to be all admitted.
@@ -77,7 +77,7 @@ class FairQueue:
         """Those with a request."""
         self._busy: dict[Account, None] = {}
         """Those of them with one that runs."""
-        self._levels: dict[int, _Level] = {}
+        self._levels: dict[int, Level] = {}
         self._num_waiting = 0
         self._num_picks = 0
 
@@ -137,7 +137,7 @@ class FairQueue:
         self._num_waiting += 1
         if account.entry:
             return
-        level = self._levels.setdefault(account.priority, _Level(account.priority))
+        level = self._levels.setdefault(account.priority, Level(account.priority))
         if not level.num_accounts:
             level.last_pick = self._num_picks
         level.enter(account)
