@@ -37,7 +37,7 @@ from cluster.replica.events import (
 )
 from cluster.replica.host_wait import HostWait
 from cluster.replica.leader import LeaderConfig
-from cluster.replica.leader_handle import SILENT_S, LeaderHandle
+from cluster.replica.leader_handle import LeaderHandle
 from cluster.replica.leader_load import LeaderLoad
 from cluster.replica.placed_rank import PlacedRank
 from cluster.replica.rank_doors import RankDoors
@@ -46,6 +46,7 @@ from cluster.replica.ray_reason import ray_reason
 from cluster.replica.recovery import Action, Form, GiveUp, KillRank, Phase, Recovery, StartLeader, StartRank
 from cluster.replica.rendezvous import Rendezvous
 from cluster.replica.reservations import MOVE_TIMEOUT_S, ChooseHosts
+from cluster.replica.silence import SILENT_S
 from engine.errors import EngineFailure, RemudaError
 from engine.executor.channel import ChannelClosed
 from engine.executor.handshake import new_secret
@@ -158,8 +159,7 @@ class Supervisor:
         if not calls:
             self._stopping.wait(interval_s)
             return []
-        ended: list[Any] = ray.wait(calls, num_returns=1, timeout=interval_s)[0]
-        return ended
+        return list(ray.wait(calls, num_returns=1, timeout=interval_s)[0])
 
     def _look(self, ended: list[Any]) -> None:
         now_s = time.monotonic()

@@ -17,7 +17,7 @@ MESSAGE_FAULTS = (
     "arrives late",
     "link is silent",
 )
-STEP_FAULTS = ("rank 0 dies", "rank 1 dies", "rank 1 stops", "all ranks die", "replica dies")
+STEP_FAULTS = ("rank 0 dies", "rank 1 dies", "rank 1 stops", "all ranks die", "replica dies", "leader hangs")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def _break_step(world: World, case: Case) -> None:
         match case.fault:
             case "rank 1 stops":
                 replica.supervisor.spawn(replica.stop_rank(1, 60.0))
+            case "leader hangs":
+                replica.supervisor.spawn(replica.hang_leader(60.0))
             case "replica dies":
                 replica.lose_leader()
                 replica.lose_rank(0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 class FaultKind(enum.StrEnum):
     LEADER_DIES = "leader dies"
+    LEADER_HANGS = "leader hangs"
     RANK_DIES = "rank dies"
     RANK_STOPS = "rank stops"
     HOST_DIES = "host dies"
@@ -47,16 +48,25 @@ class Scenario:
     depth: int = 1
 
 
+_KINDS = [kind for kind in FaultKind if kind is not FaultKind.LEADER_HANGS]
+
+
+def _instead(kind: FaultKind, hang: random.Random) -> FaultKind:
+    """Some become a leader that hangs, by a draw of its own: runs without it are what they were before."""
+    return FaultKind.LEADER_HANGS if hang.random() < 0.15 else kind
+
+
 def draw_scenario(seed: int, num_replicas: int, num_front_ends: int) -> Scenario:
     """None to four faults, in order of time, while up to a dozen clients come. Where one of these breaks the gang,
     fewer faults: a replica may give up at its sixth break."""
     chance = random.Random(f"{seed} scenario")
     has_poison = chance.random() < 0.3
     num_faults = chance.choice([0, 1, 1, 1, 2, 2, 3, 4] if not has_poison else [0, 1, 1, 2])
+    hang = random.Random(f"{seed} a leader hangs")
     faults = [
         Fault(
             at_s=chance.uniform(0.0, 4.0),
-            kind=chance.choice(list(FaultKind)),
+            kind=_instead(chance.choice(_KINDS), hang),
             replica=chance.randrange(num_replicas),
             front_end=chance.randrange(num_front_ends),
             duration_s=chance.choice([0.2, 1.0, 5.0, 25.0]),

@@ -133,6 +133,9 @@ class SimulatedLeader:
         self.moving = asyncio.Event()
         """Cleared while a rank that all others wait for is stopped: no step ends."""
         self.moving.set()
+        self.awake = asyncio.Event()
+        """Cleared while the process hangs."""
+        self.awake.set()
         self.engine: Engine | None = None
         self.server: _Server | None = None
         self._loop: _Loop | None = None
@@ -150,7 +153,7 @@ class SimulatedLeader:
     async def _live(self) -> None:
         await asyncio.sleep(self._replica.chance.uniform(0.2, 2.0))
         self.opened.set()
-        self._epoch = await self._formations.get()
+        self._epoch = await self._next_formation()
         self._gang = self._new_gang(self._epoch)
         self.engine = Engine(
             executor=self._gang,
@@ -201,6 +204,12 @@ class SimulatedLeader:
         self._replica.on_step()
         await asyncio.sleep(self._replica.slowness * self._replica.chance.uniform(*STEP_S))
         await self.moving.wait()
+        await self.awake.wait()
+
+    async def _next_formation(self) -> int:
+        epoch = await self._formations.get()
+        await self.awake.wait()
+        return epoch
 
     def formed(self, epoch: int) -> None:
         """All ranks of this formation are ready."""
@@ -224,7 +233,7 @@ class SimulatedLeader:
         culprit = error.rank if isinstance(error, RankFailure) else None
         replica.tell(lambda: replica.recovery.gang_broke(epoch, culprit, str(error), replica.now_s()), 0.01)
         while self._epoch <= epoch:
-            formed = await self._formations.get()
+            formed = await self._next_formation()
             if formed < 0:
                 raise EngineFailure(f"the gang could not be repaired: {error}")
             self._epoch = max(self._epoch, formed)
@@ -233,5 +242,6 @@ class SimulatedLeader:
 
     async def drain(self) -> None:
         """Takes no new requests."""
+        await self.awake.wait()
         if self.server is not None:
             await self.server.drain()

@@ -90,6 +90,8 @@ class Connection:
         loop.call_at(arrival_s, receiver.arrive, message)
 
     def heal(self) -> None:
+        if self._network.is_down(*(end.host for end in self.ends)):
+            return
         held, self._held = self._held, []
         for receiver, message in held:
             self._deliver(receiver, message)
@@ -118,6 +120,7 @@ class Network:
         self._digest = hashlib.blake2b(digest_size=8)
         self.meddle: Meddle | None = None
         self._down: set[frozenset[str]] = set()
+        self._stopped: set[str] = set()
         self._connections: list[Connection] = []
         self._listeners: dict[str, Callable[[End], None]] = {}
 
@@ -159,7 +162,7 @@ class Network:
         return connection.ends[0]
 
     def is_down(self, first: str, second: str) -> bool:
-        return frozenset((first, second)) in self._down
+        return frozenset((first, second)) in self._down or not self._stopped.isdisjoint((first, second))
 
     def cut(self, first: str, second: str) -> None:
         """From now on nothing passes between the two; their connections break after KEEPALIVE_S unless it heals."""
@@ -178,6 +181,24 @@ class Network:
         for connection in self._connections:
             if connection.joins(first, second):
                 connection.heal()
+
+    def stop(self, host: str) -> None:
+        """Whoever is there hangs: from now on nothing comes from it, and nothing is taken, as if its links were cut."""
+        self._stopped.add(host)
+        asyncio.get_running_loop().call_later(KEEPALIVE_S, self._break_stopped, host)
+
+    def _break_stopped(self, host: str) -> None:
+        for connection in self._connections_of(host) if host in self._stopped else ():
+            connection.break_off(f"{host} does not answer")
+
+    def _connections_of(self, host: str) -> list[Connection]:
+        return [each for each in self._connections if host in (each.ends[0].host, each.ends[1].host)]
+
+    def resume(self, host: str) -> None:
+        """It goes on, or is dead."""
+        self._stopped.discard(host)
+        for connection in self._connections_of(host):
+            connection.heal()
 
     def reset(self, first: str, second: str) -> None:
         """All connections between the two break at once."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.replica.recovery import Action, Form, GiveUp, KillRank, Recovery, StartLeader, StartRank
+from cluster.replica.silence import SILENT_S, Silence
 from cluster.simulate.leader import SimulatedLeader
 from cluster.simulate.network import Network
 from cluster.simulate.process import Process
@@ -74,6 +75,8 @@ class SimulatedReplica:
         self.recovery = Recovery(NUM_RANKS, self.now_s())
         self._ranks = [self._new_rank(number, 0) for number in range(NUM_RANKS)]
         self.leader = SimulatedLeader(self, 0)
+        self._heard: tuple[SimulatedLeader, Silence] = self.leader, Silence(self.now_s())
+        """Who has answered, and for how long it has not."""
         self.supervisor.spawn(self._supervise())
         self._carry_out(Form(0))
 
@@ -93,8 +96,27 @@ class SimulatedReplica:
                 actions: list[Action] | None = self.recovery.tick(self.now_s())
             else:
                 actions = event()
-            for action in actions or ():
+            for action in [*(actions or ()), *self._look_at_leader()]:
                 self._carry_out(action)
+
+    def _look_at_leader(self) -> list[Action]:
+        """One that hangs is replaced, as the real supervisor does it."""
+        leader, now_s = self.leader, self.now_s()
+        if leader.awake.is_set() or self._heard[0] is not leader:
+            self._heard = leader, Silence(now_s)
+        elif self._heard[1].look(now_s) >= SILENT_S:
+            self._kill_leader()
+            return self.recovery.leader_ended(leader.life, f"has answered nothing for {SILENT_S:g} s", now_s)
+        return []
+
+    def _kill_leader(self) -> None:
+        self.leader.process.kill()
+        self._wake(self.leader)
+
+    def _wake(self, leader: SimulatedLeader) -> None:
+        if not leader.awake.is_set():
+            leader.awake.set()
+            self.network.resume(self.host)
 
     def _carry_out(self, action: Action) -> None:
         match action:
@@ -103,7 +125,7 @@ class SimulatedReplica:
             case StartRank(number, life):
                 self._ranks[number] = self._new_rank(number, life)
             case StartLeader(life):
-                self.leader.process.kill()
+                self._kill_leader()
                 self.leader = SimulatedLeader(self, life)
             case Form(epoch):
                 self.supervisor.spawn(self._form(epoch))
@@ -129,12 +151,14 @@ class SimulatedReplica:
     async def _join(self, rank: _Rank, epoch: int, leader: SimulatedLeader, joined: set[int]) -> None:
         await asyncio.sleep(self.chance.uniform(0.02, 0.3))
         await rank.moving.wait()
+        await leader.awake.wait()
         if not self._are_alive(rank, leader):
             return
         self.tell(lambda: self.recovery.rank_joined(epoch, rank.number))
         await rank.loaded.wait()
         await asyncio.sleep(self.chance.uniform(0.02, 0.2))
         await rank.moving.wait()
+        await leader.awake.wait()
         if not self._are_alive(rank, leader):
             return
         self.tell(lambda: self.recovery.rank_loaded(epoch, rank.number))
@@ -180,9 +204,19 @@ class SimulatedReplica:
         leader = self.leader
         if leader.process.is_dead:
             return
-        leader.process.kill()
+        self._kill_leader()
         event = lambda: self.recovery.leader_ended(leader.life, "it died", self.now_s())  # noqa: E731
         self.tell(event, self.chance.uniform(1.0, 10.0) * DETECTION_S)
+
+    async def hang_leader(self, duration_s: float) -> None:
+        """SIGSTOP of the leader, if it has begun, and SIGCONT later, if it has not been replaced."""
+        leader = self.leader
+        if leader.process.is_dead or not leader.opened.is_set():
+            return
+        leader.awake.clear()
+        self.network.stop(self.host)
+        await asyncio.sleep(duration_s)
+        self._wake(leader)
 
     def kill(self) -> None:
         """All of it, at the end of a run."""

@@ -87,6 +87,8 @@ class World:
         match fault.kind:
             case FaultKind.LEADER_DIES:
                 replica.lose_leader()
+            case FaultKind.LEADER_HANGS:
+                await replica.hang_leader(fault.duration_s)
             case FaultKind.RANK_DIES:
                 replica.lose_rank(fault.front_end % NUM_RANKS)
             case FaultKind.HOST_DIES:

@@ -14,9 +14,11 @@ from cluster.frontend.journal import Journal
 from cluster.replica.recovery import Action, Recovery
 from cluster.simulate.draw import draw_record
 from cluster.simulate.explore import Case
-from cluster.simulate.faults import FaultKind, draw_scenario
+from cluster.simulate.faults import Fault, FaultKind, Scenario, draw_scenario
 from cluster.simulate.runs import all_cases, run_case, run_seed
+from cluster.simulate.virtual_loop import run
 from cluster.simulate.vocabulary import STRUCTURES
+from cluster.simulate.world import World
 from engine.executor.grammar_masks import GrammarMasks
 from engine.request import Request
 from engine.scheduler.block_pool import BlockPool
@@ -56,6 +58,20 @@ def test_a_new_leader_goes_on_in_the_epoch_of_its_gang(monkeypatch: pytest.Monke
     for seed in seeds[:8]:
         assert not run_seed(seed).error
     assert seeds and not [reason for reason in reasons if "of epoch" in reason]
+
+
+@pytest.mark.parametrize(("duration_s", "life"), [(5.0, 0), (25.0, 1)])
+def test_a_leader_that_hangs_is_replaced_after_its_time_and_not_before(duration_s: float, life: int) -> None:
+    hang = Fault(at_s=1.0, kind=FaultKind.LEADER_HANGS, replica=0, front_end=0, duration_s=duration_s)
+    worlds: list[World] = []
+
+    async def play() -> None:
+        worlds.append(World(Scenario(3, 6, 50, spread_s=2.0, faults=(hang,))))
+        await worlds[0].run()
+
+    run(play)
+    assert [replica.recovery.leader_life for replica in worlds[0].replicas] == [life, 0]
+    assert worlds[0].ended_s > 5.0
 
 
 def test_the_seeds_draw_every_kind_of_fault() -> None:

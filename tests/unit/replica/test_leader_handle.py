@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.replica import leader_handle
-from cluster.replica.leader_handle import SILENT_S, LeaderHandle, Silence
+from cluster.replica.leader_handle import LeaderHandle
+from cluster.replica.silence import SILENT_S, Silence
 from engine.executor.channel import ChannelClosed
 from engine.executor.handshake import new_secret
 
