@@ -335,6 +335,8 @@ class Engine:
                 f"the gang broke {culprit.num_breaks} times in a row when it computed this request, which is ended so "
                 "that it does not break it again",
             )
+            for state in self.trials.choices_beside(culprit, list(self._states.values())):
+                self._end_with_error(state, f"its other choice {culprit.request_id} broke the gang again and again")
         self._begin_epoch(epoch, executor or self._executor, cache_config or self._cache_config)
         for state in list(self._states.values()):
             state.restart()

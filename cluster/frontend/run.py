@@ -20,6 +20,9 @@ from cluster.tenants.limiter import Visit
 from cluster.tenants.report import LimitReport, current_report
 from engine.request import Output, Request, SamplingParams
 
+_MAX_REPEATED_BYTES = 1 << 20
+"""What all sequences of one request may say together."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -82,7 +85,8 @@ class Run:
         ]
 
     def keeps(self, planned: Sequence[Planned], num_sequences: int, trace: str = "") -> list[Keep]:
-        """One per sequence, where the client may come back. The first says what was asked, and in which ``trace``."""
+        """One per sequence, where the client may come back. They say what was asked, and in which ``trace``: each, for
+        any of them may be all that is left. Of huge ones only the first does."""
         if self.stored is None:
             return []
         decided = msgspec.structs.replace(
@@ -91,7 +95,7 @@ class Run:
             max_tokens=[plan.sampling.max_tokens for plan in planned],
             trace=self.stored.trace or trace,
         )
-        return [Keep(decided.encode()), *(Keep() for _ in range(num_sequences - 1))]
+        return keeps_of(decided.encode(), num_sequences)
 
     def opener(self, backend: Backend, requests: Sequence[Request], keeps: Sequence[Keep]) -> OpenStream:
         """How the sequences' outputs are read."""
@@ -105,3 +109,9 @@ class Run:
             return backend.generate(request, keeps[index], holders.get(index))
 
         return open_stream
+
+
+def keeps_of(client_request: bytes, num_sequences: int) -> list[Keep]:
+    """See ``Run.keeps``."""
+    others = client_request if num_sequences * len(client_request) <= _MAX_REPEATED_BYTES else b""
+    return [Keep(client_request), *(Keep(others) for _ in range(num_sequences - 1))]

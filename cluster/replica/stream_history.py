@@ -84,7 +84,7 @@ class StreamHistory:
         entries = [*self._logprobs, *(entry for entry in self._prompt_logprobs if entry is not None)]
         embedding = b"" if self._end is None else self._end.pooled or b""
         num_logprobs = sum(50 + 16 * len(entry.token_ids) for entry in entries)
-        return 100 + len(self._token_ids) + num_logprobs + len(embedding) // 4
+        return 100 + len(self._token_ids) + num_logprobs + (len(embedding) + len(self.client_request)) // 4
 
     @property
     def has_reader(self) -> bool:

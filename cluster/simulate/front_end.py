@@ -16,7 +16,7 @@ from cluster.frontend.fleet import Fleet
 from cluster.frontend.journal import Attach, Journal, Submit
 from cluster.frontend.live_request import LiveRequest
 from cluster.frontend.metrics import Metrics
-from cluster.frontend.run import Run
+from cluster.frontend.run import Run, keeps_of
 from cluster.frontend.stop_strings import StopStrings
 from cluster.frontend.stored_call import Holder, StoredCall
 from cluster.frontend.tools.parser import ToolCallParser
@@ -148,7 +148,7 @@ class SimulatedFrontEnd:
             for index, request in enumerate(record.requests)
         ]
         stored = StoredCall("simulated", record.name, b"", 0.0)
-        keeps = [Keep(stored.encode() if index == 0 else b"") for index in range(len(choices))]
+        keeps = keeps_of(stored.encode(), len(choices))
         open_stream = Run(stored=stored, holders=holders).opener(self.fleet, record.requests, keeps)
         clock = self.clock
         limits = TimeLimits()

@@ -6,7 +6,8 @@ those that were tried before it; all others wait so long. One that breaks the ga
 for it would use up all repairs. So a culprit costs two repairs where it runs alone and three among others, and what
 merely ran beside it goes on, suspect no more. As soon as another has a token, those repairs have been explained: it was
 not the gang. For that, one of those that remain is tried first behind a culprit: one with another prompt, as the
-culprit's siblings are likely to break the gang as well, and at the fewest of its breaks.
+culprit's siblings are likely to break the gang as well, and at the fewest of its breaks. The other choices of the
+culprit's request, which fails with it, are not tried at all.
 """
 
 from collections import deque
@@ -66,6 +67,13 @@ class BreakTrials:
         self._is_explained = True
         self._culprit_prompt = _prompt(culprit)
         return culprit
+
+    @staticmethod
+    def choices_beside(culprit: RequestState, states: Iterable[RequestState]) -> list[RequestState]:
+        """The other choices of its request, or of the same request asked again: a seed is drawn for each request that
+        has none."""
+        same = (culprit.sampling.seed, culprit.adapter, _prompt(culprit))
+        return [state for state in states if (state.sampling.seed, state.adapter, _prompt(state)) == same]
 
     def begin(self, states: Iterable[RequestState]) -> list[RequestState]:
         """A new epoch with these requests, in their order. Returns those that may run at once."""

@@ -281,6 +281,10 @@ class StepProtocolMachine(RuleBasedStateMachine):
             assert record.adapter_path in self.broken_adapters
         elif (finish.error or "").startswith("the gang broke"):
             assert record.num_deaths >= SUSPECT_AFTER and not finish.token_ids
+        elif (finish.error or "").startswith("its other choice"):
+            culprit = self.records[(finish.error or "").split()[3]]
+            assert culprit.finish is not None and (culprit.finish.error or "").startswith("the gang broke")
+            assert culprit.request.sampling.seed == sampling.seed and not finish.token_ids
         elif finish.finish_reason == FinishReason.ERROR:
             assert sampling.seed in {seed for seed, _ in self.fails_at}
             assert finish.error == f"position {len(request.token_ids) - (sampling.pooling is not None)} is not a number"

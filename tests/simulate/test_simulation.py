@@ -35,11 +35,12 @@ def test_every_promise_holds_under_the_faults_of_many_seeds(first: int) -> None:
         assert outcome.num_messages > 0
 
 
-@pytest.mark.parametrize("seed", [644, 1108, 1522, 1709, 1803])
+@pytest.mark.parametrize("seed", [644, 1108, 1522, 1709, 1803, 2804, 3155])
 def test_promises_that_were_broken_once(seed: int) -> None:
     """A leader lost while its engine was trying requests; a client that came back for a stream that had moved, or to a
     front end that had not reached its leader yet; a request's choices that all break their gang, and nobody left who
-    stops the others."""
+    stops the others; the same twice over, with no other request beside them; a request of which only the leader of its
+    first choice knew what it was, and had not heard of it when its front end died."""
     assert not (outcome := run_seed(seed)).error, outcome.error
 
 

@@ -58,6 +58,25 @@ def test_it_stays_small_and_keeps_the_requests_that_live() -> None:
     assert all("long" not in json.dumps(line) for line in lines(record))
 
 
+def test_requests_stay_as_long_as_a_state_that_has_them() -> None:
+    record = FlightRecord(max_bytes=100_000)
+    assert not record.wants_state
+    record.request(request("ended"), arrival=0)
+    while not record.wants_state:
+        record.plan(0.0, encode(plan(0)))
+    record.state({"turn": 1}, [0])
+    assert not record.wants_state
+    states: list[object] = []
+    while (found := lines(record))[0]["num_lost"] == 0 or any(line["kind"] == "state" for line in found):
+        has_request = any(line["kind"] == "request" for line in found)
+        assert has_request, "a state that is left has it"
+        states.append(found[0]["num_lost"])
+        for step in range(50):
+            record.plan(0.0, encode(plan(step)))
+    assert len(states) > 5 and states[-1], "the request was older than all that was left"
+    assert not any(line["kind"] == "request" for line in lines(record))
+
+
 def test_parts_are_bounded_and_lose_nothing() -> None:
     chunks = list(parts(iter([b"x" * 300_000, b"y" * 10, b"z" * 700_000])))
     assert b"".join(chunks) == b"x" * 300_000 + b"y" * 10 + b"z" * 700_000

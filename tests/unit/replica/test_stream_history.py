@@ -5,6 +5,7 @@ import pytest
 from cluster.replica.attachment import Attachment
 from cluster.replica.stream_history import StreamHistory
 from cluster.rpc import convert
+from engine.errors import RequestFailure
 from engine.request import FinishReason, Output, TopLogprobs
 
 
@@ -50,3 +51,24 @@ def test_a_reader_gets_no_more_than_it_has_credit_for() -> None:
     assert sent() == [1, 2, 3]
     history.credit(5)
     assert sent() == [4, 5]
+
+
+def test_tokens_that_come_one_by_one_wait_for_credit_too() -> None:
+    history, attachment = StreamHistory("r"), Attachment("f", 1)
+    history.attach(attachment, 0, window=2)
+    for token_id in (1, 2, 3):
+        history.add_token(token_id)
+    frames = convert.frame_from_proto(attachment.next_frame(), {0: "r"})
+    assert [token_id for _, output, _ in frames for token_id in output.token_ids] == [1, 2]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_whoever_has_had_all_that_waited_reads_no_more(fails: bool) -> None:
+    history, attachment = StreamHistory("r"), Attachment("f", 1)
+    history.attach(attachment, 0, window=1)
+    history.add(Output("r", [1, 2], None if fails else FinishReason.LENGTH))
+    if fails:
+        history.fail(RequestFailure("it broke"))
+    assert history.has_reader and attachment.streams
+    history.credit(2)
+    assert not history.has_reader and not attachment.streams
