@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import uvloop
-
 import engine as engine_package
 from cluster.replica.engine_loop import EngineLoop
 from cluster.replica.heap import settle_heap
@@ -154,7 +152,7 @@ def main() -> None:
     count, step_s = arguments.num_requests, arguments.step_s
     before_s = reference_step_s(count, step_s)
     with null_gang(step_s) as (executor, hub):
-        figures = uvloop.run(measure_leader(count, executor, hub, arguments.seconds))
+        figures = asyncio.run(measure_leader(count, executor, hub, arguments.seconds))
     figures["reference_us"] = (before_s + reference_step_s(count, step_s)) / 2 * 1e6
     print(json.dumps(figures), flush=True)
 

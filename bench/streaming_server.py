@@ -102,11 +102,10 @@ def main() -> None:
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--leader", default="")
     arguments = parser.parse_args()
-    # With the event loops that remuda serve has; the reference gets Python's own.
     if arguments.kind == "front-end":
-        uvloop.run(serve_front_end(arguments.leader))
+        uvloop.run(serve_front_end(arguments.leader))  # as remuda serve does
     elif arguments.kind == "leader":
-        uvloop.run(serve_leader(arguments.step_s))
+        asyncio.run(serve_leader(arguments.step_s))
     else:
         asyncio.run(serve_reference(arguments.step_s))
 

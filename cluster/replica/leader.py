@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import msgspec
 import setproctitle
-import uvloop
 
 from cluster.errors import StartFailed
 from cluster.replica.build import CHECKPOINT, check_same, software, with_checkpoint
@@ -177,7 +176,7 @@ class Leader:
             engine = self._make_engine(epoch, executor, gang)
             self._ready = gang
             seconds = self._self_test(engine, directory)
-            uvloop.run(self._serve(engine, self._info(self._ready, {"self_test": seconds})))
+            asyncio.run(self._serve(engine, self._info(self._ready, {"self_test": seconds})))
         except Exception as error:  # noqa: BLE001  (whatever it was, it is reported)
             if not self._stopping.is_set():
                 self._report(error)

@@ -5,8 +5,6 @@ import asyncio
 import secrets
 import sys
 
-import uvloop
-
 from cluster.replica.engine_loop import EngineLoop
 from cluster.replica.server import LeaderServer
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
@@ -62,4 +60,4 @@ async def main(name: str, directory: str) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(*sys.argv[1:]))
+    asyncio.run(main(*sys.argv[1:]))
