@@ -65,7 +65,9 @@ class ServerTls:
             return None if given is before else given
 
         return grpc.dynamic_ssl_server_credentials(
-            given, changed, require_client_authentication=self._client_ca_file is not None
+            given,
+            changed,  # type: ignore[arg-type]  # None is what gRPC's manual asks for; its types leave it out
+            require_client_authentication=self._client_ca_file is not None,
         )
 
     def _load(self) -> _Bundle:
