@@ -4,6 +4,7 @@ ranks, leader, router and front end, all real."""
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +148,10 @@ def test_grpc_health_and_reflection(served: Served) -> None:
 
 
 def test_choices_differ_and_seeds_repeat(client: openai.OpenAI) -> None:
+    """Without deterministic mode the rest of a batch may round a number past the border of a drawn token: about once in
+    a thousand of these requests it does. So each choice has to repeat in most of five answers; with seeds that do not
+    count it would in none."""
+
     def texts(seed: int) -> list[str]:
         answer = client.completions.create(
             model="remuda-tiny", prompt="Once upon a time", max_tokens=16, temperature=1.2, n=3, seed=seed
@@ -154,10 +159,14 @@ def test_choices_differ_and_seeds_repeat(client: openai.OpenAI) -> None:
         assert [choice.index for choice in answer.choices] == [0, 1, 2]
         return [choice.text for choice in answer.choices]
 
-    first = texts(1)
-    assert texts(1) == first
-    assert len(set(first)) > 1
-    assert texts(2) != first
+    answers = [texts(1) for _ in range(5)]
+    usual = []
+    for of_choice in zip(*answers, strict=True):
+        text, times = Counter(of_choice).most_common(1)[0]
+        assert times >= 3, of_choice
+        usual.append(text)
+    assert len(set(usual)) > 1
+    assert not set(texts(2)) & set(usual)
 
 
 def test_concurrent_requests_equal_the_same_requests_alone(served: Served) -> None:
