@@ -37,28 +37,6 @@ def requests_of(reference: Reference) -> list[Request]:
     return greedy + drawn
 
 
-def run_with_faults(served: ForkedGangEngine, requests: list[Request], faults: dict[int, int]) -> dict[str, list[int]]:
-    """``faults``: after so many steps (over all epochs) this rank is killed."""
-    outputs: dict[str, list[Output]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        served.engine.add(request)
-    num_steps = 0
-    while served.engine.has_work:
-        try:
-            for output in served.engine.step():
-                outputs[output.request_id].append(output)
-        except RankFailure:
-            served.reform()
-            continue
-        num_steps += 1
-        if (victim := faults.pop(num_steps, None)) is not None:
-            os.kill(served.gang.processes[victim].pid, signal.SIGKILL)
-    assert not faults, "every fault came while there was work"
-    assert served.engine.stats().num_blocks_used == 0
-    served.engine.check_integrity()
-    return {name: tokens_of(found) for name, found in outputs.items()}
-
-
 @pytest.mark.parametrize(
     ("name", "layout", "faults"),
     [
@@ -75,7 +53,7 @@ def test_streams_go_on_with_the_same_tokens(
     with gang_engine(reference, **layout) as served:
         unfaulted = {name: tokens_of(outputs) for name, outputs in served.run(requests).items()}
         first = [process.pid for process in served.gang.processes]
-        assert run_with_faults(served, requests, dict(faults)) == unfaulted
+        assert served.run_with_kills(requests, faults) == unfaulted
         assert served.epoch == len(faults)
         last = [process.pid for process in served.gang.processes]
     kept = set(range(len(first))) - set(faults.values())

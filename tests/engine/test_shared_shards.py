@@ -1,8 +1,6 @@
 """A rank that takes the place of a lost one has its weights from ranks that hold the same, and from disk only what
 nobody else holds."""
 
-import os
-import signal
 from pathlib import Path
 
 import psutil
@@ -10,7 +8,6 @@ import pytest
 import torch
 
 from engine.config import Dtype, LoadFormat, ParallelConfig
-from engine.errors import RankFailure
 from engine.executor.gang_start import StartMessage
 from engine.executor.process_gang import ProcessGang
 from engine.executor.shard_peers import in_order_of_kinship
@@ -20,11 +17,10 @@ from engine.messages import Hello, Loaded, LoadProgress
 from engine.model_config import ModelConfig
 from engine.models.registry import build_model
 from engine.parallel.mesh import Mesh
-from engine.request import Output
 from engine.weights.shared_pieces import PieceKeys, Shard
 from tests.parity.reference import Reference
 from tests.support.checkpoints import write_checkpoint
-from tests.support.gang_engine import ForkedGangEngine, gang_engine, make_request, tokens_of
+from tests.support.gang_engine import ForkedGangEngine, gang_engine, make_request
 
 SMALL = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,21 +40,7 @@ pytestmark = pytest.mark.timeout(120)
 def run_and_lose(served: ForkedGangEngine, reference: Reference, victim: int) -> dict[str, list[int]]:
     """The rank is killed in the middle; what all requests gave in the end."""
     requests = [make_request(f"r{i}", prompt) for i, prompt in enumerate(reference.prompts)]
-    outputs: dict[str, list[Output]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        served.engine.add(request)
-    num_steps = 0
-    while served.engine.has_work:
-        try:
-            for output in served.engine.step():
-                outputs[output.request_id].append(output)
-        except RankFailure:
-            served.reform()
-            continue
-        num_steps += 1
-        if num_steps == 4:
-            os.kill(served.gang.processes[victim].pid, signal.SIGKILL)
-    return {name: tokens_of(found) for name, found in outputs.items()}
+    return served.run_with_kills(requests, {4: victim})
 
 
 def expected_of(reference: Reference) -> dict[str, list[int]]:

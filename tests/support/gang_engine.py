@@ -1,11 +1,14 @@
 """An engine on a real gang of processes, and requests for it."""
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from engine.config import Dtype, SchedulerConfig
 from engine.engine import Engine
+from engine.errors import RankFailure
 from engine.executor.executor import Executor
 from engine.executor.gang_start import GangReady
 from engine.executor.process_gang import ProcessGang
@@ -62,6 +65,28 @@ class ForkedGangEngine(GangEngine):
         self.gang = self.gang.reform()
         self.epoch += 1
         self.engine.reset(self.epoch, executor=self.gang, cache_config=self.gang.ready.cache)
+
+    def run_with_kills(self, requests: list[Request], victims: dict[int, int]) -> dict[str, list[int]]:
+        """The tokens of each request. ``victims``: after so many steps (over all epochs) this rank is killed."""
+        victims = dict(victims)
+        outputs: dict[str, list[Output]] = {request.request_id: [] for request in requests}
+        for request in requests:
+            self.engine.add(request)
+        num_steps = 0
+        while self.engine.has_work:
+            try:
+                for output in self.engine.step():
+                    outputs[output.request_id].append(output)
+            except RankFailure:
+                self.reform()
+                continue
+            num_steps += 1
+            if (victim := victims.pop(num_steps, None)) is not None:
+                os.kill(self.gang.processes[victim].pid, signal.SIGKILL)
+        assert not victims, "every rank was killed while there was work"
+        assert self.engine.stats().num_blocks_used == 0
+        self.engine.check_integrity()
+        return {name: tokens_of(found) for name, found in outputs.items()}
 
 
 def gang_config(reference: Reference, **changes: Any) -> WorkerConfig:
