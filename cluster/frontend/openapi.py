@@ -28,6 +28,13 @@ from cluster.frontend.responses.schema import CreateBody
 
 _JSON, _TEXT = "application/json", "text/plain"
 _EVENTS, _LINES = "text/event-stream", "application/x-ndjson"
+_EVENT = {
+    "description": "Each event of the stream",
+    "type": "object",
+    "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
+    "required": ["data"],
+}
+"""Up to OpenAPI 3.1 the schema of a stream of events is that of one of them."""
 _MODULE = re.compile(r"cluster__frontend__([a-z]+)(?:_|__)schema__(\w+)")
 _RESPONSE_ID = "/v1/responses/{response_id}"
 
@@ -143,7 +150,7 @@ def _operation_object(operation: Operation, body: Any) -> dict[str, Any]:
         {_JSON: {"schema": schema}} if operation.answer else {_TEXT: {"schema": {"type": "string"}}}
     )
     if operation.streams:
-        content[operation.streams] = {"schema": {"type": "string"}}
+        content[operation.streams] = {"schema": _EVENT if operation.streams == _EVENTS else {"type": "string"}}
     made: dict[str, Any] = {
         "summary": operation.summary,
         "tags": [operation.tag],

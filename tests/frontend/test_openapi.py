@@ -58,8 +58,13 @@ def one() -> Iterator[Served]:
         yield running
 
 
+# 413: a body that breaks the schema may be too large to be looked at.
+REFUSALS = {"checks": {"negative_data_rejection": {"expected-statuses": ["400", "404", "413"]}}}
+
+
 def operations_of(one: Served) -> list[schemathesis.core.result.Result]:
-    schema = schemathesis.openapi.from_url(f"{one.url}/openapi.json")
+    config = schemathesis.Config.from_dict(REFUSALS)
+    schema = schemathesis.openapi.from_url(f"{one.url}/openapi.json", config=config)
     return [result.ok() for result in schema.get_all_operations()]
 
 
