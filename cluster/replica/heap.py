@@ -3,7 +3,7 @@
 import ctypes
 import gc
 
-YOUNG_OBJECTS = 50_000
+YOUNG_OBJECTS = 10_000
 """A step makes some thousand containers, which reference counting frees; Python's default is to look for cycles after
 700, several times a step, and at times through the whole heap."""
 
