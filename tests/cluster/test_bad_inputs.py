@@ -26,10 +26,12 @@ _AT_ONCE, _GUARDED_AT_ONCE = 13, 3
 _WARM_SHARE = 5
 _MORE_MEMORY_BYTES, _MORE_BYTES_AN_INPUT = 24 << 20, 512
 """Of one process, after the first fifth of the inputs: what allocators and caches keep, what is stored on purpose, and
-cycles that the collector has not looked for yet (settle_heap): a guarded front end grows by 20 MB over 10,000 inputs and
-loses them again, and is no larger after 37,000 than after 27,000. A request that is not given back has more. From input 10,000 to 45,000 of a seed a front end grew from 97 to 107 MB: 9 MB
-of that were free pieces in glibc's 16 arenas, the rest stored responses (256 MiB and 10,000 at most, for an hour) and
-what was counted of requests (the last 100,000)."""
+cycles that the collector has not looked for yet (settle_heap): a guarded front end grows by 20 MB over 10,000 inputs,
+loses them again, and is no larger after 37,000 than after 27,000. A request that is not given back has more.
+
+From input 10,000 to 45,000 of a seed a front end grew from 97 to 107 MB: 9 MB of that were free pieces in glibc's 16
+arenas, the rest stored responses (256 MiB and 10,000 at most, for an hour) and what was counted of requests (the last
+100,000)."""
 _MORE_FILES, _MORE_THREADS = 8, 8
 _IN_THE_LOG = ("Traceback", "never retrieved", "in our own code", "Segmentation")
 
