@@ -66,7 +66,7 @@ def settle(served: BalancedGang, clock: Clock, batch: list[Request]) -> None:
         num_quiet = num_quiet + 1 if served.stats.num_moves == num_moves else 0
         if served.stats.num_moves and num_quiet == 2:
             return
-    raise AssertionError(f"after 20 hours experts still move: {served.stats.num_moves} tables")
+    raise AssertionError(f"after 20 hours experts are not at rest: {served.stats.num_moves} tables changed")
 
 
 @pytest.mark.parametrize(
