@@ -216,7 +216,7 @@ class Serving:
             elif isinstance(event, Repairing | GangFormed):
                 if isinstance(event, Repairing) and event.leader:
                     self._give_up_joining(event.replica)
-                    fleet.await_leader(event.replica)
+                    await fleet.await_leader(event.replica)
                 self._console.print(_describe(event), markup=False)
             elif isinstance(event, Notice):
                 self._console.print(event.text, markup=False)

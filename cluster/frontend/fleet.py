@@ -14,6 +14,7 @@ from opentelemetry.trace import Tracer
 from cluster.errors import Draining, Unavailable, UnknownStream
 from cluster.frontend.attempts import Attempts
 from cluster.frontend.clock import Clock, LoopClock
+from cluster.frontend.fleet_adapters import FleetAdapters
 from cluster.frontend.journal import Attach, FailoverPolicy, Finish, Journal, Submit, Wait, attempt_of, index_of
 from cluster.frontend.stored_call import FoundCall, Holder, StoredCall
 from cluster.replica.client import ReplicaClient
@@ -24,7 +25,7 @@ from cluster.router.router import default_router
 from cluster.telemetry.tracing import NO_TRACER
 from cluster.types import ReplicaInfo, ReplicaState
 from engine.errors import EngineFailure, InvalidRequest, RemudaError
-from engine.request import AdapterInfo, Output, Request
+from engine.request import Output, Request
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Fleet:
         self._draining: dict[str, ReplicaClient] = {}
         """Those that take no new requests, and what runs there is to move."""
         self._table = ReplicaTable()
+        self._adapters = FleetAdapters(self._table, self._ask_soon)
         self._router = default_router(self._table)
         self._refresher: asyncio.Task[None] | None = None
 
@@ -83,7 +85,7 @@ class Fleet:
         self._repaired.discard(replica_id)
         self._tell()
         await client.connect()
-        await self._bring_adapters(client)
+        await self._adapters.bring(replica_id, client)
         self._expected.discard(replica_id)
         before, self._clients[replica_id] = self._clients.get(replica_id), client
         client.on_change = lambda: self._ask_soon(replica_id, client)
@@ -93,19 +95,13 @@ class Fleet:
         if self._refresher is None:
             self._refresher = asyncio.create_task(self._keep_fresh())
 
-    async def _bring_adapters(self, client: ReplicaClient) -> None:
-        """A replica that joins later has all that the others have."""
-        wanted = {adapter.name: adapter.path for view in self._table.views() for adapter in view.info.adapters}
-        for adapter in (await client.info()).adapters:
-            wanted.pop(adapter.name, None)
-        for name, path in wanted.items():
-            await client.load_adapter(name, path)
-
-    def await_leader(self, replica_id: str) -> None:
+    async def await_leader(self, replica_id: str) -> None:
         """Whoever supervises this replica replaces its leader, and says when the new one can be added, or that there
         will be none."""
         self._repaired.add(replica_id)
         self._tell()
+        if (client := self._clients.get(replica_id)) is not None:
+            await client.retire()
 
     async def remove(self, replica_id: str) -> None:
         """The replica is gone; what still streams from it ends with Unavailable."""
@@ -252,24 +248,17 @@ class Fleet:
 
     async def load_adapter(self, name: str, path: str) -> None:
         """As cluster.frontend.backend.Backend says."""
-        clients = self._connected()
-        answers = await asyncio.gather(*(client.load_adapter(name, path) for client in clients), return_exceptions=True)
-        errors = [answer for answer in answers if isinstance(answer, BaseException)]
-        if errors:
-            have = [client for client, answer in zip(clients, answers, strict=True) if isinstance(answer, AdapterInfo)]
-            await asyncio.gather(*(client.unload_adapter(name) for client in have), return_exceptions=True)
-        await self._refresh()
-        if errors:
-            raise errors[0]
+        try:
+            await self._adapters.load(self._connected(), name, path)
+        finally:
+            await self._refresh()
 
     async def unload_adapter(self, name: str) -> None:
         """As cluster.frontend.backend.Backend says."""
-        clients = self._connected()
-        answers = await asyncio.gather(*(client.unload_adapter(name) for client in clients), return_exceptions=True)
-        await self._refresh()
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
+        try:
+            await self._adapters.unload(self._connected(), name)
+        finally:
+            await self._refresh()
 
     def _connected(self) -> list[ReplicaClient]:
         clients = [client for client in self._clients.values() if client.is_connected]
@@ -389,6 +378,9 @@ class Fleet:
             info = await client.info()
         if self._clients.get(replica_id) is not client:
             return
+        if client.is_connected and not self._adapters.are_at(replica_id, client):
+            info = None
+            self._adapters.bring_soon(replica_id, client)
         if info is not None and client.is_connected:
             self._note_drain(replica_id, client, info.state)
             state = self._state_for_routing(replica_id, info.state)

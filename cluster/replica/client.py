@@ -108,16 +108,22 @@ class ReplicaClient(LeaderCalls):
         """Live streams end with ConnectionLost; the leader ends them too, but for those whose clients may come back.
         Nothing is attached again."""
         self._is_closing = True
+        if self._task is not None and self.is_connected:
+            # The leader ends the stream when it has read this.
+            self._send(replica_pb2.FrontEndFrame(goodbye=replica_pb2.Goodbye()))
+            await asyncio.wait({self._task}, timeout=GOODBYE_TIMEOUT_S)
+        await self.retire()
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def retire(self) -> None:
+        """This life of the leader is over: live streams end with ConnectionLost, and nothing is attached again, also
+        where another leader listens at the same address."""
+        self._is_closing = True
         if self._task is not None:
-            if self.is_connected:
-                # The leader ends the stream when it has read this.
-                self._send(replica_pb2.FrontEndFrame(goodbye=replica_pb2.Goodbye()))
-                await asyncio.wait({self._task}, timeout=GOODBYE_TIMEOUT_S)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._detached(ConnectionLost(f"the client of the replica at {self.address} was closed"))
-        if self._channel is not None:
-            await self._channel.close()
 
     @property
     def is_connected(self) -> bool:

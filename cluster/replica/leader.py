@@ -73,6 +73,8 @@ class LeaderConfig(msgspec.Struct, frozen=True):
     secret: str
     is_draining: bool = False
     """It takes the place of one that was asked to take no new requests."""
+    former_port: int = 0
+    """Of the leader whose place it takes: front ends know it. 0: none. Where it is in use, another one is taken."""
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
@@ -354,7 +356,8 @@ class Leader:
         server = self._server = LeaderServer(
             self._loop,
             info,
-            bind=f"{self._config.host}:{self._config.plan.leader_port}",
+            bind=f"{self._config.host}:{self._config.plan.leader_port or self._config.former_port}",
+            needs_port=bool(self._config.plan.leader_port),
             secret=self._config.secret,
             credentials=None if tls is None else tls.server_credentials(),
             on_failure=failure.set_result,

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from cluster.replica.leader_load import LeaderLoad
 from cluster.replica.ray_reason import ray_reason
 from cluster.replica.side_door import knock
 from cluster.replica.silence import SILENT_S, Silence
@@ -17,6 +18,7 @@ _log = logging.getLogger(__name__)
 
 NEWS_WAIT_S = 5.0
 """So long a leader may wait for an event before it answers; well below its lease."""
+DRAIN_POLL_INTERVAL_S = 0.2
 START_TIMEOUT_S = 60.0
 """A process that Ray has just been asked for, on a busy host, may take so long to answer for the first time."""
 
@@ -64,6 +66,24 @@ class LeaderHandle:
         timeout_s = SILENT_S if self._has_begun else START_TIMEOUT_S
         address = ray.get(self._door, timeout=timeout_s)
         return knock(address, self._secret, name, argument, timeout_s)
+
+    def load(self) -> LeaderLoad | None:
+        """None before it serves, and when it is gone."""
+        try:
+            data = self.call("load")
+        except (RayError, ChannelClosed):
+            return None
+        return LeaderLoad.decode(data) if data else None
+
+    def drain(self, timeout_s: float) -> None:
+        """It refuses new requests from now on. Returns when what runs has ended, the time is up, or it is gone."""
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            self.call("drain")
+        except (RayError, ChannelClosed):
+            return
+        while (load := self.load()) is not None and not load.has_drained and time.monotonic() < deadline_s:
+            time.sleep(DRAIN_POLL_INTERVAL_S)
 
     def tell(self, name: str) -> None:
         """As ``call``, but returns at once: what came of it is in the log, and one that hangs shows by its silence."""

@@ -45,6 +45,7 @@ class LeaderServer:
         engine_loop: not started yet.
         info: what does not change while the replica lives; ``address`` is filled in by ``start``.
         bind: host:port to listen at; port 0 takes a free one.
+        needs_port: whether that port being in use is an error. Otherwise another one is taken then.
         secret: what every caller must show; empty: nothing (for tests on one machine).
         credentials: for TLS; None listens in plain text.
         on_failure: called once, in the event loop, when the engine failed for good.
@@ -59,6 +60,7 @@ class LeaderServer:
         engine_loop: EngineLoop,
         info: ReplicaInfo,
         bind: str = "127.0.0.1:0",
+        needs_port: bool = True,
         secret: str = "",
         credentials: grpc.ServerCredentials | None = None,
         on_failure: Callable[[RemudaError], None] | None = None,
@@ -72,6 +74,7 @@ class LeaderServer:
         self._engine_loop = engine_loop
         self._info = info
         self._bind = bind
+        self._needs_port = needs_port
         self._secret = secret
         self._credentials = credentials
         self._on_failure = on_failure
@@ -96,13 +99,7 @@ class LeaderServer:
         server = make_server(options=SERVER_OPTIONS)
         replica_pb2_grpc.add_ReplicaServicer_to_server(ReplicaServicer(self), server)
         self._health = await add_health_and_reflection(server, [SERVICE_NAME])
-        try:
-            if self._credentials is None:
-                port = server.add_insecure_port(self._bind)
-            else:
-                port = server.add_secure_port(self._bind, self._credentials)
-        except RuntimeError as error:
-            raise StartFailed(f"the leader cannot listen at {self._bind}: {error}; choose a free port") from error
+        port = self._listen(server)
         event_loop = asyncio.get_running_loop()
         self._engine_loop.start(lambda outputs: _hand_over(event_loop, self._deliver, outputs))
         await server.start()
@@ -111,6 +108,18 @@ class LeaderServer:
         await self._health.set_serving(True)
         self._sweeper = asyncio.create_task(self._sweep())
         return self._info.address
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        """The port. Raises StartFailed."""
+        host = self._bind.rpartition(":")[0]
+        for address in (self._bind,) if self._needs_port else (self._bind, f"{host}:0"):
+            try:
+                if self._credentials is None:
+                    return server.add_insecure_port(address)
+                return server.add_secure_port(address, self._credentials)
+            except RuntimeError as error:
+                failure = error
+        raise StartFailed(f"the leader cannot listen at {self._bind}: {failure}; choose a free port") from failure
 
     def info(self) -> ReplicaInfo:
         """The replica at this moment."""

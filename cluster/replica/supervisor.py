@@ -33,6 +33,7 @@ from cluster.replica.events import (
     RankPlaced,
     Repairing,
     ReplicaPlan,
+    ReplicaReady,
     decode_event,
 )
 from cluster.replica.host_wait import HostWait
@@ -58,7 +59,6 @@ STOP_TIMEOUT_S = 15.0
 WATCH_INTERVAL_S = 0.5
 IDLE_WATCH_INTERVAL_S = 2.0
 """While the gang serves: whatever happens then ends one of the calls that are waited for."""
-DRAIN_POLL_INTERVAL_S = 0.2
 
 
 class Supervisor:
@@ -106,6 +106,8 @@ class Supervisor:
         self._host_wait = HostWait(max(plan.host_wait_s, MOVE_TIMEOUT_S))
         self._looked_s = 0.0
         self._is_draining = False
+        self._leader_port = 0
+        """Of the last leader that served."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
 
@@ -210,6 +212,8 @@ class Supervisor:
         elif isinstance(event, GangFormed):
             self._num_blocks = event.num_blocks
             recovery.formed(event.epoch)
+        elif isinstance(event, ReplicaReady):
+            self._leader_port = int(event.address.rpartition(":")[2])
         elif isinstance(event, GangBroke):
             self._carry_out(recovery.gang_broke(event.epoch, event.culprit, event.message, now_s))
         elif isinstance(event, BreaksExplained):
@@ -314,7 +318,9 @@ class Supervisor:
         assert self._places is not None
         self._places.move(0)
         hosts = self._places.hosts
-        config = LeaderConfig(self.replica_id, self._plan, hosts[0], hosts, self._secret, self._is_draining)
+        config = LeaderConfig(
+            self.replica_id, self._plan, hosts[0], hosts, self._secret, self._is_draining, self._leader_port
+        )
         self._leader = LeaderHandle(self._places.new_leader(config.encode()), self._door_secret)
 
     def _start_rank(self, rank: int) -> None:
@@ -352,23 +358,13 @@ class Supervisor:
     def load(self) -> LeaderLoad | None:
         """How busy the gang is; None before it serves, and when it cannot be asked (``poll`` then tells why)."""
         leader = self._leader
-        try:
-            data = b"" if leader is None else leader.call("load")
-        except (RayError, ChannelClosed):
-            return None
-        return LeaderLoad.decode(data) if data else None
+        return None if leader is None else leader.load()
 
     def drain(self, timeout_s: float) -> None:
         """Have the gang refuse new requests; returns when what runs has ended, or the time is up."""
-        deadline_s = time.monotonic() + timeout_s
         self._is_draining = True
-        try:
-            if (leader := self._leader) is not None:
-                leader.call("drain")
-        except (RayError, ChannelClosed):
-            return
-        while (load := self.load()) is not None and not load.has_drained and time.monotonic() < deadline_s:
-            time.sleep(DRAIN_POLL_INTERVAL_S)
+        if (leader := self._leader) is not None:
+            leader.drain(timeout_s)
 
     def stop(self) -> None:
         """End the leader and the ranks, by force after STOP_TIMEOUT_S, and give their resources back."""

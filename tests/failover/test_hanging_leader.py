@@ -93,7 +93,7 @@ async def test_a_stream_waits_for_the_leader_that_takes_the_place_of_one_that_ha
         stream = hung.fleet.generate(wanted)
         outputs = [await anext(stream)]
         os.kill(process.pid, signal.SIGSTOP)
-        hung.fleet.await_leader("r0")
+        await hung.fleet.await_leader("r0")
         await hung.look_again()
         assert not hung.lost.is_set(), "the supervisor repairs it"
         async with serving() as bed:
@@ -110,7 +110,7 @@ async def test_a_stream_is_more_patient_than_usual_while_its_leader_is_being_rep
     async with fleet_over_leader(replace(POLICY, wait_s=patience_s)) as (hung, process):
         stream = hung.fleet.generate(wanted)
         outputs = [await anext(stream)]
-        hung.fleet.await_leader("r0")
+        await hung.fleet.await_leader("r0")
         process.kill()
 
         async def rest() -> None:
@@ -128,7 +128,7 @@ async def test_a_stream_is_more_patient_than_usual_while_its_leader_is_being_rep
 async def test_a_replica_whose_new_leader_hangs_too_is_lost() -> None:
     """It was said to be there: nobody is repairing any more."""
     async with fleet_over_leader() as (hung, process):
-        hung.fleet.await_leader("r0")
+        await hung.fleet.await_leader("r0")
         hung.client = again = Impatient(hung.client.address, "front-end")
         await hung.fleet.add("r0", again)
         os.kill(process.pid, signal.SIGSTOP)

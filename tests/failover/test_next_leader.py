@@ -1,0 +1,86 @@
+"""A leader that takes a lost one's place at the same address: front ends that know nothing else find it there."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from cluster.frontend.fleet import Fleet
+from cluster.replica.client import ReplicaClient
+from cluster.replica.engine_loop import EngineLoop
+from cluster.replica.server import LeaderServer
+from cluster.types import ReplicaState
+from engine.request import Output
+from tests.failover.fleet_bed import POLICY
+from tests.support.leader_bed import INFO, WAIT_S, Bed, request, serving, tokens_of, until
+from tests.support.scripted_engine import ScriptedEngine, answer
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@asynccontextmanager
+async def next_leader(lost: Bed) -> AsyncIterator[ScriptedEngine]:
+    """In place of that one, which is gone."""
+    engine = ScriptedEngine()
+    server = LeaderServer(EngineLoop(engine), replace(INFO, incarnation=INFO.incarnation + 1), lost.address)
+    await server.start()
+    try:
+        yield engine
+    finally:
+        await server.stop(WAIT_S)
+
+
+async def rest_of(stream: AsyncGenerator[Output, None]) -> list[Output]:
+    return [output async for output in stream]
+
+
+async def test_streams_go_on_at_it_and_adapters_come_first() -> None:
+    wanted = request("a", 20_000)
+    fleet = Fleet(policy=POLICY)
+    async with serving() as lost:
+        await fleet.add("r0", ReplicaClient(lost.address, "front-end"))
+        await fleet.load_adapter("warm", "/adapters/warm")
+        stream = fleet.generate(wanted)
+        outputs = [await anext(stream)]
+        await lost.server.stop()
+        await until(lambda: fleet.replicas()[0].state is ReplicaState.FAILED)
+        async with next_leader(lost) as engine:
+            await until(lambda: fleet.replicas()[0].state is ReplicaState.READY)
+            assert [adapter.name for adapter in fleet.replicas()[0].adapters] == ["warm"]
+            assert [adapter.name for adapter in engine.adapters] == ["warm"]
+            outputs += await rest_of(stream)
+            assert tokens_of(outputs) == answer(wanted)
+        await fleet.close()
+
+
+async def test_whoever_replaces_leaders_is_waited_for_also_at_the_same_address() -> None:
+    """Nothing goes there by itself: it may be about to say that this leader has failed too."""
+    wanted = request("a", 20_000)
+    fleet = Fleet(policy=POLICY)
+    async with serving() as lost:
+        await fleet.add("r0", ReplicaClient(lost.address, "front-end"))
+        stream = fleet.generate(wanted)
+        first = await anext(stream)
+        await fleet.await_leader("r0")
+        await lost.server.stop()
+        async with next_leader(lost) as engine:
+            reader = asyncio.create_task(rest_of(stream))
+            ended, _ = await asyncio.wait([reader], timeout=0.5)
+            assert not ended and engine.num_steps == 0
+            await fleet.add("r0", ReplicaClient(lost.address, "front-end"))
+            assert tokens_of([first, *await reader]) == answer(wanted)
+        await fleet.close()
+
+
+async def test_where_its_port_is_in_use_it_takes_another_one() -> None:
+    async with serving() as stranger:
+        server = LeaderServer(EngineLoop(ScriptedEngine()), INFO, stranger.address, needs_port=False)
+        address = await server.start()
+        assert address.rpartition(":")[0] == "127.0.0.1" and address != stranger.address
+        client = ReplicaClient(address, "front-end")
+        await client.connect()
+        assert (await client.info()).address == address
+        await client.close()
+        await server.stop()
