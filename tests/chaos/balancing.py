@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+
+import httpx
 
 from tests.chaos.cell import Choice, Row
 from tests.chaos.clients import Client, run_all
 from tests.chaos.comparison import judge
 from tests.chaos.mix import short_prompts
 from tests.chaos.processes import kill, stop
-from tests.chaos.site import POLL_S, OneHost, Site, metric, one_host, settle
+from tests.chaos.site import OneHost, Site, metric, one_host, settle
 
-OPTIONS = ("--tp", "2", "--ep", "2", "--enable-eplb", "--num-redundant-experts", "4", "--spare-ranks", "1")
+OPTIONS = ("--tp", "2", "--ep", "2", "--enable-eplb", "--num-redundant-experts", "2", "--spare-ranks", "1")
 NUM_TOKENS = 240
 MAX_WAVES = 8
 """Of requests, until loads have told the balancer that something should move."""
@@ -23,13 +26,19 @@ FAULTS: dict[str, tuple[Callable[[Site], None], str]] = {
 """Each with who is another one afterwards."""
 
 
+REPEATED_TOKEN, NUM_REPEATED = 100, 400
+"""Of prompts that want the same expert of a layer again and again."""
+
+
 class StrikeAtMove:
-    """Strikes when the first layer's experts have moved; those of the other layers follow."""
+    """Strikes when the first layer's experts have moved; those of the other layers follow. Until then it asks, beside
+    the clients, for what makes some experts busier than others."""
 
     def __init__(self, site: OneHost, fault: Callable[[Site], None]) -> None:
         self.struck_s: float | None = None
         self._site = site
         self._fault = fault
+        self._numbers = count()
 
     def __call__(self, clients: list[Client]) -> None:
         while any(client.is_alive() for client in clients):
@@ -37,7 +46,16 @@ class StrikeAtMove:
                 self.struck_s = time.monotonic()
                 self._fault(self._site)
                 return
-            time.sleep(POLL_S)
+            self._ask_for_few_experts()
+
+    def _ask_for_few_experts(self) -> None:
+        body = {
+            "model": "m",
+            "prompt": [REPEATED_TOKEN] * NUM_REPEATED,
+            "max_tokens": 1,
+            "cache_salt": f"repeated {next(self._numbers)}",
+        }
+        httpx.post(f"{self._site.urls[0]}/v1/completions", json=body, timeout=60).raise_for_status()
 
 
 def balancing(directory: Path, choice: Choice) -> Iterator[Row]:
