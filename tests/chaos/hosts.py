@@ -136,11 +136,19 @@ def _struck(directory: Path, cells: list[Cell]) -> Iterator[Row]:
         for cell in cells:
             former = site.host_of(1)
             row = run_cell(NAME, site, cell, expected)
-            if cell.replaced and not row.wrong and site.host_of(1) is former:
-                row = dataclasses.replace(row, wrong=(*row.wrong, "rank 1 did not move"))
+            if cell.replaced and not row.wrong:
+                row = dataclasses.replace(row, wrong=_wrong_of_move(site, former))
             yield row
             if cell.replaced and cell is not cells[-1]:
                 site.hosts.join_again(former)
+
+
+def _wrong_of_move(site: SeveralHosts, former: Host) -> tuple[str, ...]:
+    """What rank 0 holds too, the norms, rank 1 has from it, over the network."""
+    wrong = ["rank 1 did not move"] if site.host_of(1) is former else []
+    if not site.status()["ranks"][1]["weight_bytes_from_peers"]:
+        wrong.append("none of rank 1's weights came from rank 0")
+    return tuple(wrong)
 
 
 def starting_hosts(directory: Path, choice: Choice) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from statistics import median
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from bench.bench_cache import model_dir
@@ -50,7 +51,7 @@ def main() -> int:
 
 def _d1(console: Console, directory: Path) -> int:
     table, num_different = _table("d1: one request beside others, in chunks, restarted", "tp", *map(str, WAYS)), 0
-    for name, dtype, native in _models():
+    for name, dtype, native in track(_models(), "d1", console=Console(stderr=True)):
         for tp in (1, 2):
             setting = Setting(str(save_model(name, directory, dtype)), Determinism.D1, native=native, tp=tp)
             found = observe_gang(setting, WAYS)
@@ -63,7 +64,7 @@ def _d1(console: Console, directory: Path) -> int:
 
 def _d2(console: Console, directory: Path) -> int:
     table, num_different = _table("d2: one request in several layouts (tp, ep, pp)", "layout", "bits"), 0
-    for name, dtype, native in _models():
+    for name, dtype, native in track(_models(), "d2", console=Console(stderr=True)):
         model = str(save_model(name, directory, dtype))
         expected: Observed | None = None
         for tp, ep, pp in [(1, 1, 1), *LAYOUTS[name]]:
