@@ -53,13 +53,18 @@ class RecordedEngine(ResumableEngine):
             input_references=self._input_references,
             lora_config=options.get("lora_config", LoraConfig()),
             model_identity=self._model_identity,
-            moves_experts=self._experts is not None,
+            moves_experts=self._moves_experts,
         )
         record.describe(is_live=self.is_live, engine=msgspec.to_builtins(facts))
 
     def is_live(self, request_id: str) -> bool:
         """From any thread."""
         return request_id in self._states
+
+    @property
+    def _moves_experts(self) -> bool:
+        """Mixtures over several ranks are counted in any case, which decides nothing."""
+        return self._experts is not None and self._experts.may_move
 
     @property
     def _when(self) -> dict[str, Any]:
@@ -84,7 +89,7 @@ class RecordedEngine(ResumableEngine):
 
     def _make_draft(self) -> None:
         # Now and then, while the ranks compute. Where experts move by a clock there is no replay to begin from it.
-        if self._record.wants_state and self._experts is None:
+        if self._record.wants_state and not self._moves_experts:
             state = self._state(self._num_turns)
             self._record.state(state, state.scheduling.arrivals)
         super()._make_draft()

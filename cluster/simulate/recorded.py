@@ -58,7 +58,9 @@ class Recorded:
         known = _head(head)
         self.facts = known.engine
         if self.facts.moves_experts:
-            raise CannotReplay("experts move between ranks by a clock that is not in the record")
+            raise CannotReplay(
+                "the server moves experts between ranks (--enable-eplb) by a clock that is not in the record"
+            )
         self.num_ranks, self.sampling_ranks = known.num_ranks, known.sampling_ranks
         self.epochs: dict[int, RecordedEpoch] = {}
         self.calls: dict[tuple[int, bool], list[tuple[int, Line]]] = {}

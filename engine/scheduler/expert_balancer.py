@@ -132,6 +132,11 @@ class ExpertBalancer:
         self._look_at_s = self._looked_s + config.interval_s
 
     @property
+    def may_move(self) -> bool:
+        """Else it only counts: no plan of any engine will carry a change."""
+        return self._layout.moves
+
+    @property
     def is_moving(self) -> bool:
         """Whether ranks read, or have read, what no plan has used yet."""
         return self._move is not None and self._move.phase not in (_Phase.PLANNED, _Phase.USED)

@@ -318,6 +318,10 @@ def test_what_has_nothing_to_begin_from_is_refused() -> None:
     Recorded(data)
     with pytest.raises(CannotReplay, match="does not reach back"):
         Recorded(_without_states(data))
+    lines = _lines(data)
+    lines[0]["engine"]["moves_experts"] = True
+    with pytest.raises(CannotReplay, match="moves experts"):
+        Recorded(_joined(lines))
     with pytest.raises(CannotReplay, match="no flight record"):
         Recorded(b"hello\n")
 

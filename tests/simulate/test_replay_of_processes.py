@@ -1,6 +1,7 @@
 """What real ranks and a real leader have recorded replays, also from the middle."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 from cluster.replica.recorded_engine import RecordedEngine
 from cluster.simulate.recorded import Recorded
 from cluster.simulate.replay import Replay
-from engine.config import SchedulerConfig
+from engine.config import Dtype, ParallelConfig, SchedulerConfig
 from engine.executor.flight_record import FlightRecord
 from engine.executor.process_gang import ProcessGang
 from engine.model_config import ModelConfig, kv_groups
+from engine.scheduler.expert_balancer import ExpertBalancer
+from engine.scheduler.expert_layout import expert_layout
 from tests.parity.architectures import make_reference
 from tests.support.gang_engine import gang_config, make_request
 from tests.support.served import Served, run_remuda
@@ -23,11 +26,13 @@ pytestmark = pytest.mark.timeout(180)
 
 def test_what_two_ranks_have_answered_replays_from_the_first_state_that_is_left(tmp_path: Path) -> None:
     reference = make_reference("llama4-scout", tmp_path)
-    config = gang_config(reference, tp=2, max_num_seqs=4, depth=2)
+    config = gang_config(reference, tp=2, ep=2, max_num_seqs=4, depth=2)
     record = FlightRecord(max_bytes=40_000)
     gang = ProcessGang(config, record=record)
     try:
         model = ModelConfig.from_directory(config.model)
+        # Without --enable-eplb experts are only counted.
+        layout = expert_layout(model, ParallelConfig(tp=2, ep=2), ["a", "a"], Dtype.FLOAT32)
         engine = RecordedEngine(
             record,
             executor=gang,
@@ -35,6 +40,7 @@ def test_what_two_ranks_have_answered_replays_from_the_first_state_that_is_left(
             vocab_size=model.vocab_size,
             scheduler_config=SchedulerConfig(4, config.max_num_batched_tokens, gang.ready.max_model_len, depth=2),
             cache_config=gang.ready.cache,
+            experts=ExpertBalancer(layout, time.monotonic),
         )
         for number in range(24):
             engine.add(make_request(f"q{number}", reference.prompts[number % len(reference.prompts)], seed=number))
