@@ -95,6 +95,9 @@ def verify(
 
 
 def _record(flags: dict[str, Any], *, as_json: bool) -> None:
+    from cluster.doctor.config import quiet_torch
+
+    quiet_torch()
     # What it needs takes seconds to import.
     from cluster.cli.golden import record
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from cluster.control.host_calls import HostCalls
 from cluster.control.placement import HostInfo, Links
-from cluster.doctor.ask_ranks import ask_ranks
 from cluster.doctor.facts import LinkFacts
 
 _MESSAGE_BYTES = 256 * 1024
@@ -22,6 +21,9 @@ _STEP = 4.0
 
 def measure_host_links(calls: HostCalls, hosts: Sequence[HostInfo]) -> Links:
     """One TCP connection between every two hosts; pairs that do not reach each other are left out."""
+    # It needs torch, which takes seconds: the control process imports that while Ray starts.
+    from cluster.doctor.ask_ranks import ask_ranks
+
     _, found = ask_ranks(calls, [hosts], on_gpus=False, tcp_only=True)
     links = {}
     for link in found:

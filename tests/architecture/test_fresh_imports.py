@@ -53,6 +53,11 @@ def test_front_end_router_and_scheduler_import_neither_torch_nor_ray() -> None:
     assert {name: heavy for name, heavy in _heavy_after_import(modules).items() if heavy} == {}
 
 
+def test_the_control_process_starts_without_torch() -> None:
+    """It imports torch while Ray starts, and quiets it before."""
+    assert "torch" not in _heavy_after_import(["cluster.cli.control_process"])["cluster.cli.control_process"]
+
+
 def test_the_probe_sees_torch(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text("import torch\n")
     assert _heavy_after_import(["json", "planted"], tmp_path) == {"json": [], "planted": ["torch"]}
