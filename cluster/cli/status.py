@@ -3,7 +3,7 @@
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -54,14 +54,15 @@ def status(
 def print_status(answer: ServerStatus) -> None:
     draining = ", draining" if answer.draining else ""
     print(f"{answer.model}: {answer.num_live_requests} live requests{draining}")
+    if not answer.replicas:
+        print("no replica has joined; the log of this front end says why")
     for replica in answer.replicas:
         print(
             f"replica {replica.id}: {replica.state.value}, {replica.num_running} running, "
             f"{replica.num_waiting} waiting, {replica.kv_cache_usage:.0%} of the KV cache in use, {replica.address}"
         )
         if replica.phase_seconds:
-            phases = ", ".join(f"{PHASE_TEXT.get(name, name)} {s:.1f} s" for name, s in replica.phase_seconds.items())
-            print(f"  start: {phases}")
+            print(f"  start: {_phases(replica.phase_seconds)}")
         if replica.experts is not None:
             experts = replica.experts
             print(
@@ -73,6 +74,12 @@ def print_status(answer: ServerStatus) -> None:
             print(f"  {replica.error}")
         for rank in replica.ranks:
             print(f"  rank {rank.rank}: {_doing(rank)}, {rank.device} on {rank.host}, pid {rank.pid}{_source(rank)}")
+
+
+def _phases(seconds: Mapping[str, float]) -> str:
+    """In the order in which a start goes through them."""
+    order = [*PHASE_TEXT, *sorted(seconds.keys() - PHASE_TEXT.keys())]
+    return ", ".join(f"{PHASE_TEXT.get(name, name)} {seconds[name]:.1f} s" for name in order if name in seconds)
 
 
 def _source(rank: RankInfo) -> str:

@@ -113,5 +113,5 @@ class Health:
             f"{info.id} is {'stalled' if info.state is ReplicaState.READY and info.id in stalled else info.state}"
             for info in infos
         )
-        states = states or "there is none"
+        states = states or "none has joined"
         return False, f"no replica is ready: {states}"

@@ -105,7 +105,7 @@ def test_a_repair_is_no_stall() -> None:
 
 def test_ready_needs_a_ready_replica_and_no_drain() -> None:
     one = Watched()
-    assert one.health.ready() == (False, "no replica is ready: there is none")
+    assert one.health.ready() == (False, "no replica is ready: none has joined")
     for state in (ReplicaState.STARTING, ReplicaState.DRAINING, ReplicaState.FAILED, ReplicaState.REPAIRING):
         one.infos = [replica_info(state)]
         assert one.health.ready() == (False, f"no replica is ready: r0 is {state}")
