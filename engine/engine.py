@@ -235,8 +235,8 @@ class Engine:
     def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
         """Has every rank load the LoRA adapter in a directory of its host; later steps do it. ``name``: for requests.
 
-        The future raises AdapterError where a rank could not; then none holds it. Raises AdapterError at once where the
-        name is taken or there is no room.
+        The future raises AdapterError where a rank could not; then none holds it. What is asked for again meanwhile is
+        loaded once. Raises AdapterError at once where the name is taken or there is no room.
         """
         return self._adapters.load(name, path)
 

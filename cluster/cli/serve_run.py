@@ -228,16 +228,19 @@ class Serving:
     async def _welcome(self, ready: ReplicaReady, fleet: Fleet) -> None:
         """One that joins those that serve already; however long the way to it takes to be there."""
         while True:
-            client = self._client(ready)
+            client, has_joined = self._client(ready), False
             try:
                 await fleet.add(ready.replica, client)
+                has_joined = True
             except RemudaError as error:
-                await client.close()
                 self._console.print(f"replica {ready.replica} could not join yet: {error}", style="yellow")
-                await asyncio.sleep(JOIN_INTERVAL_S)
-            else:
+            finally:
+                if not has_joined:  # also where it is given up: the next leader may listen at the same address
+                    await client.close()
+            if has_joined:
                 self._console.print(f"replica {ready.replica} has joined")
                 return
+            await asyncio.sleep(JOIN_INTERVAL_S)
 
     def _give_up_joining(self, replica: str) -> None:
         """It has ended, or its leader has."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
+from cluster.errors import Draining
 from cluster.replica.client import ReplicaClient
 from cluster.router.replica_table import ReplicaTable
 from engine.errors import AdapterError, RemudaError
@@ -45,7 +46,7 @@ class FleetAdapters:
 
     async def bring(self, replica_id: str, client: ReplicaClient) -> None:
         """A replica that joins has all that the others have, and a leader that takes a lost one's place what that had.
-        Raises Unavailable and its like; what cannot be loaded there is left out."""
+        Raises Unavailable and its like; what cannot be loaded there is left out; one that drains has no use for any."""
         incarnation = client.incarnation
         wanted = {adapter.name: adapter.path for view in self._table.views() for adapter in view.info.adapters}
         for adapter in (await client.info()).adapters:
@@ -53,7 +54,7 @@ class FleetAdapters:
         for name, path in wanted.items():
             try:
                 await client.load_adapter(name, path)
-            except AdapterError as error:  # another front end may have been first
+            except (AdapterError, Draining) as error:  # another front end may have been first
                 _log.warning("adapter %s was not loaded at replica %s: %s", name, replica_id, error)
         self._equipped[replica_id] = incarnation
 

@@ -59,6 +59,9 @@ _log = logging.getLogger(__name__)
 LEASE_S = 60.0
 """A leader that nobody polled for so long is an orphan and ends, and its ranks with it."""
 STOP_GRACE_S = 5.0
+FORMER_LEADER_S = 10.0
+"""So long the leader before may take to die, and to let go of its port, when Ray has been told to kill it: one that is
+stopped takes some 5 s."""
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -74,7 +77,7 @@ class LeaderConfig(msgspec.Struct, frozen=True):
     is_draining: bool = False
     """It takes the place of one that was asked to take no new requests."""
     former_port: int = 0
-    """Of the leader whose place it takes: front ends know it. 0: none. Where it is in use, another one is taken."""
+    """Of the leader whose place it takes: front ends know it. 0: none. Where it stays in use, another one is taken."""
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
@@ -358,6 +361,7 @@ class Leader:
             info,
             bind=f"{self._config.host}:{self._config.plan.leader_port or self._config.former_port}",
             needs_port=bool(self._config.plan.leader_port),
+            port_wait_s=FORMER_LEADER_S if self._config.former_port else 0.0,
             secret=self._config.secret,
             credentials=None if tls is None else tls.server_credentials(),
             on_failure=failure.set_result,

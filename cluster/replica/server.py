@@ -35,6 +35,7 @@ from engine.request import AdapterInfo
 
 _log = logging.getLogger(__name__)
 
+PORT_INTERVAL_S = 0.2
 SERVICE_NAME = replica_pb2.DESCRIPTOR.services_by_name["Replica"].full_name
 
 
@@ -46,6 +47,7 @@ class LeaderServer:
         info: what does not change while the replica lives; ``address`` is filled in by ``start``.
         bind: host:port to listen at; port 0 takes a free one.
         needs_port: whether that port being in use is an error. Otherwise another one is taken then.
+        port_wait_s: so long that port is waited for first: whoever had it is being ended.
         secret: what every caller must show; empty: nothing (for tests on one machine).
         credentials: for TLS; None listens in plain text.
         on_failure: called once, in the event loop, when the engine failed for good.
@@ -61,6 +63,7 @@ class LeaderServer:
         info: ReplicaInfo,
         bind: str = "127.0.0.1:0",
         needs_port: bool = True,
+        port_wait_s: float = 0.0,
         secret: str = "",
         credentials: grpc.ServerCredentials | None = None,
         on_failure: Callable[[RemudaError], None] | None = None,
@@ -75,6 +78,7 @@ class LeaderServer:
         self._info = info
         self._bind = bind
         self._needs_port = needs_port
+        self._port_wait_s = port_wait_s
         self._secret = secret
         self._credentials = credentials
         self._on_failure = on_failure
@@ -99,7 +103,7 @@ class LeaderServer:
         server = make_server(options=SERVER_OPTIONS)
         replica_pb2_grpc.add_ReplicaServicer_to_server(ReplicaServicer(self), server)
         self._health = await add_health_and_reflection(server, [SERVICE_NAME])
-        port = self._listen(server)
+        port = await self._listen(server)
         event_loop = asyncio.get_running_loop()
         self._engine_loop.start(lambda outputs: _hand_over(event_loop, self._deliver, outputs))
         await server.start()
@@ -109,17 +113,26 @@ class LeaderServer:
         self._sweeper = asyncio.create_task(self._sweep())
         return self._info.address
 
-    def _listen(self, server: grpc.aio.Server) -> int:
+    async def _listen(self, server: grpc.aio.Server) -> int:
         """The port. Raises StartFailed."""
-        host = self._bind.rpartition(":")[0]
-        for address in (self._bind,) if self._needs_port else (self._bind, f"{host}:0"):
+        until_s = _now_s() + self._port_wait_s
+        while True:
             try:
-                if self._credentials is None:
-                    return server.add_insecure_port(address)
-                return server.add_secure_port(address, self._credentials)
+                return self._add_port(server, self._bind)
             except RuntimeError as error:
                 failure = error
-        raise StartFailed(f"the leader cannot listen at {self._bind}: {failure}; choose a free port") from failure
+            if _now_s() >= until_s:
+                break
+            await asyncio.sleep(PORT_INTERVAL_S)  # nobody tells when another process has let go of it
+        if self._needs_port:
+            raise StartFailed(f"the leader cannot listen at {self._bind}: {failure}; choose a free port") from failure
+        return self._add_port(server, f"{self._bind.rpartition(':')[0]}:0")
+
+    def _add_port(self, server: grpc.aio.Server, address: str) -> int:
+        """Raises RuntimeError where it is in use."""
+        if self._credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, self._credentials)
 
     def info(self) -> ReplicaInfo:
         """The replica at this moment."""

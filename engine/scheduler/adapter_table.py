@@ -42,8 +42,12 @@ class AdapterTable:
         """Whose changes are in plans in flight, in their order."""
 
     def load(self, name: str, path: str) -> "Future[AdapterInfo]":
-        """Raises AdapterError where it cannot be tried; the future does where a rank could not load it."""
-        if name in self._by_name:
+        """Whoever asks for what is being loaded already, as all front ends of a new leader do, waits for the same.
+        Raises AdapterError where it cannot be tried; the future does where a rank could not load it."""
+        other = self._by_name.get(name)
+        if other is not None and other.info.path == path and not other.loaded.done():
+            return other.loaded
+        if other is not None:
             raise AdapterError(f"the adapter {name!r} is loaded already; unload it first, or choose another name")
         if not self._free_slots:
             raise AdapterError(f"there is room for {self._config.max_loras} adapters (--max-loras); unload one first")

@@ -1,6 +1,7 @@
 """A leader that takes a lost one's place at the same address: front ends that know nothing else find it there."""
 
 import asyncio
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -84,3 +85,29 @@ async def test_where_its_port_is_in_use_it_takes_another_one() -> None:
         assert (await client.info()).address == address
         await client.close()
         await server.stop()
+
+
+async def test_it_is_drained_like_the_one_before_though_it_takes_no_adapters_then() -> None:
+    fleet = Fleet(policy=POLICY)
+    async with serving() as lost:
+        await fleet.add("r0", ReplicaClient(lost.address, "front-end"))
+        await fleet.load_adapter("warm", "/adapters/warm")
+        await lost.server.stop()
+        async with serving(bind=lost.address) as drained:
+            await drained.server.drain()
+            await fleet.add("r0", ReplicaClient(drained.address, "front-end"))
+            assert fleet.replicas()[0].state is ReplicaState.DRAINING
+        await fleet.close()
+
+
+async def test_it_waits_for_its_port_while_the_one_before_is_being_killed() -> None:
+    """Ray takes seconds to kill a process that is stopped."""
+    hung = socket.create_server(("127.0.0.1", 0))
+    bind = f"127.0.0.1:{hung.getsockname()[1]}"
+    server = LeaderServer(EngineLoop(ScriptedEngine()), INFO, bind, needs_port=False, port_wait_s=WAIT_S)
+    started = asyncio.create_task(server.start())
+    ended, _ = await asyncio.wait([started], timeout=0.5)
+    assert not ended
+    hung.close()
+    assert await started == bind
+    await server.stop()

@@ -108,6 +108,9 @@ def test_adapters_come_and_go(
     loading = engine.load_adapter("first", str(made.adapters[0]))
     with pytest.raises(InvalidRequest, match="'first' is not loaded"):
         served.add("early", "first")
+    assert engine.load_adapter("first", str(made.adapters[0])) is loading, "another front end may ask for it too"
+    with pytest.raises(AdapterError, match="loaded already"):
+        engine.load_adapter("first", str(made.adapters[1]))
     info = served.until(loading)
     assert engine.adapters == (info,) and info.num_bytes > 0
     served.add("a", "first")
