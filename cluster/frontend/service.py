@@ -126,8 +126,11 @@ class Service:
         Raises:
             ModelNotFound: neither a model nor an adapter that is served.
             PermissionDenied: the caller may not use it.
+            Unavailable: no replica is ready, and it may be an adapter of theirs.
         """
         if model not in ("", self.name) and not self.adapters.has(model):
+            if not any(info.state.takes_requests for info in self.backend.replicas()):
+                raise Unavailable("no replica is ready; try again shortly")
             names = ", ".join(map(repr, self.model_names()))
             raise ModelNotFound(f"the model {model!r} does not exist here; this server has {names}")
         self.tenancy.check_model(current_principal(), model or self.name)

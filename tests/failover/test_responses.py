@@ -112,6 +112,24 @@ async def test_two_front_ends_that_are_asked_in_turn() -> None:
         assert kept[0].output_text == kept[1].output_text == text_of(had) + text_of(rest)
 
 
+async def test_who_comes_back_where_it_cannot_be_read_yet_is_told_so() -> None:
+    """It still runs: that is not its end. Numbers of events go on behind those that the client has."""
+    async with AsyncExitStack() as stack:
+        bed = await stack.enter_async_context(serving(Halting()))
+        first, second = [await stack.enter_async_context(front_end_of(bed, name)) for name in ("first", "second")]
+        body = {"model": "m", "input": "Hello", "background": True, "max_output_tokens": NUM_TOKENS}
+        begun = (await first.http.post("/v1/responses", json=body)).json()
+        await until(lambda: not bed.engine.gate.is_set())
+        await bed.server.drain()
+        await until(lambda: not second.front_end.service.backend.replicas()[0].state.takes_requests)
+        async with second.http.stream("GET", f"/v1/responses/{begun['id']}?stream=true&starting_after=6") as response:
+            (told,) = await read(response)
+        assert (told["type"], told["sequence_number"], told["code"]) == ("error", 6, "unavailable")
+        assert bed.server.num_live_requests == 1
+        bed.engine.gate.set()
+        assert (await _finished(first.openai.responses, begun["id"])).status == "incomplete"
+
+
 async def _rest(one: Served, path: str, number: int) -> list[dict[str, Any]]:
     """As a client goes on, also where it is turned away again."""
     events: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import grpc
 import pytest
 
 from cluster.rpc.generated.remuda.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, replica_pb2
+from cluster.types import ReplicaState
 from engine.errors import AdapterError
 from engine.request import AdapterInfo, FinishReason, Output, Request
 from tests.frontend.scripted import ScriptedBackend, replica_info
@@ -78,6 +80,17 @@ async def test_over_http(lora_dir: Path) -> None:
         assert (await one.http.post("/v1/unload_lora_adapter", json={"lora_name": "poet"})).status_code == 200
         assert (await one.http.post("/v1/unload_lora_adapter", json={"lora_name": "poet"})).status_code == 404
         assert [model["id"] for model in (await one.http.get("/v1/models")).json()["data"]] == ["m"]
+
+
+async def test_while_no_replica_is_ready_nobody_knows_what_there_is(lora_dir: Path) -> None:
+    """As when a leader is being replaced: the adapter comes back with it, so it is not unknown."""
+    async with served(BackendWithAdapters(), lora_dir=lora_dir) as one:
+        assert (await load(one, "poet", "poet"))[0] == 200
+        (info,) = one.backend.infos
+        one.backend.infos = [replace(info, state=ReplicaState.FAILED)]
+        for model in ("poet", "m"):
+            answer = await one.http.post("/v1/completions", json={"model": model, "prompt": "a", "max_tokens": 1})
+            assert answer.status_code == 503 and "retry-after" in answer.headers, model
 
 
 async def test_what_may_not_be_loaded(lora_dir: Path) -> None:

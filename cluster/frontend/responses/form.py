@@ -63,8 +63,10 @@ class ResponseForm:
         return f"event: {chunk['type']}\ndata: ".encode() + encode_json(chunk) + b"\n\n"
 
     def error(self, error: BaseException) -> bytes:
-        if isinstance(error, TakenOver):
+        is_unread = not self._next_number and self._starting_after >= 0  # nothing of it could be read here (yet)
+        if isinstance(error, TakenOver) or is_unread:
             return self.chunk(self._runs_on(error), None)
+        self._next_number = max(self._next_number, self._starting_after + 1)
         return b"".join(self.chunk(chunk, None) for chunk in self._wanted(self._failed(error)))
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -191,7 +193,7 @@ class ResponseForm:
         }
         yield self._event(f"response.{self._response['status']}", response=self._response)
 
-    def _runs_on(self, error: TakenOver) -> dict[str, Any]:
+    def _runs_on(self, error: BaseException) -> dict[str, Any]:
         """No end of it: whoever asks again for what comes behind this number gets the rest."""
         told, number = error_object(error), max(self._next_number - 1, self._starting_after)
         return {
