@@ -45,10 +45,11 @@ class FleetAdapters:
             self._on_brought(replica_id, client)
 
     async def bring(self, replica_id: str, client: ReplicaClient) -> None:
-        """A replica that joins has all that the others have, and a leader that takes a lost one's place what that had.
-        Raises Unavailable and its like; what cannot be loaded there is left out; one that drains has no use for any."""
+        """A replica that joins has all that the others have; what it had before, its supervisor knows better. Raises
+        Unavailable and its like; what cannot be loaded there is left out; one that drains has no use for any."""
         incarnation = client.incarnation
-        wanted = {adapter.name: adapter.path for view in self._table.views() for adapter in view.info.adapters}
+        others = [view.info for view in self._table.views() if view.id != replica_id]
+        wanted = {adapter.name: adapter.path for info in others for adapter in info.adapters}
         for adapter in (await client.info()).adapters:
             wanted.pop(adapter.name, None)
         for name, path in wanted.items():

@@ -178,6 +178,13 @@ class DrainBegun(msgspec.Struct, frozen=True, tag="draining"):
     replica: str
 
 
+class AdaptersChanged(msgspec.Struct, frozen=True, tag="adapters"):
+    """The adapters that the leader has now, name to directory. One that takes its place is to have the same."""
+
+    replica: str
+    adapters: dict[str, str]
+
+
 class GangFormed(msgspec.Struct, frozen=True, tag="formed"):
     """All ranks of this epoch are ready. ``phase_seconds``: of the slowest rank in each phase of this formation.
     ``weight_bytes``: of its newcomers' weights, those from ``peers`` and those from ``disk``."""
@@ -230,6 +237,7 @@ Event = (
     | GangBroke
     | BreaksExplained
     | DrainBegun
+    | AdaptersChanged
     | GangFormed
     | Repairing
     | Failed

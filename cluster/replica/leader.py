@@ -19,11 +19,13 @@ from cluster.errors import StartFailed
 from cluster.replica.build import CHECKPOINT, check_same, software, with_checkpoint
 from cluster.replica.engine_loop import EngineLoop
 from cluster.replica.events import (
+    AdaptersChanged,
     BreaksExplained,
     DrainBegun,
     Event,
     Failed,
     Loading,
+    Notice,
     PhaseStarted,
     RankLoaded,
     RankPlaced,
@@ -45,7 +47,7 @@ from cluster.telemetry.tracing import open_telemetry
 from cluster.types import RankInfo, ReplicaInfo, ReplicaState
 from engine.config import CacheConfig, Dtype, LoraConfig, SchedulerConfig
 from engine.engine import Engine
-from engine.errors import EngineFailure, RemudaError
+from engine.errors import AdapterError, EngineFailure, RemudaError
 from engine.executor.channel_executor import ChannelExecutor
 from engine.executor.gang_start import GangReady
 from engine.messages import FromRank, Hello, Loaded, LoadProgress
@@ -59,9 +61,6 @@ _log = logging.getLogger(__name__)
 LEASE_S = 60.0
 """A leader that nobody polled for so long is an orphan and ends, and its ranks with it."""
 STOP_GRACE_S = 5.0
-FORMER_LEADER_S = 10.0
-"""So long the leader before may take to die, and to let go of its port, when Ray has been told to kill it: one that is
-stopped takes some 5 s."""
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -287,13 +286,19 @@ class Leader:
         return expert_layout(self._model, plan.parallel, hosts, Dtype(plan.dtype))
 
     def _load_adapters(self, engine: Engine) -> None:
-        """Those that are there from the beginning. Raises AdapterError."""
+        """Those that are there from the beginning. Raises AdapterError, but not where a leader served before: it may
+        have been told to load what is gone now."""
         for name, path in self._config.plan.lora_modules.items():
             self._events.put(PhaseStarted("adapters", self._config.replica_id))
-            loaded = engine.load_adapter(name, path)
-            while not loaded.done():
-                engine.step()
-            loaded.result()
+            try:
+                loaded = engine.load_adapter(name, path)
+                while not loaded.done():
+                    engine.step()
+                loaded.result()
+            except AdapterError as error:
+                if not self._config.former_port:
+                    raise
+                self._events.put(Notice(f"replica {self._config.replica_id} goes on without adapter {name}: {error}"))
 
     def _info(self, gang: GangReady, further_seconds: dict[str, float] | None = None) -> ReplicaInfo:
         return ReplicaInfo(
@@ -361,11 +366,12 @@ class Leader:
             info,
             bind=f"{self._config.host}:{self._config.plan.leader_port or self._config.former_port}",
             needs_port=bool(self._config.plan.leader_port),
-            port_wait_s=FORMER_LEADER_S if self._config.former_port else 0.0,
+            is_successor=bool(self._config.former_port),
             secret=self._config.secret,
             credentials=None if tls is None else tls.server_credentials(),
             on_failure=failure.set_result,
             on_drain=lambda: self._events.put(DrainBegun(info.id)),
+            on_adapters=lambda adapters: self._events.put(AdaptersChanged(info.id, adapters)),
             gang=lambda: None if self._formed is None else self._formed[1],
             record=self._gang.record,
             tracer=telemetry.tracer,

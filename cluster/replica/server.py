@@ -9,14 +9,16 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import TypeVar
 
 import grpc
 from opentelemetry.trace import Tracer
 
-from cluster.errors import Cancelled, StartFailed, Unauthenticated, Unavailable, UnknownStream
+from cluster.errors import Cancelled, TakenOver, Unauthenticated, Unavailable, UnknownStream
 from cluster.replica.attachment import Attachment
 from cluster.replica.engine_loop import EngineLoop, StepOutputs
 from cluster.replica.held_streams import GRACE_S, HeldStreams
+from cluster.replica.listen import listen
 from cluster.replica.rank_states import WatchedGang, rank_infos
 from cluster.replica.request_spans import record as record_spans
 from cluster.replica.servicer import Context, ReplicaServicer
@@ -35,7 +37,13 @@ from engine.request import AdapterInfo
 
 _log = logging.getLogger(__name__)
 
-PORT_INTERVAL_S = 0.2
+_Change = TypeVar("_Change")
+
+FORMER_LEADER_S = 10.0
+"""So long the leader before may take to die, and to let go of its port, when Ray has been told to kill it: one that is
+stopped takes some 5 s."""
+RETURN_S = 10.0
+"""Within it every front end has attached to a new leader, and begun there what ran at the one before."""
 SERVICE_NAME = replica_pb2.DESCRIPTOR.services_by_name["Replica"].full_name
 
 
@@ -47,7 +55,8 @@ class LeaderServer:
         info: what does not change while the replica lives; ``address`` is filled in by ``start``.
         bind: host:port to listen at; port 0 takes a free one.
         needs_port: whether that port being in use is an error. Otherwise another one is taken then.
-        port_wait_s: so long that port is waited for first: whoever had it is being ended.
+        is_successor: it takes the place of a leader that is being ended: its port is waited for, and what ran there may
+            still come.
         secret: what every caller must show; empty: nothing (for tests on one machine).
         credentials: for TLS; None listens in plain text.
         on_failure: called once, in the event loop, when the engine failed for good.
@@ -63,11 +72,12 @@ class LeaderServer:
         info: ReplicaInfo,
         bind: str = "127.0.0.1:0",
         needs_port: bool = True,
-        port_wait_s: float = 0.0,
+        is_successor: bool = False,
         secret: str = "",
         credentials: grpc.ServerCredentials | None = None,
         on_failure: Callable[[RemudaError], None] | None = None,
         on_drain: Callable[[], None] = lambda: None,
+        on_adapters: Callable[[dict[str, str]], None] = lambda adapters: None,
         grace_s: float = GRACE_S,
         gang: Callable[[], WatchedGang | None] = lambda: None,
         record: FlightRecord | None = None,
@@ -78,11 +88,13 @@ class LeaderServer:
         self._info = info
         self._bind = bind
         self._needs_port = needs_port
-        self._port_wait_s = port_wait_s
+        self._is_successor = is_successor
+        self._expects_until_s = 0.0
         self._secret = secret
         self._credentials = credentials
         self._on_failure = on_failure
         self._on_drain = on_drain
+        self._on_adapters = on_adapters
         self._gang = gang
         self._record = record or FlightRecord()
         self._streams = HeldStreams(grace_s)
@@ -103,36 +115,17 @@ class LeaderServer:
         server = make_server(options=SERVER_OPTIONS)
         replica_pb2_grpc.add_ReplicaServicer_to_server(ReplicaServicer(self), server)
         self._health = await add_health_and_reflection(server, [SERVICE_NAME])
-        port = await self._listen(server)
+        wait_s = FORMER_LEADER_S if self._is_successor else 0.0
+        port = await listen(server, self._bind, self._credentials, needs_port=self._needs_port, wait_s=wait_s)
         event_loop = asyncio.get_running_loop()
         self._engine_loop.start(lambda outputs: _hand_over(event_loop, self._deliver, outputs))
         await server.start()
         self._server = server
+        self._expects_until_s = _now_s() + (RETURN_S if self._is_successor else 0.0)
         self._info = replace(self._info, address=f"{self._bind.rpartition(':')[0]}:{port}")
         await self._health.set_serving(True)
         self._sweeper = asyncio.create_task(self._sweep())
         return self._info.address
-
-    async def _listen(self, server: grpc.aio.Server) -> int:
-        """The port. Raises StartFailed."""
-        until_s = _now_s() + self._port_wait_s
-        while True:
-            try:
-                return self._add_port(server, self._bind)
-            except RuntimeError as error:
-                failure = error
-            if _now_s() >= until_s:
-                break
-            await asyncio.sleep(PORT_INTERVAL_S)  # nobody tells when another process has let go of it
-        if self._needs_port:
-            raise StartFailed(f"the leader cannot listen at {self._bind}: {failure}; choose a free port") from failure
-        return self._add_port(server, f"{self._bind.rpartition(':')[0]}:0")
-
-    def _add_port(self, server: grpc.aio.Server, address: str) -> int:
-        """Raises RuntimeError where it is in use."""
-        if self._credentials is None:
-            return server.add_insecure_port(address)
-        return server.add_secure_port(address, self._credentials)
 
     def info(self) -> ReplicaInfo:
         """The replica at this moment."""
@@ -173,10 +166,15 @@ class LeaderServer:
         await self._set_not_serving()
 
     def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
-        return self._engine_loop.load_adapter(name, path)
+        return self._told(self._engine_loop.load_adapter(name, path))
 
     def unload_adapter(self, name: str) -> "Future[None]":
-        return self._engine_loop.unload_adapter(name)
+        return self._told(self._engine_loop.unload_adapter(name))
+
+    def _told(self, change: "Future[_Change]") -> "Future[_Change]":
+        loop = self._engine_loop
+        change.add_done_callback(lambda _: self._on_adapters({each.name: each.path for each in loop.adapters}))
+        return change
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Ends the engine loop and the server. What still runs ends with Unavailable; ``drain`` first to avoid that."""
@@ -267,8 +265,10 @@ class LeaderServer:
             self._leave_unread(stream)
 
     def find(self, call_id: str) -> replica_pb2.FindRequestResponse:
-        """What is known of one client's request. Raises UnknownStream."""
+        """What is known of one client's request. Raises UnknownStream, or Unavailable where that is not sure yet."""
         held = self._streams.of_call(call_id)
+        if not held and _now_s() < self._expects_until_s:
+            raise Unavailable("a lost leader's requests may still come here; try again shortly")
         if not held:
             raise UnknownStream(f"this replica has nothing of request {call_id!r} (any more)")
         return replica_pb2.FindRequestResponse(
@@ -304,7 +304,8 @@ class LeaderServer:
         _check_free(attachment, submit.stream)
         request = convert.request_from_proto(submit)
         if self._streams.live_one(request.request_id) is not None:
-            error: RemudaError = InvalidRequest(f"request {request.request_id!r} is live already", "request_id")
+            # Two that read it, at one front end or two, have replayed it here.
+            error: RemudaError = TakenOver(f"request {request.request_id!r} goes on for another reader")
         else:
             try:
                 self._engine_loop.submit(request)

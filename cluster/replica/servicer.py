@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from cluster.errors import UnknownStream
+from cluster.errors import Unavailable, UnknownStream
 from cluster.replica.attachment import Attachment
 from cluster.rpc import replica_info, status
 from cluster.rpc.generated.remuda.v1 import replica_pb2, replica_pb2_grpc
@@ -64,7 +64,7 @@ class ReplicaServicer(replica_pb2_grpc.ReplicaServicer):
         await self._leader.authenticate(context)
         try:
             return self._leader.find(request.call_id)
-        except UnknownStream as error:
+        except (UnknownStream, Unavailable) as error:
             await status.abort(context, error)
 
     async def GetInfo(self, request: replica_pb2.GetInfoRequest, context: Context) -> replica_pb2.ReplicaInfo:

@@ -22,6 +22,7 @@ from cluster.errors import StartFailed
 from cluster.replica.actor import OpenCall, RankCall
 from cluster.replica.actor_places import ActorPlaces
 from cluster.replica.events import (
+    AdaptersChanged,
     BreaksExplained,
     DrainBegun,
     Event,
@@ -108,6 +109,7 @@ class Supervisor:
         self._is_draining = False
         self._leader_port = 0
         """Of the last leader that served."""
+        self._adapters = plan.lora_modules
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
 
@@ -220,6 +222,8 @@ class Supervisor:
             recovery.explained(event.num_breaks)
         elif isinstance(event, DrainBegun):
             self._is_draining = True
+        elif isinstance(event, AdaptersChanged):
+            self._adapters = event.adapters
 
     def _note_end(self, run: Any) -> None:
         rank, life = self._runs.pop(run)
@@ -318,9 +322,9 @@ class Supervisor:
         assert self._places is not None
         self._places.move(0)
         hosts = self._places.hosts
-        config = LeaderConfig(
-            self.replica_id, self._plan, hosts[0], hosts, self._secret, self._is_draining, self._leader_port
-        )
+        plan = msgspec.structs.replace(self._plan, lora_modules=self._adapters)
+        known = self._secret, self._is_draining, self._leader_port
+        config = LeaderConfig(self.replica_id, plan, hosts[0], hosts, *known)
         self._leader = LeaderHandle(self._places.new_leader(config.encode()), self._door_secret)
 
     def _start_rank(self, rank: int) -> None:

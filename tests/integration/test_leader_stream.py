@@ -11,7 +11,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from cluster.errors import Draining
+from cluster.errors import Draining, TakenOver
 from cluster.replica.client import ReplicaClient
 from cluster.replica.engine_loop import EngineLoop
 from cluster.replica.server import SERVICE_NAME, LeaderServer
@@ -141,11 +141,11 @@ async def test_refusals_keep_class_param_and_retry_time(bed: Bed, error: RemudaE
     assert tokens_of(await good) == answer(request("good", 50))
 
 
-async def test_an_id_that_is_live_is_refused(bed: Bed) -> None:
+async def test_an_id_that_is_live_has_its_reader(bed: Bed) -> None:
     bed.engine.gate.clear()
     first = asyncio.create_task(collect(bed.client, request("same", 3)))
     await until(bed.engine.entered.is_set)
-    with pytest.raises(InvalidRequest, match="live already"):
+    with pytest.raises(TakenOver, match="another reader"):
         await collect(bed.client, request("same", 3))
     bed.engine.gate.set()
     assert tokens_of(await first) == answer(request("same", 3))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 import engine
 from tests.lora.adapters import make_adapter
-from tests.support.served import Served, run_remuda
+from tests.support.served import Served, leader_of, processes_with, run_remuda
 
 TINY = Path(engine.__path__[0]) / "assets" / "remuda-tiny"
 LONG = 400
@@ -125,3 +126,23 @@ def test_serve_refuses_a_bad_adapter_before_it_starts(tmp_path: Path) -> None:
     assert result.returncode == 2 and "adapter_config.json does not exist" in result.stderr
     result = run_remuda("serve", "--lora-modules", "x", "--port", "0", "--grpc-port", "0")
     assert result.returncode == 2 and "name=path" in result.stderr
+
+
+def test_the_next_leader_has_what_the_one_before_had(served: Served, client: openai.OpenAI) -> None:
+    """Not what was there from the beginning."""
+
+    def change(*arguments: str) -> None:
+        assert run_remuda("adapters", *arguments, "--target", served.target).returncode == 0
+
+    change("load", "second", "second")
+    second = _text(client, "second")
+    change("unload", "first")
+    leader_of(processes_with(served.mark)).kill()
+    deadline_s = time.monotonic() + 60
+    while "replica r0 has joined" not in served.log.read_text():
+        assert time.monotonic() < deadline_s, served.log.read_text()
+        time.sleep(0.1)
+    assert [model.id for model in client.models.list()] == ["remuda-tiny", "second"]
+    assert _text(client, "second") == second
+    change("unload", "second")
+    change("load", "first", "first")
