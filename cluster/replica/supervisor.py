@@ -107,8 +107,7 @@ class Supervisor:
         self._host_wait = HostWait(max(plan.host_wait_s, MOVE_TIMEOUT_S))
         self._looked_s = 0.0
         self._is_draining = False
-        self._leader_port = 0
-        """Of the last leader that served."""
+        self._last_leader_port = 0
         self._adapters = plan.lora_modules
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
@@ -215,7 +214,7 @@ class Supervisor:
             self._num_blocks = event.num_blocks
             recovery.formed(event.epoch)
         elif isinstance(event, ReplicaReady):
-            self._leader_port = int(event.address.rpartition(":")[2])
+            self._last_leader_port = int(event.address.rpartition(":")[2])
         elif isinstance(event, GangBroke):
             self._carry_out(recovery.gang_broke(event.epoch, event.culprit, event.message, now_s))
         elif isinstance(event, BreaksExplained):
@@ -323,8 +322,9 @@ class Supervisor:
         self._places.move(0)
         hosts = self._places.hosts
         plan = msgspec.structs.replace(self._plan, lora_modules=self._adapters)
-        known = self._secret, self._is_draining, self._leader_port
-        config = LeaderConfig(self.replica_id, plan, hosts[0], hosts, *known)
+        config = LeaderConfig(
+            self.replica_id, plan, hosts[0], hosts, self._secret, self._is_draining, self._last_leader_port
+        )
         self._leader = LeaderHandle(self._places.new_leader(config.encode()), self._door_secret)
 
     def _start_rank(self, rank: int) -> None:
