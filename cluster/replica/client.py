@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 
 import grpc
 
-from cluster.errors import ConnectionLost, Unavailable
+from cluster.errors import ConnectionLost, Unauthenticated, Unavailable
 from cluster.identity.cluster_tls import CLUSTER_NAME, ClusterTls
 from cluster.replica.keep import Keep
 from cluster.replica.leader_calls import LeaderCalls
@@ -71,6 +71,7 @@ class ReplicaClient(LeaderCalls):
         self._channel: grpc.aio.Channel | None = None
         self._task: asyncio.Task[None] | None = None
         self._attached = asyncio.Event()
+        self._answered = asyncio.Event()
         self._is_closing = False
         self._incarnation = 0
         self._streams: dict[int, StreamBuffer] = {}
@@ -88,16 +89,20 @@ class ReplicaClient(LeaderCalls):
         """Attaches for the first time. After a failure it goes on trying in the background until ``close``.
 
         Raises:
-            Unavailable: the leader did not answer in time.
+            Unavailable: the leader did not answer in time, or refused.
         """
+        if not self.is_connected:
+            self._answered.clear()
         if self._task is None:
             self._channel, self._stub = self._dial()
             self._task = asyncio.create_task(self._stay_attached())
         try:
             async with asyncio.timeout(timeout_s):
-                await self._attached.wait()
+                await self._answered.wait()
         except TimeoutError:
             raise Unavailable(f"no leader answers at {self.address}: {self._last_error}") from None
+        if not self.is_connected:
+            raise Unavailable(f"{self._last_error}; --secret-file must have the secret of what started the leader")
 
     def _dial(self) -> "tuple[grpc.aio.Channel, replica_pb2_grpc.ReplicaAsyncStub]":
         credentials = None if self._tls is None else self._tls.client_credentials()
@@ -281,6 +286,8 @@ class ReplicaClient(LeaderCalls):
                 _log.warning("lost the stream to the replica at %s: %s", self.address, lost)
                 backoff_s = FIRST_BACKOFF_S
             self._detached(ConnectionLost(f"the connection to the replica at {self.address} is broken: {lost}"))
+            if isinstance(lost, Unauthenticated):
+                self._answered.set()
             await asyncio.sleep(backoff_s * self._random.uniform(0.5, 1.0))
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
             if self._tls is not None:
@@ -337,6 +344,7 @@ class ReplicaClient(LeaderCalls):
                     self._incarnation = frame.incarnation
                     self._last_state = ReplicaState.READY
                     self._attached.set()
+                    self._answered.set()
                     while self._abandoned:
                         self.abandon(self._abandoned.popleft())
                     self.on_change()
