@@ -66,6 +66,7 @@ async def test_what_was_unloaded_before_it_came_stays_away() -> None:
         await fleet.add("r0", ReplicaClient(lost.address, "front-end"))
         await fleet.load_adapter("warm", "/adapters/warm")
         await lost.server.stop()
+        await until(lambda: fleet.replicas()[0].state is ReplicaState.FAILED)
         async with next_leader(lost) as engine:
             await until(lambda: fleet.replicas()[0].state is ReplicaState.READY)
             assert fleet.replicas()[0].adapters == engine.adapters == ()
@@ -130,8 +131,9 @@ async def test_where_its_port_is_in_use_it_takes_another_one() -> None:
 
 async def test_it_is_drained_like_the_one_before_though_it_takes_no_adapters_then() -> None:
     fleet = Fleet(policy=POLICY)
-    async with serving() as lost:
+    async with serving() as lost, serving() as other:
         await fleet.add("r0", ReplicaClient(lost.address, "front-end"))
+        await fleet.add("r1", ReplicaClient(other.address, "front-end"))
         await fleet.load_adapter("warm", "/adapters/warm")
         await lost.server.stop()
         async with serving(bind=lost.address) as drained:
