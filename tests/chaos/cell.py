@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from tests.chaos.clients import Client, run_all
 from tests.chaos.comparison import Outcome, judge
 from tests.chaos.mix import long_prompts, short_prompts
-from tests.chaos.site import POLL_S, NotSettled, Site, settle
+from tests.chaos.site import POLL_S, NotSettled, Site, live_requests, settle
 from tests.failover.streams import Reading
 
 BEGIN_TIMEOUT_S = 60.0
@@ -58,13 +59,13 @@ class Moment:
 @dataclass(frozen=True)
 class Cell:
     """``strike``: carries the fault out, and ends it where it is one that ends. ``replaced``: exactly those processes
-    have to be others afterwards. ``urls``: the front ends of the clients; None: the cluster's own alone."""
+    have to be others afterwards. ``url``: of the clients' front end; None: the cluster's own."""
 
     fault: str
     moment: str
     strike: Callable[[Site], object]
     replaced: frozenset[str] = frozenset()
-    urls: Callable[[Site], list[str]] | None = None
+    url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,10 @@ def run_cell(name: str, site: Site, cell: Cell, expected: Expected) -> Row:
     """Strike while all requests run; wait for their ends, and until the cluster is whole again. Raises NotSettled
     where it was not whole before."""
     before = settle(site)
-    strike = Strike(cell.moment, site.num_live, lambda: cell.strike(site))
-    urls = site.urls if cell.urls is None else cell.urls(site)
+    urls, num_live = site.urls, site.num_live
+    if cell.url is not None:
+        urls, num_live = [cell.url], partial(live_requests, cell.url)
+    strike = Strike(cell.moment, num_live, lambda: cell.strike(site))
     clients = run_all(Moment.bodies(cell.moment), urls, site.network, strike)
     outcome = judge(clients, expected[cell.moment], strike.struck_s)
     wrong = list(strike.wrong)

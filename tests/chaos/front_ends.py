@@ -3,15 +3,15 @@ leader is, and the front end finds the one that takes its place at the same addr
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from tests.chaos.cell import Choice, Expected, Moment, Row, Strike, unfaulted
-from tests.chaos.clients import Client, run_all
+from tests.chaos.cell import Cell, Choice, Expected, Moment, Row, Strike, run_cell, unfaulted
+from tests.chaos.clients import run_all
 from tests.chaos.comparison import judge
-from tests.chaos.processes import OPTIONS, kill
+from tests.chaos.processes import OPTIONS, kill, only
 from tests.chaos.site import OneHost, live_requests, one_host, settle
 from tests.failover.processes import FrontEndProcess, front_end, wait_ready
 
@@ -32,34 +32,19 @@ def front_ends(directory: Path, choice: Choice) -> Iterator[Row]:
             log = directory / f"front-end-{number}.log"
             beside = front_end(stack, leader, log, "--secret-file", str(secret))
             wait_ready(beside, 1)
-            run = _lose_front_end if fault == FRONT_END else _lose_leader
-            yield run(site, beside, moment, expected)
+            if fault == FRONT_END:
+                yield _lose_front_end(site, beside, moment, expected)
+            else:
+                yield run_cell("tp2", site, Cell(LEADER, moment, kill("leader"), only("leader"), beside.url), expected)
 
 
 def _lose_front_end(site: OneHost, victim: FrontEndProcess, moment: str, expected: Expected) -> Row:
     """Only streams can be gone on with, so only they are asked for."""
     before = settle(site)
-    clients, row = _struck(Moment.streams(moment), [victim.url, *site.urls], victim.process.kill, moment, expected)
+    strike = Strike(moment, partial(live_requests, victim.url), victim.process.kill)
+    clients = run_all(Moment.streams(moment), [victim.url, *site.urls], None, strike)
+    outcome = judge(clients, expected[moment], strike.struck_s)
     wrong = [f"{client.name}: never came back" for client in clients if client.num_connections < 2]
     if settle(site) != before:
         wrong.append("more than a front end was replaced")
-    return dataclasses.replace(row, fault=FRONT_END, replaced=("front end",), wrong=(*wrong, *row.wrong))
-
-
-def _lose_leader(site: OneHost, beside: FrontEndProcess, moment: str, expected: Expected) -> Row:
-    before = settle(site)
-    _, row = _struck(Moment.bodies(moment), [beside.url], partial(kill("leader"), site), moment, expected)
-    after = settle(site)
-    replaced = tuple(name for name in before if before[name] != after[name])
-    wrong = [] if replaced == ("leader",) else [f"replaced: {replaced}"]
-    return dataclasses.replace(row, fault=LEADER, replaced=replaced, wrong=(*wrong, *row.wrong))
-
-
-def _struck(
-    bodies: dict[str, dict[str, object]], urls: list[str], fault: Callable[[], object], moment: str, expected: Expected
-) -> tuple[list[Client], Row]:
-    """At that moment of the requests at the first of ``urls``."""
-    strike = Strike(moment, partial(live_requests, urls[0]), fault)
-    clients = run_all(bodies, urls, None, strike)
-    outcome = judge(clients, expected[moment], strike.struck_s)
-    return clients, Row("tp2", "", moment, outcome, (), (*strike.wrong, *outcome.notes))
+    return Row("tp2", FRONT_END, moment, outcome, ("front end",), (*wrong, *strike.wrong, *outcome.notes))
